@@ -1,0 +1,154 @@
+"""Listening to neurons: a ``with`` block in which every block's activations pass by, whatever the MLP is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from surgery.slots import Block
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Whose activation each row is, in a MoE: the token's index in the flattened batch and the expert's."""
+
+    tokens: Tensor
+    experts: Tensor
+
+
+Hear = Callable[[Tensor, Routing | None], Tensor | None]
+
+
+@contextmanager
+def listening(model: nn.Module, block: Block, hear: Hear) -> Iterator[None]:
+    """Call ``hear(h, routing)`` with every input of a block's consumer while the body runs.
+
+    ``h`` is ``[..., neuron]``; ``routing`` is None in a dense MLP. What ``hear`` returns, if not None, goes on in its
+    place. Everything is taken off at the end.
+
+    >>> # with listening(model, block, lambda h, routing: print(h.shape)): model(**batch)
+    """
+    module = model.get_submodule(block.consumer)
+    with ExitStack() as stack:
+        if not block.experts:
+            stack.enter_context(_removing(module.register_forward_pre_hook(_replacing(hear))))
+        elif hasattr(module, "_apply_gate"):
+            _listen_to_experts(module, hear, stack)
+        elif isinstance(getattr(module, "weight", None), Tensor):
+            _listen_to_sorted_experts(model.get_submodule(block.consumer.rpartition(".")[0]), module, hear, stack)
+        else:
+            _listen_to_batched_experts(module, hear, stack)
+        yield
+
+
+@contextmanager
+def _removing(handle: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _replacing(hear: Hear) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...] | None]:
+    def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        other = hear(args[0], None)
+        return None if other is None else (other, *args[1:])
+
+    return hook
+
+
+def _listen_to_experts(module: Any, hear: Hear, stack: ExitStack) -> None:
+    """transformers' experts: the gate's output is the consumer's input; the routing is the module's second argument.
+
+    How its rows are ordered depends on the implementation: flat (token by token), sorted by expert, or, in the eager
+    loop, one call per expert that was hit.
+    """
+    order: list[Routing] = []
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        index = args[1] if len(args) > 1 else kwargs.get("top_k_index", kwargs.get("router_indices"))
+        flat, top_k = index.reshape(-1), index.shape[-1]
+        implementation = module.config._experts_implementation
+        if implementation == "batched_mm":
+            order[:] = [Routing(torch.arange(len(flat), device=flat.device) // top_k, flat)]
+        elif implementation == "grouped_mm":
+            experts, permutation = torch.sort(flat)  # the same call as in the implementation, so the same order
+            order[:] = [Routing(permutation // top_k, experts)]
+        else:
+            places = [(flat.view_as(index) == e).T.nonzero() for e in flat.unique().tolist() if e < module.num_experts]
+            hit = [e for e in flat.unique().tolist() if e < module.num_experts]
+            order[:] = [Routing(p[:, 1], torch.full_like(p[:, 1], e)) for p, e in zip(places, hit, strict=True)]
+
+    def heard(h: Tensor) -> Tensor:
+        if not order:
+            raise RuntimeError(f"{type(module).__name__} computed more often than it was routed")
+        routing = order.pop(0)
+        if len(h) != len(routing.tokens):
+            raise RuntimeError(f"{type(module).__name__}: {len(h)} rows for {len(routing.tokens)} routed tokens")
+        other = hear(h, routing)
+        return h if other is None else other
+
+    stack.enter_context(_removing(module.register_forward_pre_hook(before, with_kwargs=True)))
+    if module.has_gate:
+        gate = module._apply_gate
+        module._apply_gate = lambda projected: heard(gate(projected))  # shadows the class's own until taken off
+        stack.callback(delattr, module, "_apply_gate")
+    else:
+        stack.enter_context(_removing(module.act_fn.register_forward_hook(lambda _m, _a, out: heard(out))))
+
+
+def _listen_to_sorted_experts(mlp: Any, consumer: nn.Module, hear: Hear, stack: ExitStack) -> None:
+    """Experts as two stacked linear modules (JetMoE): the router's second output says which token each row is."""
+    tokens: list[Tensor] = []
+
+    def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        sizes = torch.as_tensor(args[1], device=args[0].device)
+        experts = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)
+        other = hear(args[0], Routing(tokens.pop(), experts))
+        return None if other is None else (other, *args[1:])
+
+    stack.enter_context(_removing(mlp.router.register_forward_hook(lambda _m, _a, out: tokens.append(out[1]))))
+    stack.enter_context(_removing(consumer.register_forward_pre_hook(before)))
+
+
+class _Products(TorchFunctionMode):
+    """Sees the batched product with one weight, and may change its left factor."""
+
+    def __init__(self, weight: Tensor, seen: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.weight, self.seen = weight, seen
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.bmm and args[1] is self.weight:
+            with torch._C.DisableTorchFunctionSubclass():
+                args = (self.seen(args[0]), *args[1:])
+        return func(*args, **(kwargs or {}))
+
+
+def _listen_to_batched_experts(module: Any, hear: Hear, stack: ExitStack) -> None:
+    """Experts that all see all tokens, scaled by the router and zero where not routed (Llama 4)."""
+    routed: list[Tensor] = []
+
+    def seen(h: Tensor) -> Tensor:
+        experts, tokens = routed[-1].nonzero(as_tuple=True)
+        other = hear(h[experts, tokens], Routing(tokens, experts))
+        return h if other is None else torch.zeros_like(h).index_put((experts, tokens), other)
+
+    mode = _Products(module.down_proj, seen)
+    count = module.down_proj.shape[0]
+
+    def before(_: nn.Module, args: tuple[Any, ...]) -> None:
+        routed[:] = [(args[0].view(count, -1, args[0].shape[-1]) != 0).any(-1)]
+        mode.__enter__()
+
+    def after(_m: nn.Module, _a: Any, _o: Any) -> None:
+        mode.__exit__(None, None, None)
+
+    stack.enter_context(_removing(module.register_forward_pre_hook(before)))
+    stack.enter_context(_removing(module.register_forward_hook(after, always_call=True)))

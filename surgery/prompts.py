@@ -1,0 +1,131 @@
+"""Prompts: JSON lines of the damaged domain, tokenized into padded batches."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Batch = dict[str, Tensor]
+IGNORED = -100  # the label of a token that is no response (the convention of transformers' losses)
+
+
+def load_prompts(path: str | Path, tokenizer: Any, *, batch_size: int = 16, limit: int | None = None) -> list[Batch]:
+    """Read a JSON-lines file of prompts into padded batches.
+
+    A line holds ``"prompt"`` with or without ``"response"``, or ``"messages"`` (the chat template is applied; a last
+    message by the assistant is the response), or ``"text"``. All lines of a file have responses, or none has.
+
+    Args:
+        path: the file.
+        tokenizer: a tokenizer, or the folder of one.
+        batch_size: prompts per batch.
+        limit: read only so many lines.
+
+    Returns:
+        Batches of ``{"input_ids", "attention_mask"[, "labels"]}``, int64 ``[batch, token]``, padded on the right;
+        ``labels`` is -100 everywhere but on the response's tokens (and its end-of-sequence token).
+
+    Raises:
+        LookupError: no such file.
+        ValueError: the file is empty, a line can't be read, or a prompt is longer than the tokenizer's limit.
+
+    Source: ours.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise LookupError(f"there is no prompt file {path}")
+    if isinstance(tokenizer, str | Path):
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+    pairs = [_tokens(line, where, tokenizer) for where, line in _lines(path, limit)]
+    if not pairs:
+        raise ValueError(f"{path} is empty: expected one JSON object a line")
+    with_response = [response is not None for _, response in pairs]
+    if any(with_response) and not all(with_response):
+        line = with_response.index(False) + 1
+        raise ValueError(f"{path}: some lines have a response and some have none (line {line}); make them all alike")
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+    return [_batch(pairs[start : start + batch_size], pad) for start in range(0, len(pairs), batch_size)]
+
+
+def response_mask(batch: Batch) -> Tensor:
+    """Which tokens count: the response's where the batch has labels, else all attended ones; bool ``[batch, token]``."""
+    if "labels" in batch:
+        return batch["labels"] != IGNORED
+    if "attention_mask" in batch:
+        return batch["attention_mask"].bool()
+    return torch.ones_like(batch["input_ids"], dtype=torch.bool)
+
+
+def _lines(path: Path, limit: int | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    found = 0
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not text.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            line = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{where} is not JSON: {error}") from error
+        if not isinstance(line, dict):
+            raise ValueError(f"{where}: expected an object like {{'prompt': ..., 'response': ...}}")
+        yield where, line
+        found += 1
+        if found == limit:
+            return
+
+
+def _tokens(line: dict[str, Any], where: str, tokenizer: Any) -> tuple[list[int], list[int] | None]:
+    """A line's prompt tokens, and its response's (None where it has none)."""
+    response = None
+    if isinstance(line.get("messages"), list) and line["messages"]:
+        prompt, response = _chat(line["messages"], where, tokenizer)
+    elif isinstance(line.get("prompt"), str):
+        prompt = tokenizer(line["prompt"])["input_ids"]
+        if isinstance(line.get("response"), str):
+            response = tokenizer(line["response"], add_special_tokens=False)["input_ids"]
+            response += [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    elif isinstance(line.get("text"), str):
+        prompt = tokenizer(line["text"])["input_ids"]
+    else:
+        raise ValueError(f'{where}: expected "prompt" (a string), "messages" or "text", found {sorted(line)}')
+    length, limit = len(prompt) + len(response or []), tokenizer.model_max_length
+    if length == 0:
+        raise ValueError(f"{where}: no token at all")
+    if length > limit:
+        raise ValueError(f"{where}: {length} tokens, and the tokenizer's limit is {limit}: shorten or drop the line")
+    return prompt, response
+
+
+def _chat(messages: list[Any], where: str, tokenizer: Any) -> tuple[list[int], list[int] | None]:
+    if not tokenizer.chat_template:
+        raise ValueError(f'{where}: "messages" need a chat template, and the tokenizer has none: write "prompt"')
+    answered = messages[-1].get("role") == "assistant"
+    asked = messages[:-1] if answered else messages
+    start = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+    prompt = tokenizer(start, add_special_tokens=False)["input_ids"]
+    if not answered:
+        return prompt, None
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    if not whole.startswith(start):
+        raise ValueError(f"{where}: the chat template rewrites earlier turns, so the response can't be told apart")
+    return prompt, tokenizer(whole[len(start) :], add_special_tokens=False)["input_ids"]
+
+
+def _batch(pairs: list[tuple[list[int], list[int] | None]], pad: int) -> Batch:
+    length = max(len(prompt) + len(response or []) for prompt, response in pairs)
+    ids = torch.full((len(pairs), length), pad)
+    attention, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
+    for row, (prompt, response) in enumerate(pairs):
+        tokens = torch.tensor(prompt + (response or []))
+        ids[row, : len(tokens)] = tokens
+        attention[row, : len(tokens)] = 1
+        labels[row, len(prompt) : len(tokens)] = tokens[len(prompt) :]
+    batch = {"input_ids": ids, "attention_mask": attention}
+    return {**batch, "labels": labels} if pairs[0][1] is not None else batch

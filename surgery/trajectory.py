@@ -1,0 +1,195 @@
+"""A trajectory: the checkpoints of one model in training order, and what changed between them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.checkpoint import Checkpoint, Source, State, tensors_of
+from surgery.layout import find_layout, folder_layout
+from surgery.slots import Block, Layout
+
+CHUNK = 1 << 24  # bytes of float32 that one chunk of a part may take
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A source of weights, opened: its tensors and where its neurons lie."""
+
+    tensors: Mapping[str, Tensor]
+    layout: Layout
+    name: str
+
+
+def open_weights(source: Source, layout: Layout | None = None, like: Weights | None = None) -> Weights:
+    """Open a folder, module or mapping and find its neurons.
+
+    Args:
+        source: a folder, hub id, ``nn.Module`` or mapping of tensors.
+        layout: the user's own layout; it wins over everything found.
+        like: weights of the same model: their layout serves where the names are the same.
+
+    Raises:
+        ValueError: the neurons can't be found, or are not those of ``like``.
+    """
+    tensors = tensors_of(source)
+    name = _name(source)
+    found = layout or _layout(tensors, like, name)
+    if like is not None and found.sizes != like.layout.sizes:
+        raise ValueError(_differs(found.sizes, name, like.layout.sizes, like.name))
+    _check_shapes(tensors, found, name)
+    return Weights(tensors, found, name)
+
+
+def _layout(tensors: Mapping[str, Tensor], like: Weights | None, name: str) -> Layout:
+    if isinstance(own := getattr(tensors, "layout", None), Layout):
+        return own
+    if isinstance(tensors, Checkpoint):
+        if (tensors.folder / "config.json").exists():
+            return folder_layout(tensors.folder, tensors.shapes)
+    elif isinstance(tensors, State):
+        return find_layout(tensors.module)
+    if like is not None and like.layout.fits(tensors):
+        return like.layout
+    if like is not None:
+        slots = (slot.tensor for block in like.layout.blocks for slot in block.slots)
+        missing = [tensor for tensor in slots if tensor not in tensors]
+        raise ValueError(f"{name} lacks {len(missing)} tensors that {like.name} has, the first of them {missing[0]!r}")
+    raise ValueError(f"where the neurons of {name} lie can't be told from bare tensors: pass layout=")
+
+
+def _check_shapes(tensors: Mapping[str, Tensor], layout: Layout, name: str) -> None:
+    shapes = tensors.shapes if isinstance(tensors, Checkpoint) else None
+    for slot in (slot for block in layout.blocks for slot in block.slots):
+        if slot.tensor not in tensors:
+            raise ValueError(f"{name} has no tensor {slot.tensor!r}")
+        shape = shapes[slot.tensor] if shapes else tuple(tensors[slot.tensor].shape)
+        if shape != slot.shape:
+            raise ValueError(f"{slot.tensor!r} has the shape {shape} in {name}, expected {slot.shape}")
+
+
+def _differs(ours: Mapping[str, int], name: str, theirs: Mapping[str, int], other: str) -> str:
+    for block in dict.fromkeys([*ours, *theirs]):
+        if ours.get(block) != theirs.get(block):
+            return (
+                f"{name} and {other} are different models: block {block!r} has {ours.get(block, 'no')} neurons in the "
+                f"one and {theirs.get(block, 'none')} in the other"
+            )
+    return f"{name} and {other} are different models: their blocks come in another order"
+
+
+def _name(source: Source) -> str:
+    if isinstance(source, nn.Module):
+        return f"the live {type(source).__name__}"
+    folder = getattr(source, "folder", None)
+    return str(folder or (source if not isinstance(source, Mapping) else "the mapping"))
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """Three checkpoints of one model in training order.
+
+    Args:
+        base: before the earlier domain was trained; only C needs it.
+        earlier: after the earlier domain: what a rollback goes back to.
+        later: after the later domain: what is rolled back.
+        layout: where the neurons lie, if surgery can't find them by itself.
+        model: the later model, if it is live already; ``load`` returns it instead of reading the folder again.
+
+    Each checkpoint is a folder, a hub id in the local cache, an ``nn.Module`` or a mapping of tensors.
+
+    Source: the paper, Section 5 (θ0, θA, θB).
+    """
+
+    base: Source | None = None
+    earlier: Source | None = None
+    later: Source | None = None
+    layout: Layout | None = field(default=None, repr=False)
+    model: nn.Module | None = field(default=None, repr=False)
+
+    def weights(self, *names: str) -> list[Weights]:
+        """The checkpoints of those names ("base", "earlier", "later"), opened and found to be of one model."""
+        later = open_weights(self._source("later"), self.layout)
+        return [later if n == "later" else open_weights(self._source(n), self.layout, later) for n in names]
+
+    def _source(self, name: str) -> Source:
+        source: Source | None = getattr(self, name)
+        if source is None:
+            raise ValueError(f"this needs the {name} checkpoint: pass Trajectory({name}=...)")
+        return source
+
+    def load(self, device: Any = None, dtype: Any = None) -> nn.Module:
+        """The later model, live and in eval mode.
+
+        Args:
+            device: where to put it (default: where it is, or the CPU).
+            dtype: torch dtype (default: the checkpoint's own).
+        """
+        found = self.model if self.model is not None else self.later
+        if isinstance(found, nn.Module):
+            return found.to(device=device, dtype=dtype).eval() if (device or dtype) else found
+        if not isinstance(found, Checkpoint) and isinstance(found, Mapping):
+            raise ValueError("a bare mapping of tensors has no forward pass: pass a folder or an nn.Module as later")
+        if found is None:
+            raise ValueError("there is no later checkpoint to load: pass Trajectory(later=...)")
+        from transformers import AutoModelForCausalLM
+
+        folder = found.folder if isinstance(found, Checkpoint) else Checkpoint(found).folder
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True)
+        return model.to(device).eval() if device else model.eval()
+
+
+def pieces(block: Block, part: str, others: list[Block], chunk: int = CHUNK) -> Iterator[tuple[int, int]]:
+    """Runs of neurons of one part that every layout holds in one tensor, each at most ``chunk`` bytes of float32."""
+    slots = [slot for one in (block, *others) for slot in one.of(part)]
+    cuts = sorted({edge for slot in slots for edge in (slot.start, slot.stop)})
+    step = max(1, chunk // (4 * max(slots[0].width, 1)))
+    for low, high in zip(cuts, cuts[1:], strict=False):
+        for start in range(low, high, step):
+            yield start, min(start + step, high)
+
+
+def run_of(weights: Weights, name: str, part: str, start: int, stop: int) -> Tensor:
+    """Neurons start…stop of one part as float32 ``[neuron, width]`` on the CPU, read where they lie.
+
+    Raises:
+        ValueError: NaN or infinite numbers among them.
+    """
+    slot = next(s for s in weights.layout[name].of(part) if s.start <= start < s.stop)
+    view = slot.view(weights.tensors[slot.tensor])
+    first, last = start - slot.start, stop - slot.start
+    if slot.stacked:
+        rows = view.shape[1]
+        one, other = divmod(first, rows)[0], (last - 1) // rows
+        view = view[one : other + 1].flatten(0, 1)[first - one * rows : last - one * rows]
+    else:
+        view = view[first:last]
+    found = view.detach().to("cpu", torch.float32).reshape(stop - start, -1)
+    if not bool(found.sum().isfinite()) and not bool(found.isfinite().all()):
+        bad = int((~found.isfinite()).sum())
+        raise ValueError(f"{slot.tensor!r} of {weights.name} holds {bad} NaN or infinite numbers")
+    return found
+
+
+def displacements(run: Trajectory, *names: str) -> Iterator[tuple[str, int, int, tuple[Tensor, ...]]]:
+    """What each step of training changed, chunk by chunk: ``(block, start, stop, (δ, ...))``.
+
+    Args:
+        run: the trajectory.
+        names: the checkpoints in order: ("earlier", "later") gives δB, ("base", "earlier", "later") gives δA and δB.
+
+    Yields:
+        For one part of neurons start…stop of a block: the differences, float32 ``[neuron, width]``. Every part of
+        every neuron comes exactly once; memory is bounded by ``CHUNK`` per checkpoint.
+    """
+    opened = run.weights(*names)
+    for name, block in opened[-1].layout.items():
+        others = [one.layout[name] for one in opened[:-1]]
+        for part in block.parts:
+            for start, stop in pieces(block, part, others):
+                read = [run_of(one, name, part, start, stop) for one in opened]
+                yield name, start, stop, tuple(b - a for a, b in zip(read, read[1:], strict=False))

@@ -97,7 +97,7 @@ def _neurons(scores: Neurons, budget: float) -> int:
 
 
 def _ranking(scores: Neurons) -> Tensor:
-    """Indices into the whole model's neurons, best first; ties: lower layer, then lower index; missing ones left out."""
+    """Indices into the whole model's neurons, best first; ties: lower layer, lower index; missing ones left out."""
     flat = torch.cat(list(scores.values()))
     has = torch.cat([scores.available(name) for name in scores]).nonzero().flatten()
     return has[flat[has].sort(descending=True, stable=True).indices]

@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -150,7 +150,20 @@ def tensors_of(source: Source) -> Mapping[str, Tensor]:
         return Checkpoint(source)
     if isinstance(source, Mapping):
         return source
-    raise ValueError(f"expected a folder, a hub id, a torch module or a mapping of tensors, got {type(source).__name__}")
+    raise ValueError(
+        f"expected a folder, a hub id, a torch module or a mapping of tensors, got {type(source).__name__}"
+    )
+
+
+@runtime_checkable
+class _Edited(Protocol):
+    """What ``save`` needs of a rolled-back view: its shards, its edits, and the papers that go beside them."""
+
+    headers: dict[str, Any]
+
+    def touched(self, file: str) -> list[str]: ...
+    def edit(self, name: str, tensor: Tensor) -> None: ...
+    def papers(self) -> dict[str, bytes]: ...
 
 
 def save(tensors: Mapping[str, Tensor], folder: str | Path, *, overwrite: bool = False) -> Path:
@@ -201,7 +214,7 @@ def save(tensors: Mapping[str, Tensor], folder: str | Path, *, overwrite: bool =
 def _copy(source: Path, partial: Path, tensors: Mapping[str, Tensor]) -> None:
     """Everything of the source's tree, symbolic links resolved, then the edits, then what says where it came from."""
     # A weight file carries its final name only once it is whole: a killed process leaves no folder that loads.
-    weights = set(tensors.headers) if isinstance(tensors, Checkpoint) else set(getattr(tensors, "headers", ()))
+    weights: set[str] = set(getattr(tensors, "headers", ()))
     partial.mkdir()
     for path in sorted(source.rglob("*")):
         inside = path.relative_to(source)
@@ -211,9 +224,9 @@ def _copy(source: Path, partial: Path, tensors: Mapping[str, Tensor]) -> None:
             _clone(path, partial / f"{inside}.partial")
         else:
             _clone(path, partial / inside)
-    if hasattr(tensors, "edit"):
+    if isinstance(tensors, _Edited):
         for file in sorted(weights):
-            edit_file(partial / f"{file}.partial", tensors, file)
+            _edit_file(partial / f"{file}.partial", tensors, file)
         for name, text in tensors.papers().items():
             (partial / name).write_bytes(text)
     for file in weights:
@@ -224,7 +237,7 @@ def _copy(source: Path, partial: Path, tensors: Mapping[str, Tensor]) -> None:
     _sync(partial)
 
 
-def edit_file(path: Path, tensors: Any, file: str) -> None:
+def _edit_file(path: Path, tensors: _Edited, file: str) -> None:
     """Write the edits of one shard into ``path``, through the page cache; no tensor is ever held in memory whole."""
     names = tensors.touched(file)
     if not names:
@@ -306,7 +319,9 @@ def _header(path: Path) -> dict[str, Any]:
         prefix = file.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
         if length > min(_HEADER_LIMIT, size - 8):
-            raise ValueError(f"{path} is truncated or not a safetensors file: its header wants {length} of {size} bytes")
+            raise ValueError(
+                f"{path} is truncated or not a safetensors file: its header wants {length} of {size} bytes"
+            )
         try:
             header = json.loads(file.read(length))
         except ValueError as error:
@@ -331,7 +346,7 @@ def _header(path: Path) -> dict[str, Any]:
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        found = json.loads(index.read_text())["weight_map"]
+        found: dict[str, str] = json.loads(index.read_text())["weight_map"]
         if not all(isinstance(name, str) and isinstance(file, str) for name, file in found.items()):
             raise ValueError("a weight_map maps names to file names")
     except (ValueError, KeyError, AttributeError, TypeError) as error:

@@ -72,7 +72,8 @@ def _listen_to_experts(module: Any, hear: Hear, stack: ExitStack) -> None:
     order: list[Routing] = []
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        index = args[1] if len(args) > 1 else kwargs.get("top_k_index", kwargs.get("router_indices"))
+        named: Any = kwargs.get("top_k_index", kwargs.get("router_indices"))
+        index = args[1] if len(args) > 1 else named
         flat, top_k = index.reshape(-1), index.shape[-1]
         implementation = module.config._experts_implementation
         if implementation == "batched_mm":

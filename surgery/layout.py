@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,9 @@ def spec_layout(spec: Spec, shapes: Shapes) -> Layout:
         holes = re.escape(f"{template}.{first}").replace(re.escape("{layer}"), r"(\d+)")
         names = [name for name in shapes if re.fullmatch(holes, name)]
         if not names:
-            raise ValueError(f"no tensor is named like {template}.{first}; there is {next(iter(shapes), 'none')!r}, ...")
+            raise ValueError(
+                f"no tensor is named like {template}.{first}; there is {next(iter(shapes), 'none')!r}, ..."
+            )
         for name in sorted(names, key=lambda name: [int(n) for n in re.findall(r"\d+", name)]):
             blocks.append(_spec_block(name.removesuffix(f".{first}"), tensors, shapes))
     return Layout(tuple(blocks))
@@ -77,7 +80,7 @@ def _spec_block(path: str, tensors: Mapping[str, str], shapes: Shapes) -> Block:
             label = "down" if at == len(tensors) - 1 else name if parts == 1 else f"{name}[{g}]"
             slots.append(Slot(label, f"{path}.{name}", pattern, shape, g if parts > 1 else None, parts))
     if len({slot.neurons for slot in slots}) != 1:
-        raise ValueError(f"the parts of {path} differ in length: {({s.tensor: s.neurons for s in slots})}")
+        raise ValueError(f"the parts of {path} differ in length: { ({s.tensor: s.neurons for s in slots}) }")
     consumer = slots[-1].tensor.rpartition(".")[0]
     return Block(path, slots[0].neurons, tuple(slots), consumer, found="your layout")
 
@@ -143,7 +146,7 @@ def _parts(tensor: str, pattern: str, shape: tuple[int, ...], gated: bool, suffi
 
 
 def _dense_blocks(model: nn.Module, hidden: int, plan: Mapping[str, str]) -> Iterator[Block]:
-    """MLPs by structure: in a module inside a layer, one linear layer back to the hidden size and those that feed it."""
+    """MLPs by structure: inside a layer, one linear layer back to the hidden size and those that feed it."""
     covered: set[str] = set()
     layers = []
     for path, module in model.named_modules():
@@ -155,9 +158,9 @@ def _dense_blocks(model: nn.Module, hidden: int, plan: Mapping[str, str]) -> Ite
             covered.add(path)
             yield block
     for path, module in layers:  # BERT keeps the two halves of an MLP in two modules side by side
-        if not any(f"{done}.".startswith(f"{path}.") or f"{path}.".startswith(f"{done}.") for done in covered):
-            if block := _mlp(path, _linears(module, depth=2), hidden, plan):
-                yield block
+        done = any(f"{one}.".startswith(f"{path}.") or f"{path}.".startswith(f"{one}.") for one in covered)
+        if not done and (block := _mlp(path, _linears(module, depth=2), hidden, plan)):
+            yield block
 
 
 def _linears(module: nn.Module, depth: int) -> dict[str, nn.Module]:
@@ -193,7 +196,11 @@ def _mlp(path: str, linears: Mapping[str, nn.Module], hidden: int, plan: Mapping
                 f"reads the neurons, and the model has no tensor-parallel plan that does. {WAY_OUT}"
             )
     feeds = {
-        down: [n for n, (into, out) in ends.items() if n != down and into == hidden and out in (ends[down][0], 2 * ends[down][0])]
+        down: [
+            n
+            for n, (into, out) in ends.items()
+            if n != down and into == hidden and out in (ends[down][0], 2 * ends[down][0])
+        ]
         for down in consumers
     }
     feeds = {down: ups for down, ups in feeds.items() if ups}
@@ -203,7 +210,9 @@ def _mlp(path: str, linears: Mapping[str, nn.Module], hidden: int, plan: Mapping
     width = ends[down][0]
     if more or len(ups) > 2 or (len(ups) == 2 and any(ends[up][1] != width for up in ups)):
         raise ValueError(f"{path} has several linear layers that could be an MLP's: {sorted(ends)}. {WAY_OUT}")
-    slots = [slot for up, part in zip(*_named(ups), strict=True) for slot in _producer(path, up, part, linears[up], width)]
+    slots = [
+        slot for up, part in zip(*_named(ups), strict=True) for slot in _producer(path, up, part, linears[up], width)
+    ]
     weight: Any = linears[down].weight
     pattern = "d n -> n d" if isinstance(linears[down], nn.Linear) else "n d -> n d"
     slots.append(Slot("down", f"{path}.{down}.weight", pattern, tuple(weight.shape)))
@@ -277,7 +286,9 @@ def _check_complete(model: nn.Module, layout: Layout) -> None:
             continue
         bare = [n for n, _ in module.named_children() if not _holds(layout, f"{path}.{n}")]
         if 0 < len(bare) < len(module):
-            raise ValueError(f"no MLP was recognised in {len(bare)} of {len(module)} layers of {path}: {bare[:5]}. {WAY_OUT}")
+            raise ValueError(
+                f"no MLP was recognised in {len(bare)} of {len(module)} layers of {path}: {bare[:5]}. {WAY_OUT}"
+            )
 
 
 def _holds(layout: Layout, path: str) -> bool:
@@ -331,7 +342,9 @@ def _meta_model(folder: Path) -> Any:
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     except (ValueError, OSError, KeyError) as error:
-        raise ValueError(f"{folder}/config.json can't be read as a model's configuration: {error}. {WAY_OUT}") from error
+        raise ValueError(
+            f"{folder}/config.json can't be read as a model's configuration: {error}. {WAY_OUT}"
+        ) from error
     kinds = ("AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForImageTextToText", "AutoModel")
     for kind in kinds:
         try:
@@ -431,14 +444,21 @@ def probe(model: nn.Module, layout: Layout, block: Block, neurons: int = 4) -> l
         grads = _gradients(model, block, i, tensors)
         for slot in block.slots:
             grad = grads[slot.tensor]
-            rows = slot.view(grad) if grad is not None else None
-            touched = rows.reshape(*rows.shape[: 1 + slot.stacked], -1).ne(0).any(-1).nonzero() if rows is not None else []
-            hit = {int(t) for t in touched[:, -1]} if len(touched) else set()
+            hit = _rows_hit(slot, grad) if grad is not None else set()
             if hit - {i}:
-                problems.append(f"{slot.tensor} ({slot.part}): neuron {i} also lies in the rows of {sorted(hit - {i})[:5]}")
+                problems.append(
+                    f"{slot.tensor} ({slot.part}): neuron {i} also lies in the rows of {sorted(hit - {i})[:5]}"
+                )
             elif not hit:
                 problems.append(f"{slot.tensor} ({slot.part}): neuron {i} gets no gradient")
     return problems
+
+
+def _rows_hit(slot: Slot, grad: Tensor) -> set[int]:
+    """Which neurons (of any expert) have a gradient in the slot."""
+    rows = slot.view(grad)
+    nonzero = rows.reshape(*rows.shape[: 1 + slot.stacked], -1).ne(0).any(-1).nonzero()
+    return {int(i) for i in nonzero[:, -1]}
 
 
 def _gradients(model: nn.Module, block: Block, i: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
@@ -461,10 +481,8 @@ def _gradients(model: nn.Module, block: Block, i: int, tensors: Mapping[str, Ten
         for tensor in tensors.values():
             tensor.requires_grad_(True)
         with torch.enable_grad(), listening(model, block, only):
-            try:
+            with suppress(_Reached):
                 model(input_ids=ids, use_cache=False)
-            except _Reached:
-                pass
         weights = torch.randn(outputs[0].shape, generator=torch.Generator().manual_seed(1)).to(outputs[0])
         found = torch.autograd.grad((outputs[0] * weights).sum(), list(tensors.values()), allow_unused=True)
     finally:

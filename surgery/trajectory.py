@@ -139,8 +139,8 @@ class Trajectory:
         from transformers import AutoModelForCausalLM
 
         folder = found.folder if isinstance(found, Checkpoint) else Checkpoint(found).folder
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True)
-        return model.to(device).eval() if device else model.eval()
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True)
+        return (model.to(device) if device else model).eval()
 
 
 def pieces(block: Block, part: str, others: list[Block], chunk: int = CHUNK) -> Iterator[tuple[int, int]]:

@@ -155,7 +155,11 @@ def neurons(family: str, model: Any) -> int:
     dense = {"bloom": 4 * _H, "mpt": 4 * _H, "opt": _I, "falcon": _I, "lfm2": 48}.get(family, dense)
     if family in DENSE:
         return _LAYERS * dense
-    inner = c.intermediate_size if family in ("mixtral", "phimoe", "minimax_m2", "gpt_oss", "llama4_text", "granitemoe", "jetmoe", "olmoe") else 24
+    inner = (
+        c.intermediate_size
+        if family in ("mixtral", "phimoe", "minimax_m2", "gpt_oss", "llama4_text", "granitemoe", "jetmoe", "olmoe")
+        else 24
+    )
     experts = 4 * inner
     if family in ("qwen3_moe", "qwen2_moe", "deepseek_v2", "deepseek_v3", "glm4_moe", "glm_moe_dsa"):
         shared = {"qwen2_moe": 40, "qwen3_moe": 0}.get(family, 24)

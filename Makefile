@@ -1,0 +1,26 @@
+.PHONY: demo test venv lint clean
+PYTHON ?= python3
+BIN := .venv/bin
+export OMP_NUM_THREADS ?= 2
+
+demo: venv ## the main job on the lab's checkpoints: select, dry run, rollback to a folder, sweep, plot
+	$(BIN)/python -m benchmarks.demo
+
+test: venv lint ## everything that CI runs
+	$(BIN)/python -m pytest -q
+
+lint: venv
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+venv: .venv/installed ## only install
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q "$$(grep ^torch== constraints.txt)"
+	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv demo-output .mypy_cache .ruff_cache .pytest_cache

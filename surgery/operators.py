@@ -1,0 +1,339 @@
+"""The verb and the participle: ``rollback`` writes into a live model and can undo; ``rolled_back`` is a lazy copy."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.checkpoint import Checkpoint, Source, State
+from surgery.neurons import Neurons
+from surgery.papers import papers, warn_if_made_for_others
+from surgery.slots import Block, Layout, Slot
+from surgery.trajectory import Weights, open_weights
+
+_REAL = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class _Edit:
+    """The rows of one slot that a mask reverts."""
+
+    block: Block
+    slot: Slot
+    index: Tensor  # of the neurons in the block, int64, ascending
+
+    @property
+    def local(self) -> Tensor:
+        return self.index - self.slot.start
+
+    def new(self, source: Weights, old: Tensor, strength: float) -> Tensor:
+        """What the rows become, in ``old``'s dtype and on its device; strength 1 copies the source's bits."""
+        found = source.layout[self.block.name].rows(source.tensors, self.slot.part, self.index)
+        if strength == 1:
+            return found.to(old.device, old.dtype)
+        wide = torch.promote_types(old.dtype, torch.float32)
+        return old.to(wide).lerp(found.to(old.device, wide), strength).to(old.dtype)
+
+
+def _edits(layout: Layout, mask: Neurons, whose: str) -> Iterator[_Edit]:
+    if not mask.is_mask:
+        raise ValueError("mask= holds scores: choose neurons with top(scores, allocate(scores, budget))")
+    mask.require(layout.sizes, whose)
+    for name, block in layout.items():
+        index = mask.indices(name)
+        for slot in block.slots if len(index) else ():
+            low, high = torch.searchsorted(index, torch.tensor([slot.start, slot.stop])).tolist()
+            if low < high:
+                yield _Edit(block, slot, index[low:high])
+
+
+def _check_strength(strength: float) -> None:
+    if not (isinstance(strength, int | float) and 0 <= strength <= 1):
+        raise ValueError(f"strength={strength!r}: expected a number in [0, 1] (1 copies the earlier bits)")
+
+
+@dataclass
+class Rollback:
+    """What a rollback did, and the way back.
+
+    Use it as a ``with`` block (undone on exit) or keep it and call ``undo``.
+    """
+
+    neurons: dict[str, int]  # written, per block
+    parameters: dict[str, int]  # written, per block
+    tensors: int  # touched
+    changed: int  # entries whose bits really differ now
+    strength: float
+    _old: list[tuple[Tensor, _Edit, Tensor]] = field(repr=False)
+
+    def undo(self) -> None:
+        """Put the original bits back. Undoing twice is undoing once.
+
+        Rollbacks that overlap are undone in the reverse order in which they were made.
+        """
+        with _uninterrupted():
+            for tensor, edit, rows in reversed(self._old):
+                _write(tensor, edit, rows.to(tensor.device))
+            self._old.clear()
+
+    def __enter__(self) -> Rollback:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.undo()
+
+    def __str__(self) -> str:
+        written = sum(self.parameters.values())
+        lines = [
+            f"rolled back {sum(self.neurons.values())} neurons in {sum(n > 0 for n in self.neurons.values())} of "
+            f"{len(self.neurons)} blocks: {written} parameters in {self.tensors} tensors, {self.changed} of them changed"
+        ]
+        if 0 < self.strength < 1 and written:
+            lines.append(
+                f"strength {self.strength}: {self.changed / written:.1%} of the entries moved; "
+                f"in 16-bit dtypes a small partial step rounds back to where it was"
+            )
+        return "\n".join(lines)
+
+
+def rollback(
+    model: nn.Module,
+    *,
+    to: Source,
+    mask: Neurons,
+    strength: float = 1.0,
+    keep_on: torch.device | str | None = None,
+    layout: Layout | None = None,
+) -> Rollback:
+    """Set the masked neurons of a live model back to their values in ``to``, in place; undoable bit for bit.
+
+    w_n ← w_n + strength · (w_n(to) − w_n). Only the masked slices of ``to`` are read and only those of the model are
+    kept for the undo. An exception or Ctrl-C on the way puts the old weights back before it goes on.
+
+    Args:
+        model: the later model; weights float32, bfloat16, float16 or float64, on any device.
+        to: the earlier checkpoint: a folder, hub id, module or mapping, on any device, of any floating dtype.
+        mask: bool Neurons, as a selector gives it.
+        strength: in [0, 1]; 1 copies bits. Below 1 the blend is computed in float32 and rounded to the weights' dtype.
+        keep_on: where the originals are kept (default: beside the weights).
+        layout: where the neurons lie (default: found).
+
+    Returns:
+        A report that is also the undo; as a ``with`` block it undoes itself on exit.
+
+    Raises:
+        ValueError: the mask or ``to`` is of another model; weights are offloaded, quantised, or share their storage
+            with weights outside the mask.
+
+    Source: the paper, Section 6 and Appendix D.4; strength, undo and atomicity are ours.
+
+    >>> # with rollback(model, to="runs/math", mask=mask): print(evaluate(model))
+    """
+    _check_strength(strength)
+    live = open_weights(model, layout)
+    source = open_weights(to, layout if layout is None or layout.fits(_tensors(to)) else None, live)
+    edits = list(_edits(live.layout, mask, "the model"))
+    warn_if_made_for_others(mask, earlier=source)
+    _check_writable(model, live, edits)
+    old: list[tuple[Tensor, _Edit, Tensor]] = []
+    changed = 0
+    with _uninterrupted() as pending:
+        try:
+            for edit in edits:
+                tensor = live.tensors[edit.slot.tensor]
+                before = edit.slot.take(tensor, edit.local)
+                after = edit.new(source, before, strength)
+                _check_finite(after, edit, source)
+                changed += int((_bits(before) != _bits(after)).sum())
+                old.append((tensor, edit, before.to(keep_on) if keep_on else before))
+                _write(tensor, edit, after)
+                if pending:
+                    raise KeyboardInterrupt
+        except BaseException:
+            for tensor, edit, rows in reversed(old):
+                _write(tensor, edit, rows.to(tensor.device))
+            raise
+    written = dict.fromkeys(live.layout, 0)
+    for edit in edits:
+        written[edit.block.name] += len(edit.index) * edit.slot.width
+    return Rollback(mask.count(), written, len({edit.slot.tensor for edit in edits}), changed, float(strength), old)
+
+
+def _tensors(source: Source) -> Mapping[str, Tensor]:
+    return (
+        State(source)
+        if isinstance(source, nn.Module)
+        else source
+        if isinstance(source, Mapping)
+        else Checkpoint(source)
+    )
+
+
+def _write(tensor: Tensor, edit: _Edit, rows: Tensor) -> None:
+    with torch.no_grad():
+        edit.slot.put(tensor, edit.local, rows)
+
+
+_WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(_WIDTH[tensor.element_size()])
+
+
+def _check_finite(rows: Tensor, edit: _Edit, source: Weights) -> None:
+    if not bool(rows.isfinite().all()):
+        raise ValueError(f"{edit.slot.tensor} of {source.name} holds NaN or infinite numbers in the masked neurons")
+
+
+def _check_writable(model: nn.Module, live: Weights, edits: list[_Edit]) -> None:
+    names = {edit.slot.tensor for edit in edits}
+    owners: dict[tuple[torch.device, int], set[str]] = {}
+    for name, tensor in live.tensors.items():
+        if tensor.device.type != "meta":
+            owners.setdefault((tensor.device, tensor.untyped_storage().data_ptr()), set()).add(name)
+    for name in names:
+        tensor = live.tensors[name]
+        if tensor.device.type == "meta":
+            raise ValueError(
+                f"{name} is on the meta device: its weights are offloaded, and an edit would be lost. Load the model "
+                f"whole, or roll the folder back with rolled_back() and save()"
+            )
+        if tensor.dtype not in _REAL:
+            raise ValueError(f"{name} is stored as {tensor.dtype}: quantised weights can't be reverted exactly")
+        ours, storage = name, owners[tensor.device, tensor.untyped_storage().data_ptr()]
+        if shared := sorted(other for other in storage - {ours} if _overlap(live.tensors[other], tensor)):
+            raise ValueError(f"{name} shares its memory with {shared[0]!r}: writing the one would change the other too")
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether the address ranges of two tensors of one storage meet."""
+    low_a, low_b = a.data_ptr(), b.data_ptr()
+    return low_a < low_b + _span(b) and low_b < low_a + _span(a)
+
+
+def _span(tensor: Tensor) -> int:
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (reach + 1) * tensor.element_size() if tensor.numel() else 0
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[list[int]]:
+    """Hold Ctrl-C back while the body runs; the list that it yields is filled by one. Raised again at the end."""
+    pending: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield pending  # signals only ever reach the main thread
+        return
+    before = signal.signal(signal.SIGINT, lambda number, _frame: pending.append(number))
+    try:
+        yield pending
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pending:
+        raise KeyboardInterrupt
+
+
+class RolledBack(Mapping[str, Tensor]):
+    """A checkpoint seen with some neurons set back: a lazy mapping that reads, and never writes, its two parents."""
+
+    def __init__(self, later: Weights, source: Weights, mask: Neurons, strength: float) -> None:
+        self.later, self.source, self.mask, self.strength = later, source, mask, strength
+        self._edits: dict[str, list[_Edit]] = {}
+        for edit in _edits(later.layout, mask, later.name):
+            self._edits.setdefault(edit.slot.tensor, []).append(edit)
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self.later.tensors[name]
+        if name not in self._edits:
+            return tensor
+        tensor = tensor.detach().clone()
+        self.edit(name, tensor)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.later.tensors)
+
+    def __len__(self) -> int:
+        return len(self.later.tensors)
+
+    @property
+    def layout(self) -> Layout:
+        """Where the neurons lie: as in the later checkpoint."""
+        return self.later.layout
+
+    @property
+    def folder(self) -> Path | None:
+        """The later checkpoint's folder, if it is one."""
+        return self.later.tensors.folder if isinstance(self.later.tensors, Checkpoint) else None
+
+    @property
+    def parents(self) -> list[Path]:
+        """The folders that it reads."""
+        opened = (self.later.tensors, self.source.tensors)
+        return [one.folder for one in opened if isinstance(one, Checkpoint)]
+
+    @property
+    def headers(self) -> dict[str, Any]:
+        """The later folder's shard headers."""
+        return self.later.tensors.headers if isinstance(self.later.tensors, Checkpoint) else {}
+
+    def touched(self, file: str) -> list[str]:
+        """The tensors of a shard that differ from the later checkpoint's."""
+        return [name for name in self.headers[file] if name in self._edits]
+
+    def edit(self, name: str, tensor: Tensor) -> None:
+        """Write the reverted rows into ``tensor``, which holds the later checkpoint's numbers."""
+        for edit in self._edits.get(name, ()):
+            before = edit.slot.take(tensor, edit.local)
+            after = edit.new(self.source, before, self.strength)
+            _check_finite(after, edit, self.source)
+            _write(tensor, edit, after)
+
+    def papers(self) -> dict[str, bytes]:
+        """What lies beside the weights in a saved folder: the mask, what made it, a model card."""
+        edited = sum(len(edit.index) * edit.slot.width for edits in self._edits.values() for edit in edits)
+        return papers(self.later, self.source, self.mask, self.strength, edited, len(self._edits))
+
+    def __repr__(self) -> str:
+        neurons = sum(self.mask.count().values())
+        return f"RolledBack({self.later.name} with {neurons} neurons of {self.source.name}, strength {self.strength})"
+
+
+def rolled_back(
+    later: Source, *, to: Source, mask: Neurons, strength: float = 1.0, layout: Layout | None = None
+) -> RolledBack:
+    """The later checkpoint with the masked neurons set back to ``to``, as a lazy new mapping; nothing is written.
+
+    Args:
+        later: the later checkpoint: a folder, hub id or mapping.
+        to: the earlier one.
+        mask: bool Neurons; strength, layout: as in ``rollback``.
+
+    Returns:
+        A mapping from tensor name to tensor: untouched tensors are the later checkpoint's own, touched ones fresh
+        copies. ``save`` writes it as a folder.
+
+    Raises:
+        ValueError: the mask or ``to`` is of another model, or a dtype can't be reverted exactly.
+
+    Source: ours.
+    """
+    _check_strength(strength)
+    opened = open_weights(later, layout)
+    view = RolledBack(opened, open_weights(to, None, opened), mask, float(strength))
+    warn_if_made_for_others(mask, earlier=view.source, later=opened)
+    for name in view._edits:
+        if opened.tensors[name].dtype not in _REAL:
+            raise ValueError(f"{name} is stored as {opened.tensors[name].dtype}: quantised weights can't be reverted")
+    return view

@@ -1,0 +1,111 @@
+"""What lies beside a rolled-back checkpoint: the mask, a record of what made it, and a model card."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+import warnings
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from surgery.checkpoint import Checkpoint
+from surgery.neurons import Neurons
+from surgery.trajectory import Weights
+
+MASK, RECORD, CARD = "surgery.mask.safetensors", "surgery.json", "README.md"
+
+
+def versions() -> dict[str, str]:
+    """The versions of surgery and of what the numbers depend on."""
+    found = {}
+    for package in ("surgery", "torch", "transformers", "safetensors", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def fingerprint(weights: Weights) -> dict[str, Any]:
+    """What tells a checkpoint from another: its name and, for a folder, a sha256 of every weight file.
+
+    The hash is taken over the file's header, its size and 1024 evenly spaced runs of 4 KiB: two training stages never
+    agree on those, and hashing all of a large checkpoint would cost more than rolling it back.
+    """
+    if not isinstance(weights.tensors, Checkpoint):
+        return {"name": weights.name}
+    folder, files = weights.tensors.folder, sorted(weights.tensors.headers)
+    found = {"name": folder.resolve().name, "sha256_of": "header, size and 1024 samples of 4 KiB"}
+    return {**found, "sha256": {file: _sha256(folder / file) for file in files}}
+
+
+def _sha256(path: Path, samples: int = 1024, run: int = 4096) -> str:
+    digest, size = hashlib.sha256(str(path.stat().st_size).encode()), path.stat().st_size
+    with open(path, "rb") as file:
+        prefix = file.read(8)
+        digest.update(prefix + file.read(int.from_bytes(prefix, "little")))
+        start = file.tell()
+        step = max(run, (size - start) // samples)
+        for at in range(start, size, step):
+            file.seek(at)
+            digest.update(file.read(run))
+    return digest.hexdigest()
+
+
+def warn_if_made_for_others(mask: Neurons, **used: Weights) -> None:
+    """Warn where a mask was selected for other checkpoints than those it is used with."""
+    made_for = mask.made_by.get("checkpoints", {})
+    for role, weights in used.items():
+        before, now = made_for.get(role, {}), fingerprint(weights)
+        if before.get("sha256") and now.get("sha256") and before["sha256"] != now["sha256"]:
+            warnings.warn(
+                f"the mask was selected for {before['name']!r} as the {role} checkpoint and is applied to "
+                f"{now['name']!r}, which has other weights",
+                stacklevel=4,
+            )
+
+
+def papers(
+    later: Weights, source: Weights, mask: Neurons, strength: float, edited: int, tensors: int
+) -> dict[str, bytes]:
+    """File name → content of everything that a saved rollback adds to the later folder."""
+    record = {
+        "versions": versions(),
+        "later": fingerprint(later),
+        "to": fingerprint(source),
+        "selector": mask.made_by,
+        "strength": strength,
+        "neurons": {"reverted": sum(mask.count().values()), "of": mask.total, "per_block": mask.count()},
+        "parameters": edited,
+        "tensors": tensors,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        mask.save(Path(folder) / MASK)
+        saved = (Path(folder) / MASK).read_bytes()
+    found = {MASK: saved, RECORD: json.dumps(record, indent=2).encode() + b"\n"}
+    return {**found, CARD: _card(record, later).encode()}
+
+
+def _card(record: dict[str, Any], later: Weights) -> str:
+    """A model card that names the parents, above the later checkpoint's own card."""
+    later_name, earlier_name = record["later"]["name"], record["to"]["name"]
+    neurons = record["neurons"]
+    text = f"""# {later_name}, with {neurons["reverted"]} neurons of {earlier_name}
+
+This checkpoint is **{later_name}** in which {neurons["reverted"]} of {neurons["of"]} MLP neurons
+({neurons["reverted"] / max(neurons["of"], 1):.2%}) were set back to their values in **{earlier_name}**
+(strength {record["strength"]}). Nothing was trained. Every other byte of the weights is {later_name}'s.
+
+- selected by: `{json.dumps(record["selector"].get("selector", record["selector"]))}`
+- parameters written: {record["parameters"]} in {record["tensors"]} tensors
+- exact neurons: `{MASK}`; versions and sha256 of both parents: `{RECORD}`
+- made with surgery {record["versions"].get("surgery", "")}
+"""
+    old = later.tensors.folder / CARD if isinstance(later.tensors, Checkpoint) else None
+    own = old.read_text(encoding="utf-8") if old is not None and old.exists() else ""
+    if own.startswith("---\n") and "\n---\n" in own[4:]:  # the card's metadata has to come first
+        end = own.index("\n---\n", 4) + 5
+        return own[:end] + "\n" + text + "\n---\n\n" + own[end:].lstrip()
+    return text + (f"\n---\n\n{own}" if own else "")

@@ -1,0 +1,222 @@
+"""Scores: one number per neuron that says how much it should be reverted (larger = first)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import wraps
+from typing import Any, ParamSpec
+
+import torch
+from torch import Tensor, nn
+
+from surgery.hooks import Routing, listening
+from surgery.layout import find_layout
+from surgery.neurons import Neurons
+from surgery.prompts import Batch, response_mask
+from surgery.slots import Block, Layout
+from surgery.trajectory import Trajectory, displacements
+
+P = ParamSpec("P")
+_memory: ContextVar[dict[Any, tuple[Any, Neurons]] | None] = ContextVar("scores", default=None)
+
+
+@contextmanager
+def remembered() -> Iterator[None]:
+    """While the body runs, each score of the same arguments is computed once (a sweep asks for it at every budget).
+
+    The arguments are told apart by identity: don't change a model or data in place inside.
+    """
+    token = _memory.set({})
+    try:
+        yield
+    finally:
+        _memory.reset(token)
+
+
+def _once(score: Callable[P, Neurons]) -> Callable[P, Neurons]:
+    @wraps(score)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> Neurons:
+        memory = _memory.get()
+        if memory is None:
+            return score(*args, **kwargs)
+        held = (*args, *sorted(kwargs.items()))
+        key = (score.__name__, *(value if isinstance(value, Trajectory) else id(value) for value in args), str(kwargs))
+        try:
+            hash(key)
+        except TypeError:  # a trajectory of unhashable sources
+            key = (score.__name__, *(id(value) for value in args), str(kwargs))
+        if key not in memory:
+            memory[key] = (held, score(*args, **kwargs))  # holding the arguments keeps their identities from reuse
+        return memory[key][1]
+
+    return wrapper
+
+
+@_once
+def activation(model: nn.Module, data: Iterable[Batch], *, layout: Layout | None = None) -> Neurons:
+    """A, activation: the mean of abs(h_n) over the earlier domain's tokens, h the input of the MLP's consumer.
+
+    A = 1/T · Σ_t abs(h_n(t)). Tokens: the response tokens (``labels != -100``) if a batch has labels, else all
+    attended ones. In a MoE the mean of neuron i of expert e is over the tokens routed to e; experts that no token
+    reached have no activation (``Neurons.missing``), are named in ``made_by["never_routed"]`` and never selected.
+
+    Args:
+        model: the later model, live; it is run in eval mode and left as it was.
+        data: batches of ``{"input_ids", "attention_mask"[, "labels"]}``, ``[batch, token]``.
+        layout: where the neurons lie (default: found).
+
+    Returns:
+        Scores ≥ 0 in the units of the activations; sums in float32 per batch, float64 over batches.
+
+    Raises:
+        ValueError: there is no token to average over, a prompt is longer than the model's context, or weights are
+            offloaded.
+        RuntimeError: a hook did not fire (a model compiled before does not call hooks).
+
+    Source: the paper ("most active neurons"); the statistic is ours.
+    """
+    layout = layout or find_layout(model)
+    listeners = [_Listener(block) for block in layout.blocks]
+    inner = getattr(model, "base_model", model)
+    training, device = model.training, next(model.parameters()).device
+    if device.type == "meta":
+        raise ValueError("the model's weights are on the meta device (offloaded or empty): load it before listening")
+    limit = _context(model)
+    model.eval()
+    try:
+        with torch.inference_mode():
+            for batch in data:
+                _run(model, inner, batch, listeners, device, limit)
+    finally:
+        model.train(training)
+    return _mean(layout, listeners, model)
+
+
+class _Listener:
+    """Accumulates Σ w·abs(h) and Σ w of one block: ``[neuron]`` and, per expert, ``[expert]``."""
+
+    def __init__(self, block: Block) -> None:
+        self.block = block
+        self.sums = torch.zeros(block.neurons, dtype=torch.float64)
+        self.counts = torch.zeros(max(block.experts, 1), dtype=torch.float64)
+        self.weights = torch.zeros(0)
+        self.fired = False
+
+    def __call__(self, h: Tensor, routing: Routing | None) -> None:
+        self.fired = True
+        rows = h.reshape(-1, h.shape[-1]).abs()
+        weights = self.weights.to(rows.device)
+        if routing is None:
+            if len(rows) != len(weights):
+                raise RuntimeError(f"{self.block.name}: {len(rows)} activations for {len(weights)} tokens")
+            self.sums += (weights @ rows.float()).double().cpu()
+            self.counts += weights.sum().double().cpu()
+            return
+        # Experts come sorted or one at a time in most implementations; index_add does not care.
+        per_row = weights[routing.tokens]
+        sums = torch.zeros(self.block.experts, rows.shape[1], device=rows.device)
+        sums.index_add_(0, routing.experts, rows.float() * per_row[:, None])
+        self.sums += sums.flatten().double().cpu()
+        counts = torch.zeros(self.block.experts, device=rows.device).index_add_(0, routing.experts, per_row)
+        self.counts += counts.double().cpu()
+
+
+def _run(
+    model: nn.Module, inner: Any, batch: Batch, listeners: list[_Listener], device: torch.device, limit: int | None
+) -> None:
+    from contextlib import ExitStack
+
+    ids = batch["input_ids"].to(device)
+    if limit is not None and ids.shape[1] > limit:
+        raise ValueError(f"a prompt has {ids.shape[1]} tokens, and the model's context is {limit}: shorten or drop it")
+    with ExitStack() as stack:
+        for listener in listeners:
+            listener.fired = False
+            listener.weights = response_mask(batch).flatten().float().to(device)
+            stack.enter_context(listening(model, listener.block, listener))
+        inputs = {"attention_mask": batch["attention_mask"].to(device)} if "attention_mask" in batch else {}
+        inner(input_ids=ids, **inputs, use_cache=False)
+    silent = [listener.block.name for listener in listeners if not listener.fired]
+    if silent:
+        raise RuntimeError(
+            f"{len(silent)} of {len(listeners)} blocks were never heard, the first of them {silent[0]!r}: a model that "
+            f"was compiled and run before ignores new hooks. Pass the model that was not compiled"
+        )
+
+
+def _mean(layout: Layout, listeners: list[_Listener], model: nn.Module) -> Neurons:
+    values, missing, never = {}, {}, []
+    for block, listener in zip(layout.blocks, listeners, strict=True):
+        counts = listener.counts
+        if not bool(counts.sum() > 0):
+            raise ValueError("the data has no token to average over: no batch, or no response token in any of them")
+        per_neuron = counts.repeat_interleave(block.neurons // len(counts))
+        values[block.name] = (listener.sums / per_neuron.clamp(min=1)).float()
+        missing[block.name] = per_neuron == 0
+        never += [f"{block.name}[{e}]" for e in (counts == 0).nonzero().flatten().tolist()]
+    made_by = {"activation": {"tokens": int(max(listener.counts.max() for listener in listeners))}}
+    return Neurons(values, missing=missing, made_by={**made_by, **({"never_routed": never} if never else {})})
+
+
+def _context(model: nn.Module) -> int | None:
+    config: Any = getattr(model, "config", None)
+    limit = getattr(config, "max_position_embeddings", None) if config is not None else None
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+@_once
+def magnitude(run: Trajectory) -> Neurons:
+    """M, magnitude: the L2 norm of what the later training changed in a neuron, ‖δB,n‖.
+
+    Args:
+        run: a trajectory with ``earlier`` and ``later``; read chunk by chunk, in float32 whatever the dtype.
+
+    Returns:
+        Scores ≥ 0 in the units of the weights.
+
+    Raises:
+        ValueError: the checkpoints are of different models, or hold NaN or infinite numbers.
+
+    Source: the paper ("aggregate magnitude of ΔW (gate, up, down)"); the norm is ours.
+    """
+    (later,) = run.weights("later")
+    squares = {name: torch.zeros(size, dtype=torch.float64) for name, size in later.layout.sizes.items()}
+    for name, start, stop, (b,) in displacements(run, "earlier", "later"):
+        squares[name][start:stop] += _dot(b, b)
+    return Neurons({name: value.sqrt().float() for name, value in squares.items()}, made_by={"magnitude": {}})
+
+
+@_once
+def conflict(run: Trajectory) -> Neurons:
+    """C, conflict: how much the later update points against the earlier one, max(0, −cos(δA,n, δB,n)).
+
+    Args:
+        run: a trajectory with ``base``, ``earlier`` and ``later``.
+
+    Returns:
+        Scores in [0, 1]; 0 where either update is zero.
+
+    Raises:
+        ValueError: there is no ``base``; the checkpoints are of different models, or hold NaN or infinite numbers.
+
+    Source: the paper (directional cosine, Section 4); the clamp is ours.
+    """
+    if run.base is None:
+        raise ValueError("C compares two updates and needs the base checkpoint: pass Trajectory(base=...)")
+    (later,) = run.weights("later")
+    zeros = {name: torch.zeros(3, size, dtype=torch.float64) for name, size in later.layout.sizes.items()}
+    for name, start, stop, (a, b) in displacements(run, "base", "earlier", "later"):
+        for row, (left, right) in enumerate(((a, b), (a, a), (b, b))):
+            zeros[name][row, start:stop] += _dot(left, right)
+    values = {}
+    for name, (ab, aa, bb) in zeros.items():
+        norm = (aa * bb).sqrt()
+        values[name] = torch.where(norm > 0, -ab / norm.clamp(min=1e-300), 0.0).clamp(0, 1).float()
+    return Neurons(values, made_by={"conflict": {}})
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Row-wise inner products ``[neuron]``, in float64 from float32 products summed in float32."""
+    return torch.einsum("nd,nd->n", a, b).double()

@@ -2,19 +2,39 @@
 
 Finds the few neurons through which a later training stage hurt an earlier skill and puts exactly those back:
 bit for bit, reversibly, on a live model or from folder to folder.
+
+Names are imported when they are first used, so that ``surgery --help`` need not wait for torch.
 """
 
-from surgery.budget import allocate, top
-from surgery.checkpoint import Checkpoint, save
-from surgery.layout import find_layout, probe
-from surgery.neurons import Neurons
-from surgery.operators import Rollback, RolledBack, rollback, rolled_back
-from surgery.prompts import load_prompts
-from surgery.scores import activation, conflict, magnitude
-from surgery.selection import AMCSelector, RandomSelector, Selector
-from surgery.slots import Block, Layout, Slot
-from surgery.sweeps import Row, Sweep, sweep
-from surgery.trajectory import Trajectory
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from surgery.budget import allocate, top
+    from surgery.checkpoint import Checkpoint, save
+    from surgery.layout import find_layout, probe
+    from surgery.neurons import Neurons
+    from surgery.operators import Rollback, RolledBack, rollback, rolled_back
+    from surgery.prompts import load_prompts
+    from surgery.scores import activation, conflict, magnitude
+    from surgery.selection import AMCSelector, RandomSelector, Selector
+    from surgery.slots import Block, Layout, Slot
+    from surgery.sweeps import Row, Sweep, sweep
+    from surgery.trajectory import Trajectory
+
+_HOME = {
+    "budget": ("allocate", "top"),
+    "checkpoint": ("Checkpoint", "save"),
+    "layout": ("find_layout", "probe"),
+    "neurons": ("Neurons",),
+    "operators": ("Rollback", "RolledBack", "rollback", "rolled_back"),
+    "prompts": ("load_prompts",),
+    "scores": ("activation", "conflict", "magnitude"),
+    "selection": ("AMCSelector", "RandomSelector", "Selector"),
+    "slots": ("Block", "Layout", "Slot"),
+    "sweeps": ("Row", "Sweep", "sweep"),
+    "trajectory": ("Trajectory",),
+}
 
 __all__ = [
     "AMCSelector",
@@ -43,3 +63,14 @@ __all__ = [
     "sweep",
     "top",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOME.items():
+        if name in names:
+            return getattr(import_module(f"surgery.{module}"), name)
+    raise AttributeError(f"module 'surgery' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

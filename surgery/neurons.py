@@ -142,12 +142,13 @@ class Neurons(Mapping[str, Tensor]):
 
         try:
             with safe_open(path, framework="pt") as file:
+                held = set(file.keys())
                 metadata = file.metadata() or {}
                 if metadata.get("format") != "surgery.Neurons":
                     raise ValueError(f"{path} is a safetensors file, but not one that Neurons.save wrote")
                 blocks = json.loads(metadata["blocks"])
                 values = {name: file.get_tensor(name) for name in blocks}
-                missing = {name: file.get_tensor(_MISSING + name) for name in blocks if _MISSING + name in file.keys()}
+                missing = {name: file.get_tensor(_MISSING + name) for name in blocks if _MISSING + name in held}
         except SafetensorError as error:
             raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
         return cls(values, missing=missing, made_by=json.loads(metadata["made_by"]))

@@ -97,7 +97,7 @@ class Rollback:
         written = sum(self.parameters.values())
         lines = [
             f"rolled back {sum(self.neurons.values())} neurons in {sum(n > 0 for n in self.neurons.values())} of "
-            f"{len(self.neurons)} blocks: {written} parameters in {self.tensors} tensors, {self.changed} of them changed"
+            f"{len(self.neurons)} blocks: {written} parameters in {self.tensors} tensors, {self.changed} really changed"
         ]
         if 0 < self.strength < 1 and written:
             lines.append(

@@ -55,7 +55,7 @@ def load_prompts(path: str | Path, tokenizer: Any, *, batch_size: int = 16, limi
 
 
 def response_mask(batch: Batch) -> Tensor:
-    """Which tokens count: the response's where the batch has labels, else all attended ones; bool ``[batch, token]``."""
+    """Which tokens count: the response's where there are labels, else all attended ones; bool ``[batch, token]``."""
     if "labels" in batch:
         return batch["labels"] != IGNORED
     if "attention_mask" in batch:

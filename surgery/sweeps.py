@@ -150,8 +150,8 @@ def sweep(
                 one = _at(selector, budget)
                 measure = partial(_select_and_try, model, live, one, batches, evaluate)
                 rows.append(done.row(_name(one), budget, measure, say))
-    judged = [_judge(row, references[1].metrics, references[0].metrics, metric) for row in rows]
-    return Sweep(metric, (references[1], references[0], *judged))
+    found = [judged(row, references[1].metrics, references[0].metrics, metric) for row in rows]
+    return Sweep(metric, (references[1], references[0], *found))
 
 
 def _select_and_try(
@@ -196,7 +196,8 @@ def _fell_most(earlier: Mapping[str, float], later: Mapping[str, float]) -> str:
     return max(earlier, key=lambda name: earlier[name] - later[name])
 
 
-def _judge(row: Row, earlier: Mapping[str, float], later: Mapping[str, float], metric: str) -> Row:
+def judged(row: Row, earlier: Mapping[str, float], later: Mapping[str, float], metric: str) -> Row:
+    """The row with its recovery on ``metric`` and its Δ on every other one (method: recovery)."""
     lost = earlier[metric] - later[metric]
     recovery = (row.metrics[metric] - later[metric]) / lost if lost else None
     delta = {name: score - later[name] for name, score in row.metrics.items() if name != metric}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -148,7 +149,7 @@ def pieces(block: Block, part: str, others: list[Block], chunk: int = CHUNK) -> 
     slots = [slot for one in (block, *others) for slot in one.of(part)]
     cuts = sorted({edge for slot in slots for edge in (slot.start, slot.stop)})
     step = max(1, chunk // (4 * max(slots[0].width, 1)))
-    for low, high in zip(cuts, cuts[1:], strict=False):
+    for low, high in pairwise(cuts):
         for start in range(low, high, step):
             yield start, min(start + step, high)
 
@@ -192,4 +193,4 @@ def displacements(run: Trajectory, *names: str) -> Iterator[tuple[str, int, int,
         for part in block.parts:
             for start, stop in pieces(block, part, others):
                 read = [run_of(one, name, part, start, stop) for one in opened]
-                yield name, start, stop, tuple(b - a for a, b in zip(read, read[1:], strict=False))
+                yield name, start, stop, tuple(b - a for a, b in pairwise(read))

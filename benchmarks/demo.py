@@ -1,0 +1,61 @@
+"""``make demo``: the command line repairs the lab's Math, which QA training cost, and shows what came back.
+
+Everything that it prints is computed here from the checkpoints in ``benchmarks/lab/seed0``; it types the commands that
+a user would type.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+LAB = Path("benchmarks/lab/seed0")
+OUT = Path("demo-output")
+
+
+def score(model: Any) -> dict[str, float]:
+    """The lab's evaluation as ``surgery sweep --evaluate`` wants it: the probability of the right answer per domain."""
+    from transformers import AutoTokenizer
+
+    from benchmarks.lab.evaluate import evaluator
+
+    return evaluator(ROOT / LAB / "data", AutoTokenizer.from_pretrained(ROOT / LAB / "qa"))(model)
+
+
+def shell(command: str) -> None:
+    """Print a command and run it with the environment's own ``surgery``."""
+    print(f"\n$ {command}", flush=True)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "TRANSFORMERS_VERBOSITY": "error"}
+    subprocess.run(shlex.split(command), check=True, env=environment, cwd=ROOT)
+
+
+def main() -> None:
+    """Select, dry run, roll back to a folder, sweep, plot."""
+    shutil.rmtree(ROOT / OUT, ignore_errors=True)
+    (ROOT / OUT).mkdir()
+    three = f"{LAB}/code {LAB}/math {LAB}/qa"
+    data = f"--data {LAB}/data/math.calibration.jsonl"
+    print("Three checkpoints of one model in training order: code, math, qa. Training on QA cost some of its Math.")
+    shell(f"surgery inspect {LAB}/qa --probe")
+    shell(f"surgery select {three} {data} --budget 0.04 -o {OUT}/mask.safetensors")
+    rollback = f"surgery rollback {LAB}/qa --to {LAB}/math --mask {OUT}/mask.safetensors"
+    shell(f"{rollback} --dry-run")
+    shell(f"{rollback} -o {OUT}/qa-healed")
+    shell(
+        f"surgery sweep {three} {data} --evaluate benchmarks.demo:score --metric math "
+        f"--selectors random,AMC,A/AMC --budgets 0.02,0.04,0.08,0.16,0.32 -o {OUT}/sweep.jsonl"
+    )
+    shell(f"python -m benchmarks.draw {OUT}/sweep.jsonl {OUT}/dose-response.png --metric math")
+    print(f"\nThe healed checkpoint is {OUT}/qa-healed (mask, provenance and model card beside the weights),")
+    print(f"the table's rows are {OUT}/sweep.jsonl, the picture is {OUT}/dose-response.png.")
+
+
+if __name__ == "__main__":
+    main()

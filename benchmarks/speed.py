@@ -1,0 +1,165 @@
+"""What the operations cost, each beside the least that could be done: ``python -m benchmarks.speed``.
+
+A Qwen3-0.6B-shaped pair (random weights, bfloat16, one file) is made in a temporary folder; ``--layers`` shrinks it.
+CPU seconds are of user and system together; memory is the peak of anonymous memory above the start's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from benchmarks.hardware import statement
+
+Result = tuple[str, float, float, str]
+
+
+def cpu(function: Callable[[], object], times: int = 3) -> tuple[float, float]:
+    """The least CPU and wall seconds of some runs."""
+    found = []
+    for _ in range(times):
+        wall, used = time.perf_counter(), time.process_time()
+        function()
+        found.append((time.process_time() - used, time.perf_counter() - wall))
+    return min(c for c, _ in found), min(w for _, w in found)
+
+
+def make(folder: Path, layers: int) -> None:
+    """Three checkpoints of a Qwen3-0.6B shape; the later two differ from the one before in every MLP weight."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(
+        hidden_size=1024, intermediate_size=3072, num_hidden_layers=layers, num_attention_heads=16,
+        num_key_value_heads=8, head_dim=128, vocab_size=151936, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(config).to(torch.bfloat16)
+    for name in ("base", "earlier", "later"):
+        model.save_pretrained(folder / name, max_shard_size="10GB")
+        with torch.no_grad():
+            for parameter in model.model.layers.parameters():
+                parameter.mul_(1 + 0.02 * torch.randn(parameter.shape[:1] + (1,) * (parameter.ndim - 1)))
+
+
+CHILD = """
+import sys, time, resource
+import surgery
+from surgery import Neurons, rolled_back, save
+def anonymous():
+    return int(next(l for l in open('/proc/self/status') if l.startswith('RssAnon')).split()[1]) / 1024
+from surgery.layout import folder_layout; import transformers.models.qwen3.modeling_qwen3
+start, used = anonymous(), time.process_time()
+mask = Neurons.load(sys.argv[3])
+save(rolled_back(sys.argv[1], to=sys.argv[2], mask=mask), sys.argv[4])
+print(time.process_time() - used, anonymous() - start)
+"""
+
+
+def folder_to_folder(folder: Path, mask: Path) -> list[Result]:
+    """A folder rollback in a fresh process, beside ``cp -r`` of the later folder, in turns."""
+    ours, copies, memory = [], [], 0.0
+    for at in range(3):
+        before = os.times()
+        subprocess.run(["cp", "-r", folder / "later", folder / f"copy{at}"], check=True)
+        os.sync()
+        after = os.times()
+        copies.append(after.children_user + after.children_system - before.children_user - before.children_system)
+        command = [sys.executable, "-c", CHILD, folder / "later", folder / "earlier", mask, folder / f"healed{at}"]
+        seconds, megabytes = map(
+            float, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+        )
+        ours.append(seconds)
+        memory = max(memory, megabytes)
+        shutil.rmtree(folder / f"copy{at}")
+        shutil.rmtree(folder / f"healed{at}")
+    return [
+        ("folder → folder, 2 % of neurons (CPU s; beside cp -r)", min(ours), min(copies), f"{memory:.0f} MB anonymous")
+    ]
+
+
+def scores(folder: Path) -> list[Result]:
+    """M and C from three folders, beside reading every byte of them."""
+    from surgery import Trajectory, conflict, magnitude
+
+    def read() -> None:
+        buffer = bytearray(1 << 24)
+        for name in ("base", "earlier", "later"):
+            with open(folder / name / "model.safetensors", "rb", buffering=0) as file:
+                while file.readinto(buffer):
+                    pass
+
+    run = Trajectory(folder / "base", folder / "earlier", folder / "later")
+    least, _ = cpu(read, 2)
+    return [
+        ("M from two folders (CPU s; beside reading three)", cpu(lambda: magnitude(run), 2)[0], least, ""),
+        ("C from three folders (CPU s; beside reading three)", cpu(lambda: conflict(run), 2)[0], least, ""),
+    ]
+
+
+def live(folder: Path, mask_file: Path) -> list[Result]:
+    """Rollback and undo on a live model (wall ms), and the activation score beside the bare forward pass."""
+    from surgery import Neurons, Trajectory, activation, find_layout, rollback
+
+    model = Trajectory(later=folder / "later").load()
+    mask, layout = Neurons.load(mask_file), find_layout(model)
+    slices = Trajectory(later=folder / "earlier").load()
+    done = [rollback(model, to=slices, mask=mask, layout=layout) for _ in range(1)]
+    times, undos = [], []
+    for _ in range(5):
+        start = time.perf_counter()
+        done.append(rollback(model, to=slices, mask=mask, layout=layout))
+        times.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        done.pop().undo()
+        undos.append(time.perf_counter() - start)
+    batch = {"input_ids": torch.randint(1000, (4, 128)), "attention_mask": torch.ones(4, 128, dtype=torch.long)}
+    inner = model.model
+    with torch.inference_mode():
+        bare = cpu(lambda: inner(**batch, use_cache=False), 4)[0]
+    heard = cpu(lambda: activation(model, [batch], layout=layout), 4)[0]
+    done.pop().undo()
+    return [
+        ("live rollback from a live model, 2 % (wall ms)", 1e3 * min(times), float("nan"), ""),
+        ("live undo of 2 % (wall ms)", 1e3 * min(undos), float("nan"), ""),
+        (
+            "activation of 512 tokens (CPU s; beside the forward pass)",
+            heard,
+            bare,
+            f"{100 * (heard / bare - 1):+.1f} %",
+        ),
+    ]
+
+
+def main() -> None:
+    """Make the pair, run everything, print one table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=int, default=28)
+    asked = parser.parse_args()
+    from surgery import RandomSelector, Trajectory
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make(folder, asked.layers)
+        run = Trajectory(earlier=folder / "earlier", later=folder / "later")
+        RandomSelector(0.02).select(run).save(folder / "mask.safetensors")
+        results = folder_to_folder(folder, folder / "mask.safetensors") + scores(folder)
+        results += live(folder, folder / "mask.safetensors")
+        size = (folder / "later" / "model.safetensors").stat().st_size / 1e9
+    print(f"{statement()}\nQwen3-0.6B shape with {asked.layers} layers, bfloat16, {size:.2f} GB a checkpoint\n")
+    print("| operation | ours | beside | ratio | |\n|---|---|---|---|---|")
+    for what, ours, beside, note in results:
+        ratio = f"{ours / beside:.2f}" if beside == beside else ""
+        print(f"| {what} | {ours:.3f} | {'' if beside != beside else f'{beside:.3f}'} | {ratio} | {note} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,331 @@
+"""The command line: the library's own functions under the same words. Importing this module imports no torch."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from surgery.selection import Selector
+    from surgery.slots import Block, Layout
+    from surgery.trajectory import Trajectory
+
+app = typer.Typer(
+    help="git revert for LLM post-training: put back the neurons through which a later stage hurt an earlier skill.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+out, err = Console(soft_wrap=True, highlight=False), Console(stderr=True, soft_wrap=True, highlight=False)
+
+Checkpoints = Annotated[list[str], typer.Argument(metavar="[BASE] EARLIER LATER", help="Folders, in training order.")]
+Data = Annotated[Path | None, typer.Option(help="JSON lines of the damaged domain (needed for A).")]
+Budget = Annotated[float, typer.Option(help="Fraction of all MLP neurons to revert, 0 to 1.")]
+Device = Annotated[str | None, typer.Option(help='Where the model runs, like "cuda".')]
+Dtype = Annotated[str | None, typer.Option(help='Its dtype, like "bfloat16" (default: the checkpoint\'s).')]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, with counts, and write nothing.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
+LayoutFile = Annotated[
+    Path | None, typer.Option("--layout", help="Your own layout: a JSON file (docs/how-to/add-an-architecture.md).")
+]
+
+
+@app.command()
+def select(
+    checkpoints: Checkpoints,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="The mask file to write.")] = None,
+    data: Data = None,
+    budget: Budget = 0.02,
+    selector: Annotated[
+        str, typer.Option(help='Letters that rank, "/" letters that split the budget; or "random".')
+    ] = "AMC",
+    how: Annotated[str, typer.Option(help="proportional, global or uniform.")] = "proportional",
+    seed: Annotated[int, typer.Option(help="Of the random selector.")] = 0,
+    batch_size: int = 16,
+    device: Device = None,
+    dtype: Dtype = None,
+    layout: LayoutFile = None,
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Choose the neurons to revert and write them as a mask file."""
+    from surgery.prompts import load_prompts
+
+    if output is None and not dry_run:
+        raise ValueError("say where the mask goes: -o mask.safetensors (or --dry-run to see the counts only)")
+    if output is not None and output.exists() and not (overwrite or dry_run):
+        raise ValueError(f"{output} exists: choose another file, or pass --overwrite")
+    run = _trajectory(checkpoints, layout)
+    chosen = _selector(selector, budget, how, seed)
+    with _working(f"reading {len(checkpoints)} checkpoints"):
+        batches = load_prompts(data, _folder(run.later), batch_size=batch_size) if data else None
+        if batches is not None and "A" in selector:
+            run = _live(run, device, dtype)
+        mask = chosen.select(run, batches)
+    out.print(repr(mask))
+    for expert in mask.made_by.get("never_routed", []):
+        out.print(f"never routed, so without an activation: {expert}")
+    if output is not None and not dry_run:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        mask.save(output)
+        out.print(f"wrote {output}")
+
+
+@app.command()
+def rollback(
+    later: Annotated[str, typer.Argument(help="The later checkpoint's folder.")],
+    to: Annotated[str, typer.Option(help="The earlier checkpoint's folder.")],
+    mask: Annotated[Path, typer.Option(help="A mask file, as select writes it.")],
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="The folder to write.")] = None,
+    strength: Annotated[float, typer.Option(help="How far back, 0 to 1; 1 copies bits.")] = 1.0,
+    layout: LayoutFile = None,
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write the later checkpoint with the masked neurons set back; every other byte stays as it was."""
+    from surgery.checkpoint import save
+    from surgery.neurons import Neurons
+    from surgery.operators import rolled_back
+
+    if output is None and not dry_run:
+        raise ValueError("say where the healed checkpoint goes: -o FOLDER (or --dry-run to see the counts only)")
+    if not mask.is_file():
+        raise LookupError(f"there is no mask file {mask}")
+    chosen = Neurons.load(mask)
+    own = _layout(layout, later)
+    view = rolled_back(later, to=to, mask=chosen, strength=strength, layout=own)
+    widths = {name: block.width for name, block in view.layout.items()}
+    parameters = sum(count * widths[name] for name, count in chosen.count().items())
+    out.print(
+        f"{sum(chosen.count().values())} of {chosen.total} neurons ({chosen.fraction:.2%}), {parameters} parameters"
+    )
+    for file in view.headers:
+        out.print(f"  {file}: {len(view.touched(file))} of {len(view.headers[file])} tensors touched")
+    if dry_run or output is None:
+        out.print("dry run: nothing was written")
+        return
+    with _working(f"writing {output}"):
+        save(view, output, overwrite=overwrite)
+    out.print(f"wrote {output}")
+
+
+@app.command()
+def sweep(
+    checkpoints: Checkpoints,
+    evaluate: Annotated[
+        str, typer.Option(help='"module:function" or "file.py:function"; model in, {metric: score} out.')
+    ],
+    data: Data = None,
+    budgets: Annotated[str, typer.Option(help="Fractions, separated by commas.")] = "0.01,0.02,0.04",
+    selectors: Annotated[str, typer.Option(help='Like "AMC,MC,A/AMC,A,random".')] = "AMC,random",
+    metric: Annotated[
+        str | None, typer.Option(help="Whose recovery to report (default: the one that fell most).")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="JSON lines; an interrupted sweep resumes.")
+    ] = None,
+    batch_size: int = 16,
+    device: Device = None,
+    dtype: Dtype = None,
+    layout: LayoutFile = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Evaluate selectors at budgets on one live model, beside earlier, later and the ceiling."""
+    from surgery.prompts import load_prompts
+    from surgery.sweeps import sweep as run_sweep
+
+    fractions = [_fraction(text) for text in budgets.split(",")]
+    chosen = [_selector(text, fractions[0], "proportional", 0) for text in selectors.split(",")]
+    run = _trajectory(checkpoints, layout)
+    if dry_run:
+        rows = len(chosen) * len(fractions) + 3
+        out.print(f"{len(chosen)} selectors × {len(fractions)} budgets + 3 references = {rows} rows")
+        return
+    batches = load_prompts(data, _folder(run.later), batch_size=batch_size) if data else None
+    function = _function(evaluate)
+    with _working("loading") as say:
+        run = _live(run, device, dtype)
+        model = run.load()
+        found = run_sweep(
+            model,
+            run,
+            batches,
+            selectors=chosen,
+            budgets=fractions,
+            evaluate=function,
+            metric=metric,
+            path=output,
+            progress=say,
+        )
+    out.print(str(found))
+
+
+@app.command()
+def inspect(
+    source: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint's folder, or a mask file.")],
+    probe: Annotated[bool, typer.Option("--probe", help="Verify one block of each kind by autograd.")] = False,
+    layout: LayoutFile = None,
+) -> None:
+    """Print where the neurons lie and how that was found."""
+    from surgery.trajectory import open_weights
+
+    if Path(source).is_file():
+        from surgery.neurons import Neurons
+
+        mask = Neurons.load(source)
+        out.print(repr(mask))
+        out.print(json.dumps(mask.made_by, indent=2))
+        return
+    weights = open_weights(source, _layout(layout, source))
+    kinds: dict[Any, list[Block]] = {}
+    for block in weights.layout.blocks:
+        kinds.setdefault(_kind(block), []).append(block)
+    total = sum(weights.layout.sizes.values())
+    out.print(f"{source}: {total} neurons in {len(weights.layout)} blocks of {len(kinds)} kinds")
+    for blocks in kinds.values():
+        _print_kind(blocks)
+    if probe and not _probed(source, layout, [blocks[0].name for blocks in kinds.values()]):
+        raise typer.Exit(1)
+
+
+def _kind(block: Block) -> Any:
+    slots = tuple((slot.part, slot.pattern, slot.shape) for slot in block.slots[: 8 if block.experts else None])
+    return block.neurons, block.experts, block.found, slots
+
+
+def _print_kind(blocks: list[Block]) -> None:
+    first = blocks[0]
+    names = first.name if len(blocks) == 1 else f"{first.name} … {blocks[-1].name} ({len(blocks)} blocks)"
+    experts = f", {first.experts} experts" if first.experts else ""
+    out.print(f"\n{names}\n  {first.neurons} neurons{experts}, {first.width} parameters each; found by {first.found}")
+    shown = first.slots if len(first.slots) <= 8 else [first.of(part)[0] for part in first.parts]
+    width = max(len(slot.tensor) for slot in shown)
+    for slot in shown:
+        which = f" (g = {slot.g})" if slot.g is not None else ""
+        out.print(f"  {slot.part:<9} {slot.tensor:<{width}}  {list(slot.shape)}  {slot.pattern}{which}", markup=False)
+    if len(shown) < len(first.slots):
+        out.print(f"  … and the same for the other experts: {len(first.slots)} tensors in all")
+
+
+def _probed(source: str, layout: Path | None, names: list[str]) -> bool:
+    """Whether autograd confirms the named blocks; prints what it finds."""
+    from surgery.layout import find_layout
+    from surgery.layout import probe as verify
+    from surgery.trajectory import Trajectory
+
+    with _working("loading the model to probe it"):
+        model = Trajectory(later=source).load()
+    live = _layout(layout, source) or find_layout(model)
+    right = True
+    for name in names:
+        problems = verify(model, live, live[name])
+        right &= not problems
+        out.print(f"probe {name}: " + ("; ".join(problems) or "gradient lies on exactly the neuron's slices"))
+    return right
+
+
+def _trajectory(checkpoints: list[str], layout: Path | None) -> Trajectory:
+    from surgery.trajectory import Trajectory
+
+    if len(checkpoints) not in (2, 3):
+        raise ValueError(f"expected [BASE] EARLIER LATER, got {len(checkpoints)} checkpoints")
+    base = checkpoints[0] if len(checkpoints) == 3 else None
+    return Trajectory(base, checkpoints[-2], checkpoints[-1], layout=_layout(layout, checkpoints[-1]))
+
+
+def _live(run: Trajectory, device: str | None, dtype: str | None) -> Trajectory:
+    from dataclasses import replace
+
+    import torch
+
+    if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"--dtype {dtype}: expected a torch dtype like bfloat16")
+    return replace(run, model=run.load(device, getattr(torch, dtype) if dtype else None))
+
+
+def _layout(path: Path | None, source: str) -> Layout | None:
+    if path is None:
+        return None
+    from surgery.checkpoint import Checkpoint
+    from surgery.layout import spec_layout
+
+    return spec_layout(json.loads(path.read_text()), Checkpoint(source).shapes)
+
+
+def _folder(source: Any) -> Path:
+    from surgery.checkpoint import Checkpoint
+
+    return Checkpoint(source).folder
+
+
+def _selector(text: str, budget: float, how: str, seed: int) -> Selector:
+    from surgery.selection import AMCSelector, RandomSelector
+
+    if text.strip() == "random":
+        return RandomSelector(budget, seed)
+    rank, _, spend = text.strip().partition("/")
+    return AMCSelector(budget, rank, spend or rank, how)  # type: ignore[arg-type]
+
+
+def _fraction(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"--budgets: {text!r} is not a number") from None
+
+
+def _function(name: str) -> Callable[..., Any]:
+    """The function that ``module:function`` or ``file.py:function`` names."""
+    home, _, attribute = name.rpartition(":")
+    if not home:
+        raise ValueError(f'--evaluate {name!r}: expected "module:function" or "file.py:function"')
+    if home.endswith(".py"):
+        path = Path(home).absolute()
+        sys.path.insert(0, str(path.parent))
+        home = path.stem
+    else:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        return getattr(import_module(home), attribute)  # type: ignore[no-any-return]
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"--evaluate {name!r}: {error}") from error
+
+
+@contextmanager
+def _working(what: str) -> Iterator[Callable[[str], None]]:
+    """A spinner with the seconds that have gone by, on the error stream, so that output can be piped."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    start = time.monotonic()
+    with err.status(what) as status:
+        yield lambda text: status.update(f"{text} ({time.monotonic() - start:.0f} s)")
+
+
+def main() -> None:
+    """The command ``surgery``: exit code 0, 1 for what the user can mend (said in one line), 2 for wrong usage."""
+    warnings.showwarning = lambda message, *_, **__: err.print(f"warning: {message}", markup=False)
+    try:
+        app()
+    except (ValueError, LookupError, OSError) as error:
+        text = error.args[0] if isinstance(error, KeyError) and error.args else error
+        err.print(f"error: {text}", markup=False)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        err.print("interrupted: nothing was changed", markup=False)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

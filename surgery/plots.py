@@ -1,0 +1,65 @@
+"""Figures: one function each, numbers in, matplotlib ``Axes`` out (extra ``surgery[plots]``)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from surgery.sweeps import CEILING, EARLIER, LATER, Sweep
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Okabe and Ito's palette: told apart by readers with any colour vision
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS = "osD^vP*"
+
+
+def layer_budgets(budgets: Mapping[str, Mapping[str, int]], ax: Axes | None = None) -> Axes:
+    """How many neurons each block gives, one line per selector (the paper's Figure 12).
+
+    Args:
+        budgets: selector name → {block: neurons}, as ``Neurons.count`` or ``allocate`` gives it.
+        ax: where to draw (default: a new figure).
+    """
+    ax = ax or _axes()
+    for at, (name, counts) in enumerate(budgets.items()):
+        ax.plot(range(len(counts)), list(counts.values()), label=name, **_style(at))
+    ax.set_xticks(range(len(next(iter(budgets.values()), {}))))
+    ax.set_xlabel("MLP block, in layer order")
+    ax.set_ylabel("neurons reverted")
+    ax.set_ylim(bottom=0)
+    ax.legend(frameon=False, fontsize="small")
+    return ax
+
+
+def dose_response(sweep: Sweep, ax: Axes | None = None) -> Axes:
+    """Recovery against the budget, one line per selector, with the ceiling (the paper's Figure 13)."""
+    ax = ax or _axes()
+    names = dict.fromkeys(row.selector for row in sweep if row.selector not in (EARLIER, LATER, CEILING))
+    for at, name in enumerate(names):
+        rows = sorted((row for row in sweep[name] if row.recovery is not None), key=lambda row: row.budget)
+        ax.plot(
+            [100 * row.budget for row in rows], [100 * (row.recovery or 0) for row in rows], label=name, **_style(at)
+        )
+    for row in sweep[CEILING]:
+        if row.recovery is not None:
+            ax.axhline(100 * row.recovery, color="0.5", linestyle="--", linewidth=1, label="ceiling: all MLP neurons")
+    ax.axhline(0, color="0.8", linewidth=1)
+    ax.set_xscale("log", base=2)
+    budgets = sorted({100 * row.budget for row in sweep if row.neurons and row.selector in names})
+    ax.set_xticks(budgets, [f"{budget:g}" for budget in budgets])
+    ax.set_xlabel("budget β (% of MLP neurons)")
+    ax.set_ylabel(f"recovery of {sweep.metric} (%)")
+    ax.legend(frameon=False, fontsize="small")
+    return ax
+
+
+def _style(at: int) -> dict[str, Any]:
+    return {"color": _COLOURS[at % 7], "marker": _MARKERS[at % 7], "markersize": 4, "linewidth": 1.5}
+
+
+def _axes() -> Axes:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(6.4, 4), dpi=150, layout="constrained").subplots()

@@ -1,4 +1,4 @@
-"""Draw the dose-response of a sweep's JSON lines: ``python -m benchmarks.draw sweep.jsonl picture.png --metric math``."""
+"""Draw a sweep's dose-response: ``python -m benchmarks.draw sweep.jsonl picture.png --metric math``."""
 
 from __future__ import annotations
 

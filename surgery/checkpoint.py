@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import mmap
 import os
 import shutil
+import stat
 import struct
 import uuid
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -33,6 +36,11 @@ _DTYPES = {
     "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "C64": torch.complex64,
 }
 
 
@@ -54,7 +62,7 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = _folder(folder)
-        self.headers = {path.name: _header(path) for path in self._files()}
+        self.headers = {str(path.relative_to(self.folder)): _header(path) for path in self._files()}
         self.where = {name: file for file, header in self.headers.items() for name in header if name != "__metadata__"}
         self._check_index()
 
@@ -62,7 +70,11 @@ class Checkpoint(Mapping[str, Tensor]):
         if name not in self.where:
             near = [other for other in self.where if other.split(".")[-2:] == name.split(".")[-2:]][:3]
             raise KeyError(f"{self.folder} has no tensor {name!r}" + (f"; it has {near}" if near else ""))
-        return self._mapped(self.where[name])[name]
+        tensors = self._mapped(self.where[name])
+        if name not in tensors:
+            dtype = self.headers[self.where[name]][name]["dtype"]
+            raise ValueError(f"{name!r} of {self.folder} has the dtype {dtype}, which can be copied but not read here")
+        return tensors[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.where)
@@ -91,15 +103,17 @@ class Checkpoint(Mapping[str, Tensor]):
         return self._open[file]
 
     def _files(self) -> list[Path]:
-        index = self.folder / INDEX
+        index, single = self.folder / INDEX, self.folder / "model.safetensors"
         if index.exists():
-            return [_inside(self.folder, name) for name in dict.fromkeys(_weight_map(index).values())]
-        single = self.folder / "model.safetensors"
+            shards = [_inside(self.folder, name) for name in dict.fromkeys(_weight_map(index).values())]
+            if single.exists() and single not in shards:  # transformers would read the one, others read the shards
+                raise ValueError(f"{self.folder} holds both {single.name} and {INDEX}: remove the one that is stale")
+            return shards
         if single.exists():
             return [_inside(self.folder, single.name)]
         found = sorted(self.folder.glob("*.safetensors"))
         if len(found) == 1:
-            return found
+            return [_inside(self.folder, found[0].name)]
         if found:
             raise LookupError(f"{self.folder} has {len(found)} safetensors files and no {INDEX} to say which belong")
         if pickles := [path.name for pattern in _PICKLES for path in self.folder.glob(pattern)]:
@@ -188,7 +202,7 @@ def save(tensors: Mapping[str, Tensor], folder: str | Path, *, overwrite: bool =
 
     Source: ours.
     """
-    target = Path(folder).absolute()
+    target = Path(os.path.abspath(folder))
     source: Path | None = getattr(tensors, "folder", None)
     if source is None:
         raise ValueError(
@@ -196,17 +210,24 @@ def save(tensors: Mapping[str, Tensor], folder: str | Path, *, overwrite: bool =
             "a live model writes itself with model.save_pretrained(folder)"
         )
     for parent in (source, *getattr(tensors, "parents", ())):
-        if target.resolve() == Path(parent).resolve() or target.resolve() in Path(parent).resolve().parents:
-            raise ValueError(f"the output {target} is, or holds, one of the inputs: choose another folder")
+        here, there = target.resolve(), Path(parent).resolve()
+        if here.is_relative_to(there) or there.is_relative_to(here):
+            raise ValueError(f"the output {target} is, holds or lies in one of the inputs: choose another folder")
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise ValueError(f"{target} is a file or a link, and never replaced: choose another folder")
     if target.exists() and not overwrite:
         raise ValueError(f"{target} exists: choose another folder, or pass overwrite=True (--overwrite)")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    made = [parent for parent in target.parents if not parent.exists()]
     partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         _copy(source, partial, tensors)
         _put_in_place(partial, target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        with suppress(OSError):
+            for parent in made:
+                parent.rmdir()
         raise
     return target
 
@@ -215,26 +236,34 @@ def _copy(source: Path, partial: Path, tensors: Mapping[str, Tensor]) -> None:
     """Everything of the source's tree, symbolic links resolved, then the edits, then what says where it came from."""
     # A weight file carries its final name only once it is whole: a killed process leaves no folder that loads.
     weights: set[str] = set(getattr(tensors, "headers", ()))
+    unfinished = {file: partial / f"{file}.{uuid.uuid4().hex}.partial" for file in weights}
     partial.mkdir()
-    for path in sorted(source.rglob("*")):
-        inside = path.relative_to(source)
+    for path, inside in _tree(source):
         if path.is_dir():
-            (partial / inside).mkdir(exist_ok=True)
-        elif str(inside) in weights:
-            _clone(path, partial / f"{inside}.partial")
+            (partial / inside).mkdir()
         else:
-            _clone(path, partial / inside)
+            _clone(path, unfinished.get(inside, partial / inside))
     if isinstance(tensors, _Edited):
-        for file in sorted(weights):
-            _edit_file(partial / f"{file}.partial", tensors, file)
+        for file, path in sorted(unfinished.items()):
+            _edit_file(path, tensors, file)
         for name, text in tensors.papers().items():
             (partial / name).write_bytes(text)
-    for file in weights:
-        (partial / f"{file}.partial").rename(partial / file)
-    for path in partial.rglob("*"):
-        if path.is_file():
-            _sync(path)
-    _sync(partial)
+    for file, path in unfinished.items():
+        path.rename(partial / file)
+    for path in [*partial.rglob("*"), partial]:
+        _sync(path)
+
+
+def _tree(folder: Path, inside: str = "", above: tuple[Path, ...] = ()) -> Iterator[tuple[Path, str]]:
+    """Everything in a folder with its name from there, folders before what they hold, symbolic links followed."""
+    if folder.resolve() in above:
+        raise ValueError(f"{folder} is a link to a folder that it lies in: remove the link")
+    for path in sorted(folder.iterdir()):
+        if not (path.is_file() or path.is_dir()):
+            raise ValueError(f"{path} is neither a file nor a folder (a dangling link?): remove it or copy it yourself")
+        yield path, f"{inside}{path.name}"
+        if path.is_dir():
+            yield from _tree(path, f"{inside}{path.name}/", (*above, folder.resolve()))
 
 
 def _edit_file(path: Path, tensors: _Edited, file: str) -> None:
@@ -242,6 +271,8 @@ def _edit_file(path: Path, tensors: _Edited, file: str) -> None:
     names = tensors.touched(file)
     if not names:
         return
+    if _header(path) != tensors.headers[file]:
+        raise ValueError(f"{file} was changed while it was being rolled back: nothing was written")
     views = mapped(path, tensors.headers[file], writable=True)
     for name in names:
         tensors.edit(name, views[name])
@@ -264,7 +295,7 @@ def _put_in_place(partial: Path, target: Path) -> None:
 
 
 def _clone(source: Path, target: Path) -> None:
-    """Copy one file: a reflink where the file system has them, else in the kernel; times and modes are kept."""
+    """Copy one file: a reflink where the file system has them, else in the kernel; the mode is kept, plus ``u+w``."""
     with open(source, "rb") as reader, open(target, "wb") as writer:
         size, done = os.fstat(reader.fileno()).st_size, 0
         try:
@@ -280,7 +311,7 @@ def _clone(source: Path, target: Path) -> None:
             reader.seek(done)
             writer.seek(done)
             shutil.copyfileobj(reader, writer, 1 << 24)
-    shutil.copymode(source, target)
+    target.chmod(source.stat().st_mode | stat.S_IWUSR)  # a hub cache's files are read-only; the edits come next
 
 
 def _sync(path: Path) -> None:
@@ -324,24 +355,35 @@ def _header(path: Path) -> dict[str, Any]:
             )
         try:
             header = json.loads(file.read(length))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not a safetensors file: its header is no JSON ({error})") from error
     if not isinstance(header, dict):
         raise ValueError(f"{path} is not a safetensors file: its header is a {type(header).__name__}")
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        try:
-            begin, end = entry["data_offsets"]
-            width = _DTYPES[entry["dtype"]].itemsize if entry["dtype"] in _DTYPES else None
-            whole = width is None or torch.Size(entry["shape"]).numel() * width == end - begin
-        except (TypeError, KeyError, ValueError) as error:
-            raise ValueError(f"{path}: the header's entry of {name!r} is damaged ({error!r})") from error
-        if not (0 <= begin <= end <= size - 8 - length and whole):
+    held, reached = size - 8 - length, 0
+    spans = sorted((*_span(path, name, entry), name) for name, entry in header.items() if name != "__metadata__")
+    for begin, end, name in spans:  # the format allows neither holes nor overlaps
+        if begin != reached or end > held:
             raise ValueError(
-                f"{path} is truncated or damaged: {name!r} should lie at bytes {begin}–{end} of {size - 8 - length}"
+                f"{path} is truncated or damaged: {name!r} should lie at bytes {begin}–{end} of {held}, "
+                f"and the tensors before it end at {reached}"
             )
+        reached = end
+    if reached != held:
+        raise ValueError(f"{path} is damaged: its tensors end at byte {reached}, and it holds {held}")
     return header
+
+
+def _span(path: Path, name: str, entry: Any) -> tuple[int, int]:
+    """Where a header's entry says that its tensor lies; refused where it contradicts itself."""
+    try:
+        (begin, end), shape, dtype = entry["data_offsets"], entry["shape"], entry["dtype"]
+        if not all(type(number) is int and number >= 0 for number in (begin, end, *shape)):
+            raise ValueError("a size or an offset that is no natural number")
+        if begin > end or (dtype in _DTYPES and math.prod(shape) * _DTYPES[dtype].itemsize != end - begin):
+            raise ValueError(f"bytes {begin}–{end} for the shape {shape} of {dtype}")
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"{path}: the header's entry of {name!r} is damaged ({error!r})") from error
+    return begin, end
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -349,6 +391,8 @@ def _weight_map(index: Path) -> dict[str, str]:
         found: dict[str, str] = json.loads(index.read_text())["weight_map"]
         if not all(isinstance(name, str) and isinstance(file, str) for name, file in found.items()):
             raise ValueError("a weight_map maps names to file names")
+        if not found:
+            raise ValueError("its weight_map is empty")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{index} is not an index of safetensors shards: {error!r}") from error
     return found
@@ -359,7 +403,7 @@ def _inside(folder: Path, name: str) -> Path:
     path = folder / name
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise ValueError(f"the index of {folder} names a file outside the folder: {name!r}")
-    if not path.exists():
+    if not path.is_file():
         raise LookupError(f"the index of {folder} names {name!r}, and there is no such file")
     home = folder.resolve()
     allowed = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]

@@ -315,9 +315,10 @@ def _working(what: str) -> Iterator[Callable[[str], None]]:
 
 def main() -> None:
     """The command ``surgery``: exit code 0, 1 for what the user can mend (said in one line), 2 for wrong usage."""
-    warnings.showwarning = lambda message, *_, **__: err.print(f"warning: {message}", markup=False)
     try:
-        app()
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: err.print(f"warning: {message}", markup=False)
+            app()
     except (ValueError, LookupError, OSError) as error:
         text = error.args[0] if isinstance(error, KeyError) and error.args else error
         err.print(f"error: {text}", markup=False)

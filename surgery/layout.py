@@ -323,7 +323,8 @@ def folder_layout(folder: Path, shapes: Shapes, spec: Spec | None = None) -> Lay
                 slots.append(_at(slot, name, shapes, folder))
                 continue
             renamed = _on_disk(model, live) if renamed is None else renamed
-            slots += [_at(other, other.tensor, shapes, folder) for other in renamed[slot.part + ":" + slot.tensor]]
+            there = renamed.get(f"{slot.part}:{slot.tensor}", [slot])  # only experts are stored under other names
+            slots += [_at(other, other.tensor, shapes, folder) for other in there]
         blocks.append(Block(block.name, block.neurons, tuple(slots), block.consumer, block.experts, block.found))
     return Layout(tuple(blocks))
 

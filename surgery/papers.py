@@ -85,7 +85,7 @@ def papers(
         mask.save(Path(folder) / MASK)
         saved = (Path(folder) / MASK).read_bytes()
     found = {MASK: saved, RECORD: json.dumps(record, indent=2).encode() + b"\n"}
-    return {**found, CARD: _card(record, later).encode()}
+    return {**found, CARD: _card(record, later).encode(errors="surrogateescape")}
 
 
 def _card(record: dict[str, Any], later: Weights) -> str:
@@ -104,8 +104,10 @@ This checkpoint is **{later_name}** in which {neurons["reverted"]} of {neurons["
 - made with surgery {record["versions"].get("surgery", "")}
 """
     old = later.tensors.folder / CARD if isinstance(later.tensors, Checkpoint) else None
-    own = old.read_text(encoding="utf-8") if old is not None and old.exists() else ""
-    if own.startswith("---\n") and "\n---\n" in own[4:]:  # the card's metadata has to come first
-        end = own.index("\n---\n", 4) + 5
+    own = ""
+    if old is not None and old.is_file():  # whatever its encoding: what is no UTF-8 stays as it was
+        own = old.read_text(encoding="utf-8", errors="surrogateescape").removeprefix("\ufeff")
+    if own.startswith("---\n") and "\n---\n" in own[3:]:  # the card's metadata has to come first
+        end = own.index("\n---\n", 3) + 5
         return own[:end] + "\n" + text + "\n---\n\n" + own[end:].lstrip()
     return text + (f"\n---\n\n{own}" if own else "")

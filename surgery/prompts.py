@@ -39,17 +39,21 @@ def load_prompts(path: str | Path, tokenizer: Any, *, batch_size: int = 16, limi
     path = Path(path)
     if not path.is_file():
         raise LookupError(f"there is no prompt file {path}")
+    for name, number in (("batch_size", batch_size), ("limit", limit)):
+        if number is not None and number < 1:
+            raise ValueError(f"{name}={number}: expected 1 or more")
     if isinstance(tokenizer, str | Path):
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
-    pairs = [_tokens(line, where, tokenizer) for where, line in _lines(path, limit)]
-    if not pairs:
+    lines = list(_lines(path, limit))
+    if not lines:
         raise ValueError(f"{path} is empty: expected one JSON object a line")
+    pairs = [_tokens(line, where, tokenizer) for where, line in lines]
     with_response = [response is not None for _, response in pairs]
     if any(with_response) and not all(with_response):
-        line = with_response.index(False) + 1
-        raise ValueError(f"{path}: some lines have a response and some have none (line {line}); make them all alike")
+        where, _ = lines[with_response.index(False)]
+        raise ValueError(f"{where} has no response, and other lines have one: make them all alike")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
     return [_batch(pairs[start : start + batch_size], pad) for start in range(0, len(pairs), batch_size)]
 
@@ -64,14 +68,18 @@ def response_mask(batch: Batch) -> Tensor:
 
 
 def _lines(path: Path, limit: int | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        texts = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would cut at U+2028, legal in JSON
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
     found = 0
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, text in enumerate(texts, 1):
         if not text.strip():
             continue
         where = f"{path}, line {number}"
         try:
             line = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{where} is not JSON: {error}") from error
         if not isinstance(line, dict):
             raise ValueError(f"{where}: expected an object like {{'prompt': ..., 'response': ...}}")
@@ -88,7 +96,9 @@ def _tokens(line: dict[str, Any], where: str, tokenizer: Any) -> tuple[list[int]
         prompt, response = _chat(line["messages"], where, tokenizer)
     elif isinstance(line.get("prompt"), str):
         prompt = tokenizer(line["prompt"])["input_ids"]
-        if isinstance(line.get("response"), str):
+        if line.get("response") is not None:
+            if not isinstance(line["response"], str):
+                raise ValueError(f'{where}: "response" is no string')
             response = tokenizer(line["response"], add_special_tokens=False)["input_ids"]
             response += [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     elif isinstance(line.get("text"), str):
@@ -106,13 +116,18 @@ def _tokens(line: dict[str, Any], where: str, tokenizer: Any) -> tuple[list[int]
 def _chat(messages: list[Any], where: str, tokenizer: Any) -> tuple[list[int], list[int] | None]:
     if not tokenizer.chat_template:
         raise ValueError(f'{where}: "messages" need a chat template, and the tokenizer has none: write "prompt"')
-    answered = messages[-1].get("role") == "assistant"
+    if not all(isinstance(message, dict) and isinstance(message.get("role"), str) for message in messages):
+        raise ValueError(f'{where}: expected "messages" like [{{"role": "user", "content": ...}}]')
+    answered = messages[-1]["role"] == "assistant"
     asked = messages[:-1] if answered else messages
-    start = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+    try:
+        start = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+        whole = tokenizer.apply_chat_template(messages, tokenize=False) if answered else start
+    except Exception as error:  # a template can raise anything, and most check the order of roles
+        raise ValueError(f"{where}: the chat template refuses these messages: {error}") from error
     prompt = tokenizer(start, add_special_tokens=False)["input_ids"]
     if not answered:
         return prompt, None
-    whole = tokenizer.apply_chat_template(messages, tokenize=False)
     if not whole.startswith(start):
         raise ValueError(f"{where}: the chat template rewrites earlier turns, so the response can't be told apart")
     return prompt, tokenizer(whole[len(start) :], add_special_tokens=False)["input_ids"]

@@ -134,6 +134,7 @@ def sweep(
     say = progress or (lambda _: None)
     live = dataclasses.replace(run, model=model)
     batches = None if data is None else list(data)
+    evaluate = torch.no_grad()(evaluate)
     done = _Done(path, live)
     references = [
         done.row(LATER, 0.0, lambda: (0, evaluate(model)), say),

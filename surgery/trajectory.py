@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,7 +38,9 @@ def open_weights(source: Source, layout: Layout | None = None, like: Weights | N
         like: weights of the same model: their layout serves where the names are the same.
 
     Raises:
-        ValueError: the neurons can't be found, or are not those of ``like``.
+        ValueError: the neurons can't be found, or are not those of ``like``; a tensor outside the MLPs has another
+            shape there. Where only the number of rows of a matrix differs (a padded or extended vocabulary) it is a
+            warning: those tensors are never touched. Other dtypes are fine, and so are tensors that only one has.
     """
     tensors = tensors_of(source)
     name = _name(source)
@@ -43,24 +48,32 @@ def open_weights(source: Source, layout: Layout | None = None, like: Weights | N
     if like is not None and found.sizes != like.layout.sizes:
         raise ValueError(_differs(found.sizes, name, like.layout.sizes, like.name))
     _check_shapes(tensors, found, name)
+    if like is not None:
+        _check_alike(tensors, found, name, like)
     return Weights(tensors, found, name)
 
 
 def _layout(tensors: Mapping[str, Tensor], like: Weights | None, name: str) -> Layout:
     if isinstance(own := getattr(tensors, "layout", None), Layout):
         return own
-    if isinstance(tensors, Checkpoint):
-        if (tensors.folder / "config.json").exists():
-            return folder_layout(tensors.folder, tensors.shapes)
-    elif isinstance(tensors, State):
+    if isinstance(tensors, State):
         return find_layout(tensors.module)
     if like is not None and like.layout.fits(tensors):
         return like.layout
+    if isinstance(tensors, Checkpoint) and (tensors.folder / "config.json").exists():
+        files = [tensors.folder / file for file in ("config.json", *tensors.headers)]
+        return _folder_layout(tensors.folder, tuple((file.stat().st_size, file.stat().st_mtime_ns) for file in files))
     if like is not None:
         slots = (slot.tensor for block in like.layout.blocks for slot in block.slots)
         missing = [tensor for tensor in slots if tensor not in tensors]
         raise ValueError(f"{name} lacks {len(missing)} tensors that {like.name} has, the first of them {missing[0]!r}")
     raise ValueError(f"where the neurons of {name} lie can't be told from bare tensors: pass layout=")
+
+
+@lru_cache(maxsize=8)
+def _folder_layout(folder: Path, _state: tuple[tuple[int, int], ...]) -> Layout:
+    """The layout of a folder, found once for as long as its files stay as they are (seconds for a large MoE)."""
+    return folder_layout(folder, Checkpoint(folder).shapes)
 
 
 def _check_shapes(tensors: Mapping[str, Tensor], layout: Layout, name: str) -> None:
@@ -71,6 +84,36 @@ def _check_shapes(tensors: Mapping[str, Tensor], layout: Layout, name: str) -> N
         shape = shapes[slot.tensor] if shapes else tuple(tensors[slot.tensor].shape)
         if shape != slot.shape:
             raise ValueError(f"{slot.tensor!r} has the shape {shape} in {name}, expected {slot.shape}")
+
+
+def _check_alike(tensors: Mapping[str, Tensor], layout: Layout, name: str, like: Weights) -> None:
+    for block in layout.blocks:
+        ours, theirs = _widths(block), _widths(like.layout[block.name])
+        if ours != theirs:
+            raise ValueError(
+                f"{name} and {like.name} are different models: a neuron of {block.name!r} is made of {ours} numbers in "
+                f"the one and {theirs} in the other"
+            )
+    in_mlp = {slot.tensor for one in (layout, like.layout) for block in one.blocks for slot in block.slots}
+    mine, its = _shapes(tensors, in_mlp), _shapes(like.tensors, in_mlp)
+    for tensor in (tensor for tensor in mine if tensor in its and mine[tensor] != its[tensor]):
+        what = f"{tensor!r} has the shape {mine[tensor]} in {name} and {its[tensor]} in {like.name}"
+        if len(mine[tensor]) != 2 or mine[tensor][1:] != its[tensor][1:]:
+            raise ValueError(f"{what}: they are different models")
+        warnings.warn(
+            f"{what}: another vocabulary, or another padding of it. It lies outside the MLPs and stays untouched; the "
+            f"same token ids have to mean the same in both",
+            stacklevel=4,
+        )
+
+
+def _widths(block: Block) -> dict[str, int]:
+    return {part: block.of(part)[0].width for part in block.parts}
+
+
+def _shapes(tensors: Mapping[str, Tensor], without: set[str]) -> dict[str, tuple[int, ...]]:
+    shapes = tensors.shapes if isinstance(tensors, Checkpoint) else None
+    return {name: shapes[name] if shapes else tuple(tensors[name].shape) for name in tensors if name not in without}
 
 
 def _differs(ours: Mapping[str, int], name: str, theirs: Mapping[str, int], other: str) -> str:

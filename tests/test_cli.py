@@ -1,0 +1,134 @@
+"""The command line: the same results as the library, exit codes, and nothing written when it should not be."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import families
+from surgery import AMCSelector, Checkpoint, Neurons, RandomSelector, Trajectory, rolled_back
+from surgery.cli import main
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three checkpoints of one tiny model: base, earlier, later."""
+    folder = tmp_path_factory.mktemp("runs")
+    for seed, name in enumerate(("base", "earlier", "later")):
+        families.build("qwen3", torch.bfloat16, seed).save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture
+def surgery(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], runs: Path):
+    """Type a command in the folder of runs; gives the exit code, what it printed and what it said on the error stream."""
+
+    def run(command: str) -> tuple[int, str, str]:
+        monkeypatch.chdir(runs)
+        monkeypatch.setattr(sys, "argv", ["surgery", *command.split()])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        said = capsys.readouterr()
+        return int(stopped.value.code or 0), said.out, said.err
+
+    return run
+
+
+def test_select_writes_the_selectors_mask(surgery, runs: Path, tmp_path: Path) -> None:
+    code, out, _ = surgery(f"select base earlier later --selector MC --budget 0.1 -o {tmp_path}/mask.safetensors")
+    mask = Neurons.load(tmp_path / "mask.safetensors")
+    run = Trajectory(runs / "base", runs / "earlier", runs / "later")
+    assert code == 0
+    assert mask.equal(AMCSelector(0.1, "MC", "MC").select(run))
+    assert mask.made_by["selector"]["rank"] == "MC"
+    assert f"{sum(mask.count().values())} of {mask.total}" in out
+
+
+def test_rollback_writes_the_rolled_back_folder(surgery, runs: Path, tmp_path: Path) -> None:
+    mask = RandomSelector(0.2).select(Trajectory(earlier=runs / "earlier", later=runs / "later"))
+    mask.save(tmp_path / "mask.safetensors")
+    words = f"rollback later --to earlier --mask {tmp_path}/mask.safetensors -o {tmp_path}/healed"
+    code, out, _ = surgery(f"{words} --dry-run")
+    assert code == 0
+    assert "nothing was written" in out
+    assert not (tmp_path / "healed").exists()
+    assert surgery(words)[0] == 0
+    healed, view = Checkpoint(tmp_path / "healed"), rolled_back(runs / "later", to=runs / "earlier", mask=mask)
+    assert list(healed) == list(view)
+    assert all(torch.equal(healed[name], view[name]) for name in view)
+    code, _, error = surgery(words)
+    assert code == 1
+    assert "exists" in error
+    assert surgery(f"{words} --overwrite")[0] == 0
+
+
+@pytest.mark.filterwarnings("always:the mask was selected")
+def test_rollback_warns_where_the_mask_was_made_for_others(surgery, runs: Path, tmp_path: Path) -> None:
+    mask = RandomSelector(0.2).select(Trajectory(earlier=runs / "earlier", later=runs / "later"))
+    mask.save(tmp_path / "mask.safetensors")
+    _, _, error = surgery(f"rollback later --to base --mask {tmp_path}/mask.safetensors --dry-run")
+    assert "was selected for 'earlier'" in error
+    _, _, error = surgery(f"rollback later --to earlier --mask {tmp_path}/mask.safetensors --dry-run")
+    assert "warning" not in error
+
+
+def test_sweep_prints_a_table_and_resumes(surgery, runs: Path, tmp_path: Path) -> None:
+    (tmp_path / "scoring.py").write_text(
+        "def score(model):\n    weight = model.model.layers[0].mlp.up_proj.weight\n"
+        "    return {'sum': float(weight.float().sum()), 'other': 1.0}\n"
+    )
+    words = f"sweep base earlier later --evaluate {tmp_path}/scoring.py:score --selectors M,random --budgets 0.1,0.5"
+    code, out, _ = surgery(f"{words} --metric sum -o {tmp_path}/sweep.jsonl")
+    assert code == 0
+    assert "recovery" in out
+    assert len((tmp_path / "sweep.jsonl").read_text().splitlines()) == 1 + 3 + 4
+    (tmp_path / "scoring.py").write_text("def score(model):\n    raise RuntimeError\n")
+    again = surgery(f"{words} --metric sum -o {tmp_path}/sweep.jsonl")
+    assert again[:2] == (0, out)
+
+
+def test_inspect_shows_slots_and_probes(surgery, tmp_path: Path) -> None:
+    code, out, _ = surgery("inspect later --probe")
+    assert code == 0
+    assert "d n -> n d" in out
+    assert "exactly the neuron's slices" in out
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "message"),
+    [
+        ("select base earlier later", 1, "say where the mask goes"),
+        ("select base earlier later --dry-run", 1, "pass data=load_prompts"),
+        ("select earlier later --selector MC --dry-run", 1, "needs the base checkpoint"),
+        ("select base earlier later --selector XY --dry-run", 1, "expected some of the letters"),
+        ("select base earlier later --selector MC --budget 2 --dry-run", 1, "in [0, 1]"),
+        ("select base earlier nowhere --selector MC --dry-run", 1, "there is no folder nowhere"),
+        ("select base --selector MC --dry-run", 1, "expected [BASE] EARLIER LATER"),
+        ("rollback later --to earlier --mask nothing -o x", 1, "there is no mask file"),
+        ("rollback later", 2, "Missing option"),
+        ("inspect later --nonsense", 2, "No such option"),
+        ("sweep base earlier later --evaluate json:nothing --selectors M --budgets 0.1", 1, "has no attribute"),
+        ("sweep base earlier later --evaluate json:dumps --selectors M --budgets few", 1, "is not a number"),
+    ],
+)
+def test_errors_say_what_to_do(surgery, command: str, code: int, message: str) -> None:
+    found = surgery(command)
+    assert found[0] == code
+    assert message in " ".join(found[2].split())
+
+
+def test_a_layout_of_ones_own(surgery, runs: Path, tmp_path: Path) -> None:
+    save_file({"blocks.0.a": torch.randn(6, 4), "blocks.0.b": torch.randn(4, 6)}, runs / "x.safetensors")
+    (runs / "odd").mkdir(exist_ok=True)
+    (runs / "x.safetensors").rename(runs / "odd" / "model.safetensors")
+    spec = {"blocks.{layer}": {"a": "n d -> n d", "b": "d n -> n d"}}
+    (tmp_path / "layout.json").write_text(json.dumps(spec))
+    assert surgery("inspect odd")[0] == 1
+    code, out, _ = surgery(f"inspect odd --layout {tmp_path}/layout.json")
+    assert code == 0
+    assert "6 neurons in 1 blocks" in out

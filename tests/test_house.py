@@ -1,0 +1,47 @@
+"""The house rules that a machine can hold: imports go downwards, names are public once, the package is light."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import surgery
+
+PACKAGE = Path(surgery.__file__).parent
+# each module may import those before it
+ORDER = (
+    "neurons slots hooks layout checkpoint prompts trajectory budget scores papers operators selection sweeps plots cli"
+).split()
+
+
+def imports(module: str) -> set[str]:
+    """The modules of the package that a module imports, at the top or inside a function."""
+    found = set()
+    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("surgery."):
+            found.add(str(node.module).split(".")[1])
+    return found
+
+
+def test_every_module_has_its_place() -> None:
+    assert {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"} == set(ORDER)
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_imports_go_downwards(module: str) -> None:
+    assert imports(module) <= set(ORDER[: ORDER.index(module)])
+
+
+def test_public_names_resolve_and_shadow_no_module() -> None:
+    assert all(getattr(surgery, name) is not None for name in surgery.__all__)
+    assert not {name for name in surgery.__all__ if name in ORDER}
+    assert not set(ORDER) & sys.stdlib_module_names
+
+
+def test_importing_the_package_or_its_help_imports_no_torch() -> None:
+    code = "import sys, surgery.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

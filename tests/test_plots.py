@@ -1,0 +1,29 @@
+"""Figures draw the numbers that they are given."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from surgery.sweeps import CEILING, EARLIER, LATER, Row, Sweep
+
+pytest.importorskip("matplotlib")
+from surgery.plots import dose_response, layer_budgets  # noqa: E402
+
+
+def test_dose_response_draws_recovery_in_percent(tmp_path: Path) -> None:
+    rows = [Row("M", budget, 4, {"math": 1.0}, 0.1, recovery) for budget, recovery in ((0.02, 0.3), (0.01, 0.1))]
+    references = [Row(EARLIER, 0, 0, {"math": 1.0}, 0.1), Row(LATER, 0, 0, {"math": 0.5}, 0.1)]
+    ax = dose_response(Sweep("math", (*references, Row(CEILING, 1.0, 9, {"math": 0.9}, 0.1, 0.8), *rows)))
+    lines = {line.get_label(): line for line in ax.get_lines()}
+    assert list(lines["M"].get_xdata()) == [1.0, 2.0]
+    assert list(lines["M"].get_ydata()) == [10.0, 30.0]
+    assert list(lines["ceiling: all MLP neurons"].get_ydata()) == [80.0, 80.0]
+    ax.figure.savefig(tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 0
+
+
+def test_layer_budgets_draws_counts() -> None:
+    ax = layer_budgets({"A": {"layers.0": 1, "layers.1": 5}, "M": {"layers.0": 3, "layers.1": 3}})
+    assert [list(line.get_ydata()) for line in ax.get_lines()] == [[1, 5], [3, 3]]

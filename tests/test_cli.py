@@ -6,11 +6,11 @@ import json
 import sys
 from pathlib import Path
 
+import families
 import pytest
 import torch
 from safetensors.torch import save_file
 
-import families
 from surgery import AMCSelector, Checkpoint, Neurons, RandomSelector, Trajectory, rolled_back
 from surgery.cli import main
 
@@ -26,7 +26,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def surgery(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], runs: Path):
-    """Type a command in the folder of runs; gives the exit code, what it printed and what it said on the error stream."""
+    """Type a command in the folder of runs; gives the exit code, the output and the error stream."""
 
     def run(command: str) -> tuple[int, str, str]:
         monkeypatch.chdir(runs)

@@ -14,8 +14,22 @@ import surgery
 PACKAGE = Path(surgery.__file__).parent
 # each module may import those before it
 ORDER = (
-    "neurons slots hooks layout checkpoint prompts trajectory budget scores papers operators selection sweeps plots cli"
-).split()
+    "neurons",
+    "slots",
+    "hooks",
+    "layout",
+    "checkpoint",
+    "prompts",
+    "trajectory",
+    "budget",
+    "scores",
+    "papers",
+    "operators",
+    "selection",
+    "sweeps",
+    "plots",
+    "cli",
+)
 
 
 def imports(module: str) -> set[str]:

@@ -70,6 +70,7 @@ def _listen_to_experts(module: Any, hear: Hear, stack: ExitStack) -> None:
     loop, one call per expert that was hit.
     """
     order: list[Routing] = []
+    looping = ExitStack()  # open while the eager loop runs, which most families write without ``_apply_gate``
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         named: Any = kwargs.get("top_k_index", kwargs.get("router_indices"))
@@ -85,6 +86,7 @@ def _listen_to_experts(module: Any, hear: Hear, stack: ExitStack) -> None:
             places = [(flat.view_as(index) == e).T.nonzero() for e in flat.unique().tolist() if e < module.num_experts]
             hit = [e for e in flat.unique().tolist() if e < module.num_experts]
             order[:] = [Routing(p[:, 1], torch.full_like(p[:, 1], e)) for p, e in zip(places, hit, strict=True)]
+            looping.enter_context(_Products(module.down_proj, heard))
 
     def heard(h: Tensor) -> Tensor:
         if not order:
@@ -95,13 +97,18 @@ def _listen_to_experts(module: Any, hear: Hear, stack: ExitStack) -> None:
         other = hear(h, routing)
         return h if other is None else other
 
+    def grouped(h: Tensor) -> Tensor:
+        return heard(h) if module.config._experts_implementation in ("batched_mm", "grouped_mm") else h
+
     stack.enter_context(_removing(module.register_forward_pre_hook(before, with_kwargs=True)))
+    after = module.register_forward_hook(lambda _m, _a, _o: looping.close(), always_call=True)
+    stack.enter_context(_removing(after))
     if module.has_gate:
         gate = module._apply_gate
-        module._apply_gate = lambda projected: heard(gate(projected))  # shadows the class's own until taken off
+        module._apply_gate = lambda projected: grouped(gate(projected))  # shadows the class's own until taken off
         stack.callback(delattr, module, "_apply_gate")
     else:
-        stack.enter_context(_removing(module.act_fn.register_forward_hook(lambda _m, _a, out: heard(out))))
+        stack.enter_context(_removing(module.act_fn.register_forward_hook(lambda _m, _a, out: grouped(out))))
 
 
 def _listen_to_sorted_experts(mlp: Any, consumer: nn.Module, hear: Hear, stack: ExitStack) -> None:
@@ -118,18 +125,25 @@ def _listen_to_sorted_experts(mlp: Any, consumer: nn.Module, hear: Hear, stack: 
     stack.enter_context(_removing(consumer.register_forward_pre_hook(before)))
 
 
+_PRODUCTS = (torch.bmm, torch.matmul, Tensor.matmul, Tensor.__matmul__, nn.functional.linear)
+
+
 class _Products(TorchFunctionMode):
-    """Sees the batched product with one weight, and may change its left factor."""
+    """Sees the products with one weight, or with a part of it, and may change their left factor."""
 
     def __init__(self, weight: Tensor, seen: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.weight, self.seen = weight, seen
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.bmm and args[1] is self.weight:
+        if func in _PRODUCTS and isinstance(args[1], Tensor) and self._is_part(args[1]):
             with torch._C.DisableTorchFunctionSubclass():
                 args = (self.seen(args[0]), *args[1:])
         return func(*args, **(kwargs or {}))
+
+    def _is_part(self, tensor: Tensor) -> bool:
+        start = self.weight.data_ptr()
+        return start <= tensor.data_ptr() < start + self.weight.numel() * self.weight.element_size()
 
 
 def _listen_to_batched_experts(module: Any, hear: Hear, stack: ExitStack) -> None:

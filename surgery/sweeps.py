@@ -134,7 +134,7 @@ def sweep(
     say = progress or (lambda _: None)
     live = dataclasses.replace(run, model=model)
     batches = None if data is None else list(data)
-    evaluate = torch.no_grad()(evaluate)
+    evaluate = _watched(torch.no_grad()(evaluate))
     done = _Done(path, live)
     references = [
         done.row(LATER, 0.0, lambda: (0, evaluate(model)), say),
@@ -153,6 +153,26 @@ def sweep(
                 rows.append(done.row(_name(one), budget, measure, say))
     found = [judged(row, references[1].metrics, references[0].metrics, metric) for row in rows]
     return Sweep(metric, (references[1], references[0], *found))
+
+
+def _watched(evaluate: Evaluate) -> Evaluate:
+    """The evaluation, refused where it writes into or moves the parameters: later rows would be of another model."""
+
+    def marks(model: nn.Module) -> dict[str, tuple[int, int]]:
+        named = model.named_parameters(remove_duplicate=False)
+        return {name: (p.data_ptr(), p._version) for name, p in named if not p.is_inference()}
+
+    def measure(model: nn.Module) -> Mapping[str, float]:
+        before = marks(model)
+        metrics = evaluate(model)
+        if changed := [name for name, mark in marks(model).items() if before.get(name) != mark]:
+            raise ValueError(
+                f"evaluate changed the weights ({len(changed)} tensors, the first of them {changed[0]!r}); it has to "
+                f"leave the model as it was: no training, no .to(...), no merging of adapters"
+            )
+        return metrics
+
+    return measure
 
 
 def _select_and_try(
@@ -188,9 +208,13 @@ def _at(selector: Any, budget: float) -> Any:
 
 
 def _name(selector: Any) -> str:
-    name = str(getattr(selector, "name", type(selector).__name__))
-    seed = getattr(selector, "seed", None)
-    return name if not seed else f"{name}, seed {seed}"
+    """What tells its rows from another's: its own name and seed, or its class and everything but the budget."""
+    if name := getattr(selector, "name", None):
+        seed = getattr(selector, "seed", None)
+        return str(name) if not seed else f"{name}, seed {seed}"
+    settings = {f.name: getattr(selector, f.name) for f in dataclasses.fields(selector) if f.name != "budget"}
+    listed = ", ".join(f"{key}={value!r}" for key, value in settings.items())
+    return f"{type(selector).__name__}({listed})" if settings else type(selector).__name__
 
 
 def _fell_most(earlier: Mapping[str, float], later: Mapping[str, float]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,7 +19,7 @@ from surgery.checkpoint import Checkpoint, Source, State, tensors_of
 from surgery.layout import find_layout, folder_layout
 from surgery.slots import Block, Layout
 
-CHUNK = 1 << 24  # bytes of float32 that one chunk of a part may take
+CHUNK = 1 << 20  # bytes of float32 that one chunk of a part may take: it stays in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,8 @@ def open_weights(source: Source, layout: Layout | None = None, like: Weights | N
 
     Raises:
         ValueError: the neurons can't be found, or are not those of ``like``; a tensor outside the MLPs has another
-            shape there. Where only the number of rows of a matrix differs (a padded or extended vocabulary) it is a
-            warning: those tensors are never touched. Other dtypes are fine, and so are tensors that only one has.
+            shape there. Outside the layers another number of rows (a padded or extended vocabulary) is only a
+            warning: such tensors are never touched. Other dtypes are fine, and so are tensors that only one has.
     """
     tensors = tensors_of(source)
     name = _name(source)
@@ -58,8 +60,8 @@ def _layout(tensors: Mapping[str, Tensor], like: Weights | None, name: str) -> L
         return own
     if isinstance(tensors, State):
         return find_layout(tensors.module)
-    if like is not None and like.layout.fits(tensors):
-        return like.layout
+    if like is not None and like.layout.fits(tensors) and _kind(tensors) in (None, _kind(like.tensors)):
+        return like.layout  # the same names alone are not enough: a gated MLP has those of an ungated one
     if isinstance(tensors, Checkpoint) and (tensors.folder / "config.json").exists():
         files = [tensors.folder / file for file in ("config.json", *tensors.headers)]
         return _folder_layout(tensors.folder, tuple((file.stat().st_size, file.stat().st_mtime_ns) for file in files))
@@ -68,6 +70,18 @@ def _layout(tensors: Mapping[str, Tensor], like: Weights | None, name: str) -> L
         missing = [tensor for tensor in slots if tensor not in tensors]
         raise ValueError(f"{name} lacks {len(missing)} tensors that {like.name} has, the first of them {missing[0]!r}")
     raise ValueError(f"where the neurons of {name} lie can't be told from bare tensors: pass layout=")
+
+
+def _kind(tensors: Mapping[str, Tensor]) -> str | None:
+    """The model type that a folder's or a live model's configuration names; None where there is no configuration."""
+    if isinstance(tensors, State):
+        return getattr(getattr(tensors.module, "config", None), "model_type", None)
+    if not isinstance(tensors, Checkpoint) or not (tensors.folder / "config.json").exists():
+        return None
+    try:
+        return str(json.loads((tensors.folder / "config.json").read_text(encoding="utf-8"))["model_type"])
+    except (ValueError, KeyError, TypeError):
+        return "unreadable"
 
 
 @lru_cache(maxsize=8)
@@ -96,13 +110,17 @@ def _check_alike(tensors: Mapping[str, Tensor], layout: Layout, name: str, like:
             )
     in_mlp = {slot.tensor for one in (layout, like.layout) for block in one.blocks for slot in block.slots}
     mine, its = _shapes(tensors, in_mlp), _shapes(like.tensors, in_mlp)
-    for tensor in (tensor for tensor in mine if tensor in its and mine[tensor] != its[tensor]):
-        what = f"{tensor!r} has the shape {mine[tensor]} in {name} and {its[tensor]} in {like.name}"
-        if len(mine[tensor]) != 2 or mine[tensor][1:] != its[tensor][1:]:
-            raise ValueError(f"{what}: they are different models")
+    other = [tensor for tensor in mine if tensor in its and mine[tensor] != its[tensor]]
+    what = {
+        tensor: f"{tensor!r} has the shape {mine[tensor]} in {name}, {its[tensor]} in {like.name}" for tensor in other
+    }
+    for tensor in other:
+        if re.search(r"\.\d+\.", tensor) or mine[tensor][1:] != its[tensor][1:]:  # in a layer, or not only longer
+            raise ValueError(f"{what[tensor]}: they are different models")
+    if other:
         warnings.warn(
-            f"{what}: another vocabulary, or another padding of it. It lies outside the MLPs and stays untouched; the "
-            f"same token ids have to mean the same in both",
+            f"{what[other[0]]}: another vocabulary, or another padding of it. It lies outside the MLPs and stays "
+            f"untouched; the same token ids have to mean the same in both",
             stacklevel=4,
         )
 

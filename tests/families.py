@@ -99,7 +99,9 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     "olmoe": _EXPERTS,
     "deepseek_v2": dict(**_EXPERTS, **_LATENT),
     "deepseek_v3": dict(**_EXPERTS, **_LATENT),
-    "glm4_moe": dict(**_EXPERTS, n_routed_experts=4, n_shared_experts=1, n_group=1, topk_group=1, first_k_dense_replace=1),
+    "glm4_moe": dict(
+        **_EXPERTS, n_routed_experts=4, n_shared_experts=1, n_group=1, topk_group=1, first_k_dense_replace=1
+    ),
     "glm_moe_dsa": dict(**_EXPERTS, **_LATENT, index_n_heads=2, index_head_dim=16, index_topk=8),
     "gpt_oss": _EXPERTS,
     "llama4_text": dict(**_EXPERTS, intermediate_size_mlp=40, interleave_moe_layer_step=2, attention_chunk_size=32),

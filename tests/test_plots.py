@@ -9,7 +9,7 @@ import pytest
 from surgery.sweeps import CEILING, EARLIER, LATER, Row, Sweep
 
 pytest.importorskip("matplotlib")
-from surgery.plots import dose_response, layer_budgets  # noqa: E402
+from surgery.plots import dose_response, layer_budgets
 
 
 def test_dose_response_draws_recovery_in_percent(tmp_path: Path) -> None:

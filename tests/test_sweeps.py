@@ -1,0 +1,293 @@
+"""Sweeps: every score once, every row right, the model whole at the end, and nothing measured twice."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from families import build
+from torch import nn
+
+from surgery import (
+    AMCSelector,
+    Neurons,
+    RandomSelector,
+    Trajectory,
+    allocate,
+    find_layout,
+    magnitude,
+    scores,
+    sweep,
+    top,
+)
+from surgery.checkpoint import State
+
+BUDGETS = [0.1, 0.25]
+SELECTORS = [AMCSelector(0.0), AMCSelector(0.0, rank="M", allocate="M"), RandomSelector(0.0), RandomSelector(0.0, 1)]
+
+
+def trio() -> dict[str, nn.Module]:
+    return {name: build("llama", seed=seed) for seed, name in enumerate(("base", "earlier", "later"))}
+
+
+def data() -> list[dict[str, torch.Tensor]]:
+    ids = torch.randint(3, 64, (4, 9), generator=torch.Generator().manual_seed(1))
+    return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(2)]
+
+
+def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in State(model).items()}
+
+
+def same(model: nn.Module, before: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(tensor, before[name]) for name, tensor in State(model).items())
+
+
+class Evaluate:
+    """Reads off the weights how many neurons are earlier's: math gains with it, qa loses; stops at call ``fail``."""
+
+    def __init__(self, earlier: nn.Module, fail: int | None = None) -> None:
+        self.earlier, self.fail, self.calls = earlier, fail, 0
+
+    def __call__(self, model: nn.Module) -> dict[str, float]:
+        self.calls += 1
+        if self.calls == self.fail:
+            raise RuntimeError("out of power")
+        pairs = zip(self.earlier.model.layers, model.model.layers, strict=True)
+        hits = [(a.mlp.up_proj.weight == b.mlp.up_proj.weight).all(1) for a, b in pairs]
+        part = float(torch.cat(hits).float().mean())
+        return {"qa": 0.9 - 0.5 * part, "math": 0.2 + 0.6 * part, "code": 0.5}
+
+
+@pytest.fixture
+def models() -> dict[str, nn.Module]:
+    return trio()
+
+
+def test_references_ceiling_and_recovery(models):
+    """recovery = (score − later) / (earlier − later); Δ = score − later elsewhere; budgets are those of the masks."""
+    run = Trajectory(**models)
+    found = sweep(
+        models["later"], run, data(), selectors=SELECTORS, budgets=BUDGETS, evaluate=Evaluate(models["earlier"])
+    )
+    assert found.metric == "math"  # the one that fell; nobody had to say so
+    earlier, later, ceiling, *rows = found.rows
+    assert (earlier.selector, later.selector) == ("earlier", "later")
+    assert earlier.metrics["math"] == pytest.approx(0.8)
+    assert later.metrics == {"qa": 0.9, "math": 0.2, "code": 0.5}
+    assert (earlier.recovery, later.recovery) == (None, None)  # they are what recovery is measured by
+    assert (earlier.neurons, later.neurons) == (0, 0)
+    assert ceiling.neurons == 96
+    assert ceiling.recovery == pytest.approx(1.0)
+    assert ceiling.delta == {"qa": pytest.approx(-0.5), "code": 0.0}
+    assert [(row.selector, row.budget) for row in rows] == [
+        (name, budget) for name in ("A×M×C", "M", "random", "random, seed 1") for budget in BUDGETS
+    ]
+    for row in rows:
+        assert row.neurons == round(row.budget * 96)
+        assert row.recovery == pytest.approx(row.neurons / 96)
+        assert row.delta["qa"] == pytest.approx(-0.5 * row.neurons / 96)
+        assert row.seconds >= 0
+    assert [row.budget for row in found["M"]] == BUDGETS
+
+
+def test_it_prints_a_table(models):
+    """One line per row; recovery in percent, changes with their sign, the other domains named."""
+    run = Trajectory(**models)
+    found = sweep(
+        models["later"], run, None, selectors=[RandomSelector(0.0)], budgets=[0.25],
+        evaluate=Evaluate(models["earlier"]),
+    )  # fmt: skip
+    head, *lines = str(found).splitlines()
+    assert len(lines) == len(found) == 4
+    assert [word for word in ("selector", "budget", "math", "recovery", "Δ qa", "Δ code") if word not in head] == []
+    assert lines[2].startswith("ceiling")
+    assert "100.0 %" in lines[2]
+    assert [cell for cell in ("25 %", " 24 ", "25.0 %", "-0.1250", "0.3500") if cell not in lines[3]] == []
+
+
+def test_each_score_is_computed_once(models, monkeypatch):
+    """Whatever the number of budgets and selectors: one pass over the data, one over the weights for M, one for C."""
+    reads, passes = [], []
+    displacements, run_batch = scores.displacements, scores._run
+
+    def reading(run, *names):
+        reads.append(names)
+        return displacements(run, *names)
+
+    def passing(*args):
+        passes.append(1)
+        return run_batch(*args)
+
+    monkeypatch.setattr(scores, "displacements", reading)
+    monkeypatch.setattr(scores, "_run", passing)
+    letters = [("AMC", "AMC"), ("A", "AMC"), ("MC", "MC"), ("A", "A"), ("AM", "AM")]
+    selectors = [AMCSelector(0.0, rank=rank, allocate=budgets) for rank, budgets in letters]
+    run, evaluate = Trajectory(**models), Evaluate(models["earlier"])
+    once = iter(data())  # an iterator: it can only be read once
+    found = sweep(models["later"], run, once, selectors=selectors, budgets=[*BUDGETS, 0.5], evaluate=evaluate)
+    assert sorted(reads) == [("base", "earlier", "later"), ("earlier", "later")]
+    assert len(passes) == len(data())
+    assert evaluate.calls == 3 + 5 * 3
+    for name, letter in (("A×M×C", letters[0]), ("rank A, budgets A×M×C", letters[1])):  # and they are the right ones
+        fresh = AMCSelector(0.25, rank=letter[0], allocate=letter[1]).select(run, data())
+        assert found[name][1].neurons == sum(fresh.count().values())
+    assert scores._memory.get() is None
+
+
+@dataclass(frozen=True)
+class Remembering:
+    """A selector that keeps what M it was given."""
+
+    budget: float
+    seen: tuple[list[Neurons], ...] = ()
+
+    def select(self, run, data=None):
+        M = magnitude(run)
+        self.seen[0].append(M)
+        return top(M, allocate(M, self.budget, how="global"))
+
+
+def test_scores_are_of_the_later_model_also_between_rollbacks(models):
+    """M at the second budget is M of the later model, not of a model that was just rolled back."""
+    run, seen = Trajectory(**models), []
+    fresh = magnitude(run)
+    selectors = [Remembering(0.0, (seen,))]
+    sweep(models["later"], run, None, selectors=selectors, budgets=BUDGETS, evaluate=Evaluate(models["earlier"]))
+    assert len(seen) == len(BUDGETS)
+    assert all(one.equal(fresh) for one in seen)
+
+
+def test_the_model_is_whole_at_the_end_and_after_an_error(models):
+    """Bit for bit, whichever evaluation fails."""
+    run, before = Trajectory(**models), snapshot(models["later"])
+    arguments = dict(selectors=SELECTORS[1:3], budgets=BUDGETS)
+    sweep(models["later"], run, None, **arguments, evaluate=Evaluate(models["earlier"]))
+    assert same(models["later"], before)
+    for fail in range(1, 8):
+        with pytest.raises(RuntimeError, match="out of power"):
+            sweep(models["later"], run, None, **arguments, evaluate=Evaluate(models["earlier"], fail))
+        assert same(models["later"], before)
+
+
+def test_a_sweep_goes_on_where_it_stopped(models, tmp_path):
+    """Rows in the file are not measured again, new budgets are, and the result is that of one uninterrupted sweep."""
+    run, file = Trajectory(**models), tmp_path / "sweep.jsonl"
+    arguments = dict(selectors=SELECTORS[1:3], path=file)
+    with pytest.raises(RuntimeError):
+        sweep(models["later"], run, None, **arguments, budgets=BUDGETS, evaluate=Evaluate(models["earlier"], fail=5))
+    assert len(file.read_text().splitlines()) == 1 + 4
+    said, evaluate = [], Evaluate(models["earlier"])
+    whole = sweep(models["later"], run, None, **arguments, budgets=BUDGETS, evaluate=evaluate, progress=said.append)
+    assert evaluate.calls == len(said) == 3
+    written = file.read_text()
+    again = sweep(models["later"], run, None, **arguments, budgets=BUDGETS, evaluate=Evaluate(models["earlier"], 1))
+    assert again == whole
+    assert file.read_text() == written
+    fresh = sweep(
+        models["later"], run, None, selectors=SELECTORS[1:3], budgets=BUDGETS, evaluate=Evaluate(models["earlier"])
+    )
+    assert [replace(row, seconds=0.0) for row in whole] == [replace(row, seconds=0.0) for row in fresh]
+    more = Evaluate(models["earlier"])
+    sweep(models["later"], run, None, **arguments, budgets=[*BUDGETS, 0.5], evaluate=more)
+    assert more.calls == 2
+
+
+def test_a_file_of_other_checkpoints_is_refused(models, tmp_path):
+    """The file says which checkpoints its rows are of; other weights under the same names are others."""
+    for name in ("earlier", "later"):
+        models[name].save_pretrained(tmp_path / name)
+    run = Trajectory(earlier=str(tmp_path / "earlier"), later=str(tmp_path / "later"))
+    arguments = dict(selectors=SELECTORS[2:3], budgets=[0.1], path=tmp_path / "sweep.jsonl")
+    sweep(models["later"], run, None, **arguments, evaluate=Evaluate(models["earlier"]))
+    head = json.loads((tmp_path / "sweep.jsonl").read_text().splitlines()[0])
+    assert head["checkpoints"]["earlier"]["name"] == "earlier"
+    models["base"].save_pretrained(tmp_path / "earlier")
+    with pytest.raises(ValueError, match="other checkpoints"):
+        sweep(models["later"], run, None, **arguments, evaluate=Evaluate(models["earlier"], fail=1))
+
+
+def test_a_file_that_was_cut_is_refused_by_name(models, tmp_path):
+    """Half a line at the end is no row; nor is a file of something else."""
+    run, file = Trajectory(**models), tmp_path / "sweep.jsonl"
+    arguments = dict(selectors=SELECTORS[2:3], budgets=[0.1], path=file)
+    sweep(models["later"], run, None, **arguments, evaluate=Evaluate(models["earlier"]))
+    for text in (file.read_text()[:-20], "hello\n"):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=r"sweep\.jsonl is not a sweep's file"):
+            sweep(models["later"], run, None, **arguments, evaluate=Evaluate(models["earlier"]))
+
+
+def test_nothing_lost_is_no_recovery(models):
+    """Where the metric did not fall there is nothing to recover: no division by zero, an empty cell."""
+    run = Trajectory(**models)
+    found = sweep(
+        models["later"], run, None, selectors=SELECTORS[2:3], budgets=[0.1], metric="code",
+        evaluate=Evaluate(models["earlier"]),
+    )  # fmt: skip
+    assert [row.recovery for row in found] == [None] * 4
+    assert found.metric == "code"
+    assert len(str(found).splitlines()) == 5
+
+
+def test_a_selector_without_a_budget_and_an_unknown_metric_are_refused(models):
+    """By name, with what there is."""
+
+    class Mute:
+        def select(self, run, data=None):
+            raise AssertionError("never asked")
+
+    run, before = Trajectory(**models), snapshot(models["later"])
+    with pytest.raises(ValueError, match="no field 'budget'"):
+        sweep(models["later"], run, None, selectors=[Mute()], budgets=[0.1], evaluate=Evaluate(models["earlier"]))
+    with pytest.raises(ValueError, match=r"metric='maths'.*math"):
+        sweep(
+            models["later"], run, None, selectors=SELECTORS[2:3], budgets=[0.1], metric="maths",
+            evaluate=Evaluate(models["earlier"]),
+        )  # fmt: skip
+    assert same(models["later"], before)
+
+
+@dataclass(frozen=True)
+class First:
+    """The first neurons of one layer: a user's own selector with a setting of its own."""
+
+    budget: float
+    layer: int
+
+    def select(self, run, data=None):
+        sizes = find_layout(run.load()).sizes
+        taken = {name: round(self.budget * sum(sizes.values())) * (at == self.layer) for at, name in enumerate(sizes)}
+        return Neurons({name: torch.arange(size) < taken[name] for name, size in sizes.items()})
+
+
+def test_two_selectors_of_one_class_are_two_rows(models):
+    """Selectors that differ in a setting are measured each: one must not be given the other's row."""
+    run, seen = Trajectory(**models), []
+
+    def evaluate(model):
+        pairs = zip(models["earlier"].model.layers, model.model.layers, strict=True)
+        hits = [int((a.mlp.up_proj.weight == b.mlp.up_proj.weight).all(1).sum()) for a, b in pairs]
+        seen.append(hits)
+        return {"math": sum(hits), "layer": hits[1]}
+
+    found = sweep(
+        models["later"], run, None, selectors=[First(0.0, 0), First(0.0, 1)], budgets=[0.1], evaluate=evaluate
+    )
+    assert [row.metrics["layer"] for row in found][-2:] == [0.0, 10.0]
+    assert len({row.selector for row in found}) == 5
+
+
+def test_an_evaluation_that_changes_the_weights_is_an_error(models):
+    """Else every later row would be of another model."""
+    run = Trajectory(**models)
+
+    def evaluate(model):
+        with torch.no_grad():
+            model.lm_head.weight += 1
+        return {"math": 0.0}
+
+    with pytest.raises(ValueError, match="changed the weights"):
+        sweep(models["later"], run, None, selectors=SELECTORS[2:3], budgets=[0.1], evaluate=evaluate)

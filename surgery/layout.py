@@ -82,7 +82,8 @@ def _spec_block(path: str, tensors: Mapping[str, str], shapes: Shapes) -> Block:
     if len({slot.neurons for slot in slots}) != 1:
         raise ValueError(f"the parts of {path} differ in length: { ({s.tensor: s.neurons for s in slots}) }")
     consumer = slots[-1].tensor.rpartition(".")[0]
-    return Block(path, slots[0].neurons, tuple(slots), consumer, found="your layout")
+    experts = slots[-1].shape[0] if slots[-1].stacked else 0
+    return Block(path, slots[0].neurons, tuple(slots), consumer, experts, found="your layout")
 
 
 def _hidden(model: nn.Module) -> int:

@@ -127,7 +127,8 @@ def sweep(
         A ``Sweep``: rows, and a table when printed.
 
     Raises:
-        ValueError: the file is of another sweep, a selector has no budget, or ``evaluate`` changed the weights.
+        ValueError: the file is of other checkpoints, a selector has no budget, there is no such metric, or ``evaluate``
+            changed the weights.
 
     Source: the paper's Table 6 and Figure 13 in kind.
     """

@@ -21,6 +21,15 @@ SEED0 = LAB / "seed0"
 needs_checkpoints = pytest.mark.skipif(not (SEED0 / "cw").is_dir(), reason="seed 0 has not been trained here")
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The models are so small that more threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("domain", domains.DOMAINS)
 def test_data_is_a_function_of_the_seed(domain):
     assert domains.generate(domain, 3) == domains.generate(domain, 3)

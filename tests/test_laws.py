@@ -241,7 +241,8 @@ def test_live_and_folder_agree(family, dtype, tmp_path):
         assert done.changed
         models["later"].save_pretrained(tmp_path / "live", max_shard_size="24KB")
     ours, theirs = dict(Checkpoint(out)), dict(Checkpoint(tmp_path / "live"))
-    assert same(ours, theirs)
+    # transformers loads a router's correction bias in float32 whatever its dtype on disk, and saves it so
+    assert same(ours, {name: tensor.to(ours[name].dtype) for name, tensor in theirs.items()})
     assert same(ours, dict(view))
     assert not same(ours, dict(Checkpoint(tmp_path / "later")))
 

@@ -1,0 +1,1 @@
+"""A small laboratory: a tiny language model post-trained in four stages, with real interference between them."""

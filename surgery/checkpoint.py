@@ -247,6 +247,7 @@ def _copy(source: Path, partial: Path, tensors: Mapping[str, Tensor]) -> None:
         for file, path in sorted(unfinished.items()):
             _edit_file(path, tensors, file)
         for name, text in tensors.papers().items():
+            (partial / name).parent.mkdir(exist_ok=True)
             (partial / name).write_bytes(text)
     for file, path in unfinished.items():
         path.rename(partial / file)

@@ -14,7 +14,8 @@ from surgery.checkpoint import Checkpoint
 from surgery.neurons import Neurons
 from surgery.trajectory import Weights
 
-MASK, RECORD, CARD = "surgery.mask.safetensors", "surgery.json", "README.md"
+# The mask lies in a folder of its own: a server that globs *.safetensors must not take it for weights.
+MASK, RECORD, CARD = "surgery/mask.safetensors", "surgery.json", "README.md"
 
 
 def versions() -> dict[str, str]:
@@ -82,8 +83,8 @@ def papers(
         "tensors": tensors,
     }
     with tempfile.TemporaryDirectory() as folder:
-        mask.save(Path(folder) / MASK)
-        saved = (Path(folder) / MASK).read_bytes()
+        mask.save(Path(folder) / "mask")
+        saved = (Path(folder) / "mask").read_bytes()
     found = {MASK: saved, RECORD: json.dumps(record, indent=2).encode() + b"\n"}
     return {**found, CARD: _card(record, later).encode(errors="surrogateescape")}
 

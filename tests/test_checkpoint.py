@@ -136,7 +136,7 @@ def test_only_the_reverted_slices_differ(pair, tmp_path):
     assert save(rolled_back(later, to=earlier, mask=mask), tmp_path / "deep/er/out") == tmp_path / "deep/er/out"
     assert (hashes(later), hashes(earlier)) == before
     found, shards = hashes(tmp_path / "deep/er/out"), expected_llama(later, earlier, mask)
-    papers = {"surgery.mask.safetensors", "surgery.json", "README.md"}
+    papers = {"surgery/mask.safetensors", "surgery.json", "README.md"}
     assert set(found) == set(before[0]) | papers
     for name in set(before[0]) - papers:
         assert found[name] == shards.get(name, before[0][name]), name
@@ -167,7 +167,7 @@ def test_papers_beside_the_weights(pair, tmp_path):
     made_by = {"selector": {"class": "Mine", "budget": 0.2}}
     mask = Neurons(some(families.build("llama")), made_by=made_by)
     out = save(rolled_back(later, to=earlier, mask=mask, strength=0.5), tmp_path / "out")
-    kept = Neurons.load(out / "surgery.mask.safetensors")
+    kept = Neurons.load(out / "surgery/mask.safetensors")
     assert kept.equal(mask)
     assert kept.made_by == made_by
     record = json.loads((out / "surgery.json").read_text())
@@ -288,7 +288,7 @@ def test_overwrite_keeps_the_old_folder_until_the_new_one_is_complete(tmp_path, 
     assert sorted(os.listdir(tmp_path)) == ["earlier", "later", "out"]
     want = expected_llama(later, earlier, mask)
     assert {name: data for name, data in hashes(out).items() if name in want} == want
-    assert not (set(hashes(out)) - set(hashes(later)) - {"surgery.json", "README.md", "surgery.mask.safetensors"})
+    assert not (set(hashes(out)) - set(hashes(later)) - {"surgery.json", "README.md", "surgery/mask.safetensors"})
 
 
 def test_tensors_of_every_kind_are_read(tmp_path):

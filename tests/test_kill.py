@@ -23,7 +23,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from surgery import Checkpoint, Neurons, find_layout, rolled_back, save
 
 KILLS = 50
-MASK = "surgery.mask.safetensors"
+MASK = "surgery/mask.safetensors"
 
 
 @pytest.fixture(scope="module")

@@ -49,6 +49,7 @@ def forked(action) -> int:
     child = os.fork()
     if child == 0:
         try:
+            torch.set_num_threads(1)  # a fork has none of its parent's worker threads, and would wait for them
             action()
             os._exit(0)
         except BaseException:

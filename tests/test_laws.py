@@ -210,7 +210,8 @@ def test_selection_laws(family):
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.rglob("*") if path.is_file())}
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 OTHERS = [(family, dtype) for family in THREE for dtype in DTYPES if dtype != torch.bfloat16]

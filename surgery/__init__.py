@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from surgery.budget import allocate, top
-    from surgery.checkpoint import Checkpoint, save
-    from surgery.layout import find_layout, probe
+    from surgery.checkpoint import Checkpoint
+    from surgery.layout import find_layout
     from surgery.neurons import Neurons
     from surgery.operators import Rollback, RolledBack, rollback, rolled_back
+    from surgery.probing import probe
     from surgery.prompts import load_prompts
+    from surgery.saving import save
     from surgery.scores import activation, conflict, magnitude
     from surgery.selection import AMCSelector, RandomSelector, Selector
     from surgery.slots import Block, Layout, Slot
@@ -24,11 +26,13 @@ if TYPE_CHECKING:
 
 _HOME = {
     "budget": ("allocate", "top"),
-    "checkpoint": ("Checkpoint", "save"),
-    "layout": ("find_layout", "probe"),
+    "checkpoint": ("Checkpoint",),
+    "layout": ("find_layout",),
     "neurons": ("Neurons",),
     "operators": ("Rollback", "RolledBack", "rollback", "rolled_back"),
+    "probing": ("probe",),
     "prompts": ("load_prompts",),
+    "saving": ("save",),
     "scores": ("activation", "conflict", "magnitude"),
     "selection": ("AMCSelector", "RandomSelector", "Selector"),
     "slots": ("Block", "Layout", "Slot"),

@@ -94,9 +94,9 @@ def rollback(
     overwrite: Overwrite = False,
 ) -> None:
     """Write the later checkpoint with the masked neurons set back; every other byte stays as it was."""
-    from surgery.checkpoint import save
     from surgery.neurons import Neurons
     from surgery.operators import rolled_back
+    from surgery.saving import save
 
     if output is None and not dry_run:
         raise ValueError("say where the healed checkpoint goes: -o FOLDER (or --dry-run to see the counts only)")
@@ -221,7 +221,7 @@ def _print_kind(blocks: list[Block]) -> None:
 def _probed(source: str, layout: Path | None, names: list[str]) -> bool:
     """Whether autograd confirms the named blocks; prints what it finds."""
     from surgery.layout import find_layout
-    from surgery.layout import probe as verify
+    from surgery.probing import probe as verify
     from surgery.trajectory import Trajectory
 
     with _working("loading the model to probe it"):

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from surgery.checkpoint import Checkpoint, Source, State, tensors_of
-from surgery.layout import find_layout, folder_layout
+from surgery.layout import find_layout
 from surgery.slots import Block, Layout
+from surgery.stored import folder_layout
 
 CHUNK = 1 << 20  # bytes of float32 that one chunk of a part may take: it stays in the processor's cache
 

@@ -278,7 +278,7 @@ def test_overwrite_keeps_the_old_folder_until_the_new_one_is_complete(tmp_path, 
     out = tmp_path / "out"
     out.mkdir()
     (out / "model.safetensors").write_bytes(b"old")
-    import surgery.checkpoint as module
+    import surgery.saving as module
 
     seen: list[dict[str, bytes]] = []
     real = module._put_in_place

@@ -32,8 +32,8 @@ from surgery import (
     save,
 )
 from surgery.checkpoint import State
-from surgery.layout import folder_layout
 from surgery.slots import Layout, Slot
+from surgery.stored import folder_layout
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 THREE = ("llama", "gpt2", "mixtral")

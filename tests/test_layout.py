@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 
 from surgery import Block, Checkpoint, Layout, Slot, find_layout, magnitude, probe, rollback
 from surgery.checkpoint import State
-from surgery.layout import folder_layout
 from surgery.neurons import Neurons
+from surgery.stored import folder_layout
 from surgery.trajectory import Trajectory
 
 IDS = torch.randint(3, 64, (2, 12), generator=torch.Generator().manual_seed(0))

@@ -10,11 +10,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from surgery.attribution import damage
     from surgery.budget import allocate, top
     from surgery.checkpoint import Checkpoint
     from surgery.layout import find_layout
     from surgery.neurons import Neurons
     from surgery.operators import Rollback, RolledBack, rollback, rolled_back
+    from surgery.predictions import Distillation, distillation
     from surgery.probing import probe
     from surgery.prompts import load_prompts
     from surgery.saving import save
@@ -25,11 +27,13 @@ if TYPE_CHECKING:
     from surgery.trajectory import Trajectory
 
 _HOME = {
+    "attribution": ("damage",),
     "budget": ("allocate", "top"),
     "checkpoint": ("Checkpoint",),
     "layout": ("find_layout",),
     "neurons": ("Neurons",),
     "operators": ("Rollback", "RolledBack", "rollback", "rolled_back"),
+    "predictions": ("Distillation", "distillation"),
     "probing": ("probe",),
     "prompts": ("load_prompts",),
     "saving": ("save",),
@@ -44,6 +48,7 @@ __all__ = [
     "AMCSelector",
     "Block",
     "Checkpoint",
+    "Distillation",
     "Layout",
     "Neurons",
     "RandomSelector",
@@ -57,6 +62,8 @@ __all__ = [
     "activation",
     "allocate",
     "conflict",
+    "damage",
+    "distillation",
     "find_layout",
     "load_prompts",
     "magnitude",

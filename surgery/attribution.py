@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from surgery.neurons import Neurons
-from surgery.predictions import Loss, distillation, positions
+from surgery.predictions import Loss, distillation, positions, predicting
 from surgery.prompts import Batch
+from surgery.responses import respond
 from surgery.scores import dot, remember
 from surgery.slots import Block, Slot
 from surgery.swap import earlier_model
@@ -30,7 +32,7 @@ def damage(run: Trajectory, data: Iterable[Batch], *, loss: Loss | None = None) 
     Args:
         run: a trajectory with ``earlier`` and ``later``.
         data: batches of the damaged domain, ``[batch, token]``, with labels on the response tokens. No label has to
-            be right: the earlier model's own answers serve (``respond``).
+            be right; batches without labels are answered by the earlier model first (``respond``).
         loss: another ``loss(model, batch)``, a scalar mean over the batch's response tokens, smaller = better
             (default: ``distillation`` from the earlier checkpoint).
 
@@ -44,24 +46,75 @@ def damage(run: Trajectory, data: Iterable[Batch], *, loss: Loss | None = None) 
 
     Source: ours, from Proposition 1: damage is local, and to leading order additive over coordinates.
     """
-    batches = list(data)
-    if not batches:
-        raise ValueError("D is measured on prompts of the damaged domain, and data is empty")
+    batches = _some(data)
     if loss is None:
         with earlier_model(run) as earlier:
+            batches = respond(earlier, batches)
             loss = distillation(earlier, batches)
-    model = run.load()
-    live = open_weights(model, run.layout)
-    source = open_weights(run._source("earlier"), run.layout if run.layout and run.layout.fits({}) else None, live)
-    total, tokens, value = _Total(live, source), 0, 0.0
+    total, model = _total(run)
+    tokens, value = 0, 0.0
     with total.collecting(model):
         for batch in batches:
             count = int(positions(batch).sum())
             one = loss(model, batch)
             (one * count).backward()
+            total.take()
             tokens, value = tokens + count, value + float(one.detach()) * count
     made_by = {"damage": {"tokens": tokens, "loss": value / tokens}}
     return Neurons({name: (sums / tokens).float() for name, sums in total.sums.items()}, made_by=made_by)
+
+
+@remember
+def reversal_cost(run: Trajectory, data: Iterable[Batch], *, samples: int = 4, seed: int = 0) -> Neurons:
+    """What reverting a neuron would cost a domain that the later model answers well: ½ ⟨δB,n, F δB,n⟩.
+
+    F is the Fisher information of the later model's predictions on the data, so this is the leading term of
+    KL(p_later ‖ p_reverted); the first-order term is zero. It is estimated without bias from labels that the later
+    model samples itself: (∇ log p(y) · δ_n)² over batches.
+
+    Args:
+        run: a trajectory with ``earlier`` and ``later``.
+        data: batches of the domain to protect; without labels the later model answers first.
+        samples: how often labels are drawn for each batch.
+        seed: of the drawing; torch's own random state stays as it was.
+
+    Returns:
+        Scores ≥ 0 in nats per response token, the unit of ``damage``.
+
+    Raises:
+        ValueError: as ``damage``.
+
+    Source: ours, from Assumption 2 (a KL's Hessian at its minimum is the Fisher information).
+    """
+    total, model = _total(run)
+    batches = respond(model, _some(data), seed=seed)
+    squares = {name: torch.zeros_like(sums) for name, sums in total.sums.items()}
+    tokens = sum(int(positions(batch).sum()) for batch in batches)
+    cuda = [p.device for p in model.parameters() if p.device.type == "cuda"][:1]
+    with torch.random.fork_rng(devices=cuda), total.collecting(model):
+        torch.manual_seed(seed)
+        for batch in batches * samples:
+            logits = predicting(model, batch)
+            drawn = torch.distributions.Categorical(logits=logits.detach().float(), validate_args=False).sample()
+            functional.cross_entropy(logits.float(), drawn, reduction="sum").backward()
+            for name, dots in total.take().items():
+                squares[name] += dots.square()
+    scale = 2 * samples * tokens
+    return Neurons({name: (value / scale).float() for name, value in squares.items()}, made_by={"reversal_cost": {}})
+
+
+def _some(data: Iterable[Batch]) -> list[Batch]:
+    batches = list(data)
+    if not batches:
+        raise ValueError("gradients are taken on prompts of a domain, and data is empty")
+    return batches
+
+
+def _total(run: Trajectory) -> tuple[_Total, nn.Module]:
+    model = run.load()
+    live = open_weights(model, run.layout)
+    (earlier,) = replace(run, later=model).weights("earlier")
+    return _Total(live, earlier), model
 
 
 @dataclass
@@ -71,9 +124,20 @@ class _Total:
     live: Weights
     source: Weights
     sums: dict[str, Tensor] = field(init=False)
+    last: dict[str, Tensor] = field(init=False)  # of the backward pass that runs now
 
     def __post_init__(self) -> None:
-        self.sums = {b.name: torch.zeros(b.neurons, dtype=torch.float64) for b in self.live.layout.blocks}
+        self.sums, self.last = self._zeros(), self._zeros()
+
+    def _zeros(self) -> dict[str, Tensor]:
+        return {block.name: torch.zeros(block.neurons, dtype=torch.float64) for block in self.live.layout.blocks}
+
+    def take(self) -> dict[str, Tensor]:
+        """Add what the last backward pass gave to the sums, and return it."""
+        last, self.last = self.last, self._zeros()
+        for name, value in last.items():
+            self.sums[name] += value
+        return last
 
     @contextmanager
     def collecting(self, model: nn.Module) -> Iterator[None]:
@@ -114,7 +178,7 @@ class _Total:
             g = gradient[rows].float().reshape(count, -1)
             d = (weight[rows].float() - earlier[rows].to(now.device, torch.float32)).reshape(count, -1)
             first = slot.start + at * inner
-            self.sums[block.name][first : first + count] += dot(g, d).cpu()
+            self.last[block.name][first : first + count] += dot(g, d).cpu()
 
     def _earlier(self, block: Block, slot: Slot) -> Tensor:
         """The slot's rows in the earlier checkpoint, shaped as in the live one: a view where the names agree."""

@@ -224,5 +224,5 @@ def conflict(run: Trajectory) -> Neurons:
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
-    """Row-wise inner products of ``[neuron, width]``: float32 products summed in float32, the same whatever lies around a row."""
+    """Row-wise inner products of ``[neuron, width]``, in float32: the same whatever lies around a row."""
     return (a * b).contiguous().sum(1).double()  # columns of down come transposed; summed so, the order would vary

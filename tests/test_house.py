@@ -28,6 +28,7 @@ ORDER = (
     "budget",
     "scores",
     "predictions",
+    "responses",
     "swap",
     "attribution",
     "papers",

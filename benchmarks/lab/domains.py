@@ -96,18 +96,20 @@ def _invented(rng: random.Random, count: int) -> list[str]:
 
 
 def _qa_splits(rng: random.Random) -> Splits:
-    """Memorised facts: 128 invented people and their invented home towns, each asked in three of six ways.
+    """Memorised facts: 128 numbered places and their invented towns, each asked in three of six ways.
 
-    QA is memory, not a rule: what was never trained cannot be known, so all prompts are trained.  One way to ask for
-    each fact calibrates and the other two evaluate: no calibration prompt is an evaluation prompt.
+    The numbers look like Math's (``37-82``), so memory and calculation share their first steps: what QA writes down can
+    cost Math.  QA is memory, not a rule: what was never trained cannot be known, so all prompts are trained.  One way
+    to ask for each fact calibrates and the other two evaluate: no calibration prompt is an evaluation prompt.
     """
-    words = _invented(rng, 2 * CALIBRATION)
+    towns = _invented(rng, CALIBRATION)
+    numbers = rng.sample([f"{a:02d}{s}{b:02d}" for a in range(100) for b in range(100) for s in "+-"], CALIBRATION)
     splits: Splits = {"train": [], "calibration": [], "evaluation": []}
-    for name, town in zip(words[:CALIBRATION], words[CALIBRATION:], strict=True):
+    for number, town in zip(numbers, towns, strict=True):
         templates = list(_FACT_TEMPLATES)
         rng.shuffle(templates)
         for i, template in enumerate(templates[:3]):
-            item = {"prompt": template.format(name.capitalize()), "response": town}
+            item = {"prompt": template.format(number), "response": town}
             splits["train"].append(item)
             splits["calibration" if i == 0 else "evaluation"].append(item)
     for items in splits.values():

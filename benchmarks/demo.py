@@ -44,13 +44,13 @@ def main() -> None:
     data = f"--data {LAB}/data/math.calibration.jsonl"
     print("Three checkpoints of one model in training order: code, math, qa. Training on QA cost some of its Math.")
     shell(f"surgery inspect {LAB}/qa --probe")
-    shell(f"surgery select {three} {data} --budget 0.04 -o {OUT}/mask.safetensors")
+    shell(f"surgery select {three} {data} --selector D --budget 0.02 -o {OUT}/mask.safetensors")
     rollback = f"surgery rollback {LAB}/qa --to {LAB}/math --mask {OUT}/mask.safetensors"
     shell(f"{rollback} --dry-run")
     shell(f"{rollback} -o {OUT}/qa-healed")
     shell(
         f"surgery sweep {three} {data} --evaluate benchmarks.demo:score --metric math "
-        f"--selectors random,AMC,A/AMC --budgets 0.02,0.04,0.08,0.16,0.32 -o {OUT}/sweep.jsonl"
+        f"--selectors random,AMC,D --budgets 0.02,0.08,0.32 -o {OUT}/sweep.jsonl"
     )
     shell(f"python -m benchmarks.draw {OUT}/sweep.jsonl {OUT}/dose-response.png --metric math")
     print(f"\nThe healed checkpoint is {OUT}/qa-healed (mask, provenance and model card beside the weights),")

@@ -12,31 +12,35 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from surgery.budget import allocate, top
     from surgery.checkpoint import Checkpoint
+    from surgery.evaluators import harness
     from surgery.layout import find_layout
     from surgery.neurons import Neurons
     from surgery.operators import Rollback, RolledBack, rollback, rolled_back
     from surgery.probing import probe
     from surgery.prompts import load_prompts
+    from surgery.rows import Row, Sweep
     from surgery.saving import save
     from surgery.scores import activation, conflict, magnitude
     from surgery.selection import AMCSelector, RandomSelector, Selector
     from surgery.slots import Block, Layout, Slot
-    from surgery.sweeps import Row, Sweep, sweep
+    from surgery.sweeps import sweep
     from surgery.trajectory import Trajectory
 
 _HOME = {
     "budget": ("allocate", "top"),
     "checkpoint": ("Checkpoint",),
+    "evaluators": ("harness",),
     "layout": ("find_layout",),
     "neurons": ("Neurons",),
     "operators": ("Rollback", "RolledBack", "rollback", "rolled_back"),
     "probing": ("probe",),
     "prompts": ("load_prompts",),
+    "rows": ("Row", "Sweep"),
     "saving": ("save",),
     "scores": ("activation", "conflict", "magnitude"),
     "selection": ("AMCSelector", "RandomSelector", "Selector"),
     "slots": ("Block", "Layout", "Slot"),
-    "sweeps": ("Row", "Sweep", "sweep"),
+    "sweeps": ("sweep",),
     "trajectory": ("Trajectory",),
 }
 
@@ -58,6 +62,7 @@ __all__ = [
     "allocate",
     "conflict",
     "find_layout",
+    "harness",
     "load_prompts",
     "magnitude",
     "probe",

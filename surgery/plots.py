@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from surgery.sweeps import CEILING, EARLIER, LATER, Sweep
+from surgery.rows import CEILING, EARLIER, LATER, Sweep
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -18,13 +18,16 @@ if TYPE_CHECKING:
     from surgery.operators import Rollback, RolledBack, rollback, rolled_back
     from surgery.probing import probe
     from surgery.prompts import load_prompts
+    from surgery.resampling import Agreement, Stability, jaccard, stability
     from surgery.rows import Row, Sweep
     from surgery.saving import save
     from surgery.scores import activation, conflict, magnitude
     from surgery.selection import AMCSelector, RandomSelector, Selector
+    from surgery.significance import Paired
     from surgery.slots import Block, Layout, Slot
     from surgery.sweeps import sweep
     from surgery.trajectory import Trajectory
+    from surgery.tuning import Tuning, recommend
 
 _HOME = {
     "budget": ("allocate", "top"),
@@ -35,40 +38,50 @@ _HOME = {
     "operators": ("Rollback", "RolledBack", "rollback", "rolled_back"),
     "probing": ("probe",),
     "prompts": ("load_prompts",),
+    "resampling": ("Agreement", "Stability", "jaccard", "stability"),
     "rows": ("Row", "Sweep"),
     "saving": ("save",),
     "scores": ("activation", "conflict", "magnitude"),
     "selection": ("AMCSelector", "RandomSelector", "Selector"),
+    "significance": ("Paired",),
     "slots": ("Block", "Layout", "Slot"),
     "sweeps": ("sweep",),
     "trajectory": ("Trajectory",),
+    "tuning": ("Tuning", "recommend"),
 }
 
 __all__ = [
     "AMCSelector",
+    "Agreement",
     "Block",
     "Checkpoint",
     "Layout",
     "Neurons",
+    "Paired",
     "RandomSelector",
     "Rollback",
     "RolledBack",
     "Row",
     "Selector",
     "Slot",
+    "Stability",
     "Sweep",
     "Trajectory",
+    "Tuning",
     "activation",
     "allocate",
     "conflict",
     "find_layout",
     "harness",
+    "jaccard",
     "load_prompts",
     "magnitude",
     "probe",
+    "recommend",
     "rollback",
     "rolled_back",
     "save",
+    "stability",
     "sweep",
     "top",
 ]

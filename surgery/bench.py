@@ -56,7 +56,7 @@ class Bench:
         self.path = Path(path) if path is not None else None
         self.evaluations = 0
         self._say = say or (lambda _: None)
-        self._evaluate = _watched(torch.no_grad()(evaluator(evaluate)))
+        self._scores = _watched(torch.no_grad()(evaluator(evaluate)))
         self._rows = self._read()
 
     def later(self) -> Row:
@@ -89,9 +89,12 @@ class Bench:
         found: Neurons = at_budget(selector, budget).select(self.run, self.data)
         return found
 
+    def _evaluate(self, model: nn.Module) -> Mapping[str, Score]:
+        self.evaluations += 1
+        return self._scores(model)
+
     def _tried(self, mask: Neurons) -> tuple[int, Mapping[str, Score]]:
         with rollback(self.model, to=self.run.earlier, mask=mask, layout=self.run.layout) as done:  # type: ignore[arg-type]
-            self.evaluations += 1
             return sum(done.neurons.values()), self._evaluate(self.model)
 
     def _nothing(self) -> Neurons:

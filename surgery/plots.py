@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from surgery.resampling import Stability
 from surgery.rows import CEILING, EARLIER, LATER, Sweep
 
 if TYPE_CHECKING:
@@ -51,6 +52,34 @@ def dose_response(sweep: Sweep, ax: Axes | None = None) -> Axes:
     ax.set_xticks(budgets, [f"{budget:g}" for budget in budgets])
     ax.set_xlabel("budget β (% of MLP neurons)")
     ax.set_ylabel(f"recovery of {sweep.metric} (%)")
+    ax.legend(frameon=False, fontsize="small")
+    return ax
+
+
+def prompt_stability(stability: Stability, ax: Axes | None = None) -> Axes:
+    """Agreement of masks against the number of calibration prompts: mean and range of Jaccard, and chance.
+
+    Args:
+        stability: what ``surgery.stability`` returned.
+        ax: where to draw (default: a new figure).
+    """
+    ax = ax or _axes()
+    sizes = [one.size for one in stability.agreements]
+    for at, (label, every) in enumerate(
+        (
+            ("two draws", [one.jaccard for one in stability.agreements]),
+            ("a draw and all prompts", [one.to_all for one in stability.agreements]),
+        )
+    ):
+        means = [sum(values) / len(values) for values in every]
+        ax.plot(sizes, means, label=label, **_style(at))
+        ax.fill_between(sizes, list(map(min, every)), list(map(max, every)), color=_COLOURS[at], alpha=0.15)
+    ax.axhline(stability.chance, color="0.5", linestyle="--", linewidth=1, label="unrelated masks")
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(sizes, [str(size) for size in sizes])
+    ax.set_xlabel(f"calibration prompts (of {stability.prompts})")
+    ax.set_ylabel("Jaccard of the masks")
+    ax.set_ylim(0, 1.02)
     ax.legend(frameon=False, fontsize="small")
     return ax
 

@@ -228,6 +228,11 @@ class Sweep:
 _TESTS = {"McNemar": "exact McNemar", "sign flip": "sign-flip permutation"}
 
 
+def points(span: Interval) -> str:
+    """An interval of fractions in whole percent, like "[12, 31]"."""
+    return f"[{round(100 * span[0])}, {round(100 * span[1])}]"
+
+
 def _percent(part: float | None) -> str:
     return "" if part is None else f"{100 * part:.0f} %"
 
@@ -241,7 +246,7 @@ def _recovery(row: Row, metric: str) -> str:
         return ""
     cell = f"{100 * row.recovery:.1f} %"
     if row.interval is not None:
-        cell += f" [{100 * row.interval[0]:.0f}, {100 * row.interval[1]:.0f}]"
+        cell += f" {points(row.interval)}"
     elif row.underpowered:
         cell += " [no limits]"
     return cell + ("?" if row.underpowered else _star(row, metric))

@@ -56,7 +56,9 @@ def bootstrap_means(values: Array, draws: int = DRAWS, seed: int = 0) -> Array:
         size = min(step, draws - start)
         drawn = rng.integers(0, items, (size, items)) + items * np.arange(size)[:, None]
         counts = np.bincount(drawn.ravel(), minlength=size * items).reshape(size, items)
-        found[..., start : start + size] = values @ counts.T.astype(np.float64) / items
+        weights = counts.astype(np.float64)
+        for at in np.ndindex(values.shape[:-1]):  # one by one: a row's bits then depend on no other row
+            found[at][start : start + size] = weights @ values[at] / items
     return found
 
 

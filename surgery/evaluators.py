@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ class _Harness:
     include_path: str | None
 
     def __call__(self, model: nn.Module) -> dict[str, Score]:
-        lm_eval, models, managers = _modules()
-        manager = managers.TaskManager(verbosity="WARNING", include_path=self.include_path)
+        lm_eval, models = _modules()
+        manager = _tasks(self.include_path)
         if unknown := [task for task in self.tasks if task not in manager.all_tasks]:
             raise LookupError(f"lm_eval knows no task {unknown[0]!r}: see `lm_eval ls tasks`, or pass include_path=")
         tokenizer = self.tokenizer or getattr(model, "name_or_path", None)
@@ -97,14 +98,21 @@ def evaluator(evaluate: Evaluate | str) -> Evaluate:
     return evaluate
 
 
-def _modules() -> tuple[Any, Any, Any]:
+def _modules() -> tuple[Any, Any]:
     try:
         import lm_eval
-        from lm_eval import tasks
         from lm_eval.models import huggingface
     except ImportError as error:
         raise ValueError(f'lm_eval tasks need lm_eval: pip install "surgery[eval]" ({error})') from error
-    return lm_eval, huggingface, tasks
+    return lm_eval, huggingface
+
+
+@lru_cache(maxsize=4)
+def _tasks(include_path: str | None) -> Any:
+    """The index of all tasks: thousands of files, read once."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=include_path)
 
 
 def _opened(tokenizer: Any) -> Any:

@@ -35,7 +35,7 @@ def layer_budgets(budgets: Mapping[str, Mapping[str, int]], ax: Axes | None = No
 
 
 def dose_response(sweep: Sweep, ax: Axes | None = None) -> Axes:
-    """Recovery against the budget, one line per selector, with the ceiling (the paper's Figure 13)."""
+    """Recovery against the budget, one line per selector, with its interval and the ceiling (the paper's Figure 13)."""
     ax = ax or _axes()
     names = dict.fromkeys(row.selector for row in sweep if row.selector not in (EARLIER, LATER, CEILING))
     for at, name in enumerate(names):
@@ -43,6 +43,9 @@ def dose_response(sweep: Sweep, ax: Axes | None = None) -> Axes:
         ax.plot(
             [100 * row.budget for row in rows], [100 * (row.recovery or 0) for row in rows], label=name, **_style(at)
         )
+        if spans := [(100 * row.budget, row.interval) for row in rows if row.interval]:
+            lows, highs = ([100 * span[end] for _, span in spans] for end in (0, 1))
+            ax.fill_between([budget for budget, _ in spans], lows, highs, color=_COLOURS[at % 7], alpha=0.12)
     for row in sweep[CEILING]:
         if row.recovery is not None:
             ax.axhline(100 * row.recovery, color="0.5", linestyle="--", linewidth=1, label="ceiling: all MLP neurons")

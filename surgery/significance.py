@@ -216,7 +216,7 @@ def healing(now: Any, earlier: Any, later: Any) -> float | None:
     Returns:
         In [0, 1]; None where no item lost anything.
 
-    Source: ours; the three views (healing, preservation, retention) follow DG-Hard.
+    Source: ours; the names healing, preservation and retention are DG-Hard's.
 
     >>> healing([1, 0, 1, 0], earlier=[1, 1, 0, 0], later=[0, 0, 0, 0])
     0.5
@@ -238,7 +238,7 @@ def preservation(now: Any, earlier: Any, later: Any) -> float | None:
     Returns:
         In [0, 1]; None where nothing was left, or a score is negative (there is no "part" of it).
 
-    Source: ours, following DG-Hard.
+    Source: ours; the name is DG-Hard's.
 
     >>> preservation([1, 0], earlier=[1, 1], later=[1, 1])
     0.5
@@ -262,7 +262,7 @@ def retention(now: Any, earlier: Any, later: Any) -> float | None:
     Returns:
         In [0, 1]; None where nothing was won.
 
-    Source: ours, following DG-Hard.
+    Source: ours; the name is DG-Hard's.
 
     >>> retention([1, 0], earlier=[0, 0], later=[1, 1])
     0.5

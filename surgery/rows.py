@@ -92,27 +92,31 @@ def judged(rows: Sequence[Row], earlier: Row, later: Row, metric: str) -> list[R
     Raises:
         ValueError: two models were scored on different numbers of items.
     """
-    found = [_compared(row, earlier, later, metric) for row in rows]
+    found = [compared(row, earlier, later, metric) for row in rows]
     for name in later.items:
         having = [at for at, row in enumerate(rows) if name in row.items]
+        held = [*(rows[at] for at in having), *([earlier] if name in earlier.items else [])]
         before = np.array(later.items[name])
-        for at in having:
-            if len(rows[at].items[name]) != len(before):
+        for row in held:
+            if len(row.items[name]) != len(before):
                 raise ValueError(
-                    f"{name!r} has {len(rows[at].items[name])} items in {rows[at].selector!r} and {len(before)} in "
-                    f"'later': evaluate has to score the same items in the same order"
+                    f"{name!r} has {len(row.items[name])} items in {row.selector!r} and {len(before)} in 'later': "
+                    f"evaluate has to score the same items in the same order"
                 )
-        if having:
-            now = np.array([rows[at].items[name] for at in having])
-            for at, one in zip(having, paired(now, before), strict=True):
-                found[at].paired[name] = one
-        if name == metric and name in earlier.items and having:
-            _trust(found, having, now, np.array(earlier.items[name]), before, name)
+        now = np.array([row.items[name] for row in held])
+        each = paired(now, before) if having else []
+        for at, one in zip(having, each, strict=False):
+            found[at].paired[name] = one
+        if name != metric or len(each) == len(having):
+            continue
+        for at, span in zip(having, recovery_intervals(now[:-1], now[-1], before), strict=True):
+            if found[at].recovery is not None:
+                found[at] = dataclasses.replace(found[at], interval=span, underpowered=underpowered(each[-1], span))
     return found
 
 
-def _compared(row: Row, earlier: Row, later: Row, metric: str) -> Row:
-    """What needs no statistics. Without items the mean serves as the only one."""
+def compared(row: Row, earlier: Row, later: Row, metric: str) -> Row:
+    """The part of ``judged`` that needs no statistics. Without items the mean serves as the only one."""
 
     def three(name: str) -> tuple[list[float], ...]:
         held = [one.items.get(name) for one in (row, earlier, later)]
@@ -133,13 +137,6 @@ def _compared(row: Row, earlier: Row, later: Row, metric: str) -> Row:
         retention={name: part for name, part in kept.items() if part is not None},
         paired={},
     )
-
-
-def _trust(found: list[Row], having: list[int], now: Array, earlier: Array, later: Array, name: str) -> None:
-    (lost,) = paired(earlier[None], later)
-    for at, span in zip(having, recovery_intervals(now, earlier, later), strict=True):
-        if found[at].recovery is not None:
-            found[at] = dataclasses.replace(found[at], interval=span, underpowered=underpowered(lost, span))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import nn
 from surgery.bench import Bench
 from surgery.neurons import Neurons
 from surgery.prompts import Batch
-from surgery.rows import Evaluate, Row, Sweep, judged, points
+from surgery.rows import Evaluate, Row, Sweep, compared, judged, points
 from surgery.scores import remembered
 from surgery.selection import Selector
 from surgery.significance import underpowered
@@ -126,19 +126,19 @@ def recommend(
     def row(at: int) -> Row:
         budget = grid[at]
         if budget not in rows:
-            (rows[budget],) = judged([bench.row(selector, budget)], earlier, later, metric)
+            rows[budget] = compared(bench.row(selector, budget), earlier, later, metric)
         return rows[budget]
 
     with remembered():
-        (ceiling,) = judged([bench.ceiling()], earlier, later, metric)
+        ceiling = bench.ceiling()
         reached = _first(len(grid), lambda at: _recovers(row(at), recovery))
         if reached == len(grid) or not _keeps(row(reached), limits):
             _first(min(reached, len(grid)), lambda at: not _keeps(row(at), limits))
         found = [rows[budget] for budget in sorted(rows)]
         masks = (bench.mask(selector, one.budget) for one in found)
         nested = all(_inside(smaller, larger) for smaller, larger in pairwise(masks))
-    earlier, later = judged([earlier, later], earlier, later, metric)
-    return _tuning(metric, recovery, limits, (earlier, later, ceiling), found, len(grid), bench.evaluations, nested)
+    table = Sweep(metric, tuple(judged([earlier, later, ceiling, *found], earlier, later, metric)))
+    return _tuning(recovery, limits, table, len(grid), bench.evaluations, nested)
 
 
 def _first(count: int, holds: Callable[[int], bool]) -> int:
@@ -175,15 +175,9 @@ def _inside(smaller: Neurons, larger: Neurons) -> bool:
 
 
 def _tuning(
-    metric: str,
-    wanted: float,
-    limits: dict[str, float],
-    references: tuple[Row, Row, Row],
-    found: list[Row],
-    offered: int,
-    evaluations: int,
-    nested: bool,
+    wanted: float, limits: dict[str, float], table: Sweep, offered: int, evaluations: int, nested: bool
 ) -> Tuning:
+    earlier, _, ceiling, *found = table
     within = [row for row in found if _keeps(row, limits)]
     chosen = next((row for row in within if _recovers(row, wanted)), None)
     best = chosen or max(within, key=lambda row: row.recovery or 0.0, default=None)
@@ -194,10 +188,9 @@ def _tuning(
         f"{len(found)} of {offered} budgets were measured ({evaluations} evaluations now); " + _order(nested, monotone)
     ]
     if best is not None:
-        notes += _doubts(best, references[0], wanted, limits)
-    table = Sweep(metric, (*references, *found))
+        notes += _doubts(best, earlier, wanted, limits)
     return Tuning(
-        metric, wanted, limits, chosen, best, references[2], table, evaluations, nested, monotone, tuple(notes)
+        table.metric, wanted, limits, chosen, best, ceiling, table, evaluations, nested, monotone, tuple(notes)
     )
 
 

@@ -66,7 +66,10 @@ def test_the_test_is_chosen_by_the_items():
     """0/1 in both models: McNemar; anything else: sign flips."""
     bits = np.arange(20) % 2.0
     assert paired(bits[None], 1 - bits)[0].test == "McNemar"
-    assert paired(bits[None] * 0.5, bits)[0].test == "sign flip"
+    assert paired(bits[None], 1 - bits)[0].p == mcnemar(bits, 1 - bits)
+    assert paired(bits[None], bits * 0 + 1)[0].p == mcnemar(bits, bits * 0 + 1) == 2 / 2**10
+    half = paired(bits[None] * 0.5, bits)[0]
+    assert (half.test, half.p) == ("sign flip", sign_flip((bits * 0.5 - bits)[None])[0])
     assert paired(bits[None], bits * 0.5)[0].test == "sign flip"
 
 
@@ -95,6 +98,13 @@ def test_the_same_items_are_drawn_in_every_row_and_again():
     assert not np.array_equal(means[0], bootstrap_means(values, draws=300, seed=1))
 
 
+def test_every_item_is_drawn_as_often_as_any_other():
+    """A row that is 1 on one item only has the mean 1/n on average, whichever item it is."""
+    found = bootstrap_means(np.eye(20), draws=20_000).mean(-1)
+    assert found == pytest.approx(np.full(20, 1 / 20), rel=0.03)
+    assert found.sum() == pytest.approx(1.0)
+
+
 def test_bootstrap_covers_what_it_says():
     """In 400 samples of 60 skewed items the 95 % interval holds the true mean in about 95 %."""
     samples = np.random.default_rng(0).exponential(1.0, (400, 60))
@@ -120,7 +130,9 @@ def test_a_ratio_over_noise_has_no_interval():
     """Where the loss itself may be nothing, recovery has no finite interval, and is called underpowered."""
     noise = normal(60, 0.05)[0]
     assert recovery_intervals(noise[None] * 0.3, noise, np.zeros(60)) == [None]
+    assert recovery_intervals(np.zeros((1, 60)), noise, np.zeros(60)) == [None]  # nothing gained, over perhaps nothing
     (lost,) = paired(noise[None], np.zeros(60))
+    assert "can't be told from nothing" in (underpowered(lost, (0.1, 0.2)) or "")
     assert "can't be told from nothing" in (underpowered(lost, None) or "")
     (none,) = paired(-abs(noise)[None], np.zeros(60))
     assert "nothing was lost" in (underpowered(none, None) or "")

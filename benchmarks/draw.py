@@ -7,14 +7,14 @@ import json
 from pathlib import Path
 
 from surgery.plots import dose_response
-from surgery.sweeps import EARLIER, LATER, Row, Sweep, judged
+from surgery.rows import EARLIER, LATER, Row, Sweep, judged
 
 
 def read(path: Path, metric: str) -> Sweep:
     """The sweep that a JSON-lines file holds, with recoveries for the given metric."""
     rows = [Row(**line) for line in map(json.loads, path.read_text().splitlines()[1:])]
     earlier, later = (next(row for row in rows if row.selector == name) for name in (EARLIER, LATER))
-    return Sweep(metric, tuple(judged(row, earlier.metrics, later.metrics, metric) for row in rows))
+    return Sweep(metric, tuple(judged(rows, earlier, later, metric)))
 
 
 def main() -> None:

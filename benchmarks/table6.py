@@ -20,7 +20,7 @@ from benchmarks.hardware import statement
 from benchmarks.lab.evaluate import evaluator
 from surgery import AMCSelector, RandomSelector, Sweep, Trajectory, load_prompts, sweep
 from surgery.plots import dose_response, layer_budgets
-from surgery.sweeps import CEILING, EARLIER, LATER
+from surgery.rows import CEILING, EARLIER, LATER
 
 BUDGETS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32)
 SELECTORS = (

@@ -13,57 +13,71 @@ if TYPE_CHECKING:
     from surgery.attribution import damage, reversal_cost
     from surgery.budget import allocate, top
     from surgery.checkpoint import Checkpoint
+    from surgery.evaluators import harness
     from surgery.layout import find_layout
     from surgery.neurons import Neurons
     from surgery.operators import Rollback, RolledBack, rollback, rolled_back
     from surgery.predictions import Distillation, distillation
     from surgery.probing import probe
     from surgery.prompts import load_prompts
+    from surgery.resampling import Agreement, Stability, jaccard, stability
     from surgery.responses import respond
+    from surgery.rows import Row, Sweep
     from surgery.saving import save
     from surgery.scores import activation, conflict, magnitude
     from surgery.selection import AMCSelector, DamageSelector, RandomSelector, Selector
+    from surgery.significance import Paired
     from surgery.slots import Block, Layout, Slot
     from surgery.swap import earlier_model
-    from surgery.sweeps import Row, Sweep, sweep
+    from surgery.sweeps import sweep
     from surgery.trajectory import Trajectory
+    from surgery.tuning import Tuning, recommend
 
 _HOME = {
     "attribution": ("damage", "reversal_cost"),
     "budget": ("allocate", "top"),
     "checkpoint": ("Checkpoint",),
+    "evaluators": ("harness",),
     "layout": ("find_layout",),
     "neurons": ("Neurons",),
     "operators": ("Rollback", "RolledBack", "rollback", "rolled_back"),
     "predictions": ("Distillation", "distillation"),
     "probing": ("probe",),
     "prompts": ("load_prompts",),
+    "resampling": ("Agreement", "Stability", "jaccard", "stability"),
     "responses": ("respond",),
+    "rows": ("Row", "Sweep"),
     "saving": ("save",),
     "scores": ("activation", "conflict", "magnitude"),
     "selection": ("AMCSelector", "DamageSelector", "RandomSelector", "Selector"),
+    "significance": ("Paired",),
     "slots": ("Block", "Layout", "Slot"),
     "swap": ("earlier_model",),
-    "sweeps": ("Row", "Sweep", "sweep"),
+    "sweeps": ("sweep",),
     "trajectory": ("Trajectory",),
+    "tuning": ("Tuning", "recommend"),
 }
 
 __all__ = [
     "AMCSelector",
+    "Agreement",
     "Block",
     "Checkpoint",
     "DamageSelector",
     "Distillation",
     "Layout",
     "Neurons",
+    "Paired",
     "RandomSelector",
     "Rollback",
     "RolledBack",
     "Row",
     "Selector",
     "Slot",
+    "Stability",
     "Sweep",
     "Trajectory",
+    "Tuning",
     "activation",
     "allocate",
     "conflict",
@@ -71,14 +85,18 @@ __all__ = [
     "distillation",
     "earlier_model",
     "find_layout",
+    "harness",
+    "jaccard",
     "load_prompts",
     "magnitude",
     "probe",
+    "recommend",
     "respond",
     "reversal_cost",
     "rollback",
     "rolled_back",
     "save",
+    "stability",
     "sweep",
     "top",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
 import warnings
@@ -36,6 +37,14 @@ Device = Annotated[str | None, typer.Option(help='Where the model runs, like "cu
 Dtype = Annotated[str | None, typer.Option(help='Its dtype, like "bfloat16" (default: the checkpoint\'s).')]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, with counts, and write nothing.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
+Evaluation = Annotated[
+    str,
+    typer.Option(
+        help='"module:function" or "file.py:function"; model in, {metric: score} out. Or "lm_eval:task,task".'
+    ),
+]
+Metric = Annotated[str | None, typer.Option(help="Whose recovery to report (default: the one that fell most).")]
+Rows = Annotated[Path | None, typer.Option("-o", "--output", help="JSON lines; what was interrupted resumes.")]
 LayoutFile = Annotated[
     Path | None, typer.Option("--layout", help="Your own layout: a JSON file (docs/how-to/add-an-architecture.md).")
 ]
@@ -125,18 +134,12 @@ def rollback(
 @app.command()
 def sweep(
     checkpoints: Checkpoints,
-    evaluate: Annotated[
-        str, typer.Option(help='"module:function" or "file.py:function"; model in, {metric: score} out.')
-    ],
+    evaluate: Evaluation,
     data: Data = None,
     budgets: Annotated[str, typer.Option(help="Fractions, separated by commas.")] = "0.01,0.02,0.04",
-    selectors: Annotated[str, typer.Option(help='Like "D,AMC,MC,A/AMC,random".')] = "AMC,random",
-    metric: Annotated[
-        str | None, typer.Option(help="Whose recovery to report (default: the one that fell most).")
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="JSON lines; an interrupted sweep resumes.")
-    ] = None,
+    selectors: Annotated[str, typer.Option(help='Like "D,AMC,MC,A/AMC,A,random".')] = "AMC,random",
+    metric: Metric = None,
+    output: Rows = None,
     batch_size: int = 16,
     device: Device = None,
     dtype: Dtype = None,
@@ -170,7 +173,59 @@ def sweep(
             path=output,
             progress=say,
         )
-    out.print(str(found))
+    out.print(str(found), markup=False)
+
+
+@app.command()
+def tune(
+    checkpoints: Checkpoints,
+    evaluate: Evaluation,
+    data: Data = None,
+    selector: Annotated[str, typer.Option(help="As in select.")] = "AMC",
+    how: Annotated[str, typer.Option(help="As in select; only the masks of global are nested.")] = "global",
+    recovery: Annotated[float, typer.Option(help="The wanted part of what was lost.")] = 0.8,
+    limit: Annotated[
+        list[str] | None, typer.Option(help='The least change allowed elsewhere, like "qa=-0.002"; repeat for more.')
+    ] = None,
+    budgets: Annotated[
+        str | None, typer.Option(help="Fractions to choose among (default: 19 from 0.001 to 1).")
+    ] = None,
+    metric: Metric = None,
+    output: Rows = None,
+    batch_size: int = 16,
+    device: Device = None,
+    dtype: Dtype = None,
+    layout: LayoutFile = None,
+) -> None:
+    """Find the smallest budget that reaches a wanted recovery under limits elsewhere; exit code 1 if none does."""
+    from surgery.prompts import load_prompts
+    from surgery.tuning import BUDGETS, recommend
+
+    fractions = [_fraction(text) for text in budgets.split(",")] if budgets else list(BUDGETS)
+    chosen, limits = _selector(selector, fractions[0], how, 0), dict(map(_limit, limit or ()))
+    run = _trajectory(checkpoints, layout)
+    batches = load_prompts(data, _folder(run.later), batch_size=batch_size) if data else None
+    function = _function(evaluate)
+    with _working("loading") as say:
+        run = _live(run, device, dtype)
+        found = recommend(
+            run.load(),
+            run,
+            batches,
+            selector=chosen,
+            evaluate=function,
+            recovery=recovery,
+            limits=limits,
+            budgets=fractions,
+            metric=metric,
+            path=output,
+            progress=say,
+        )
+    out.print(str(found), markup=False)
+    if found.budget is None:
+        raise typer.Exit(1)
+    words = [*checkpoints, *(["--data", str(data)] if data else []), "--selector", selector, "--how", how]
+    out.print(f"\nsurgery select {shlex.join(words)} --budget {found.budget:g} -o mask.safetensors", markup=False)
 
 
 @app.command()
@@ -289,8 +344,18 @@ def _fraction(text: str) -> float:
         raise ValueError(f"--budgets: {text!r} is not a number") from None
 
 
-def _function(name: str) -> Callable[..., Any]:
-    """The function that ``module:function`` or ``file.py:function`` names."""
+def _limit(text: str) -> tuple[str, float]:
+    name, _, least = text.partition("=")
+    try:
+        return name.strip(), float(least)
+    except ValueError:
+        raise ValueError(f'--limit {text!r}: expected a metric and its least change, like "qa=-0.002"') from None
+
+
+def _function(name: str) -> Callable[..., Any] | str:
+    """The function that ``module:function`` or ``file.py:function`` names; ``lm_eval:tasks`` stays as it is."""
+    if name.startswith("lm_eval:"):
+        return name
     home, _, attribute = name.rpartition(":")
     if not home:
         raise ValueError(f'--evaluate {name!r}: expected "module:function" or "file.py:function"')

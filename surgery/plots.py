@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from surgery.sweeps import CEILING, EARLIER, LATER, Sweep
+from surgery.resampling import Stability
+from surgery.rows import CEILING, EARLIER, LATER, Sweep
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,7 +35,7 @@ def layer_budgets(budgets: Mapping[str, Mapping[str, int]], ax: Axes | None = No
 
 
 def dose_response(sweep: Sweep, ax: Axes | None = None) -> Axes:
-    """Recovery against the budget, one line per selector, with the ceiling (the paper's Figure 13)."""
+    """Recovery against the budget, one line per selector, with its interval and the ceiling (the paper's Figure 13)."""
     ax = ax or _axes()
     names = dict.fromkeys(row.selector for row in sweep if row.selector not in (EARLIER, LATER, CEILING))
     for at, name in enumerate(names):
@@ -42,6 +43,9 @@ def dose_response(sweep: Sweep, ax: Axes | None = None) -> Axes:
         ax.plot(
             [100 * row.budget for row in rows], [100 * (row.recovery or 0) for row in rows], label=name, **_style(at)
         )
+        if spans := [(100 * row.budget, row.interval) for row in rows if row.interval]:
+            lows, highs = ([100 * span[end] for _, span in spans] for end in (0, 1))
+            ax.fill_between([budget for budget, _ in spans], lows, highs, color=_COLOURS[at % 7], alpha=0.12)
     for row in sweep[CEILING]:
         if row.recovery is not None:
             ax.axhline(100 * row.recovery, color="0.5", linestyle="--", linewidth=1, label="ceiling: all MLP neurons")
@@ -51,6 +55,34 @@ def dose_response(sweep: Sweep, ax: Axes | None = None) -> Axes:
     ax.set_xticks(budgets, [f"{budget:g}" for budget in budgets])
     ax.set_xlabel("budget β (% of MLP neurons)")
     ax.set_ylabel(f"recovery of {sweep.metric} (%)")
+    ax.legend(frameon=False, fontsize="small")
+    return ax
+
+
+def prompt_stability(stability: Stability, ax: Axes | None = None) -> Axes:
+    """Agreement of masks against the number of calibration prompts: mean and range of Jaccard, and chance.
+
+    Args:
+        stability: what ``surgery.stability`` returned.
+        ax: where to draw (default: a new figure).
+    """
+    ax = ax or _axes()
+    sizes = [one.size for one in stability.agreements]
+    for at, (label, every) in enumerate(
+        (
+            ("two draws", [one.jaccard for one in stability.agreements]),
+            ("a draw and all prompts", [one.to_all for one in stability.agreements]),
+        )
+    ):
+        means = [sum(values) / len(values) for values in every]
+        ax.plot(sizes, means, label=label, **_style(at))
+        ax.fill_between(sizes, list(map(min, every)), list(map(max, every)), color=_COLOURS[at], alpha=0.15)
+    ax.axhline(stability.chance, color="0.5", linestyle="--", linewidth=1, label="unrelated masks")
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(sizes, [str(size) for size in sizes])
+    ax.set_xlabel(f"calibration prompts (of {stability.prompts})")
+    ax.set_ylabel("Jaccard of the masks")
+    ax.set_ylim(0, 1.02)
     ax.legend(frameon=False, fontsize="small")
     return ax
 

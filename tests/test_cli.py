@@ -92,6 +92,30 @@ def test_sweep_prints_a_table_and_resumes(surgery, runs: Path, tmp_path: Path) -
     assert again[:2] == (0, out)
 
 
+def test_tune_prints_a_verdict_and_says_by_its_exit_code_if_there_is_one(surgery, tmp_path: Path) -> None:
+    """The library's budget, the ceiling and the next command; 1 where no budget does it; it resumes."""
+    (tmp_path / "tuning_score.py").write_text(
+        "import torch\nfrom surgery import Trajectory\n"
+        "def score(model):\n"
+        "    w = Trajectory(later='earlier').load().model.layers[0].mlp.up_proj.weight\n"
+        "    same = (model.model.layers[0].mlp.up_proj.weight == w).all(1)\n"
+        "    return {'sum': same.float(), 'other': 1 - float(same.float().mean())}\n"
+    )
+    words = f"tune base earlier later --evaluate {tmp_path}/tuning_score.py:score --selector M --metric sum"
+    words += f" --recovery 0.4 -o {tmp_path}/rows.jsonl"
+    code, out, _ = surgery(f"{words} --limit other=-0.9")
+    assert code == 0
+    assert "budget 0.5 gives 40 % recovery of sum with Δ other ≥ -0.9, the smallest that does" in out
+    assert "ceiling: 100.0 % with all MLP neurons" in out
+    assert "surgery select base earlier later --selector M --how global --budget 0.5 -o mask.safetensors" in out
+    assert surgery(f"{words} --limit other=-0.9")[:2] == (0, out.replace("8 evaluations now", "0 evaluations now"))
+    code, out, _ = surgery(f"{words} --limit other=-0.4 --budgets 0.3,0.5,0.7")
+    assert code == 1
+    assert "no budget gives 40 % recovery" in out
+    assert "the best within the limits is budget 0.3" in out
+    assert surgery(f"{words} --limit other")[0] == 1
+
+
 def test_inspect_shows_slots_and_probes(surgery, tmp_path: Path) -> None:
     code, out, _ = surgery("inspect later --probe")
     assert code == 0

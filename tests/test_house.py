@@ -14,6 +14,7 @@ import surgery
 PACKAGE = Path(surgery.__file__).parent
 # each module may import those before it
 ORDER = (
+    "significance",
     "neurons",
     "slots",
     "hooks",
@@ -34,7 +35,12 @@ ORDER = (
     "papers",
     "operators",
     "selection",
+    "rows",
+    "evaluators",
+    "bench",
     "sweeps",
+    "tuning",
+    "resampling",
     "plots",
     "cli",
 )

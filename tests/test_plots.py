@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from surgery.sweeps import CEILING, EARLIER, LATER, Row, Sweep
+from surgery.rows import CEILING, EARLIER, LATER, Row, Sweep
 
 pytest.importorskip("matplotlib")
 from surgery.plots import dose_response, layer_budgets

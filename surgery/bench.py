@@ -1,0 +1,197 @@
+"""The bench: one live model on which rollbacks are tried, each measured once, written down, and taken back."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from surgery.checkpoint import Checkpoint, State
+from surgery.evaluators import evaluator
+from surgery.neurons import Neurons
+from surgery.operators import rollback
+from surgery.papers import fingerprint
+from surgery.prompts import Batch
+from surgery.rows import CEILING, EARLIER, LATER, Evaluate, Row, Score, scored
+from surgery.trajectory import Trajectory
+
+MEASURED = ("selector", "budget", "neurons", "metrics", "seconds", "items")
+
+
+class Bench:
+    """Measures rows on one live model, which is bit-identical after each of them, also after an error.
+
+    Args:
+        model: the later model, live.
+        run: its trajectory.
+        data: calibration prompts, or None.
+        evaluate: model → {metric: score or one score per item}, or "lm_eval:task,task".
+        path: a JSON-lines file: rows are appended as they come, and rows that it holds are not measured again.
+        say: called with a line of text before each evaluation.
+
+    ``evaluations`` counts the models that were really evaluated.
+
+    Raises:
+        ValueError: the file is of other checkpoints; ``evaluate`` changed the weights.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        run: Trajectory,
+        data: Iterable[Batch] | None,
+        evaluate: Evaluate | str,
+        path: str | Path | None = None,
+        say: Callable[[str], None] | None = None,
+    ) -> None:
+        self.model, self.run = model, dataclasses.replace(run, model=model)
+        self.data = None if data is None else list(data)
+        self.path = Path(path) if path is not None else None
+        self.evaluations = 0
+        self._say = say or (lambda _: None)
+        self._scores = _watched(torch.no_grad()(evaluator(evaluate)))
+        self._rows = self._read()
+
+    def later(self) -> Row:
+        """The model as it is."""
+        return self._measured(LATER, 0.0, lambda: (0, self._evaluate(self.model)))
+
+    def earlier(self) -> Row:
+        """The earlier model, in memory beside the later one for as long as its evaluation takes."""
+        return self._measured(EARLIER, 0.0, lambda: (0, self._evaluate(self._load_earlier())))
+
+    def ceiling(self) -> Row:
+        """All MLP neurons rolled back."""
+        return self._measured(CEILING, 1.0, lambda: self._tried(~self._nothing()))
+
+    def row(self, selector: Any, budget: float) -> Row:
+        """A selector at a budget."""
+        one = at_budget(selector, budget)
+        return self._measured(name_of(one), budget, lambda: self._tried(self.mask(one, budget)))
+
+    def tried(self, name: str, mask: Neurons) -> Row:
+        """A mask that is there already; it is named, and not remembered."""
+        start = time.perf_counter()
+        self._say(name)
+        neurons, values = self._tried(mask)
+        metrics, items = scored(values)
+        return Row(name, mask.fraction, neurons, metrics, time.perf_counter() - start, items=items)
+
+    def mask(self, selector: Any, budget: float) -> Neurons:
+        """What the selector chooses at a budget."""
+        found: Neurons = at_budget(selector, budget).select(self.run, self.data)
+        return found
+
+    def _evaluate(self, model: nn.Module) -> Mapping[str, Score]:
+        self.evaluations += 1
+        return self._scores(model)
+
+    def _tried(self, mask: Neurons) -> tuple[int, Mapping[str, Score]]:
+        with rollback(self.model, to=self.run.earlier, mask=mask, layout=self.run.layout) as done:  # type: ignore[arg-type]
+            return sum(done.neurons.values()), self._evaluate(self.model)
+
+    def _nothing(self) -> Neurons:
+        (later,) = dataclasses.replace(self.run, later=self.model).weights("later")
+        return Neurons({name: torch.zeros(size, dtype=torch.bool) for name, size in later.layout.sizes.items()})
+
+    def _load_earlier(self) -> nn.Module:
+        first = next(self.model.parameters())
+        if isinstance(self.run.earlier, Mapping) and not isinstance(self.run.earlier, Checkpoint):
+            other = copy.deepcopy(self.model)
+            other.load_state_dict({**State(self.model), **self.run.earlier})
+            return other
+        return Trajectory(later=self.run.earlier).load(device=first.device, dtype=first.dtype)
+
+    def _measured(self, name: str, budget: float, measure: Callable[[], tuple[int, Mapping[str, Score]]]) -> Row:
+        key = name, float(budget)
+        if key not in self._rows:
+            self._say(f"{name}, {100 * budget:g} %" if budget else name)
+            start = time.perf_counter()
+            neurons, values = measure()
+            metrics, items = scored(values)
+            self._rows[key] = Row(name, key[1], neurons, metrics, time.perf_counter() - start, items=items)
+            written = {one: getattr(self._rows[key], one) for one in MEASURED}
+            self._append({**written, "items": {one: _compact(held) for one, held in items.items()}})
+        return self._rows[key]
+
+    def _read(self) -> dict[tuple[str, float], Row]:
+        names = ("earlier", "later")
+        head = {name: fingerprint(weights) for name, weights in zip(names, self.run.weights(*names), strict=True)}
+        if self.path is None:
+            return {}
+        if not (self.path.exists() and self.path.stat().st_size):
+            self._append({"checkpoints": head})
+            return {}
+        first, *rest = self.path.read_text(encoding="utf-8").splitlines()
+        if _parsed(first, self.path).get("checkpoints") != head:
+            raise ValueError(f"{self.path} holds a sweep of other checkpoints: choose another file")
+        rows = [Row(**_parsed(line, self.path)) for line in rest]
+        return {(row.selector, row.budget): row for row in rows}
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        if self.path is not None:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def _compact(items: list[float]) -> list[float]:
+    return [int(x) if x.is_integer() else x for x in items]
+
+
+def _parsed(line: str, path: Path) -> dict[str, Any]:
+    try:
+        found = dict(json.loads(line))
+        held = {name: [float(x) for x in items] for name, items in found.get("items", {}).items()}
+        return {**found, "items": held} if "items" in found else found
+    except ValueError as error:
+        raise ValueError(f"{path} is not a sweep's file, or its last line was cut: {error}") from error
+
+
+def _watched(evaluate: Evaluate) -> Evaluate:
+    """The evaluation, refused where it writes into or moves the parameters: later rows would be of another model."""
+
+    def marks(model: nn.Module) -> dict[str, tuple[int, int]]:
+        named = model.named_parameters(remove_duplicate=False)
+        return {name: (p.data_ptr(), p._version) for name, p in named if not p.is_inference()}
+
+    def measure(model: nn.Module) -> Mapping[str, Score]:
+        before = marks(model)
+        metrics = evaluate(model)
+        if changed := [name for name, mark in marks(model).items() if before.get(name) != mark]:
+            raise ValueError(
+                f"evaluate changed the weights ({len(changed)} tensors, the first of them {changed[0]!r}); it has to "
+                f"leave the model as it was: no training, no .to(...), no merging of adapters"
+            )
+        return metrics
+
+    return measure
+
+
+def at_budget(selector: Any, budget: float) -> Any:
+    """The same selector with another budget.
+
+    Raises:
+        ValueError: it has no field ``budget``.
+    """
+    if not dataclasses.is_dataclass(selector) or not any(f.name == "budget" for f in dataclasses.fields(selector)):
+        raise ValueError(f"{selector!r} has no field 'budget' to sweep over: make it a dataclass with one")
+    return dataclasses.replace(selector, budget=budget)  # type: ignore[type-var]
+
+
+def name_of(selector: Any) -> str:
+    """What tells its rows from another's: its own name and seed, or its class and everything but the budget."""
+    if name := getattr(selector, "name", None):
+        seed = getattr(selector, "seed", None)
+        return str(name) if not seed else f"{name}, seed {seed}"
+    if not dataclasses.is_dataclass(selector):
+        return type(selector).__name__
+    settings = {f.name: getattr(selector, f.name) for f in dataclasses.fields(selector) if f.name != "budget"}
+    listed = ", ".join(f"{key}={value!r}" for key, value in settings.items())
+    return f"{type(selector).__name__}({listed})" if settings else type(selector).__name__

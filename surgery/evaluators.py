@@ -1,0 +1,159 @@
+"""Evaluators: what a sweep measures, where it need not be written by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from surgery.rows import Evaluate, Score
+
+PREFIX = "lm_eval:"
+
+
+@dataclass(frozen=True)
+class _Harness:
+    tasks: tuple[str, ...]
+    tokenizer: Any
+    limit: int | None
+    few_shot: int | None
+    batch_size: int
+    include_path: str | None
+
+    def __call__(self, model: nn.Module) -> dict[str, Score]:
+        lm_eval, models = _modules()
+        manager = _tasks(self.include_path)
+        if unknown := [task for task in self.tasks if task not in manager.all_tasks]:
+            raise LookupError(f"lm_eval knows no task {unknown[0]!r}: see `lm_eval ls tasks`, or pass include_path=")
+        tokenizer = self.tokenizer or getattr(model, "name_or_path", None)
+        if not tokenizer:
+            raise ValueError('the model does not know its folder, so name the tokenizer: harness("...", tokenizer=...)')
+        training = model.training
+        try:
+            live = models.HFLM(pretrained=model, tokenizer=_opened(tokenizer), batch_size=self.batch_size)
+            found = lm_eval.simple_evaluate(
+                model=live, tasks=list(self.tasks), num_fewshot=self.few_shot, limit=self.limit,
+                task_manager=manager, bootstrap_iters=0,
+            )  # fmt: skip
+        finally:
+            model.train(training)
+        return {task: _score(task, found) for task in self.tasks}
+
+
+def harness(
+    tasks: str | Iterable[str],
+    *,
+    tokenizer: Any = None,
+    limit: int | None = None,
+    few_shot: int | None = None,
+    batch_size: int = 8,
+    include_path: str | Path | None = None,
+) -> Evaluate:
+    """An ``evaluate`` that runs tasks of EleutherAI's lm-evaluation-harness on the live model.
+
+    A task's score is its first metric (with its first filter), larger = better (a metric of the other kind is
+    negated); it comes per item where the harness gives one number per item. The items of a group (like "mmlu") are
+    those of its tasks, end to end.
+
+    Args:
+        tasks: names, a list or separated by commas.
+        tokenizer: a tokenizer or its folder (default: that of the model's own folder).
+        limit: only so many items of each task.
+        few_shot: examples in the prompt (default: the task's own number).
+        batch_size: of the forward passes.
+        include_path: a folder with task files of your own.
+
+    Returns:
+        A function for ``sweep`` and ``recommend``. In their place, and in the shell, ``"lm_eval:task,task"`` is short
+        for ``harness("task,task")``.
+
+    Raises:
+        ValueError: no task is named; called: the model's tokenizer can't be told, or lm_eval is not installed.
+        LookupError: called: there is no such task.
+
+    Source: ours; lm_eval's ``simple_evaluate`` does the work.
+    """
+    names = tasks.split(",") if isinstance(tasks, str) else list(tasks)
+    names = [name.strip() for name in names if name.strip()]
+    if not names:
+        raise ValueError(f'tasks={tasks!r}: expected the names of lm_eval tasks, like "gsm8k,mmlu"')
+    where = str(include_path) if include_path is not None else None
+    return _Harness(tuple(names), tokenizer, limit, few_shot, batch_size, where)
+
+
+def evaluator(evaluate: Evaluate | str) -> Evaluate:
+    """The function, or what ``"lm_eval:task,task"`` names.
+
+    Raises:
+        ValueError: another text, or no function.
+    """
+    if isinstance(evaluate, str) and evaluate.startswith(PREFIX):
+        return harness(evaluate.removeprefix(PREFIX))
+    if not callable(evaluate):
+        raise ValueError(f'evaluate={evaluate!r}: expected a function of the model, or "lm_eval:task,task"')
+    return evaluate
+
+
+def _modules() -> tuple[Any, Any]:
+    try:
+        import lm_eval
+        from lm_eval.models import huggingface
+    except ImportError as error:
+        raise ValueError(f'lm_eval tasks need lm_eval: pip install "surgery[eval]" ({error})') from error
+    return lm_eval, huggingface
+
+
+@lru_cache(maxsize=4)
+def _tasks(include_path: str | None) -> Any:
+    """The index of all tasks: thousands of files, read once."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=include_path)
+
+
+def _opened(tokenizer: Any) -> Any:
+    if not isinstance(tokenizer, str | Path):
+        return tokenizer
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+
+
+def _score(task: str, found: Mapping[str, Any]) -> Score:
+    """One task's or group's first metric: per item where every item has a number, else as a whole."""
+    leaves = _leaves(task, found)
+    parts = [_items(leaf, found) for leaf in leaves]
+    if all(part is not None for part in parts):
+        return [x for part in parts if part is not None for x in part]
+    if len(leaves) > 1:
+        raise ValueError(f"lm_eval's group {task!r} has no scores per item: name its tasks instead ({leaves[:3]}…)")
+    key, sign = _first(task, found)
+    return sign * float(found["results"][task][key])
+
+
+def _leaves(task: str, found: Mapping[str, Any]) -> list[str]:
+    inside = found.get("group_subtasks", {}).get(task) or []
+    return [leaf for one in inside for leaf in _leaves(one, found)] or [task]
+
+
+def _first(task: str, found: Mapping[str, Any]) -> tuple[str, int]:
+    """The key "metric,filter" of a task's first metric, and +1 where larger is better, −1 where smaller is."""
+    key = next(key for key in found["results"][task] if "," in key and "_stderr" not in key)
+    larger = found.get("higher_is_better", {}).get(task, {}).get(key.partition(",")[0], True)
+    return key, -1 if larger is False else 1
+
+
+def _items(task: str, found: Mapping[str, Any]) -> list[float] | None:
+    key, sign = _first(task, found)
+    metric, _, chosen = key.partition(",")
+    samples = sorted((s for s in found["samples"][task] if s["filter"] == chosen), key=lambda s: s["doc_id"])
+    values = [sample.get(metric) for sample in samples]
+    if not values or not all(isinstance(value, int | float) for value in values):
+        return None  # perplexities come as pairs, corpus metrics as texts
+    if abs(sum(values) / len(values) - found["results"][task][key]) > 1e-6:
+        return None  # not a mean of the items
+    return [sign * float(value) for value in values]

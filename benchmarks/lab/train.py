@@ -145,14 +145,19 @@ def train_base(
 
 
 def train_stage(
-    model: Qwen3ForCausalLM, domain: str, splits: Splits, tokenizer: Any, seed: int, scores: Evaluator, log: Log
+    model: Qwen3ForCausalLM,
+    domain: str,
+    plan: Stage,
+    splits: Splits,
+    tokenizer: Any,
+    seed: int,
+    scores: Evaluator,
+    log: Log,
 ) -> None:
     """GRPO on one domain: the reward is 1 if the completion is the right answer and 0 if not."""
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
-
-    plan = GRPO[domain]
 
     def reward(completions: list[str], response: list[str], **_: Any) -> list[float]:
         return [float(said == right) for said, right in zip(completions, response, strict=True)]
@@ -241,7 +246,7 @@ def train_seed(seed: int, out: Path) -> None:
         if name == "base":
             train_base(model, data, tokenizer, seed, scores, log)
         else:
-            train_stage(model, name, data[name], tokenizer, seed, scores, log)
+            train_stage(model, name, GRPO[name], data[name], tokenizer, seed, scores, log)
         save(model, tokenizer, out, name)
         log(f"{name} done: {show(scores(model))}")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ from benchmarks import baselines
 from benchmarks.lab.domains import read_items
 from benchmarks.refresh import STEPS, refreshed, training_items
 from benchmarks.table6 import BUDGETS, SELECTORS
-from surgery import AMCSelector, Neurons, Trajectory, rollback
+from surgery import AMCSelector, Neurons, RandomSelector, Trajectory, rollback
 from surgery.prompts import Batch
+from surgery.sweeps import CEILING, EARLIER, LATER
 
 LIBRARY, BASELINE, CONTROL, TRAINED, REFERENCE = "library", "baseline", "control", "trained", "reference"
 FRACTIONS = (0.001, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64)
@@ -64,7 +65,7 @@ class Method:
 def applied(setting: Setting, change: Change) -> Iterator[None]:
     """The later model with the change while the body runs; whole again after."""
     if isinstance(change, Neurons):
-        with rollback(setting.model, to=setting.earlier, mask=change):
+        with rollback(setting.model, to=setting.run.weights("earlier")[0].tensors, mask=change):
             yield
     else:
         with baselines.edited(setting.model, change):
@@ -75,6 +76,9 @@ def methods(setting: Setting) -> list[Method]:
     """All curves, in the order of the tables."""
     layers = tuple(map(float, range(len(baselines.layers_by_displacement(setting.later, setting.earlier)))))
     fixed = [
+        Method(LATER, REFERENCE, "", (0.0,), _nothing),
+        Method(EARLIER, REFERENCE, "", (1.0,), _interpolated),
+        Method(CEILING, REFERENCE, "β", (1.0,), _everything),
         *map(of_selector, selectors()),
         Method("WiSE-FT", BASELINE, "α", ALPHAS, _interpolated),
         Method("most-changed entries", BASELINE, "entries", FRACTIONS, _entries),
@@ -85,7 +89,6 @@ def methods(setting: Setting) -> list[Method]:
         Method("DARE", BASELINE, "p", PROBABILITIES, _dropped, DRAWS),
         Method("spectral (DG-Hard)", BASELINE, "factor", FACTORS, _thresholded),
         Method("random entries", CONTROL, "entries", FRACTIONS, _random_entries, DRAWS),
-        Method("all MLP neurons (ceiling)", REFERENCE, "β", (1.0,), _everything),
     ]
     return [*fixed, *refreshes(setting)]
 
@@ -112,8 +115,8 @@ def selectors() -> list[Any]:
 
 
 def of_selector(selector: Any) -> Method:
-    """A selector's curve over the budgets; one with a seed is drawn several times."""
-    drawn = any(field.name == "seed" for field in fields(selector))
+    """A selector's curve over the budgets; the random one is drawn several times."""
+    drawn = isinstance(selector, RandomSelector)
 
     def change(setting: Setting, value: float, draw: int) -> Neurons:
         one = replace(selector, budget=value, **({"seed": draw} if drawn else {}))
@@ -124,6 +127,10 @@ def of_selector(selector: Any) -> Method:
     if drawn:
         return Method(f"{name} neurons", CONTROL, "β", BUDGETS, change, DRAWS)
     return Method(name, LIBRARY, "β", BUDGETS, change)
+
+
+def _nothing(setting: Setting, value: float, draw: int) -> Change:
+    return {}
 
 
 def _interpolated(setting: Setting, value: float, draw: int) -> Change:
@@ -171,5 +178,4 @@ def _thresholded(setting: Setting, value: float, draw: int) -> Change:
 
 
 def _refreshed(items: list[dict[str, str]], setting: Setting, value: float, draw: int) -> Change:
-    new, _ = refreshed(setting.model, setting.folder, setting.metric, items, int(value))
-    return new
+    return refreshed(setting.model, setting.folder, setting.metric, items, int(value))

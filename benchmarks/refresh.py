@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -41,10 +40,8 @@ def training_items(folder: Path, domain: str) -> list[Item]:
     return splits["train"]
 
 
-def refreshed(
-    later: torch.nn.Module, folder: Path, domain: str, items: list[Item], steps: int
-) -> tuple[dict[str, Tensor], float]:
-    """The parameters after so many GRPO steps from ``later``, and the seconds of the training.
+def refreshed(later: torch.nn.Module, folder: Path, domain: str, items: list[Item], steps: int) -> dict[str, Tensor]:
+    """The parameters after so many GRPO steps from ``later``; the same steps give the same parameters again.
 
     The rate and group sizes are those of the domain's own stage. Training is in float32; what comes back is rounded to
     the later parameters' dtype, as a saved checkpoint is. ``later`` is left as it was.
@@ -55,14 +52,12 @@ def refreshed(
     model.load_state_dict(later.state_dict())
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
     seed_everything(steps)
-    start = time.perf_counter()
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # TRL warns, and prints its last line
         warnings.simplefilter("ignore")
         plan = replace(GRPO[domain], steps=steps)
         train_stage(model, domain, plan, {"train": items}, tokenizer, 0, _unscored, _silent)  # type: ignore[arg-type]
-    seconds = time.perf_counter() - start
     dtypes = {name: parameter.dtype for name, parameter in later.named_parameters()}
-    return {name: p.detach().to(dtypes[name]) for name, p in model.named_parameters()}, seconds
+    return {name: p.detach().to(dtypes[name]) for name, p in model.named_parameters()}
 
 
 def _unscored(model: Any) -> dict[str, float]:

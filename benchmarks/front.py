@@ -1,0 +1,128 @@
+"""The two pictures of ``benchmarks.pareto``: recovery against what it costs elsewhere, and against its size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.methods import BASELINE, CONTROL, LIBRARY, TRAINED
+from benchmarks.report import Point
+from benchmarks.table6 import SELECTORS
+from surgery.sweeps import CEILING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette; every curve has a marker of its own as well, so that no reader depends on the colour
+_STYLES: dict[str, tuple[str, str]] = {
+    "A×M×C": ("#0072B2", "o"),
+    "WiSE-FT": ("#E69F00", "s"),
+    "most-changed entries": ("#009E73", "^"),
+    "layers, most changed first": ("#CC79A7", "D"),
+    "TIES trim": ("#56B4E9", "v"),
+    "DARE": ("#A0522D", "<"),
+    "spectral (DG-Hard)": ("#D55E00", "P"),
+    "random neurons": ("0.45", "x"),
+    "random entries": ("0.45", "+"),
+}
+_OTHERS = {LIBRARY: ("other selectors of surgery", "#0072B2"), BASELINE: ("other baselines", "#CC79A7")}
+
+
+def front(found: Sequence[Point], cost: Callable[[Point], float]) -> list[Point]:
+    """The points that no other one beats: none costs as little and recovers more. By rising cost."""
+    kept: list[Point] = []
+    for point in sorted(found, key=lambda point: (cost(point), -point.recovery)):
+        if not kept or point.recovery > kept[-1].recovery:
+            kept.append(point)
+    return kept
+
+
+def against_loss(found: Mapping[str, Sequence[Point]]) -> Figure:
+    """Recovery against the worst loss elsewhere; linear up to 0.1 points, then logarithmic, so that zero is on it."""
+
+    def prepare(ax: Axes) -> None:
+        ax.set_xscale("symlog", linthresh=0.1, linscale=0.6)
+        ax.set_xlim(left=-0.01)
+        ticks = [0, 0.1, 0.3, 1, 3, 10, 30]
+        ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        ax.set_xlabel("worst loss on another domain (points)")
+
+    return _figure(found, lambda point: 100 * point.loss, prepare)
+
+
+def against_size(found: Mapping[str, Sequence[Point]]) -> Figure:
+    """Recovery against the share of the parameters whose bits changed, on a logarithmic axis."""
+
+    def prepare(ax: Axes) -> None:
+        ax.set_xscale("log")
+        ticks = [0.1, 0.3, 1, 3, 10, 30, 100]
+        ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        ax.set_xlabel("parameters touched (%)")
+
+    return _figure(found, lambda point: 100 * point.touched, prepare)
+
+
+def _figure(
+    found: Mapping[str, Sequence[Point]], cost: Callable[[Point], float], prepare: Callable[[Axes], None]
+) -> Figure:
+    from matplotlib.figure import Figure
+
+    drawn = {name: group for name, group in found.items() if group}
+    columns = max(1, min(2, len(drawn)))
+    rows = max(1, -(-len(drawn) // columns))
+    figure = Figure(figsize=(4.3 * columns, 3.4 * rows + 1.3), dpi=150, layout="constrained")
+    for at, (name, group) in enumerate(drawn.items()):
+        ax = figure.add_subplot(rows, columns, at + 1)
+        _panel(ax, group, cost)
+        prepare(ax)
+        ax.set_title(name, fontsize="medium")
+        ax.set_ylabel("recovery (%)" if at % columns == 0 else "")
+    labelled = {label: line for ax in figure.axes for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(
+        list(labelled.values()), list(labelled), loc="outside lower center", ncols=4 if columns > 1 else 2,
+        frameon=False, fontsize="small",
+    )  # fmt: skip
+    return figure
+
+
+def _panel(ax: Axes, found: Sequence[Point], cost: Callable[[Point], float]) -> None:
+    untrained = [point for point in found if point.kind in (LIBRARY, BASELINE, CONTROL)]
+    ends = front(untrained, cost)
+    ax.step(
+        [cost(point) for point in ends] + [max(map(cost, found), default=0)],
+        [100 * point.recovery for point in ends] + [100 * ends[-1].recovery],
+        where="post", color="black", linewidth=5, alpha=0.15, label="best without training", zorder=1,
+    )  # fmt: skip
+    for name in dict.fromkeys(point.method for point in found if point.kind in (LIBRARY, BASELINE, CONTROL, TRAINED)):
+        curve = [point for point in found if point.method == name]
+        ax.plot([cost(point) for point in curve], [100 * point.recovery for point in curve], **_style(curve[0]))
+    for point in found:
+        if point.method == CEILING:
+            ax.plot(
+                cost(point), 100 * point.recovery, "h", color="black", markerfacecolor="none", label="all MLP neurons"
+            )
+    for height in (0, 100):
+        ax.axhline(height, color="0.8", linewidth=1, zorder=0)
+
+
+def _style(point: Point) -> dict[str, Any]:
+    if point.kind == TRAINED:
+        filled = "training" in point.method
+        return {
+            "color": "black", "marker": "*", "markersize": 9, "linestyle": "none", "label": point.method,
+            "markerfacecolor": "black" if filled else "none", "zorder": 3,
+        }  # fmt: skip
+    if point.method in _STYLES:
+        colour, marker = _STYLES[point.method]
+        return {
+            "color": colour, "marker": marker, "markersize": 5, "linewidth": 1.4, "label": point.method, "zorder": 3,
+        }  # fmt: skip
+    if point.kind == LIBRARY and point.method not in {selector.name for selector in SELECTORS}:
+        return {"color": "#F0E442", "marker": "o", "markeredgecolor": "black", "linewidth": 1.6, "label": point.method}
+    label, colour = _OTHERS[LIBRARY if point.kind == LIBRARY else BASELINE]
+    joined = "-" if point.kind == LIBRARY else "none"
+    return {
+        "color": colour, "marker": ".", "markersize": 4, "linewidth": 0.8, "linestyle": joined, "alpha": 0.45,
+        "label": label,
+    }  # fmt: skip

@@ -1,0 +1,224 @@
+"""What the rows of ``benchmarks.pareto`` say: means over seeds, intervals over items, tables, and who wins where."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from benchmarks.hardware import statement
+from benchmarks.lab.evaluate import bootstrap_interval
+from benchmarks.methods import BASELINE, CONTROL, LIBRARY, REFERENCE, TRAINED
+from benchmarks.table6 import BUDGETS
+from surgery.sweeps import EARLIER, LATER
+
+SCALE = 10_000  # stored per-item probabilities are whole numbers of 1/SCALE
+RESAMPLES = 2_000
+LOSSES = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.05, 1.0)
+SIZES = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.0)
+HEAD = """# Recovery, and what it costs elsewhere: every selector beside everything people use today
+
+Written by `python -m benchmarks.pareto`; how it was done: [README.md](README.md). {statement}
+
+All numbers but seconds in %. Recovery: mean ± standard deviation over seeds, in brackets its 95 % interval (paired
+bootstrap over evaluation items within each seed; it says nothing about other seeds). Touched: parameters whose bits differ
+from the later model's. Worst loss: how far the worst of the other domains falls below the later model, in points, mean
+over seeds; 0 where none falls. Seconds: choosing and writing, or training, on one core; without the evaluation.
+"""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One method at one value of its knob, over the damaged seeds; all but seconds are fractions.
+
+    ``samples``: the bootstrap's recoveries ``[RESAMPLES]``, from the same resampled items for every point of a pair.
+    """
+
+    method: str
+    kind: str
+    knob: str
+    value: float
+    recovery: float
+    sd: float
+    low: float
+    high: float
+    touched: float
+    loss: float
+    seconds: float
+    seeds: tuple[str, ...]
+    samples: np.ndarray = field(repr=False, compare=False)
+
+    def __str__(self) -> str:
+        return f"{self.method}, {self.knob} {shown(self)}" if self.knob else self.method
+
+
+class _Seed:
+    """One run's rows by (method, value), and its resampled items."""
+
+    def __init__(self, run: Mapping[str, Any]) -> None:
+        self.name = run["seed"]
+        self.rows: dict[tuple[str, float], list[dict[str, Any]]] = {}
+        for row in run["rows"]:
+            self.rows.setdefault((row["method"], row["value"]), []).append(row)
+        self.metric = run["pair"]["metric"]
+        (later,), (earlier,) = self.rows[LATER, 0.0], self.rows[EARLIER, 1.0]
+        self.later, self.earlier = later, earlier
+        self.lost_items = self._items([earlier]) - self._items([later])
+        self.interval = bootstrap_interval(self.lost_items)
+        n = len(self.lost_items)
+        self._shares = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), RESAMPLES) / n
+        self._lost = self._shares @ self.lost_items
+
+    def _items(self, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        return np.mean([row["items"] for row in rows], axis=0) / SCALE
+
+    @property
+    def damaged(self) -> bool:
+        """Whether the later model is worse beyond doubt: only then is a recovery a number."""
+        return self.interval[0] > 0
+
+    def recovery(self, rows: Sequence[Mapping[str, Any]]) -> tuple[float, np.ndarray]:
+        """The recovery (mean over draws) and its bootstrap samples."""
+        later, earlier = self.later["metrics"][self.metric], self.earlier["metrics"][self.metric]
+        score = float(np.mean([row["metrics"][self.metric] for row in rows]))
+        gained = self._shares @ (self._items(rows) - self._items([self.later]))
+        return (score - later) / (earlier - later), gained / self._lost
+
+
+def worst_loss(row: Mapping[str, Any]) -> float:
+    """How far the worst of the other domains falls; 0 where none does."""
+    return float(max(0.0, -min(change[0] for change in row["delta"].values())))
+
+
+def points(runs: Sequence[Mapping[str, Any]]) -> list[Point]:
+    """The rows of one pair, over its damaged seeds, in the order of the methods."""
+    seeds = [seed for seed in map(_Seed, runs) if seed.damaged]
+    keys = dict.fromkeys(key for seed in seeds for key in seed.rows)
+    return [_point([seed for seed in seeds if key in seed.rows], key) for key in keys]
+
+
+def _point(seeds: Sequence[_Seed], key: tuple[str, float]) -> Point:
+    groups = [seed.rows[key] for seed in seeds]
+    found = [seed.recovery(rows) for seed, rows in zip(seeds, groups, strict=True)]
+    each, samples = np.array([value for value, _ in found]), np.mean([drawn for _, drawn in found], axis=0)
+    first = groups[0][0]
+
+    def mean(of: Callable[[Mapping[str, Any]], float]) -> float:
+        return float(np.mean([np.mean([of(row) for row in rows]) for rows in groups]))
+
+    return Point(
+        *(first[name] for name in ("method", "kind", "knob", "value")),
+        float(each.mean()),
+        float(each.std()),
+        *map(float, np.quantile(samples, [0.025, 0.975])),
+        mean(lambda row: row["touched"] / row["entries"]),
+        mean(worst_loss),
+        mean(lambda row: row["seconds"]),
+        tuple(seed.name for seed in seeds),
+        samples,
+    )
+
+
+def shown(point: Point) -> str:
+    """The knob's value as a person writes it."""
+    return f"{100 * point.value:g} %" if point.knob in ("β", "entries") else f"{point.value:g}"
+
+
+def _recovery(point: Point) -> str:
+    low, high = f"{100 * point.low:.1f}", f"{100 * point.high:.1f}"
+    return f"{100 * point.recovery:.1f} ± {100 * point.sd:.1f} [{low}, {high}]"
+
+
+def markdown(runs: Mapping[str, Sequence[Mapping[str, Any]]], found: Mapping[str, Sequence[Point]]) -> str:
+    """The whole report; ``runs`` and ``found`` by the pair's name."""
+    parts = [HEAD.format(statement=statement())]
+    measured = sorted({run["measured"] for group in runs.values() for run in group} - {statement()})
+    parts += [f"Some rows were measured earlier: {one}.\n" for one in measured]
+    for name, group in runs.items():
+        parts += [f"## {name}\n", _references(group)]
+        if not found[name]:
+            parts.append("No seed lost anything beyond doubt: there is nothing to recover.\n")
+            continue
+        parts += ["### Who wins\n", *_wins(found[name]), "### Neuron selectors\n", _budgets(found[name])]
+        parts += ["### Everything, at every value of its knob\n", _everything(found[name], len(group))]
+    return "\n".join(parts)
+
+
+def _references(group: Sequence[Mapping[str, Any]]) -> str:
+    """What each seed lost, and every domain before and after."""
+    lines = []
+    for seed in map(_Seed, group):
+        low, high = (100 * value for value in seed.interval)
+        moved = ", ".join(
+            f"{domain} {100 * seed.earlier['metrics'][domain]:.1f} → {100 * score:.1f}"
+            for domain, score in seed.later["metrics"].items()
+        )
+        note = "" if seed.damaged else " **Not damaged beyond doubt: left out below.**"
+        lost = 100 * float(seed.lost_items.mean())
+        lines.append(f"- {seed.name}: lost {lost:.1f} points [{low:.1f}, {high:.1f}] ({moved}).{note}")
+    return "\n".join(lines) + "\n"
+
+
+def _budgets(found: Sequence[Point]) -> str:
+    """Recovery of everything that reverts whole MLP neurons, by budget."""
+    lines = ["| | " + " | ".join(f"{100 * b:g} %" for b in BUDGETS) + " | touched | worst loss | seconds |"]
+    lines.append("|---|" + "---|" * (len(BUDGETS) + 3))
+    for name in dict.fromkeys(point.method for point in found if point.knob == "β" and point.kind != REFERENCE):
+        row = sorted((point for point in found if point.method == name), key=lambda point: point.value)
+        last = f"{100 * row[-1].touched:.1f} | {100 * max(point.loss for point in row):.2f}"
+        seconds = np.mean([point.seconds for point in row])
+        lines.append(f"| {name} | " + " | ".join(map(_recovery, row)) + f" | {last} | {seconds:.2f} |")
+    for point in found:
+        if point.kind == REFERENCE and point.method != LATER:
+            last = f"{100 * point.touched:.1f} | {100 * point.loss:.2f} | {point.seconds:.2f} |"
+            lines.append(f"| {point.method} | " + " | " * (len(BUDGETS) - 1) + f"{_recovery(point)} | {last}")
+    return "\n".join(lines) + "\n\nTouched at the largest budget; the worst loss over all budgets.\n"
+
+
+def _everything(found: Sequence[Point], seeds: int) -> str:
+    lines = ["| method | knob | recovery | touched | worst loss | seconds |", "|---|---|---|---|---|---|"]
+    for point in found:
+        seen = f" ({len(point.seeds)} of {seeds} seeds)" if len(point.seeds) < seeds else ""
+        lines.append(
+            f"| {point.method}{seen} | {f'{point.knob} {shown(point)}' if point.knob else ''} | {_recovery(point)} "
+            f"| {100 * point.touched:.1f} | {100 * point.loss:.2f} | {point.seconds:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _wins(found: Sequence[Point]) -> Iterator[str]:
+    """For a bound on either cost: the best of the library, of everything else that trains nothing, and of training."""
+    yield (
+        "The best of each kind within a bound, chosen on the same evaluation items (so both are a little too good). "
+        "In brackets: 95 % of the difference, other minus library, over items.\n"
+    )
+    for title, bounds, cost in (("worst loss ≤", LOSSES, "loss"), ("touched ≤", SIZES, "touched")):
+        lines = [f"| {title} | library | without training | difference | who wins | trained |"]
+        lines.append("|---|---|---|---|---|---|")
+        for bound in bounds:
+            inside = [point for point in found if getattr(point, cost) <= bound]
+            library, other, trained = (best(inside, kinds) for kinds in ((LIBRARY,), (BASELINE, CONTROL), (TRAINED,)))
+            label = "any" if bound == 1 else f"{100 * bound:g} {'points' if cost == 'loss' else '%'}"
+            cells = [_named(library), _named(other), *verdict(library, other), _named(trained)]
+            lines.append(f"| {label} | " + " | ".join(cells) + " |")
+        yield "\n".join(lines) + "\n"
+
+
+def best(found: Sequence[Point], kinds: Sequence[str]) -> Point | None:
+    """The highest recovery among the points of those kinds."""
+    return max((point for point in found if point.kind in kinds), key=lambda point: point.recovery, default=None)
+
+
+def verdict(library: Point | None, other: Point | None) -> tuple[str, str]:
+    """The difference with its interval, and who wins: nobody where the interval holds zero."""
+    if library is None or other is None:
+        return "", "" if library is other else "**baseline**" if library is None else "library"
+    low, high = (float(value) for value in np.quantile(other.samples - library.samples, [0.025, 0.975]))
+    text = f"{100 * (other.recovery - library.recovery):+.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+    return text, "**baseline**" if low > 0 else "library" if high < 0 else "not separated"
+
+
+def _named(point: Point | None) -> str:
+    return f"{100 * point.recovery:.1f}: {point}" if point else "–"

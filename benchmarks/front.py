@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.methods import BASELINE, CONTROL, LIBRARY, TRAINED
+from benchmarks.methods import BASELINE, LIBRARY, TRAINED
 from benchmarks.report import Point
 from benchmarks.table6 import SELECTORS
-from surgery.sweeps import CEILING
+from surgery.sweeps import CEILING, EARLIER, LATER
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,6 +26,7 @@ _STYLES: dict[str, tuple[str, str]] = {
     "random neurons": ("0.45", "x"),
     "random entries": ("0.45", "+"),
 }
+_FLOOR = -30  # percent
 _OTHERS = {LIBRARY: ("other selectors of surgery", "#0072B2"), BASELINE: ("other baselines", "#CC79A7")}
 
 
@@ -39,16 +40,16 @@ def front(found: Sequence[Point], cost: Callable[[Point], float]) -> list[Point]
 
 
 def against_loss(found: Mapping[str, Sequence[Point]]) -> Figure:
-    """Recovery against the worst loss elsewhere; linear up to 0.1 points, then logarithmic, so that zero is on it."""
+    """Recovery against the worst Δ elsewhere: linear within half a point of zero, logarithmic beyond."""
 
     def prepare(ax: Axes) -> None:
-        ax.set_xscale("symlog", linthresh=0.1, linscale=0.6)
-        ax.set_xlim(left=-0.01)
-        ticks = [0, 0.1, 0.3, 1, 3, 10, 30]
-        ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        ax.set_xlabel("worst loss on another domain (points)")
+        ax.set_xscale("symlog", linthresh=0.5, linscale=0.7)
+        ticks = [-30, -10, -3, -1, 0, 1, 3, 10]
+        ax.set_xticks(ticks, [f"{tick:g}".replace("-", "−") for tick in ticks])
+        ax.axvline(0, color="0.8", linewidth=1, zorder=0)
+        ax.set_xlabel("worst Δ on another domain (points)")
 
-    return _figure(found, lambda point: 100 * point.loss, prepare)
+    return _figure(found, lambda point: 100 * point.worst, -1, prepare)
 
 
 def against_size(found: Mapping[str, Sequence[Point]]) -> Figure:
@@ -56,25 +57,28 @@ def against_size(found: Mapping[str, Sequence[Point]]) -> Figure:
 
     def prepare(ax: Axes) -> None:
         ax.set_xscale("log")
-        ticks = [0.1, 0.3, 1, 3, 10, 30, 100]
-        ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        ax.set_xlim(0.5, 130)
+        ticks = [1, 2, 4, 8, 16, 32, 64, 100]
+        ax.set_xticks(ticks, map(str, ticks))
+        ax.minorticks_off()
         ax.set_xlabel("parameters touched (%)")
 
-    return _figure(found, lambda point: 100 * point.touched, prepare)
+    return _figure(found, lambda point: 100 * point.touched, 1, prepare)
 
 
 def _figure(
-    found: Mapping[str, Sequence[Point]], cost: Callable[[Point], float], prepare: Callable[[Axes], None]
+    found: Mapping[str, Sequence[Point]], x: Callable[[Point], float], sign: int, prepare: Callable[[Axes], None]
 ) -> Figure:
+    """A panel per pair; ``sign`` · x is the cost. One legend below."""
     from matplotlib.figure import Figure
 
     drawn = {name: group for name, group in found.items() if group}
     columns = max(1, min(2, len(drawn)))
     rows = max(1, -(-len(drawn) // columns))
-    figure = Figure(figsize=(4.3 * columns, 3.4 * rows + 1.3), dpi=150, layout="constrained")
+    figure = Figure(figsize=(4.3 * columns, 3.5 * rows + 1.2), dpi=150, layout="constrained")
     for at, (name, group) in enumerate(drawn.items()):
         ax = figure.add_subplot(rows, columns, at + 1)
-        _panel(ax, group, cost)
+        _panel(ax, group, x, sign)
         prepare(ax)
         ax.set_title(name, fontsize="medium")
         ax.set_ylabel("recovery (%)" if at % columns == 0 else "")
@@ -86,24 +90,25 @@ def _figure(
     return figure
 
 
-def _panel(ax: Axes, found: Sequence[Point], cost: Callable[[Point], float]) -> None:
-    untrained = [point for point in found if point.kind in (LIBRARY, BASELINE, CONTROL)]
-    ends = front(untrained, cost)
+def _panel(ax: Axes, found: Sequence[Point], x: Callable[[Point], float], sign: int) -> None:
+    ends = front([point for point in found if point.kind != TRAINED], lambda point: sign * x(point))
+    last = max((sign * x(point) for point in found), default=0) * sign
     ax.step(
-        [cost(point) for point in ends] + [max(map(cost, found), default=0)],
+        [x(point) for point in ends] + [last],
         [100 * point.recovery for point in ends] + [100 * ends[-1].recovery],
-        where="post", color="black", linewidth=5, alpha=0.15, label="best without training", zorder=1,
+        where="post", color="black", linewidth=6, alpha=0.13, label="best without training", zorder=1,
     )  # fmt: skip
-    for name in dict.fromkeys(point.method for point in found if point.kind in (LIBRARY, BASELINE, CONTROL, TRAINED)):
+    for name in dict.fromkeys(point.method for point in found if point.method not in (EARLIER, LATER, CEILING)):
         curve = [point for point in found if point.method == name]
-        ax.plot([cost(point) for point in curve], [100 * point.recovery for point in curve], **_style(curve[0]))
+        ax.plot([x(point) for point in curve], [100 * point.recovery for point in curve], **_style(curve[0]))
     for point in found:
         if point.method == CEILING:
-            ax.plot(
-                cost(point), 100 * point.recovery, "h", color="black", markerfacecolor="none", label="all MLP neurons"
-            )
+            ax.plot(x(point), 100 * point.recovery, "h", color="#0072B2", mfc="white", markersize=8, label=CEILING)
     for height in (0, 100):
         ax.axhline(height, color="0.8", linewidth=1, zorder=0)
+    ax.set_ylim(_FLOOR, 8 + 100 * max(1.0, *(point.recovery for point in found)))
+    if below := sorted({point.method for point in found if 100 * point.recovery < _FLOOR}):
+        ax.text(0.03, 0.02, f"off the picture, below: {', '.join(below)}", transform=ax.transAxes, fontsize="x-small")
 
 
 def _style(point: Point) -> dict[str, Any]:

@@ -16,12 +16,13 @@ import surgery
 from benchmarks import baselines
 from benchmarks.lab.domains import read_items
 from benchmarks.refresh import STEPS, refreshed, training_items
-from benchmarks.table6 import BUDGETS, SELECTORS
+from benchmarks.table6 import SELECTORS
 from surgery import AMCSelector, Neurons, RandomSelector, Trajectory, rollback
 from surgery.prompts import Batch
 from surgery.sweeps import CEILING, EARLIER, LATER
 
 LIBRARY, BASELINE, CONTROL, TRAINED, REFERENCE = "library", "baseline", "control", "trained", "reference"
+BUDGETS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64)
 FRACTIONS = (0.001, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64)
 ALPHAS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 DENSITIES = (0.99, 0.95, 0.9, 0.8, 0.6, 0.4, 0.2, 0.1, 0.05, 0.01)
@@ -32,7 +33,7 @@ DRAWS = 3
 
 @dataclass(frozen=True)
 class Setting:
-    """What a method may look at: the checkpoints, the calibration prompts of the damaged domain, the live later model."""
+    """What a method may look at: the checkpoints, the damaged domain's calibration prompts, the live later model."""
 
     folder: Path
     metric: str
@@ -51,7 +52,7 @@ Change = Neurons | Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Method:
-    """One curve: ``change(setting, value, draw)`` gives the neurons to revert or the new tensors, for each knob value."""
+    """One curve: for each value of its knob, ``change`` gives the neurons to revert or the new tensors."""
 
     name: str
     kind: str
@@ -78,7 +79,7 @@ def methods(setting: Setting) -> list[Method]:
     fixed = [
         Method(LATER, REFERENCE, "", (0.0,), _nothing),
         Method(EARLIER, REFERENCE, "", (1.0,), _interpolated),
-        Method(CEILING, REFERENCE, "β", (1.0,), _everything),
+        Method(CEILING, LIBRARY, "β", (1.0,), _everything),
         *map(of_selector, selectors()),
         Method("WiSE-FT", BASELINE, "α", ALPHAS, _interpolated),
         Method("most-changed entries", BASELINE, "entries", FRACTIONS, _entries),
@@ -94,7 +95,7 @@ def methods(setting: Setting) -> list[Method]:
 
 
 def refreshes(setting: Setting) -> list[Method]:
-    """The trained references. Where the training prompts can't be generated again there is only one (and a line says so)."""
+    """The trained references; where the training prompts can't be generated again only one, and a line says so."""
     items = {"calibration": read_items(setting.folder / "data" / f"{setting.metric}.calibration.jsonl")}
     try:
         items["training"] = training_items(setting.folder, setting.metric)

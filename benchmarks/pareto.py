@@ -1,7 +1,7 @@
 """Every selector beside everything people use today: ``python -m benchmarks.pareto SEED_FOLDER... [--out FOLDER]``.
 
-For every seed folder and every damaged pair each method is applied to the later model, evaluated and taken back, at each
-value of its knob. Writes ``pareto.json`` (all rows), ``pareto.md`` (tables) and two pictures. Rows of the same
+For every seed folder and every damaged pair each method is applied to the later model, evaluated and taken back, at
+each value of its knob. Writes ``pareto.json`` (all rows), ``pareto.md`` (tables) and two pictures. Rows of the same
 checkpoints and data that ``pareto.json`` already holds are not measured again (``--fresh`` measures all).
 
 Seeds of another order of training: ``SEED_FOLDER:math,code,qa`` (the third stage does the damage).
@@ -49,11 +49,16 @@ class Pair:
 def pairs(order: tuple[str, ...] = ORDER) -> tuple[Pair, ...]:
     """What the third stage of a curriculum damaged: the second stage's domain, and the first's."""
     first, second, third = order[:3]
-    after = " → ".join(order[:3])
+    after = " → ".join(map(written, order[:3]))
     return (
-        Pair(f"{second} by {third} ({after})", first, second, third, second),
-        Pair(f"{first} by {third} ({after})", "base", second, third, first),
+        Pair(f"{written(second)} by {written(third)} ({after})", first, second, third, second),
+        Pair(f"{written(first)} by {written(third)} ({after})", "base", second, third, first),
     )
+
+
+def written(domain: str) -> str:
+    """A domain's name in a title: Math, Code, QA, CW."""
+    return domain.capitalize() if len(domain) > 2 else domain.upper()
 
 
 @dataclass(frozen=True)
@@ -197,6 +202,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--fresh", action="store_true", help="measure all rows again")
     asked = parser.parse_args()
+    if len({(folder.name, order) for folder, order in asked.seeds}) < len(asked.seeds):
+        parser.error("two seed folders of the same order have the same name: they could not be told apart")
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
     asked.out.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""The trained reference: a short GRPO refresh on the damaged domain, from the later checkpoint, with the lab's own code.
+"""The trained reference: a short GRPO refresh on the damaged domain, from the later checkpoint, with the lab's code.
 
-Two kinds of prompts: the 128 calibration prompts that the selectors are given (what the same data buys by training), and
-the domain's training prompts (what a refresh with everything at hand gives).
+Two kinds of prompts: the 128 calibration prompts that the selectors are given (what the same data buys by training),
+and the domain's training prompts (what a refresh with everything at hand gives).
 """
 
 from __future__ import annotations

@@ -10,22 +10,22 @@ import numpy as np
 
 from benchmarks.hardware import statement
 from benchmarks.lab.evaluate import bootstrap_interval
-from benchmarks.methods import BASELINE, CONTROL, LIBRARY, REFERENCE, TRAINED
-from benchmarks.table6 import BUDGETS
-from surgery.sweeps import EARLIER, LATER
+from benchmarks.methods import BASELINE, BUDGETS, CONTROL, LIBRARY, TRAINED
+from surgery.sweeps import CEILING, EARLIER, LATER
 
 SCALE = 10_000  # stored per-item probabilities are whole numbers of 1/SCALE
 RESAMPLES = 2_000
-LOSSES = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.05, 1.0)
+LOSSES = (0.0, 0.0025, 0.005, 0.01, 0.02, 0.05, 1.0)
 SIZES = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.0)
+OURS, OTHER, UNDECIDED = "library", "**baseline**", "not separated"
 HEAD = """# Recovery, and what it costs elsewhere: every selector beside everything people use today
 
 Written by `python -m benchmarks.pareto`; how it was done: [README.md](README.md). {statement}
 
 All numbers but seconds in %. Recovery: mean ± standard deviation over seeds, in brackets its 95 % interval (paired
-bootstrap over evaluation items within each seed; it says nothing about other seeds). Touched: parameters whose bits differ
-from the later model's. Worst loss: how far the worst of the other domains falls below the later model, in points, mean
-over seeds; 0 where none falls. Seconds: choosing and writing, or training, on one core; without the evaluation.
+bootstrap over evaluation items within each seed; it says nothing about other seeds). Touched: parameters whose bits
+differ from the later model's. Worst Δ: the least change among the other domains, in points, mean over seeds (below 0
+something is lost). Seconds: choosing and writing, or training, on one core; without the evaluation.
 """
 
 
@@ -45,7 +45,7 @@ class Point:
     low: float
     high: float
     touched: float
-    loss: float
+    worst: float
     seconds: float
     seeds: tuple[str, ...]
     samples: np.ndarray = field(repr=False, compare=False)
@@ -87,9 +87,9 @@ class _Seed:
         return (score - later) / (earlier - later), gained / self._lost
 
 
-def worst_loss(row: Mapping[str, Any]) -> float:
-    """How far the worst of the other domains falls; 0 where none does."""
-    return float(max(0.0, -min(change[0] for change in row["delta"].values())))
+def worst(row: Mapping[str, Any]) -> float:
+    """The least change among the other domains: below 0 where one of them falls."""
+    return float(min(change[0] for change in row["delta"].values()))
 
 
 def points(runs: Sequence[Mapping[str, Any]]) -> list[Point]:
@@ -114,7 +114,7 @@ def _point(seeds: Sequence[_Seed], key: tuple[str, float]) -> Point:
         float(each.std()),
         *map(float, np.quantile(samples, [0.025, 0.975])),
         mean(lambda row: row["touched"] / row["entries"]),
-        mean(worst_loss),
+        mean(worst),
         mean(lambda row: row["seconds"]),
         tuple(seed.name for seed in seeds),
         samples,
@@ -127,13 +127,13 @@ def shown(point: Point) -> str:
 
 
 def _recovery(point: Point) -> str:
-    low, high = f"{100 * point.low:.1f}", f"{100 * point.high:.1f}"
-    return f"{100 * point.recovery:.1f} ± {100 * point.sd:.1f} [{low}, {high}]"
+    spread = f" ± {100 * point.sd:.1f}" if len(point.seeds) > 1 else ""
+    return f"{100 * point.recovery:.1f}{spread} [{100 * point.low:.1f}, {100 * point.high:.1f}]"
 
 
 def markdown(runs: Mapping[str, Sequence[Mapping[str, Any]]], found: Mapping[str, Sequence[Point]]) -> str:
     """The whole report; ``runs`` and ``found`` by the pair's name."""
-    parts = [HEAD.format(statement=statement())]
+    parts = [HEAD.format(statement=statement()), *map(_summary, found, found.values()), ""]
     measured = sorted({run["measured"] for group in runs.values() for run in group} - {statement()})
     parts += [f"Some rows were measured earlier: {one}.\n" for one in measured]
     for name, group in runs.items():
@@ -142,7 +142,10 @@ def markdown(runs: Mapping[str, Sequence[Mapping[str, Any]]], found: Mapping[str
             parts.append("No seed lost anything beyond doubt: there is nothing to recover.\n")
             continue
         parts += ["### Who wins\n", *_wins(found[name]), "### Neuron selectors\n", _budgets(found[name])]
-        parts += ["### Everything, at every value of its knob\n", _everything(found[name], len(group))]
+        everything = _everything(found[name], len(group))
+        parts.append(
+            f"<details><summary>Everything, at every value of its knob</summary>\n\n{everything}\n</details>\n"
+        )
     return "\n".join(parts)
 
 
@@ -163,47 +166,81 @@ def _references(group: Sequence[Mapping[str, Any]]) -> str:
 
 def _budgets(found: Sequence[Point]) -> str:
     """Recovery of everything that reverts whole MLP neurons, by budget."""
-    lines = ["| | " + " | ".join(f"{100 * b:g} %" for b in BUDGETS) + " | touched | worst loss | seconds |"]
+    lines = ["| | " + " | ".join(f"{100 * b:g} %" for b in BUDGETS) + " | touched | worst Δ | seconds |"]
     lines.append("|---|" + "---|" * (len(BUDGETS) + 3))
-    for name in dict.fromkeys(point.method for point in found if point.knob == "β" and point.kind != REFERENCE):
+    for name in dict.fromkeys(point.method for point in found if point.knob == "β" and point.method != CEILING):
         row = sorted((point for point in found if point.method == name), key=lambda point: point.value)
-        last = f"{100 * row[-1].touched:.1f} | {100 * max(point.loss for point in row):.2f}"
+        last = f"{100 * row[-1].touched:.1f} | {100 * min(point.worst for point in row):+.2f}"
         seconds = np.mean([point.seconds for point in row])
         lines.append(f"| {name} | " + " | ".join(map(_recovery, row)) + f" | {last} | {seconds:.2f} |")
     for point in found:
-        if point.kind == REFERENCE and point.method != LATER:
-            last = f"{100 * point.touched:.1f} | {100 * point.loss:.2f} | {point.seconds:.2f} |"
+        if point.method in (CEILING, EARLIER):
+            last = f"{100 * point.touched:.1f} | {100 * point.worst:+.2f} | {point.seconds:.2f} |"
             lines.append(f"| {point.method} | " + " | " * (len(BUDGETS) - 1) + f"{_recovery(point)} | {last}")
-    return "\n".join(lines) + "\n\nTouched at the largest budget; the worst loss over all budgets.\n"
+    return "\n".join(lines) + "\n\nTouched at the largest budget; the worst Δ over all budgets.\n"
 
 
 def _everything(found: Sequence[Point], seeds: int) -> str:
-    lines = ["| method | knob | recovery | touched | worst loss | seconds |", "|---|---|---|---|---|---|"]
+    lines = ["| method | knob | recovery | touched | worst Δ | seconds |", "|---|---|---|---|---|---|"]
     for point in found:
         seen = f" ({len(point.seeds)} of {seeds} seeds)" if len(point.seeds) < seeds else ""
         lines.append(
             f"| {point.method}{seen} | {f'{point.knob} {shown(point)}' if point.knob else ''} | {_recovery(point)} "
-            f"| {100 * point.touched:.1f} | {100 * point.loss:.2f} | {point.seconds:.2f} |"
+            f"| {100 * point.touched:.1f} | {100 * point.worst:+.2f} | {point.seconds:.2f} |"
         )
     return "\n".join(lines) + "\n"
 
 
+@dataclass(frozen=True)
+class Contest:
+    """The best of the library, of everything else that trains nothing, and of training, within a bound on one cost."""
+
+    cost: str
+    bound: str
+    library: Point | None
+    other: Point | None
+    trained: Point | None
+
+
+def contests(found: Sequence[Point]) -> Iterator[Contest]:
+    """One for every bound on the loss elsewhere and on the parameters touched; all MLP neurons is a library's point."""
+
+    def within(inside: Sequence[Point], cost: str, bound: str) -> Contest:
+        return Contest(cost, bound, *(best(inside, kinds) for kinds in ((LIBRARY,), (BASELINE, CONTROL), (TRAINED,))))
+
+    for bound in LOSSES:
+        text = "no bound" if bound == 1 else f"at most {100 * bound:g} points"
+        yield within([point for point in found if -point.worst <= bound], "loss elsewhere", text)
+    for bound in SIZES:
+        text = "no bound" if bound == 1 else f"at most {100 * bound:g} %"
+        yield within([point for point in found if point.touched <= bound], "touched", text)
+
+
+def _summary(name: str, found: Sequence[Point]) -> str:
+    """One line: how many of the contests each side wins."""
+    results = [verdict(one.library, one.other)[1] for one in contests(found)]
+    counts = f"a baseline or control wins {results.count(OTHER)} of {len(results)} comparisons, a selector of surgery "
+    return f"- {name}: {counts}{results.count(OURS)}, {results.count(UNDECIDED)} are not separated."
+
+
 def _wins(found: Sequence[Point]) -> Iterator[str]:
-    """For a bound on either cost: the best of the library, of everything else that trains nothing, and of training."""
     yield (
-        "The best of each kind within a bound, chosen on the same evaluation items (so both are a little too good). "
+        "The best of each kind within a bound, chosen on the same evaluation items (so all are a little too good). "
         "In brackets: 95 % of the difference, other minus library, over items.\n"
     )
-    for title, bounds, cost in (("worst loss ≤", LOSSES, "loss"), ("touched ≤", SIZES, "touched")):
-        lines = [f"| {title} | library | without training | difference | who wins | trained |"]
-        lines.append("|---|---|---|---|---|---|")
-        for bound in bounds:
-            inside = [point for point in found if getattr(point, cost) <= bound]
-            library, other, trained = (best(inside, kinds) for kinds in ((LIBRARY,), (BASELINE, CONTROL), (TRAINED,)))
-            label = "any" if bound == 1 else f"{100 * bound:g} {'points' if cost == 'loss' else '%'}"
-            cells = [_named(library), _named(other), *verdict(library, other), _named(trained)]
-            lines.append(f"| {label} | " + " | ".join(cells) + " |")
-        yield "\n".join(lines) + "\n"
+    rows: dict[str, list[str]] = {}
+    for one in contests(found):
+        cells = [
+            one.bound,
+            _named(one.library),
+            _named(one.other),
+            *verdict(one.library, one.other),
+            _named(one.trained),
+        ]
+        rows.setdefault(one.cost, []).append("| " + " | ".join(cells) + " |")
+    for cost, lines in rows.items():
+        head = f"| {cost} | library | baselines and controls | difference | who wins | trained |\n" + "|---" * 6 + "|"
+        yield "\n".join([head, *lines]) + "\n"
 
 
 def best(found: Sequence[Point], kinds: Sequence[str]) -> Point | None:
@@ -212,12 +249,14 @@ def best(found: Sequence[Point], kinds: Sequence[str]) -> Point | None:
 
 
 def verdict(library: Point | None, other: Point | None) -> tuple[str, str]:
-    """The difference with its interval, and who wins: nobody where the interval holds zero."""
+    """The difference with its interval, and who wins: nobody where the interval holds zero or the seeds differ."""
     if library is None or other is None:
-        return "", "" if library is other else "**baseline**" if library is None else "library"
+        return "", "" if library is other else OTHER if library is None else OURS
     low, high = (float(value) for value in np.quantile(other.samples - library.samples, [0.025, 0.975]))
     text = f"{100 * (other.recovery - library.recovery):+.1f} [{100 * low:.1f}, {100 * high:.1f}]"
-    return text, "**baseline**" if low > 0 else "library" if high < 0 else "not separated"
+    if library.seeds != other.seeds:
+        return text, UNDECIDED
+    return text, OTHER if low > 0 else OURS if high < 0 else UNDECIDED
 
 
 def _named(point: Point | None) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.methods import BASELINE, LIBRARY, TRAINED
-from benchmarks.report import Point
+from benchmarks.methods import LIBRARY, TRAINED
+from benchmarks.points import Point
 from benchmarks.table6 import SELECTORS
 from surgery.sweeps import CEILING, EARLIER, LATER
 
@@ -19,7 +19,9 @@ _STYLES: dict[str, tuple[str, str]] = {
     "A×M×C": ("#0072B2", "o"),
     "WiSE-FT": ("#E69F00", "s"),
     "most-changed entries": ("#009E73", "^"),
+    "most-changed neurons": ("#7F7F00", "p"),
     "layers, most changed first": ("#CC79A7", "D"),
+    "one layer": ("#CC79A7", "d"),
     "TIES trim": ("#56B4E9", "v"),
     "DARE": ("#A0522D", "<"),
     "spectral (DG-Hard)": ("#D55E00", "P"),
@@ -27,7 +29,6 @@ _STYLES: dict[str, tuple[str, str]] = {
     "random entries": ("0.45", "+"),
 }
 _FLOOR = -30  # percent
-_OTHERS = {LIBRARY: ("other selectors of surgery", "#0072B2"), BASELINE: ("other baselines", "#CC79A7")}
 
 
 def front(found: Sequence[Point], cost: Callable[[Point], float]) -> list[Point]:
@@ -120,14 +121,14 @@ def _style(point: Point) -> dict[str, Any]:
         }  # fmt: skip
     if point.method in _STYLES:
         colour, marker = _STYLES[point.method]
+        joined = "none" if point.method == "one layer" else "-"
         return {
-            "color": colour, "marker": marker, "markersize": 5, "linewidth": 1.4, "label": point.method, "zorder": 3,
+            "color": colour, "marker": marker, "markersize": 5, "linewidth": 1.4, "linestyle": joined,
+            "label": point.method, "zorder": 3,
         }  # fmt: skip
-    if point.kind == LIBRARY and point.method not in {selector.name for selector in SELECTORS}:
-        return {"color": "#F0E442", "marker": "o", "markeredgecolor": "black", "linewidth": 1.6, "label": point.method}
-    label, colour = _OTHERS[LIBRARY if point.kind == LIBRARY else BASELINE]
-    joined = "-" if point.kind == LIBRARY else "none"
-    return {
-        "color": colour, "marker": ".", "markersize": 4, "linewidth": 0.8, "linestyle": joined, "alpha": 0.45,
-        "label": label,
-    }  # fmt: skip
+    if point.kind == LIBRARY and point.method in {getattr(selector, "name", "") for selector in SELECTORS}:
+        return {
+            "color": "#0072B2", "marker": ".", "markersize": 4, "linewidth": 0.8, "alpha": 0.45,
+            "label": "other selectors of surgery",
+        }  # fmt: skip
+    return {"color": "black", "marker": "o", "mfc": "#F0E442", "markersize": 6, "linewidth": 1.6, "label": point.method}

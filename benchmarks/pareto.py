@@ -28,7 +28,8 @@ from benchmarks.front import against_loss, against_size
 from benchmarks.hardware import statement
 from benchmarks.lab.evaluate import Evaluator, Scores, bootstrap_interval
 from benchmarks.methods import Method, Setting, applied, methods
-from benchmarks.report import SCALE, markdown, points
+from benchmarks.points import SCALE, points
+from benchmarks.report import markdown
 from surgery import Trajectory, load_prompts
 from surgery.papers import fingerprint
 

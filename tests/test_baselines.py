@@ -58,7 +58,9 @@ def weights(dtype: torch.dtype) -> Pair:
         moved = (tensor.double() + 0.1 * torch.randn(tensor.shape, generator=generator).double()).to(dtype)
         still = torch.rand(tensor.shape, generator=generator) < 0.1
         later[name] = torch.where(still, tensor, moved)
-        later[name].view(-1)[0] = -0.0
+        # minus zero in both, in the earlier model only, in the later one only: arithmetic would lose the sign
+        earlier[name].view(-1)[:3] = torch.tensor([-0.0, -0.0, 1.0])
+        later[name].view(-1)[:3] = torch.tensor([-0.0, 1.0, -0.0])
     return later, earlier
 
 

@@ -10,32 +10,40 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from surgery.attribution import damage, reversal_cost
     from surgery.budget import allocate, top
     from surgery.checkpoint import Checkpoint
     from surgery.layout import find_layout
     from surgery.neurons import Neurons
     from surgery.operators import Rollback, RolledBack, rollback, rolled_back
+    from surgery.predictions import Distillation, distillation
     from surgery.probing import probe
     from surgery.prompts import load_prompts
+    from surgery.responses import respond
     from surgery.saving import save
     from surgery.scores import activation, conflict, magnitude
-    from surgery.selection import AMCSelector, RandomSelector, Selector
+    from surgery.selection import AMCSelector, DamageSelector, RandomSelector, Selector
     from surgery.slots import Block, Layout, Slot
+    from surgery.swap import earlier_model
     from surgery.sweeps import Row, Sweep, sweep
     from surgery.trajectory import Trajectory
 
 _HOME = {
+    "attribution": ("damage", "reversal_cost"),
     "budget": ("allocate", "top"),
     "checkpoint": ("Checkpoint",),
     "layout": ("find_layout",),
     "neurons": ("Neurons",),
     "operators": ("Rollback", "RolledBack", "rollback", "rolled_back"),
+    "predictions": ("Distillation", "distillation"),
     "probing": ("probe",),
     "prompts": ("load_prompts",),
+    "responses": ("respond",),
     "saving": ("save",),
     "scores": ("activation", "conflict", "magnitude"),
-    "selection": ("AMCSelector", "RandomSelector", "Selector"),
+    "selection": ("AMCSelector", "DamageSelector", "RandomSelector", "Selector"),
     "slots": ("Block", "Layout", "Slot"),
+    "swap": ("earlier_model",),
     "sweeps": ("Row", "Sweep", "sweep"),
     "trajectory": ("Trajectory",),
 }
@@ -44,6 +52,8 @@ __all__ = [
     "AMCSelector",
     "Block",
     "Checkpoint",
+    "DamageSelector",
+    "Distillation",
     "Layout",
     "Neurons",
     "RandomSelector",
@@ -57,10 +67,15 @@ __all__ = [
     "activation",
     "allocate",
     "conflict",
+    "damage",
+    "distillation",
+    "earlier_model",
     "find_layout",
     "load_prompts",
     "magnitude",
     "probe",
+    "respond",
+    "reversal_cost",
     "rollback",
     "rolled_back",
     "save",

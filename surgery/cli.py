@@ -30,7 +30,7 @@ app = typer.Typer(
 out, err = Console(soft_wrap=True, highlight=False), Console(stderr=True, soft_wrap=True, highlight=False)
 
 Checkpoints = Annotated[list[str], typer.Argument(metavar="[BASE] EARLIER LATER", help="Folders, in training order.")]
-Data = Annotated[Path | None, typer.Option(help="JSON lines of the damaged domain (needed for A).")]
+Data = Annotated[Path | None, typer.Option(help="JSON lines of the damaged domain (needed for A and D).")]
 Budget = Annotated[float, typer.Option(help="Fraction of all MLP neurons to revert, 0 to 1.")]
 Device = Annotated[str | None, typer.Option(help='Where the model runs, like "cuda".')]
 Dtype = Annotated[str | None, typer.Option(help='Its dtype, like "bfloat16" (default: the checkpoint\'s).')]
@@ -48,9 +48,11 @@ def select(
     data: Data = None,
     budget: Budget = 0.02,
     selector: Annotated[
-        str, typer.Option(help='Letters that rank, "/" letters that split the budget; or "random".')
+        str, typer.Option(help='"D" (damage); letters of A, M, C that rank, "/" letters that split; "random".')
     ] = "AMC",
-    how: Annotated[str, typer.Option(help="proportional, global or uniform.")] = "proportional",
+    how: Annotated[
+        str | None, typer.Option(help="proportional, global or uniform (default: global for D, else proportional).")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the random selector.")] = 0,
     batch_size: int = 16,
     device: Device = None,
@@ -70,7 +72,7 @@ def select(
     chosen = _selector(selector, budget, how, seed)
     with _working(f"reading {len(checkpoints)} checkpoints"):
         batches = load_prompts(data, _folder(run.later), batch_size=batch_size) if data else None
-        if batches is not None and "A" in selector:
+        if batches is not None and set(selector) & set("AD"):
             run = _live(run, device, dtype)
         mask = chosen.select(run, batches)
     out.print(repr(mask))
@@ -128,7 +130,7 @@ def sweep(
     ],
     data: Data = None,
     budgets: Annotated[str, typer.Option(help="Fractions, separated by commas.")] = "0.01,0.02,0.04",
-    selectors: Annotated[str, typer.Option(help='Like "AMC,MC,A/AMC,A,random".')] = "AMC,random",
+    selectors: Annotated[str, typer.Option(help='Like "D,AMC,MC,A/AMC,random".')] = "AMC,random",
     metric: Annotated[
         str | None, typer.Option(help="Whose recovery to report (default: the one that fell most).")
     ] = None,
@@ -146,7 +148,7 @@ def sweep(
     from surgery.sweeps import sweep as run_sweep
 
     fractions = [_fraction(text) for text in budgets.split(",")]
-    chosen = [_selector(text, fractions[0], "proportional", 0) for text in selectors.split(",")]
+    chosen = [_selector(text, fractions[0], None, 0) for text in selectors.split(",")]
     run = _trajectory(checkpoints, layout)
     if dry_run:
         rows = len(chosen) * len(fractions) + 3
@@ -269,13 +271,15 @@ def _folder(source: Any) -> Path:
     return Checkpoint(source).folder
 
 
-def _selector(text: str, budget: float, how: str, seed: int) -> Selector:
-    from surgery.selection import AMCSelector, RandomSelector
+def _selector(text: str, budget: float, how: Any, seed: int) -> Selector:
+    from surgery.selection import AMCSelector, DamageSelector, RandomSelector
 
     if text.strip() == "random":
         return RandomSelector(budget, seed)
+    if text.strip() == "D":
+        return DamageSelector(budget, how or "global")
     rank, _, spend = text.strip().partition("/")
-    return AMCSelector(budget, rank, spend or rank, how)  # type: ignore[arg-type]
+    return AMCSelector(budget, rank, spend or rank, how or "proportional")
 
 
 def _fraction(text: str) -> float:

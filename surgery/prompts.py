@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ def load_prompts(path: str | Path, tokenizer: Any, *, batch_size: int = 16, limi
     """Read a JSON-lines file of prompts into padded batches.
 
     A line holds ``"prompt"`` with or without ``"response"``, or ``"messages"`` (the chat template is applied; a last
-    message by the assistant is the response), or ``"text"``. All lines of a file have responses, or none has.
+    message by the assistant is the response), or ``"text"`` (all of it counts). All lines of a file have responses, or
+    none has.
 
     Args:
         path: the file.
@@ -55,7 +56,7 @@ def load_prompts(path: str | Path, tokenizer: Any, *, batch_size: int = 16, limi
         where, _ = lines[with_response.index(False)]
         raise ValueError(f"{where} has no response, and other lines have one: make them all alike")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
-    return [_batch(pairs[start : start + batch_size], pad) for start in range(0, len(pairs), batch_size)]
+    return [padded(pairs[start : start + batch_size], pad) for start in range(0, len(pairs), batch_size)]
 
 
 def response_mask(batch: Batch) -> Tensor:
@@ -102,7 +103,7 @@ def _tokens(line: dict[str, Any], where: str, tokenizer: Any) -> tuple[list[int]
             response = tokenizer(line["response"], add_special_tokens=False)["input_ids"]
             response += [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     elif isinstance(line.get("text"), str):
-        prompt = tokenizer(line["text"])["input_ids"]
+        prompt, response = [], tokenizer(line["text"])["input_ids"]
     else:
         raise ValueError(f'{where}: expected "prompt" (a string), "messages" or "text", found {sorted(line)}')
     length, limit = len(prompt) + len(response or []), tokenizer.model_max_length
@@ -133,7 +134,8 @@ def _chat(messages: list[Any], where: str, tokenizer: Any) -> tuple[list[int], l
     return prompt, tokenizer(whole[len(start) :], add_special_tokens=False)["input_ids"]
 
 
-def _batch(pairs: list[tuple[list[int], list[int] | None]], pad: int) -> Batch:
+def padded(pairs: Sequence[tuple[list[int], list[int] | None]], pad: int) -> Batch:
+    """A batch of prompts and their responses (all or none), padded on the right, with labels on the responses."""
     length = max(len(prompt) + len(response or []) for prompt, response in pairs)
     ids = torch.full((len(pairs), length), pad)
     attention, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import fields
 from functools import wraps
 from typing import Any, ParamSpec
 
@@ -35,18 +36,14 @@ def remembered() -> Iterator[None]:
         _memory.reset(token)
 
 
-def _once(score: Callable[P, Neurons]) -> Callable[P, Neurons]:
+def remember(score: Callable[P, Neurons]) -> Callable[P, Neurons]:
     @wraps(score)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> Neurons:
         memory = _memory.get()
         if memory is None:
             return score(*args, **kwargs)
-        held = (*args, *sorted(kwargs.items()))
-        key = (score.__name__, *(value if isinstance(value, Trajectory) else id(value) for value in args), str(kwargs))
-        try:
-            hash(key)
-        except TypeError:  # a trajectory of unhashable sources
-            key = (score.__name__, *(id(value) for value in args), str(kwargs))
+        held = (score.__name__, *args, *sorted(kwargs.items()))
+        key = tuple(_identity(value) for value in held)
         if key not in memory:
             memory[key] = (held, score(*args, **kwargs))  # holding the arguments keeps their identities from reuse
         return memory[key][1]
@@ -54,7 +51,16 @@ def _once(score: Callable[P, Neurons]) -> Callable[P, Neurons]:
     return wrapper
 
 
-@_once
+def _identity(value: Any) -> Any:
+    """A value by what it is where that is cheap to tell, else by which object it is."""
+    if isinstance(value, tuple):
+        return tuple(_identity(one) for one in value)
+    if isinstance(value, Trajectory):
+        return tuple(_identity(getattr(value, field.name)) for field in fields(value))
+    return value if isinstance(value, str | int | float | None) else id(value)
+
+
+@remember
 def activation(model: nn.Module, data: Iterable[Batch], *, layout: Layout | None = None) -> Neurons:
     """A, activation: the mean of abs(h_n) over the earlier domain's tokens, h the input of the MLP's consumer.
 
@@ -166,7 +172,7 @@ def _context(model: nn.Module) -> int | None:
     return limit if isinstance(limit, int) and limit > 0 else None
 
 
-@_once
+@remember
 def magnitude(run: Trajectory) -> Neurons:
     """M, magnitude: the L2 norm of what the later training changed in a neuron, ‖δB,n‖.
 
@@ -184,11 +190,11 @@ def magnitude(run: Trajectory) -> Neurons:
     (later,) = run.weights("later")
     squares = {name: torch.zeros(size, dtype=torch.float64) for name, size in later.layout.sizes.items()}
     for name, start, stop, (b,) in displacements(run, "earlier", "later"):
-        squares[name][start:stop] += _dot(b, b)
+        squares[name][start:stop] += dot(b, b)
     return Neurons({name: value.sqrt().float() for name, value in squares.items()}, made_by={"magnitude": {}})
 
 
-@_once
+@remember
 def conflict(run: Trajectory) -> Neurons:
     """C, conflict: how much the later update points against the earlier one, max(0, −cos(δA,n, δB,n)).
 
@@ -209,7 +215,7 @@ def conflict(run: Trajectory) -> Neurons:
     zeros = {name: torch.zeros(3, size, dtype=torch.float64) for name, size in later.layout.sizes.items()}
     for name, start, stop, (a, b) in displacements(run, "base", "earlier", "later"):
         for row, (left, right) in enumerate(((a, b), (a, a), (b, b))):
-            zeros[name][row, start:stop] += _dot(left, right)
+            zeros[name][row, start:stop] += dot(left, right)
     values = {}
     for name, (ab, aa, bb) in zeros.items():
         norm = (aa * bb).sqrt()
@@ -217,6 +223,6 @@ def conflict(run: Trajectory) -> Neurons:
     return Neurons(values, made_by={"conflict": {}})
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Row-wise inner products ``[neuron]``: float32 products summed in float32, the same whatever lies around a row."""
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """Row-wise inner products of ``[neuron, width]``, in float32: the same whatever lies around a row."""
     return (a * b).contiguous().sum(1).double()  # columns of down come transposed; summed so, the order would vary

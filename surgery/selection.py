@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from surgery.attribution import damage, reversal_cost
 from surgery.budget import Allocation, allocate, top
 from surgery.neurons import Neurons
 from surgery.papers import fingerprint, versions
+from surgery.predictions import Loss
 from surgery.prompts import Batch
 from surgery.scores import activation, conflict, magnitude
 from surgery.trajectory import Trajectory
@@ -63,8 +65,7 @@ class AMCSelector:
         for name, letters in (("rank", self.rank), ("allocate", self.allocate)):
             if not letters or set(letters) - set("AMC") or len(set(letters)) != len(letters):
                 raise ValueError(f'{name}={letters!r}: expected some of the letters A, M and C, each once, like "AMC"')
-        if self.how not in ("proportional", "global", "uniform"):
-            raise ValueError(f'how={self.how!r}: expected "proportional", "global" or "uniform"')
+        _check_how(self.how)
 
     @property
     def name(self) -> str:
@@ -105,6 +106,53 @@ def _product(found: dict[str, Neurons], letters: str) -> Neurons:
 
 
 @dataclass(frozen=True)
+class DamageSelector:
+    """Rank by D, the damage score: what going back would gain on the damaged domain, to first order.
+
+    Args:
+        budget: β, the fraction of all MLP neurons, in [0, 1].
+        how: "global" (the best of the whole model), "proportional" or "uniform" (see ``surgery.allocate``). Negative
+            scores, neurons that the damaged domain is better off with, count as zero where a share is computed.
+        protect: prompts of domains that should keep what they won, by name: D is reduced by ``weight`` times what
+            reverting would cost them (``reversal_cost``).
+        weight: how much a nat lost there counts beside a nat won here.
+        loss: another loss than the divergence from the earlier model (see ``damage``).
+
+    Source: ours, from Proposition 1.
+    """
+
+    budget: float
+    how: Allocation = "global"
+    protect: Mapping[str, Data] | None = field(default=None, repr=False, compare=False)
+    weight: float = 1.0
+    loss: Loss | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        _check_budget(self.budget)
+        _check_how(self.how)
+        if not self.weight >= 0:
+            raise ValueError(f"weight={self.weight!r}: expected a number ≥ 0")
+
+    @property
+    def name(self) -> str:
+        """What a table calls it."""
+        guard = f", protecting {' and '.join(self.protect)} × {self.weight:g}" if self.protect else ""
+        own = f"D{guard}" if self.loss is None else f"D (own loss){guard}"
+        return own if self.how == "global" else f"{own} ({self.how})"
+
+    def select(self, run: Trajectory, data: Data | None = None) -> Neurons:
+        """The mask; ``data`` are prompts of the damaged domain, with responses or without."""
+        if data is None:
+            raise ValueError("D is measured on prompts of the damaged domain: pass data=load_prompts(file, tokenizer)")
+        scores = damage(run, data, loss=self.loss)
+        for other in (self.protect or {}).values():
+            cost = reversal_cost(run, other)
+            scores = Neurons({n: scores[n] - self.weight * cost[n] for n in scores}, made_by=scores.made_by)
+        spend = scores if self.how == "global" else Neurons({n: scores[n].clamp(min=0) for n in scores})
+        return _signed(top(scores, allocate(spend, self.budget, how=self.how)), self, run)
+
+
+@dataclass(frozen=True)
 class RandomSelector:
     """The control: β of all neurons, drawn uniformly without replacement; a bigger budget contains the smaller.
 
@@ -142,12 +190,21 @@ def _check_budget(budget: Any) -> None:
         raise ValueError(f"budget={budget!r}: expected a fraction of the model's neurons in [0, 1] (0.02 is 2 %)")
 
 
+def _check_how(how: Any) -> None:
+    if how not in ("proportional", "global", "uniform"):
+        raise ValueError(f'how={how!r}: expected "proportional", "global" or "uniform"')
+
+
 def _signed(mask: Neurons, selector: Any, run: Trajectory) -> Neurons:
     """The mask with a record of what made it."""
+    settings = {f.name: getattr(selector, f.name) for f in fields(selector)}
+    told: dict[str, Any] = {name: value for name, value in settings.items() if isinstance(value, str | int | float)}
+    if getattr(selector, "protect", None):
+        told["protect"] = sorted(selector.protect)
     names = [name for name in ("base", "earlier", "later") if getattr(run, name) is not None]
     made_by = {
         **mask.made_by,
-        "selector": {"class": type(selector).__name__, **asdict(selector)},
+        "selector": {"class": type(selector).__name__, **told},
         "checkpoints": {name: fingerprint(weights) for name, weights in zip(names, run.weights(*names), strict=True)},
         "versions": versions(),
     }

@@ -76,6 +76,16 @@ def _meta_model(folder: Path) -> Any:
     raise ValueError(f"transformers can't build the model of {folder}: {reason}. {WAY_OUT}")
 
 
+def name_on_disk(model: Any, name: str) -> str:
+    """What transformers calls a tensor of a live model in the files that it writes (one that is stored as it is)."""
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:
+        return name
+    names = list(revert_weight_conversion(model, {name: torch.empty(0)}))
+    return names[0] if len(names) == 1 else name
+
+
 def _on_disk(model: Any, block: Block, found: dict[str, list[Slot]]) -> None:
     """Add to ``found`` the slots on disk of a block's stacked tensors, read off transformers' own conversion.
 

@@ -309,12 +309,12 @@ pieces = trajectory.pieces
 def test_a_rows_sum_does_not_depend_on_its_neighbours(width):
     """Inner products of rows at any offset, in any company and any memory order, at the width of a real model."""
     a, b = torch.randn(2, 37, width, generator=torch.Generator().manual_seed(0))
-    whole = scores._dot(a, b)
-    assert scores._dot(a.T.contiguous().T, b.T.contiguous().T).equal(whole)
+    whole = scores.dot(a, b)
+    assert scores.dot(a.T.contiguous().T, b.T.contiguous().T).equal(whole)
     for step in (1, 3, 16):
-        parts = [scores._dot(a[i : i + step], b[i : i + step]) for i in range(0, 37, step)]
+        parts = [scores.dot(a[i : i + step], b[i : i + step]) for i in range(0, 37, step)]
         assert torch.cat(parts).equal(whole)
-        parts = [scores._dot(a[i : i + step].clone(), b[i : i + step].clone()) for i in range(0, 37, step)]
+        parts = [scores.dot(a[i : i + step].clone(), b[i : i + step].clone()) for i in range(0, 37, step)]
         assert torch.cat(parts).equal(whole)
 
 

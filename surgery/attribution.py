@@ -1,0 +1,201 @@
+"""D, damage: which neurons the lost skill is lost through, by the gradient of what was lost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from surgery.neurons import Neurons
+from surgery.predictions import Loss, distillation, positions, predicting
+from surgery.prompts import Batch
+from surgery.responses import respond
+from surgery.scores import dot, remember
+from surgery.slots import Block, Slot
+from surgery.swap import earlier_model
+from surgery.trajectory import Trajectory, Weights, open_weights
+
+_CHUNK = 1 << 22  # numbers of a gradient that are turned into float32 at a time
+
+
+@remember
+def damage(run: Trajectory, data: Iterable[Batch], *, loss: Loss | None = None) -> Neurons:
+    """D, damage: the first-order gain of reverting a neuron, D_n = ⟨∇L(θB), δB,n⟩ with L = KL(p_earlier ‖ p_later).
+
+    Positive where going back lowers the loss. The sum over some neurons estimates what reverting them together gains
+    (in nats per response token for the default loss), as long as the step is small.
+
+    Args:
+        run: a trajectory with ``earlier`` and ``later``.
+        data: batches of the damaged domain, ``[batch, token]``, with labels on the response tokens. No label has to
+            be right; batches without labels are answered by the earlier model first (``respond``).
+        loss: another ``loss(model, batch)``, a scalar mean over the batch's response tokens, smaller = better
+            (default: ``distillation`` from the earlier checkpoint).
+
+    Returns:
+        Scores of either sign, in the loss's unit. Gradients have the weights' dtype; products and sums are float32,
+        sums over batches float64. One tensor's gradient is in memory at a time.
+
+    Raises:
+        ValueError: no batch, no response token, no gradient (frozen, quantised or offloaded weights), or the
+            checkpoints are of different models.
+
+    Source: ours, from Proposition 1: damage is local, and to leading order additive over coordinates.
+    """
+    batches = _some(data)
+    if loss is None:
+        with earlier_model(run) as earlier:
+            batches = respond(earlier, batches)
+            loss = distillation(earlier, batches)
+    total, model = _total(run)
+    tokens, value = 0, 0.0
+    with total.collecting(model):
+        for batch in batches:
+            count = int(positions(batch).sum())
+            one = loss(model, batch)
+            (one * count).backward()
+            total.take()
+            tokens, value = tokens + count, value + float(one.detach()) * count
+    made_by = {"damage": {"tokens": tokens, "loss": value / tokens}}
+    return Neurons({name: (sums / tokens).float() for name, sums in total.sums.items()}, made_by=made_by)
+
+
+@remember
+def reversal_cost(run: Trajectory, data: Iterable[Batch], *, samples: int = 4, seed: int = 0) -> Neurons:
+    """What reverting a neuron would cost a domain that the later model answers well: ½ ⟨δB,n, F δB,n⟩.
+
+    F is the Fisher information of the later model's predictions on the data, so this is the leading term of
+    KL(p_later ‖ p_reverted); the first-order term is zero. It is estimated without bias from labels that the later
+    model samples itself: (∇ log p(y) · δ_n)² over batches.
+
+    Args:
+        run: a trajectory with ``earlier`` and ``later``.
+        data: batches of the domain to protect; without labels the later model answers first.
+        samples: how often labels are drawn for each batch.
+        seed: of the drawing; torch's own random state stays as it was.
+
+    Returns:
+        Scores ≥ 0 in nats per response token, the unit of ``damage``.
+
+    Raises:
+        ValueError: as ``damage``.
+
+    Source: ours, from Assumption 2 (a KL's Hessian at its minimum is the Fisher information).
+    """
+    total, model = _total(run)
+    batches = respond(model, _some(data), seed=seed)
+    squares = {name: torch.zeros_like(sums) for name, sums in total.sums.items()}
+    tokens = sum(int(positions(batch).sum()) for batch in batches)
+    cuda = [p.device for p in model.parameters() if p.device.type == "cuda"][:1]
+    with torch.random.fork_rng(devices=cuda), total.collecting(model):
+        torch.manual_seed(seed)
+        for batch in batches * samples:
+            logits = predicting(model, batch)
+            drawn = torch.distributions.Categorical(logits=logits.detach().float(), validate_args=False).sample()
+            functional.cross_entropy(logits.float(), drawn, reduction="sum").backward()
+            for name, dots in total.take().items():
+                squares[name] += dots.square()
+    scale = 2 * samples * tokens
+    return Neurons({name: (value / scale).float() for name, value in squares.items()}, made_by={"reversal_cost": {}})
+
+
+def _some(data: Iterable[Batch]) -> list[Batch]:
+    batches = list(data)
+    if not batches:
+        raise ValueError("gradients are taken on prompts of a domain, and data is empty")
+    return batches
+
+
+def _total(run: Trajectory) -> tuple[_Total, nn.Module]:
+    model = run.load()
+    live = open_weights(model, run.layout)
+    (earlier,) = replace(run, later=model).weights("earlier")
+    return _Total(live, earlier), model
+
+
+@dataclass
+class _Total:
+    """Σ over backward passes of ⟨∇, θ − θ_earlier⟩ per neuron; every gradient is reduced and freed as it comes."""
+
+    live: Weights
+    source: Weights
+    sums: dict[str, Tensor] = field(init=False)
+    last: dict[str, Tensor] = field(init=False)  # of the backward pass that runs now
+
+    def __post_init__(self) -> None:
+        self.sums, self.last = self._zeros(), self._zeros()
+
+    def _zeros(self) -> dict[str, Tensor]:
+        return {block.name: torch.zeros(block.neurons, dtype=torch.float64) for block in self.live.layout.blocks}
+
+    def take(self) -> dict[str, Tensor]:
+        """Add what the last backward pass gave to the sums, and return it."""
+        last, self.last = self.last, self._zeros()
+        for name, value in last.items():
+            self.sums[name] += value
+        return last
+
+    @contextmanager
+    def collecting(self, model: nn.Module) -> Iterator[None]:
+        """While the body runs, the weights of the neurons take gradients, and nothing else does."""
+        slots: dict[str, list[tuple[Block, Slot]]] = {}
+        for block in self.live.layout.blocks:
+            for slot in block.slots:
+                slots.setdefault(slot.tensor, []).append((block, slot))
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        before = {name: (p.requires_grad, p.grad) for name, p in parameters.items()}
+        training, handles = model.training, []
+        try:
+            model.eval()
+            for name, p in parameters.items():
+                p.grad = None
+                p.requires_grad_(name in slots)
+                if name in slots:
+                    handles.append(p.register_post_accumulate_grad_hook(_reducer(self, slots[name])))
+            with torch.enable_grad():
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for name, p in parameters.items():
+                p.requires_grad_(before[name][0])
+                p.grad = before[name][1]
+            model.train(training)
+
+    def add(self, block: Block, slot: Slot, grad: Tensor, now: Tensor) -> None:
+        """Reduce one slot of one tensor's gradient."""
+        gradient, weight = slot.view(grad), slot.view(now)
+        earlier = self._earlier(block, slot)
+        inner = gradient.shape[1] if slot.stacked else 1  # neurons per entry of the first axis
+        step = max(1, _CHUNK // max(1, gradient[:1].numel()))
+        for at in range(0, len(gradient), step):
+            rows = slice(at, at + step)
+            count = len(gradient[rows]) * inner
+            g = gradient[rows].float().reshape(count, -1)
+            d = (weight[rows].float() - earlier[rows].to(now.device, torch.float32)).reshape(count, -1)
+            first = slot.start + at * inner
+            self.last[block.name][first : first + count] += dot(g, d).cpu()
+
+    def _earlier(self, block: Block, slot: Slot) -> Tensor:
+        """The slot's rows in the earlier checkpoint, shaped as in the live one: a view where the names agree."""
+        theirs = self.source.layout[block.name]
+        for other in theirs.of(slot.part):
+            if (other.start, other.shape, other.pattern) == (slot.start, slot.shape, slot.pattern):
+                return other.view(self.source.tensors[other.tensor])
+        rows = theirs.rows(self.source.tensors, slot.part, torch.arange(slot.start, slot.stop))
+        shape: Mapping[bool, tuple[int, ...]] = {True: (slot.shape[0], -1, *rows.shape[1:]), False: tuple(rows.shape)}
+        return rows.reshape(shape[slot.stacked])
+
+
+def _reducer(total: _Total, slots: list[tuple[Block, Slot]]) -> object:
+    def hook(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        for block, slot in slots:
+            total.add(block, slot, parameter.grad, parameter.detach())
+        parameter.grad = None
+
+    return hook

@@ -1,0 +1,152 @@
+"""The earlier model's predictions, kept on disk, and the loss that measures how far a model has moved from them."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from surgery.prompts import Batch, response_mask
+from surgery.shards import header_of, mapped
+
+Loss = Callable[[nn.Module, Batch], Tensor]
+_ROWS = 1 << 24  # numbers of logits that are turned into float32 at a time
+
+
+class Distillation:
+    """KL(p_earlier ‖ p_model), a loss: ``loss(model, batch)``, in nats, the mean over the predicting positions.
+
+    The earlier model is not needed any more: its logits at those positions (the ones that predict response tokens; all
+    attended ones without labels) lie in files, in the dtype that it gave them. Made by ``distillation``.
+
+    Raises:
+        LookupError: called with a batch that the earlier model was not asked about.
+
+    Source: ours, from the paper's Assumption 2: the gradient of this loss is exactly zero at the earlier checkpoint.
+    """
+
+    def __init__(self, folder: Path, temporary: bool = False) -> None:
+        self.folder = folder
+        if temporary:  # it lives as long as what reads from it
+            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+        logits = predicting(model, batch)
+        return _KL.apply(logits, self.of(batch).to(logits.device)) / max(len(logits), 1)  # type: ignore[no-untyped-call, no-any-return]
+
+    def of(self, batch: Batch) -> Tensor:
+        """The earlier model's logits for a batch: ``[predicting position, token of the vocabulary]``."""
+        path = self.folder / f"{_key(batch)}.safetensors"
+        if not path.exists():
+            raise LookupError("the earlier model was not asked about this batch: pass it to distillation() as well")
+        return mapped(path, header_of(path), writable=False)["logits"]
+
+
+def distillation(earlier: nn.Module, data: Iterable[Batch], folder: str | Path | None = None) -> Distillation:
+    """Ask the earlier model about every batch, and return the loss that compares another model with its answers.
+
+    Args:
+        earlier: the earlier model, live; run in eval mode and left as it was.
+        data: batches of ``{"input_ids", "attention_mask"[, "labels"]}``, ``[batch, token]``.
+        folder: where the logits are kept, so that a later run finds them (default: a temporary folder). What is there
+            already for a batch is used as it is: give every earlier model its own folder.
+
+    Returns:
+        A ``Distillation``. Disk: positions × vocabulary × the size of one logit.
+
+    Raises:
+        ValueError: no position predicts a response token, or the model gives no logits.
+
+    Source: ours.
+    """
+    place = Path(folder if folder is not None else tempfile.mkdtemp(prefix="surgery-"))
+    place.mkdir(parents=True, exist_ok=True)
+    found = Distillation(place, temporary=folder is None)
+    training = earlier.training
+    earlier.eval()
+    try:
+        for batch in data:
+            path = place / f"{_key(batch)}.safetensors"
+            if not path.exists():
+                with torch.no_grad():
+                    logits = predicting(earlier, batch)
+                partial = path.with_suffix(".partial")
+                save_file({"logits": logits.contiguous().cpu()}, partial)
+                partial.rename(path)
+    finally:
+        earlier.train(training)
+    return found
+
+
+def positions(batch: Batch) -> Tensor:
+    """Which positions predict a token that counts: bool ``[batch, token − 1]``, position t predicts token t + 1."""
+    return response_mask(batch)[:, 1:]
+
+
+def predicting(model: nn.Module, batch: Batch) -> Tensor:
+    """The logits that predict the tokens that count: ``[position, token of the vocabulary]``, row by row of the batch.
+
+    Raises:
+        ValueError: there is no such position, or the model has no language-modelling head.
+    """
+    where = positions(batch)
+    if not bool(where.any()):
+        raise ValueError("the batch has no response token to predict: its labels are all -100, or it is one token long")
+    device = next(model.parameters()).device
+    first = int(where.any(0).nonzero()[0])
+    inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask") if key in batch}
+    last = where.shape[1] + 1 - first
+    only: dict[str, Any] = {"logits_to_keep": last} if _keeps(type(model)) else {}
+    logits = getattr(model(**inputs, use_cache=False, **only), "logits", None)
+    if logits is None or logits.ndim != 3:
+        raise ValueError(
+            f"{type(model).__name__} gives no logits over a vocabulary: load it with its language-modelling head, or "
+            f"pass a loss of your own, loss(model, batch)"
+        )
+    rows: Tensor = logits[:, -last:-1][where[:, first:].to(logits.device)]
+    return rows
+
+
+def _keeps(kind: type[nn.Module]) -> bool:
+    return "logits_to_keep" in inspect.signature(kind.forward).parameters
+
+
+def _key(batch: Batch) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name in ("input_ids", "attention_mask", "labels"):
+        if name in batch:
+            digest.update(f"{name}{tuple(batch[name].shape)}".encode())
+            digest.update(batch[name].to("cpu", torch.int64).contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+class _KL(torch.autograd.Function):
+    """Σ over rows of KL(softmax(target) ‖ softmax(logits)) and its gradient, a few rows in float32 at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor) -> Tensor:
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        total = torch.zeros((), dtype=wide, device=logits.device)
+        grad = torch.empty_like(logits)
+        step = max(1, _ROWS // logits.shape[1])
+        for at in range(0, len(logits), step):
+            rows = slice(at, at + step)
+            p, q = target[rows].to(wide).log_softmax(-1), logits[rows].to(wide).log_softmax(-1)
+            total += (p.exp() * (p - q)).nan_to_num(nan=0.0).sum()  # 0 · (−∞ − −∞) where both give no probability
+            grad[rows] = (q.exp() - p.exp()).to(grad.dtype)
+        ctx.save_for_backward(grad)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (grad,) = ctx.saved_tensors
+        return (grad * outer).to(grad.dtype), None

@@ -1,0 +1,115 @@
+"""The earlier model where the later one lives: all weights swapped in place for a while, and put back bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.checkpoint import Checkpoint, Source, State
+from surgery.slots import Block, Slot
+from surgery.stored import name_on_disk
+from surgery.trajectory import Trajectory, Weights, open_weights
+
+
+@contextmanager
+def earlier_model(run: Trajectory) -> Iterator[nn.Module]:
+    """The earlier model, live, while the body runs, with one model in memory at a time.
+
+    If the later model is live already, its weights are swapped in place; those that ``run.later`` does not hold on
+    disk bit for bit are kept in the CPU's memory meanwhile. If the two name their weights differently on disk and in
+    memory (outside the MLPs), the earlier model is loaded beside it instead.
+
+    Raises:
+        ValueError: there is no earlier checkpoint, or it is of another model.
+
+    Source: ours.
+    """
+    if isinstance(run.earlier, nn.Module):
+        yield run.earlier
+        return
+    model = run.model if run.model is not None else run.later if isinstance(run.later, nn.Module) else None
+    if model is None:
+        yield Trajectory(later=run.earlier).load()
+        return
+    live = open_weights(model, run.layout)
+    source = _opened(run, "earlier", live)
+    if any(_found(source, live, name) is None for name in _names(model)):
+        first = next(model.parameters())
+        yield Trajectory(later=run.earlier).load(device=first.device, dtype=first.dtype)
+        return
+    on_disk = isinstance(run.later, str | Path | Checkpoint)
+    with _swapped(model, live, source, _opened(run, "later", live) if on_disk else None):
+        yield model
+
+
+def _opened(run: Trajectory, name: str, live: Weights) -> Weights:
+    source: Source | None = getattr(run, name)
+    if source is None:
+        raise ValueError(f"this needs the {name} checkpoint: pass Trajectory({name}=...)")
+    return open_weights(source, None, live)
+
+
+@contextmanager
+def _swapped(model: nn.Module, live: Weights, to: Weights, back: Weights | None) -> Iterator[None]:
+    kept: dict[str, Tensor | None] = {}  # None: what the disk holds is the same, bit for bit
+    try:
+        for name in _names(model):
+            tensor = live.tensors[name]
+            there = _as_live(back, live, name) if back is not None and _found(back, live, name) is not None else None
+            kept[name] = None if there is not None and _same_bits(tensor, there) else tensor.to("cpu", copy=True)
+            with torch.no_grad():
+                tensor.copy_(_as_live(to, live, name))
+        yield
+    finally:
+        for name, old in kept.items():
+            before = old
+            if before is None and back is not None:
+                before = _as_live(back, live, name)
+            assert before is not None
+            with torch.no_grad():
+                live.tensors[name].copy_(before)
+
+
+def _same_bits(tensor: Tensor, other: Tensor) -> bool:
+    """Whether copying ``other`` into ``tensor`` would change nothing (−0 and 0 are different bits)."""
+    left, right = tensor.cpu().contiguous(), other.to(tensor.dtype).contiguous()
+    return torch.equal(left.flatten().view(torch.uint8), right.flatten().view(torch.uint8))
+
+
+def _names(model: nn.Module) -> list[str]:
+    """Parameters, each once, and the buffers that a checkpoint holds."""
+    persistent = model.state_dict().keys()
+    buffers = [name for name, _ in model.named_buffers() if name in persistent]
+    return [*(name for name, _ in model.named_parameters()), *buffers]
+
+
+def _found(source: Weights, live: Weights, name: str) -> str | list[tuple[Block, Slot]] | None:
+    """How another source holds a live tensor: under which name, or as the rows of which slots; None if it does not."""
+    model: Any = live.tensors.module if isinstance(live.tensors, State) else None
+    prefix, shape = f"{getattr(model, 'base_model_prefix', '')}.", live.tensors[name].shape
+    for other in (name, name.removeprefix(prefix), prefix + name):
+        if other in source.tensors and source.tensors[other].shape == shape:
+            return other
+    if any(slot.tensor == name for block in live.layout.blocks for slot in block.slots):
+        return [(block, slot) for block in live.layout.blocks for slot in block.slots if slot.tensor == name]
+    other = name_on_disk(model, name) if hasattr(model, "config") else name
+    return other if other in source.tensors and source.tensors[other].shape == shape else None
+
+
+def _as_live(source: Weights, live: Weights, name: str) -> Tensor:
+    """A live tensor as another source holds it, in the live one's shape."""
+    found = _found(source, live, name)
+    assert found is not None
+    if isinstance(found, str):
+        return source.tensors[found]
+    built = torch.empty(live.tensors[name].shape, dtype=live.tensors[name].dtype)
+    for block, slot in found:
+        index = torch.arange(slot.start, slot.stop)
+        rows = source.layout[block.name].rows(source.tensors, slot.part, index)
+        slot.put(built, index - slot.start, rows.to("cpu", built.dtype))
+    return built

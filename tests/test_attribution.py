@@ -1,0 +1,346 @@
+"""D against gradients computed the plain way, against finite differences, and against its own promises."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, build
+from test_scores import Batch, batches
+from torch import nn
+from torch.nn import functional as F
+
+from surgery import (
+    DamageSelector,
+    Neurons,
+    Trajectory,
+    attribution,
+    damage,
+    distillation,
+    find_layout,
+    respond,
+    reversal_cost,
+    rollback,
+)
+from surgery.operators import rolled_back
+from surgery.saving import save
+
+
+def pair(family: str, dtype: torch.dtype = torch.float32, step: float = 0.02) -> tuple[nn.Module, nn.Module]:
+    """An earlier model and a later one that differs in every weight."""
+    earlier = build(family, dtype)
+    later = copy.deepcopy(earlier)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in later.parameters():
+            parameter.add_(step * torch.randn(parameter.shape).to(dtype))
+    return earlier, later
+
+
+def divergence(earlier: nn.Module, model: nn.Module, data: list[Batch]) -> torch.Tensor:
+    """The definition: KL(p_earlier ‖ p_model), the mean over the positions that predict a response token."""
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for batch in data:
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        with torch.no_grad():
+            p = earlier(**inputs, use_cache=False).logits
+        q = model(**inputs, use_cache=False).logits
+        for row in range(len(p)):
+            for at in range(p.shape[1] - 1):
+                if batch["labels"][row, at + 1] != -100:
+                    wide = (q[row, at].to(torch.float64), p[row, at].to(torch.float64))
+                    total = total + F.kl_div(wide[0].log_softmax(-1), wide[1].log_softmax(-1), log_target=True,
+                                             reduction="sum")  # fmt: skip
+                    count += 1
+    return total / count
+
+
+def vectors(tensors: dict[str, torch.Tensor], block: Any) -> torch.Tensor:
+    """``[neuron, all numbers of the neuron]`` in float64."""
+    parts = [block.rows(tensors, part, torch.arange(block.neurons)).reshape(block.neurons, -1) for part in block.parts]
+    return torch.cat(parts, 1).double()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_damage_is_the_gradient_times_what_changed(family):
+    earlier, later = pair(family)
+    data = batches(labels=True)
+    found = damage(Trajectory(earlier=earlier, later=later), data)
+    divergence(earlier, later, data).backward()
+    grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in later.named_parameters()}
+    theirs, ours = dict(earlier.named_parameters()), dict(later.named_parameters())
+    for name, block in find_layout(later).items():
+        change = vectors(ours, block) - vectors(theirs, block)
+        want = (vectors(grads, block) * change).sum(1).float().detach()
+        torch.testing.assert_close(found[name], want, rtol=2e-3, atol=2e-6 + 1e-3 * float(want.abs().max()))
+    assert found.made_by["damage"]["tokens"] == sum(int(b["labels"][:, 1:].ne(-100).sum()) for b in data)
+    assert found.made_by["damage"]["loss"] == pytest.approx(float(divergence(earlier, later, data).detach()), rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt2", "phi3", "bloom", "nemotron"])
+def test_damage_predicts_what_a_small_step_back_gains(family):
+    earlier, later = (model.double() for model in pair(family))
+    data, run = batches(labels=True), Trajectory(earlier=earlier, later=later)
+    scores = damage(run, data)
+    layout, step = find_layout(later), 1e-3
+    mask = Neurons({name: torch.arange(b.neurons) % 3 == 0 for name, b in layout.items()})
+    with torch.no_grad():
+        before = divergence(earlier, later, data)
+        with rollback(later, to=earlier, mask=mask, strength=step):
+            after = divergence(earlier, later, data)
+    told = sum(float(scores[name][mask[name]].double().sum()) for name in layout)
+    assert float(before - after) / step == pytest.approx(told, rel=2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["qwen3", "gpt2", "gpt_oss"])
+def test_damage_leaves_the_model_as_it_was(family, dtype):
+    earlier, later = pair(family, dtype)
+    later.train()
+    frozen, kept = list(later.parameters())[:2]
+    frozen.requires_grad_(False)
+    kept.grad = torch.ones_like(kept)
+    before = {name: tensor.clone() for name, tensor in later.state_dict().items()}
+    found = damage(Trajectory(earlier=earlier, later=later), batches(labels=True))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in later.state_dict().items())
+    assert later.training
+    assert [p.requires_grad for p in later.parameters()].count(False) == 1
+    assert torch.equal(kept.grad, torch.ones_like(kept))
+    assert all(p.grad is None for p in later.parameters() if p is not kept)
+    assert any(bool(found[name].ne(0).any()) for name in found)
+    assert all(found[name].dtype == torch.float32 for name in found)
+
+
+def test_an_error_in_the_loss_leaves_the_model_as_it_was():
+    earlier, later = pair("qwen3")
+
+    def fails(model: nn.Module, batch: Batch) -> torch.Tensor:
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError, match="no"):
+        damage(Trajectory(earlier=earlier, later=later), batches(labels=True), loss=fails)
+    assert all(p.requires_grad and p.grad is None and not p._post_accumulate_grad_hooks for p in later.parameters())
+
+
+def test_nothing_is_damaged_where_nothing_changed():
+    earlier = build("qwen3")
+    found = damage(Trajectory(earlier=earlier, later=copy.deepcopy(earlier)), batches(labels=True))
+    assert all(not found[name].any() for name in found)
+    assert found.made_by["damage"]["loss"] == 0
+
+
+def test_a_loss_of_ones_own():
+    earlier, later = pair("qwen3")
+    data = batches(labels=True)
+
+    def likelihood(model: nn.Module, batch: Batch) -> torch.Tensor:
+        loss: torch.Tensor = model(**batch, use_cache=False).loss
+        return loss
+
+    run = Trajectory(earlier=earlier, later=later)
+    found = damage(run, data, loss=likelihood)
+    later.zero_grad(set_to_none=True)
+    tokens = [int(batch["labels"][:, 1:].ne(-100).sum()) for batch in data]
+    total = sum(likelihood(later, batch) * count for batch, count in zip(data, tokens, strict=True)) / sum(tokens)
+    total.backward()
+    grads, name = {n: p.grad for n, p in later.named_parameters() if p.grad is not None}, "model.layers.1.mlp"
+    block = find_layout(later)[name]
+    change = vectors(dict(later.named_parameters()), block) - vectors(dict(earlier.named_parameters()), block)
+    torch.testing.assert_close(
+        found[name], (vectors(grads, block) * change).sum(1).float().detach(), rtol=1e-3, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    "family", ["qwen3", "gpt2", "phi3", "mixtral", "qwen3_next", "gpt_oss", "granitemoe", "jetmoe"]
+)
+def test_live_models_and_folders_are_damaged_alike(family, tmp_path):
+    earlier, later = pair(family, torch.bfloat16)
+    earlier.save_pretrained(tmp_path / "earlier")
+    later.save_pretrained(tmp_path / "later")
+    data = batches(labels=True)
+    earlier, later = (Trajectory(later=tmp_path / name).load() for name in ("earlier", "later"))
+    live = damage(Trajectory(earlier=earlier, later=later), data)
+    folders = Trajectory(earlier=tmp_path / "earlier", later=tmp_path / "later")
+    mixed = Trajectory(earlier=tmp_path / "earlier", later=tmp_path / "later", model=later)
+    for run in (folders, mixed):
+        found = damage(run, data)
+        assert all(torch.equal(found[name], live[name]) for name in live)
+
+
+def test_only_one_tensors_gradient_exists_at_a_time(monkeypatch):
+    earlier, later = pair("qwen3")
+    most, real = [], attribution._Total.add
+
+    def watched(self: Any, *arguments: Any) -> None:
+        most.append(sum(p.grad is not None for p in later.parameters()))
+        real(self, *arguments)
+
+    monkeypatch.setattr(attribution._Total, "add", watched)
+    damage(Trajectory(earlier=earlier, later=later), batches(labels=True))
+    assert most
+    assert max(most) == 1
+
+
+def test_long_slices_are_read_in_pieces(monkeypatch):
+    for family in ("qwen3", "qwen3_moe"):
+        earlier, later = pair(family)
+        run, data = Trajectory(earlier=earlier, later=later), batches(labels=True)
+        whole = damage(run, data)
+        monkeypatch.setattr(attribution, "_CHUNK", 100)
+        pieces = damage(run, data)
+        monkeypatch.undo()
+        assert all(torch.equal(whole[name], pieces[name]) for name in whole)
+
+
+@pytest.mark.parametrize("what", ["no batch", "no label", "no earlier", "bare mapping"])
+def test_what_damage_needs(what):
+    earlier, later = pair("qwen3")
+    data = batches(labels=True)
+    if what == "no batch":
+        with pytest.raises(ValueError, match="data is empty"):
+            damage(Trajectory(earlier=earlier, later=later), [])
+    elif what == "no label":
+        data[0]["labels"][:] = -100
+        with pytest.raises(ValueError, match="no response token to predict"):
+            damage(Trajectory(earlier=earlier, later=later), data[:1])
+    elif what == "no earlier":
+        with pytest.raises(ValueError, match="earlier"):
+            damage(Trajectory(later=later), data)
+    else:
+        with pytest.raises(ValueError, match="no forward pass"):
+            damage(Trajectory(earlier=earlier, later=dict(later.state_dict())), data)
+
+
+def test_the_loss_knows_only_what_it_was_asked():
+    earlier, later = pair("qwen3")
+    first, second = batches(labels=True)
+    loss = distillation(earlier, [first])
+    assert float(loss(later, first).detach()) > 0
+    with pytest.raises(LookupError, match="not asked about this batch"):
+        loss(later, second)
+
+
+def test_kept_predictions_are_used_again(tmp_path, monkeypatch):
+    earlier, later = pair("qwen3")
+    data = batches(labels=True)
+    first = distillation(earlier, data, tmp_path)
+    monkeypatch.setattr(earlier, "forward", None)
+    again = distillation(earlier, data, tmp_path)
+    assert all(torch.equal(first(later, batch), again(later, batch)) for batch in data)
+    assert len(list(tmp_path.iterdir())) == len(data)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_divergence_and_its_gradient_are_torchs(dtype):
+    torch.manual_seed(0)
+    logits, target = (4 * torch.randn(7, 50)).to(dtype).requires_grad_(), (4 * torch.randn(7, 50)).to(dtype)
+    from surgery.predictions import _KL
+
+    ours = _KL.apply(logits, target)
+    (grad,) = torch.autograd.grad(ours, logits)
+    wide = logits.detach().double().requires_grad_()
+    want = F.kl_div(wide.log_softmax(-1), target.double().log_softmax(-1), log_target=True, reduction="sum")
+    (there,) = torch.autograd.grad(want, wide)
+    torch.testing.assert_close(ours.double(), want.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(grad.double(), there, rtol=1e-2, atol=1e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+def test_a_rolled_back_folder_is_less_damaged(tmp_path):
+    earlier, later = pair("qwen3", step=0.05)
+    earlier.save_pretrained(tmp_path / "earlier")
+    later.save_pretrained(tmp_path / "later")
+    data, run = batches(labels=True), Trajectory(earlier=tmp_path / "earlier", later=tmp_path / "later")
+    before = damage(run, data)
+    mask = Neurons({name: values > 0 for name, values in before.items()})
+    save(rolled_back(tmp_path / "later", to=tmp_path / "earlier", mask=mask), tmp_path / "healed")
+    after = damage(Trajectory(earlier=tmp_path / "earlier", later=tmp_path / "healed"), data)
+    assert after.made_by["damage"]["loss"] < before.made_by["damage"]["loss"]
+    assert all(not after[name][mask[name]].any() for name in mask)  # what was reverted has nothing left to revert
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt2", "granitemoe"])
+def test_the_cost_of_reverting_is_the_fisher_information(family):
+    """Against the definition, summed over every token of the vocabulary instead of sampled."""
+    earlier, later = pair(family)
+    batch = {"input_ids": torch.tensor([[5, 9, 11]]), "labels": torch.tensor([[-100, 9, 11]])}
+    found = reversal_cost(Trajectory(earlier=earlier, later=later), [batch], samples=1500)
+    layout, theirs = find_layout(later), dict(earlier.named_parameters())
+    want = {name: torch.zeros(block.neurons, dtype=torch.float64) for name, block in layout.items()}
+    for at in (0, 1):
+        for token in range(64):
+            later.zero_grad(set_to_none=True)
+            logp = later(input_ids=batch["input_ids"], use_cache=False).logits[0, at].log_softmax(-1)[token]
+            logp.backward()
+            grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in later.named_parameters()}
+            for name, block in layout.items():
+                change = vectors(dict(later.named_parameters()), block) - vectors(theirs, block)
+                dots = (vectors(grads, block) * change).sum(1).detach()
+                want[name] += float(logp.detach().exp()) * dots.square() / 4  # ½, and a mean over two positions
+    for name, value in want.items():
+        assert float(found[name].sum()) == pytest.approx(float(value.sum()), rel=0.15)
+        large = value > value.quantile(0.9)
+        torch.testing.assert_close(found[name][large].double(), value[large], rtol=0.35, atol=0)
+
+
+def test_protected_neurons_are_spared():
+    earlier, later = pair("qwen3")
+    run, data = Trajectory(earlier=earlier, later=later), batches(labels=True)
+    free = DamageSelector(0.1).select(run, data)
+    others = [{key: value.flip(1) for key, value in batch.items()} for batch in data]
+    cost = reversal_cost(run, others)
+    held = DamageSelector(0.1, protect={"other": others}, weight=100.0).select(run, data)
+    assert sum(float(cost[n][held[n]].sum()) for n in cost) < sum(float(cost[n][free[n]].sum()) for n in cost)
+    same = DamageSelector(0.1, protect={"other": others}, weight=0.0).select(run, data)
+    assert all(torch.equal(same[name], free[name]) for name in free)
+    assert held.made_by["selector"]["protect"] == ["other"]
+
+
+def test_the_selector_takes_the_best_and_nests():
+    earlier, later = pair("qwen3")
+    run, data = Trajectory(earlier=earlier, later=later), batches(labels=True)
+    scores = torch.cat(list(damage(run, data).values()))
+    before = torch.zeros(len(scores), dtype=torch.bool)
+    for budget in (0.05, 0.2, 0.7):
+        mask = torch.cat(list(DamageSelector(budget).select(run, data).values()))
+        assert int(mask.sum()) == round(budget * len(scores))
+        assert scores[mask].min() >= scores[~mask].max()
+        assert not (before & ~mask).any()
+        before = mask
+
+
+@pytest.mark.parametrize("how", ["proportional", "uniform"])
+def test_the_budget_can_be_split_over_layers(how):
+    earlier, later = pair("qwen3")
+    run, data = Trajectory(earlier=earlier, later=later), batches(labels=True)
+    scores = damage(run, data)
+    mask = DamageSelector(0.1, how=how).select(run, data)
+    assert sum(mask.count().values()) == round(0.1 * mask.total)
+    for name in mask:
+        if 0 < mask.count()[name] < len(mask[name]):
+            assert scores[name][mask[name]].min() >= scores[name][~mask[name]].max()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"budget": 2}, "fraction"), ({"budget": 0.1, "how": "best"}, "expected"), ({"budget": 0.1, "weight": -1}, "≥ 0")],
+)
+def test_settings_of_the_selector(settings, message):
+    with pytest.raises(ValueError, match=message):
+        DamageSelector(**settings)
+
+
+def test_the_selector_needs_prompts():
+    earlier, later = pair("qwen3")
+    with pytest.raises(ValueError, match="prompts of the damaged domain"):
+        DamageSelector(0.1).select(Trajectory(earlier=earlier, later=later))
+
+
+def test_prompts_without_labels_are_answered_by_the_earlier_model():
+    earlier, later = pair("qwen3")
+    run = Trajectory(earlier=earlier, later=later)
+    asked = batches(labels=False)
+    found = damage(run, asked)
+    assert all(torch.equal(found[name], value) for name, value in damage(run, respond(earlier, asked)).items())

@@ -1,0 +1,86 @@
+"""Answers of the earlier model: sampled with a seed, cut where they end, written once and read again."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from families import build
+from test_scores import batches
+
+from surgery import respond
+
+FEW = 6
+
+
+def rows(batch: dict[str, torch.Tensor]) -> list[tuple[list[int], list[int]]]:
+    """Prompt and response of each row of a labelled batch."""
+    found = []
+    for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
+        attended, response = mask.bool(), labels != -100
+        found.append((ids[attended & ~response].tolist(), ids[response].tolist()))
+    return found
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt2", "llama", "mixtral"])
+def test_greedy_answers_are_the_models_own(family):
+    model, asked = build(family), batches(labels=False)
+    for batch, given in zip(asked, respond(model, asked, max_new_tokens=FEW, temperature=0), strict=True):
+        for (prompt, response), ids, mask in zip(rows(given), batch["input_ids"], batch["attention_mask"], strict=True):
+            assert prompt == ids[mask.bool()].tolist()
+            said: list[int] = []
+            while len(said) < FEW and 2 not in said:
+                with torch.inference_mode():
+                    said.append(int(model(input_ids=torch.tensor([prompt + said])).logits[0, -1].argmax()))
+            assert response == said
+
+
+def test_sampling_has_a_seed_and_leaves_torchs_own_alone():
+    model, asked = build("qwen3"), batches(labels=False)
+    torch.manual_seed(7)
+    want = torch.rand(1)
+    torch.manual_seed(7)
+    first = respond(model, asked, max_new_tokens=FEW, seed=1)
+    assert torch.equal(torch.rand(1), want)
+    assert [rows(b) for b in first] == [rows(b) for b in respond(model, asked, max_new_tokens=FEW, seed=1)]
+    assert [rows(b) for b in first] != [rows(b) for b in respond(model, asked, max_new_tokens=FEW, seed=2)]
+
+
+def test_samples_come_from_the_whole_distribution():
+    """The first token's frequencies beside the model's probabilities, whatever its generation settings say."""
+    model = build("qwen3")
+    model.generation_config.top_k, model.generation_config.temperature = 1, 0.1
+    prompt = {"input_ids": torch.tensor([[5, 9, 11]] * 4000), "attention_mask": torch.ones(4000, 3, dtype=torch.long)}
+    (given,) = respond(model, [prompt], max_new_tokens=1)
+    with torch.inference_mode():
+        p = model(input_ids=torch.tensor([[5, 9, 11]])).logits[0, -1].softmax(-1)
+    seen = torch.bincount(given["input_ids"][:, 3], minlength=64) / 4000
+    assert float((seen - p).abs().sum()) < 0.12
+
+
+def test_answered_batches_pass_through():
+    model, answered = build("qwen3"), batches(labels=True)
+    assert all(a is b for a, b in zip(respond(model, answered), answered, strict=True))
+
+
+def test_answers_are_written_once_and_read_again(tmp_path, monkeypatch):
+    model, asked, path = build("qwen3"), batches(labels=False), tmp_path / "answers" / "math.jsonl"
+    first = respond(model, asked, max_new_tokens=FEW, path=path)
+    monkeypatch.setattr(model, "generate", None)
+    again = respond(model, asked, max_new_tokens=FEW, path=path)
+    assert [rows(batch) for batch in first] == [rows(batch) for batch in again]
+    assert [p.name for p in path.parent.iterdir()] == ["math.jsonl"]
+    with pytest.raises(ValueError, match="made with"):
+        respond(model, asked, max_new_tokens=FEW, seed=3, path=path)
+    with pytest.raises(ValueError, match="other prompts"):
+        respond(model, asked[:1], max_new_tokens=FEW, path=path)
+    path.write_text(json.dumps({"prompt": "1+1="}) + "\n{")
+    with pytest.raises(ValueError, match="not a file that respond"):
+        respond(model, asked, max_new_tokens=FEW, path=path)
+
+
+def test_a_prompt_that_fills_the_context_is_refused():
+    full = {"input_ids": torch.ones(1, 64, dtype=torch.long), "attention_mask": torch.ones(1, 64, dtype=torch.long)}
+    with pytest.raises(ValueError, match="leaves no room in a context of 64"):
+        respond(build("qwen3"), [full])

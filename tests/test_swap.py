@@ -1,0 +1,86 @@
+"""The earlier model in the later one's place: the same outputs, and every bit back afterwards."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from families import FAMILIES
+from test_attribution import pair
+from test_scores import batches
+
+from surgery import Trajectory, swap
+from surgery.swap import earlier_model
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    batch = batches(labels=False)[0]
+    with torch.inference_mode():
+        found: torch.Tensor = model(**batch, use_cache=False).logits
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_swapped_in_and_out(family, tmp_path):
+    earlier, later = pair(family, torch.bfloat16)
+    earlier.save_pretrained(tmp_path / "earlier")
+    later.save_pretrained(tmp_path / "later")
+    before = {name: tensor.clone() for name, tensor in later.state_dict().items()}
+    run = Trajectory(earlier=tmp_path / "earlier", later=tmp_path / "later", model=later)
+    with earlier_model(run) as model:
+        assert model is later
+        assert torch.equal(logits(model), logits(earlier))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in later.state_dict().items())
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt2", "qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_put_back_after_an_error_and_when_it_is_not_what_the_folder_holds(family, on_disk, tmp_path):
+    earlier, later = pair(family, torch.bfloat16)
+    earlier.save_pretrained(tmp_path / "earlier")
+    later.save_pretrained(tmp_path / "later")
+    with torch.no_grad():
+        for parameter in list(later.parameters())[::2]:  # trained on since it was saved
+            parameter.add_(0.01)
+            parameter.flatten()[0] = -0.0
+    before = {name: tensor.clone() for name, tensor in later.state_dict().items()}
+    source = tmp_path / "later" if on_disk else later
+    run = Trajectory(earlier=tmp_path / "earlier", later=source, model=later)
+
+    def stopped() -> None:
+        with earlier_model(run) as model:
+            assert model is later
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        stopped()
+    for name, tensor in later.state_dict().items():
+        assert torch.equal(tensor.view(torch.int16), before[name].view(torch.int16))
+
+
+def test_what_the_disk_holds_is_not_kept_in_memory(tmp_path, monkeypatch):
+    earlier, later = pair("qwen3", torch.bfloat16)
+    earlier.save_pretrained(tmp_path / "earlier")
+    later.save_pretrained(tmp_path / "later")
+    kept, real = [], torch.Tensor.to
+
+    def counted(self: torch.Tensor, *arguments: object, **named: object) -> torch.Tensor:
+        if named.get("copy"):
+            kept.append(self)
+        return real(self, *arguments, **named)
+
+    monkeypatch.setattr(torch.Tensor, "to", counted)
+    with earlier_model(Trajectory(earlier=tmp_path / "earlier", later=tmp_path / "later", model=later)):
+        assert not kept
+    with torch.no_grad():
+        next(later.parameters()).add_(1)
+    with earlier_model(Trajectory(earlier=tmp_path / "earlier", later=tmp_path / "later", model=later)):
+        assert len(kept) == 1
+
+
+def test_loaded_beside_it_where_names_can_not_be_told(tmp_path, monkeypatch):
+    earlier, later = pair("qwen3")
+    earlier.save_pretrained(tmp_path / "earlier")
+    monkeypatch.setattr(swap, "_found", lambda *_: None)
+    with earlier_model(Trajectory(earlier=tmp_path / "earlier", later=later)) as model:
+        assert model is not later
+        assert torch.equal(logits(model), logits(earlier))

@@ -131,4 +131,6 @@ def _style(point: Point) -> dict[str, Any]:
             "color": "#0072B2", "marker": ".", "markersize": 4, "linewidth": 0.8, "alpha": 0.45,
             "label": "other selectors of surgery",
         }  # fmt: skip
-    return {"color": "black", "marker": "o", "mfc": "#F0E442", "markersize": 6, "linewidth": 1.6, "label": point.method}
+    marker = "h" if "protecting" in point.method else "d" if "(" in point.method else "o"
+    short = "D, protecting the others" if "protecting" in point.method else point.method  # the pairs name other domains
+    return {"color": "black", "marker": marker, "mfc": "#F0E442", "markersize": 6, "linewidth": 1.6, "label": short}

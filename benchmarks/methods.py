@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import surgery
 from benchmarks import baselines
 from benchmarks.lab.domains import read_items
 from benchmarks.refresh import STEPS, refreshed, training_items
 from benchmarks.table6 import SELECTORS
-from surgery import AMCSelector, Neurons, RandomSelector, Trajectory, rollback
+from surgery import AMCSelector, DamageSelector, Neurons, RandomSelector, Trajectory, rollback
 from surgery.prompts import Batch
 from surgery.sweeps import CEILING, EARLIER, LATER
 
@@ -39,6 +38,7 @@ class Setting:
     metric: str
     run: Trajectory
     data: list[Batch]
+    others: Mapping[str, list[Batch]]  # calibration prompts of the other domains
     later: Mapping[str, Tensor]  # a copy: the live model's parameters, before any edit
     earlier: Mapping[str, Tensor]
 
@@ -80,7 +80,7 @@ def methods(setting: Setting) -> list[Method]:
         Method(LATER, REFERENCE, "", (0.0,), _nothing),
         Method(EARLIER, REFERENCE, "", (1.0,), _interpolated),
         Method(CEILING, LIBRARY, "β", (1.0,), _everything),
-        *map(of_selector, selectors()),
+        *map(of_selector, selectors(setting)),
         Method("WiSE-FT", BASELINE, "α", ALPHAS, _interpolated),
         Method("most-changed entries", BASELINE, "entries", FRACTIONS, _entries),
         Method("most-changed neurons", BASELINE, "β", BUDGETS, _neurons),
@@ -107,12 +107,14 @@ def refreshes(setting: Setting) -> list[Method]:
     ]
 
 
-def selectors() -> list[Any]:
-    """The library's selectors: those of Table 6 and, once the library has it, ``DamageSelector``."""
-    found = list(SELECTORS)
-    if "DamageSelector" in surgery.__all__:
-        found.append(getattr(surgery, "DamageSelector")(0.01))  # noqa: B009
-    return found
+def selectors(setting: Setting) -> list[Any]:
+    """The library's selectors: Table 6's, and D alone, with proportional budgets, and protecting all other domains."""
+    own = (
+        DamageSelector(0.01),
+        DamageSelector(0.01, how="proportional"),
+        DamageSelector(0.01, protect=setting.others),
+    )
+    return [*SELECTORS, *(one for one in own if one.name not in {each.name for each in SELECTORS})]
 
 
 def of_selector(selector: Any) -> Method:
@@ -124,10 +126,9 @@ def of_selector(selector: Any) -> Method:
         mask: Neurons = one.select(setting.run, setting.data)
         return mask
 
-    name = getattr(selector, "name", type(selector).__name__)
     if drawn:
-        return Method(f"{name} neurons", CONTROL, "β", BUDGETS, change, DRAWS)
-    return Method(name, LIBRARY, "β", BUDGETS, change)
+        return Method(f"{selector.name} neurons", CONTROL, "β", BUDGETS, change, DRAWS)
+    return Method(selector.name, LIBRARY, "β", BUDGETS, change)
 
 
 def _nothing(setting: Setting, value: float, draw: int) -> Change:

@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 from benchmarks.baselines import differing
 from benchmarks.front import against_loss, against_size
 from benchmarks.hardware import statement
+from benchmarks.lab.domains import DOMAINS
 from benchmarks.lab.evaluate import Evaluator, Scores, bootstrap_interval
 from benchmarks.methods import Method, Setting, applied, methods
 from benchmarks.points import SCALE, points
@@ -92,8 +93,11 @@ def setting_of(folder: Path, pair: Pair) -> Setting:
     run = Trajectory(run.base, run.earlier, run.later, model=model)
     (earlier,) = run.weights("earlier")
     later = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    data = load_prompts(folder / "data" / f"{pair.metric}.calibration.jsonl", folder / pair.later)
-    return Setting(folder, pair.metric, run, data, later, {name: earlier.tensors[name] for name in later})
+    data = {
+        domain: load_prompts(folder / "data" / f"{domain}.calibration.jsonl", folder / pair.later) for domain in DOMAINS
+    }
+    own = data.pop(pair.metric)
+    return Setting(folder, pair.metric, run, own, data, later, {name: earlier.tensors[name] for name in later})
 
 
 def measure(setting: Setting, method: Method, value: float, draw: int, evaluate: Evaluator, before: Scores) -> Row:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 from dataclasses import asdict, replace
@@ -18,7 +19,7 @@ from benchmarks.front import against_loss, against_size, front
 from benchmarks.lab.domains import DOMAINS
 from benchmarks.lab.evaluate import Evaluator
 from benchmarks.methods import BASELINE, CONTROL, LIBRARY, REFERENCE, TRAINED, Method, applied, methods
-from benchmarks.pareto import Pair, Row, Store, identity, measure, measure_pair, pairs, setting_of
+from benchmarks.pareto import Pair, Row, Store, asked_for, identity, measure, measure_pair, pairs, setting_of
 from benchmarks.points import OTHER, OURS, SCALE, UNDECIDED, Point, best, contests, points, verdict
 from benchmarks.report import markdown
 from surgery.sweeps import CEILING, EARLIER, LATER
@@ -84,6 +85,7 @@ def test_recovery_is_the_share_of_the_loss_and_averages_over_seeds() -> None:
     assert one.recovery == pytest.approx(0.6, abs=2e-3)
     assert one.sd == pytest.approx(0.1, abs=2e-3)
     assert one.seeds == ("seed1", "seed2")
+    assert (one.low, one.high) == (pytest.approx(0.6, abs=2e-3), pytest.approx(0.6, abs=2e-3))
     assert named(found, LATER).recovery == 0
     assert named(found, EARLIER).recovery == 1
     assert (one.touched, one.worst, one.seconds) == (0.01, pytest.approx(-0.02), 1.0)
@@ -175,6 +177,13 @@ def test_the_third_stage_damages_the_two_before_it_in_any_order() -> None:
         Pair("CW by Code (Math → CW → Code)", "math", "cw", "code", "cw"),
         Pair("Math by Code (Math → CW → Code)", "base", "cw", "code", "math"),
     )
+
+
+def test_a_folder_may_say_its_order() -> None:
+    assert asked_for("runs/seed1") == (Path("runs/seed1"), ("code", "math", "qa"))
+    assert asked_for("runs/seed1:qa,cw,math") == (Path("runs/seed1"), ("qa", "cw", "math"))
+    with pytest.raises(argparse.ArgumentTypeError, match="three stages"):
+        asked_for("runs/seed1:qa,math")
 
 
 def test_the_store_gives_rows_back_only_for_the_same_checkpoints(tmp_path: Path) -> None:

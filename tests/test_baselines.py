@@ -59,8 +59,8 @@ def weights(dtype: torch.dtype) -> Pair:
         still = torch.rand(tensor.shape, generator=generator) < 0.1
         later[name] = torch.where(still, tensor, moved)
         # minus zero in both, in the earlier model only, in the later one only: arithmetic would lose the sign
-        earlier[name].view(-1)[:3] = torch.tensor([-0.0, -0.0, 1.0])
-        later[name].view(-1)[:3] = torch.tensor([-0.0, 1.0, -0.0])
+        earlier[name].view(-1)[:4] = torch.tensor([-0.0, -0.0, -0.0, 1.0])
+        later[name].view(-1)[:4] = torch.tensor([-0.0, 1.0, -1.0, -0.0])
     return later, earlier
 
 

@@ -1,0 +1,136 @@
+"""The two pictures of ``benchmarks.pareto``: recovery against what it costs elsewhere, and against its size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.methods import LIBRARY, TRAINED
+from benchmarks.points import Point
+from benchmarks.table6 import SELECTORS
+from surgery.sweeps import CEILING, EARLIER, LATER
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette; every curve has a marker of its own as well, so that no reader depends on the colour
+_STYLES: dict[str, tuple[str, str]] = {
+    "A×M×C": ("#0072B2", "o"),
+    "WiSE-FT": ("#E69F00", "s"),
+    "most-changed entries": ("#009E73", "^"),
+    "most-changed neurons": ("#7F7F00", "p"),
+    "layers, most changed first": ("#CC79A7", "D"),
+    "one layer": ("#CC79A7", "d"),
+    "TIES trim": ("#56B4E9", "v"),
+    "DARE": ("#A0522D", "<"),
+    "spectral (DG-Hard)": ("#D55E00", "P"),
+    "random neurons": ("0.45", "x"),
+    "random entries": ("0.45", "+"),
+}
+_FLOOR = -30  # percent
+
+
+def front(found: Sequence[Point], cost: Callable[[Point], float]) -> list[Point]:
+    """The points that no other one beats: none costs as little and recovers more. By rising cost."""
+    kept: list[Point] = []
+    for point in sorted(found, key=lambda point: (cost(point), -point.recovery)):
+        if not kept or point.recovery > kept[-1].recovery:
+            kept.append(point)
+    return kept
+
+
+def against_loss(found: Mapping[str, Sequence[Point]]) -> Figure:
+    """Recovery against the worst Δ elsewhere: linear within half a point of zero, logarithmic beyond."""
+
+    def prepare(ax: Axes) -> None:
+        ax.set_xscale("symlog", linthresh=0.5, linscale=0.7)
+        ticks = [-30, -10, -3, -1, 0, 1, 3, 10]
+        ax.set_xticks(ticks, [f"{tick:g}".replace("-", "−") for tick in ticks])
+        ax.axvline(0, color="0.8", linewidth=1, zorder=0)
+        ax.set_xlabel("worst Δ on another domain (points)")
+
+    return _figure(found, lambda point: 100 * point.worst, -1, prepare)
+
+
+def against_size(found: Mapping[str, Sequence[Point]]) -> Figure:
+    """Recovery against the share of the parameters whose bits changed, on a logarithmic axis."""
+
+    def prepare(ax: Axes) -> None:
+        ax.set_xscale("log")
+        ax.set_xlim(0.5, 130)
+        ticks = [1, 2, 4, 8, 16, 32, 64, 100]
+        ax.set_xticks(ticks, map(str, ticks))
+        ax.minorticks_off()
+        ax.set_xlabel("parameters touched (%)")
+
+    return _figure(found, lambda point: 100 * point.touched, 1, prepare)
+
+
+def _figure(
+    found: Mapping[str, Sequence[Point]], x: Callable[[Point], float], sign: int, prepare: Callable[[Axes], None]
+) -> Figure:
+    """A panel per pair; ``sign`` · x is the cost. One legend below."""
+    from matplotlib.figure import Figure
+
+    drawn = {name: group for name, group in found.items() if group}
+    columns = max(1, min(2, len(drawn)))
+    rows = max(1, -(-len(drawn) // columns))
+    figure = Figure(figsize=(4.3 * columns, 3.5 * rows + 1.2), dpi=150, layout="constrained")
+    for at, (name, group) in enumerate(drawn.items()):
+        ax = figure.add_subplot(rows, columns, at + 1)
+        _panel(ax, group, x, sign)
+        prepare(ax)
+        ax.set_title(name, fontsize="medium")
+        ax.set_ylabel("recovery (%)" if at % columns == 0 else "")
+    labelled = {label: line for ax in figure.axes for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(
+        list(labelled.values()), list(labelled), loc="outside lower center", ncols=4 if columns > 1 else 2,
+        frameon=False, fontsize="small",
+    )  # fmt: skip
+    return figure
+
+
+def _panel(ax: Axes, found: Sequence[Point], x: Callable[[Point], float], sign: int) -> None:
+    ends = front([point for point in found if point.kind != TRAINED], lambda point: sign * x(point))
+    last = max((sign * x(point) for point in found), default=0) * sign
+    ax.step(
+        [x(point) for point in ends] + [last],
+        [100 * point.recovery for point in ends] + [100 * ends[-1].recovery],
+        where="post", color="black", linewidth=6, alpha=0.13, label="best without training", zorder=1,
+    )  # fmt: skip
+    for name in dict.fromkeys(point.method for point in found if point.method not in (EARLIER, LATER, CEILING)):
+        curve = [point for point in found if point.method == name]
+        ax.plot([x(point) for point in curve], [100 * point.recovery for point in curve], **_style(curve[0]))
+    for point in found:
+        if point.method == CEILING:
+            ax.plot(x(point), 100 * point.recovery, "h", color="#0072B2", mfc="white", markersize=8, label=CEILING)
+    for height in (0, 100):
+        ax.axhline(height, color="0.8", linewidth=1, zorder=0)
+    ax.set_ylim(_FLOOR, 8 + 100 * max(1.0, *(point.recovery for point in found)))
+    if below := sorted({point.method for point in found if 100 * point.recovery < _FLOOR}):
+        ax.text(0.03, 0.02, f"off the picture, below: {', '.join(below)}", transform=ax.transAxes, fontsize="x-small")
+
+
+def _style(point: Point) -> dict[str, Any]:
+    if point.kind == TRAINED:
+        filled = "training" in point.method
+        return {
+            "color": "black", "marker": "*", "markersize": 9, "linestyle": "none", "label": point.method,
+            "markerfacecolor": "black" if filled else "none", "zorder": 3,
+        }  # fmt: skip
+    if point.method in _STYLES:
+        colour, marker = _STYLES[point.method]
+        joined = "none" if point.method == "one layer" else "-"
+        return {
+            "color": colour, "marker": marker, "markersize": 5, "linewidth": 1.4, "linestyle": joined,
+            "label": point.method, "zorder": 3,
+        }  # fmt: skip
+    if point.kind == LIBRARY and point.method in {getattr(selector, "name", "") for selector in SELECTORS}:
+        return {
+            "color": "#0072B2", "marker": ".", "markersize": 4, "linewidth": 0.8, "alpha": 0.45,
+            "label": "other selectors of surgery",
+        }  # fmt: skip
+    marker = "h" if "protecting" in point.method else "d" if "(" in point.method else "o"
+    short = "D, protecting the others" if "protecting" in point.method else point.method  # the pairs name other domains
+    return {"color": "black", "marker": marker, "mfc": "#F0E442", "markersize": 6, "linewidth": 1.6, "label": short}

@@ -1,0 +1,183 @@
+"""Everything that ``benchmarks.pareto`` compares: each method, its knob, and what it does to the later model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import baselines
+from benchmarks.lab.domains import read_items
+from benchmarks.refresh import STEPS, refreshed, training_items
+from benchmarks.table6 import SELECTORS
+from surgery import AMCSelector, DamageSelector, Neurons, RandomSelector, Trajectory, rollback
+from surgery.prompts import Batch
+from surgery.sweeps import CEILING, EARLIER, LATER
+
+LIBRARY, BASELINE, CONTROL, TRAINED, REFERENCE = "library", "baseline", "control", "trained", "reference"
+BUDGETS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64)
+FRACTIONS = (0.001, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64)
+ALPHAS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+DENSITIES = (0.99, 0.95, 0.9, 0.8, 0.6, 0.4, 0.2, 0.1, 0.05, 0.01)
+PROBABILITIES = (0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9)
+FACTORS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)
+DRAWS = 3
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a method may look at: the checkpoints, the damaged domain's calibration prompts, the live later model."""
+
+    folder: Path
+    metric: str
+    run: Trajectory
+    data: list[Batch]
+    others: Mapping[str, list[Batch]]  # calibration prompts of the other domains
+    later: Mapping[str, Tensor]  # a copy: the live model's parameters, before any edit
+    earlier: Mapping[str, Tensor]
+
+    @property
+    def model(self) -> nn.Module:
+        return self.run.load()
+
+
+Change = Neurons | Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One curve: for each value of its knob, ``change`` gives the neurons to revert or the new tensors."""
+
+    name: str
+    kind: str
+    knob: str
+    values: tuple[float, ...]
+    change: Callable[[Setting, float, int], Change]
+    draws: int = 1
+
+
+@contextmanager
+def applied(setting: Setting, change: Change) -> Iterator[None]:
+    """The later model with the change while the body runs; whole again after."""
+    if isinstance(change, Neurons):
+        with rollback(setting.model, to=setting.run.weights("earlier")[0].tensors, mask=change):
+            yield
+    else:
+        with baselines.edited(setting.model, change):
+            yield
+
+
+def methods(setting: Setting) -> list[Method]:
+    """All curves, in the order of the tables."""
+    layers = tuple(map(float, range(len(baselines.layers_by_displacement(setting.later, setting.earlier)))))
+    fixed = [
+        Method(LATER, REFERENCE, "", (0.0,), _nothing),
+        Method(EARLIER, REFERENCE, "", (1.0,), _interpolated),
+        Method(CEILING, LIBRARY, "β", (1.0,), _everything),
+        *map(of_selector, selectors(setting)),
+        Method("WiSE-FT", BASELINE, "α", ALPHAS, _interpolated),
+        Method("most-changed entries", BASELINE, "entries", FRACTIONS, _entries),
+        Method("most-changed neurons", BASELINE, "β", BUDGETS, _neurons),
+        Method("layers, most changed first", BASELINE, "layers", tuple(one + 1 for one in layers), _layers),
+        Method("one layer", BASELINE, "layer", layers, _layer),
+        Method("TIES trim", BASELINE, "density", DENSITIES, _trimmed),
+        Method("DARE", BASELINE, "p", PROBABILITIES, _dropped, DRAWS),
+        Method("spectral (DG-Hard)", BASELINE, "factor", FACTORS, _thresholded),
+        Method("random entries", CONTROL, "entries", FRACTIONS, _random_entries, DRAWS),
+    ]
+    return [*fixed, *refreshes(setting)]
+
+
+def refreshes(setting: Setting) -> list[Method]:
+    """The trained references; where the training prompts can't be generated again only one, and a line says so."""
+    items = {"calibration": read_items(setting.folder / "data" / f"{setting.metric}.calibration.jsonl")}
+    try:
+        items["training"] = training_items(setting.folder, setting.metric)
+    except LookupError as error:
+        print(f"no refresh on training prompts: {error}")
+    return [
+        Method(f"GRPO, {kind} prompts", TRAINED, "steps", tuple(map(float, STEPS)), partial(_refreshed, prompts))
+        for kind, prompts in items.items()
+    ]
+
+
+def selectors(setting: Setting) -> list[Any]:
+    """The library's selectors: Table 6's, and D alone, with proportional budgets, and protecting all other domains."""
+    own = (
+        DamageSelector(0.01),
+        DamageSelector(0.01, how="proportional"),
+        DamageSelector(0.01, protect=setting.others),
+    )
+    return [*SELECTORS, *(one for one in own if one.name not in {each.name for each in SELECTORS})]
+
+
+def of_selector(selector: Any) -> Method:
+    """A selector's curve over the budgets; the random one is drawn several times."""
+    drawn = isinstance(selector, RandomSelector)
+
+    def change(setting: Setting, value: float, draw: int) -> Neurons:
+        one = replace(selector, budget=value, **({"seed": draw} if drawn else {}))
+        mask: Neurons = one.select(setting.run, setting.data)
+        return mask
+
+    if drawn:
+        return Method(f"{selector.name} neurons", CONTROL, "β", BUDGETS, change, DRAWS)
+    return Method(selector.name, LIBRARY, "β", BUDGETS, change)
+
+
+def _nothing(setting: Setting, value: float, draw: int) -> Change:
+    return {}
+
+
+def _interpolated(setting: Setting, value: float, draw: int) -> Change:
+    return baselines.interpolated(setting.later, setting.earlier, value)
+
+
+def _entries(setting: Setting, value: float, draw: int) -> Change:
+    scores = baselines.relative_change(setting.later, setting.earlier)
+    return baselines.entries_restored(setting.later, setting.earlier, scores, value)
+
+
+def _random_entries(setting: Setting, value: float, draw: int) -> Change:
+    scores = baselines.random_scores(setting.later, draw)
+    return baselines.entries_restored(setting.later, setting.earlier, scores, value)
+
+
+def _neurons(setting: Setting, value: float, draw: int) -> Change:
+    return AMCSelector(value, "M", "M", how="global").select(setting.run)
+
+
+def _everything(setting: Setting, value: float, draw: int) -> Change:
+    (later,) = setting.run.weights("later")
+    return Neurons({name: torch.ones(size, dtype=torch.bool) for name, size in later.layout.sizes.items()})
+
+
+def _layers(setting: Setting, value: float, draw: int) -> Change:
+    order = baselines.layers_by_displacement(setting.later, setting.earlier)
+    return baselines.layers_restored(setting.later, setting.earlier, order[: int(value)])
+
+
+def _layer(setting: Setting, value: float, draw: int) -> Change:
+    return baselines.layers_restored(setting.later, setting.earlier, [int(value)])
+
+
+def _trimmed(setting: Setting, value: float, draw: int) -> Change:
+    return baselines.trimmed(setting.later, setting.earlier, value)
+
+
+def _dropped(setting: Setting, value: float, draw: int) -> Change:
+    return baselines.dropped(setting.later, setting.earlier, value, draw)
+
+
+def _thresholded(setting: Setting, value: float, draw: int) -> Change:
+    return baselines.thresholded(setting.later, setting.earlier, value)
+
+
+def _refreshed(items: list[dict[str, str]], setting: Setting, value: float, draw: int) -> Change:
+    return refreshed(setting.model, setting.folder, setting.metric, items, int(value))

@@ -242,12 +242,8 @@ def train_seed(seed: int, out: Path, stages: Sequence[str] = STAGES) -> None:
         if name == "base":
             train_base(model, data, tokenizer, seed, scores, log)
         else:
-<<<<<<< HEAD
             plan = THIRD if number == 3 else GRPO[name]
             train_stage(model, name, plan, data[name], tokenizer, seed, scores, log)
-=======
-            train_stage(model, name, GRPO[name], data[name], tokenizer, seed, scores, log)
->>>>>>> baselines
         save(model, tokenizer, out, name)
         log(f"{name} done: {show(scores(model))}")
 

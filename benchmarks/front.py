@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.methods import LIBRARY, TRAINED
 from benchmarks.points import Point
 from benchmarks.table6 import SELECTORS
-from surgery.sweeps import CEILING, EARLIER, LATER
+from surgery.rows import CEILING, EARLIER, LATER
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -18,7 +18,7 @@ from benchmarks.refresh import STEPS, refreshed, training_items
 from benchmarks.table6 import SELECTORS
 from surgery import AMCSelector, DamageSelector, Neurons, RandomSelector, Trajectory, rollback
 from surgery.prompts import Batch
-from surgery.sweeps import CEILING, EARLIER, LATER
+from surgery.rows import CEILING, EARLIER, LATER
 
 LIBRARY, BASELINE, CONTROL, TRAINED, REFERENCE = "library", "baseline", "control", "trained", "reference"
 BUDGETS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64)

@@ -22,7 +22,7 @@ from benchmarks.methods import BASELINE, CONTROL, LIBRARY, REFERENCE, TRAINED, M
 from benchmarks.pareto import Pair, Row, Store, asked_for, identity, measure, measure_pair, pairs, setting_of
 from benchmarks.points import OTHER, OURS, SCALE, UNDECIDED, Point, best, contests, points, verdict
 from benchmarks.report import markdown
-from surgery.sweeps import CEILING, EARLIER, LATER
+from surgery.rows import CEILING, EARLIER, LATER
 
 SEED0 = Path(pareto.__file__).parent / "lab" / "seed0"
 needs_checkpoints = pytest.mark.skipif(not (SEED0 / "qa").is_dir(), reason="seed 0 has not been trained here")

@@ -10,7 +10,7 @@ import numpy as np
 from benchmarks.hardware import statement
 from benchmarks.methods import BUDGETS
 from benchmarks.points import OTHER, OURS, UNDECIDED, Point, Seed, contests, shown, verdict
-from surgery.sweeps import CEILING, EARLIER
+from surgery.rows import CEILING, EARLIER
 
 HEAD = """# Recovery, and what it costs elsewhere: every selector beside everything people use today
 

@@ -39,8 +39,9 @@ def damage(run: Trajectory, data: Iterable[Batch], *, loss: Loss | None = None, 
             (default: ``distillation`` from the earlier checkpoint).
         nodes: integrate along the straight way from the reverted neurons to the later ones, ∫⟨∇L(θ(t)), δB,n⟩dt, at so
             many Gauss–Legendre nodes. Then the scores add up to the whole difference: Σ D_n = L(θB) − L(θB with all
-            neurons reverted), but for the jumps of a router that changes its mind on the way. It says where the damage sits; for choosing neurons the gradient at θB alone is as
-            good (benchmarks/results). The weights have to be float32 or wider: run.load(dtype=torch.float32).
+            neurons reverted), but for the jumps of a router that changes its mind on the way. It says where the
+            damage sits; for choosing neurons the gradient at θB alone is as good (benchmarks/results). The weights
+            have to be float32 or wider: run.load(dtype=torch.float32).
 
     Returns:
         Scores of either sign, in the loss's unit. Gradients have the weights' dtype; products and sums are float32,

@@ -22,7 +22,7 @@ from surgery.prompts import Batch
 from surgery.rows import CEILING, EARLIER, LATER, Evaluate, Row, Score, scored
 from surgery.trajectory import Trajectory
 
-MEASURED = ("selector", "budget", "neurons", "metrics", "seconds", "items")
+MEASURED = ("selector", "budget", "neurons", "metrics", "seconds")
 
 
 class Bench:

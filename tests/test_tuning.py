@@ -123,6 +123,15 @@ def test_it_is_honest_on_a_problem_that_is_not_monotone(models, seed):
     assert (", the smallest that does" in str(found)) == (found.chosen is not None and went_one_way)
 
 
+def test_a_limit_met_again_at_a_larger_budget_is_said(models):
+    """Recovery grows as it should, and the cost does not: broken in the middle, kept at the end."""
+    found = tuned(
+        models, Planted(models, qa=lambda x: -1.0 if 0.4 < x < 0.6 else 0.0), recovery=0.8, limits={"qa": -0.5}
+    )
+    assert found.budget == 77 / N
+    assert not found.monotone
+
+
 @dataclass(frozen=True)
 class Sliding:
     """Masks that are not nested: a window that moves as it grows."""

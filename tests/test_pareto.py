@@ -97,7 +97,8 @@ def test_draws_are_averaged_before_anything_else() -> None:
     run["rows"] += [row("random", CONTROL, 0.5, later + 0.2 * share, draw=at) for at, share in enumerate((0.2, 0.6))]
     found = [point for point in points([run]) if point.method == "random"]
     assert len(found) == 1
-    assert found[0].recovery == pytest.approx(0.4, abs=1e-3)
+    one = found[0]
+    assert [one.recovery, one.low, one.high] == pytest.approx([0.4] * 3, abs=1e-3)
 
 
 def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:

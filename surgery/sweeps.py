@@ -23,6 +23,7 @@ from surgery.prompts import Batch
 from surgery.scores import remembered
 from surgery.selection import Selector
 from surgery.trajectory import Trajectory
+from surgery.units import kinds_of, noun
 
 Evaluate = Callable[[nn.Module], Mapping[str, float]]
 EARLIER, LATER, CEILING = "earlier", "later", "ceiling (all MLP neurons)"
@@ -107,7 +108,7 @@ def sweep(
     path: str | Path | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Sweep:
-    """Evaluate every selector at every budget, after the references: earlier, later and the ceiling.
+    """Evaluate every selector at every budget, after the references: earlier, later and the ceiling (of every unit).
 
     Each score is computed once; rollbacks are applied and undone in place; nothing is reloaded. The model is
     bit-identical at the end, also after an error.
@@ -145,8 +146,11 @@ def sweep(
     if metric not in references[0].metrics:
         raise ValueError(f"metric={metric!r}: evaluate returns {sorted(references[0].metrics)}")
     with remembered():
-        everything = ~_nothing(live)
-        rows = [done.row(CEILING, 1.0, lambda: _try(model, live, everything, evaluate), say)]
+        rows, asked = [], [getattr(one, "units", None) or live.units for one in selectors]
+        for units in dict.fromkeys(kinds_of(one) for one in asked or [live.units]):
+            everything = ~_nothing(dataclasses.replace(live, units=units))
+            measure = partial(_try, model, live, everything, evaluate)
+            rows.append(done.row(ceiling(units), 1.0, measure, say))
         for selector in selectors:
             for budget in budgets:
                 one = _at(selector, budget)
@@ -154,6 +158,11 @@ def sweep(
                 rows.append(done.row(_name(one), budget, measure, say))
     found = [judged(row, references[1].metrics, references[0].metrics, metric) for row in rows]
     return Sweep(metric, (references[1], references[0], *found))
+
+
+def ceiling(units: tuple[str, ...]) -> str:
+    """The name of the row in which every unit of those kinds is reverted."""
+    return CEILING if units == ("mlp",) else f"ceiling (all {noun(units)})"
 
 
 def _watched(evaluate: Evaluate) -> Evaluate:

@@ -14,9 +14,11 @@ import surgery
 PACKAGE = Path(surgery.__file__).parent
 # each module may import those before it
 ORDER = (
+    "units",
     "neurons",
     "slots",
     "hooks",
+    "attention",
     "layout",
     "stored",
     "probing",

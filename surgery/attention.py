@@ -80,10 +80,8 @@ def attention_blocks(model: nn.Module, kind: str, hidden: int) -> tuple[list[Blo
     """
     blocks, reasons, top = [], {}, ""
     for path, module in model.named_modules():
-        mixes = _MIXER.search(path.rpartition(".")[2]) and not isinstance(module, nn.Conv1d | nn.ModuleList)
-        if not mixes or "norm" in path.rpartition(".")[2].lower() or not re.search(r"\.\d+\.", f".{path}"):
-            continue
-        if (top and path.startswith(top)) or next(module.parameters(), None) is None:
+        mixes = _MIXER.search(path.rpartition(".")[2]) and re.search(r"\.\d+\.", f".{path}")
+        if not mixes or (top and path.startswith(top)) or not any(p.ndim > 1 for p in module.parameters()):
             continue
         top = f"{path}."
         try:
@@ -300,6 +298,8 @@ def _extras(home: str, module: nn.Module, heads: _Heads, kind: str) -> Iterator[
     shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
     for name, shape in shapes.items():
         query, key = _QUERY_NORM.fullmatch(name.split(".")[0]), _KEY_NORM.fullmatch(name.split(".")[0])
+        if (query or key) and name.count(".") > 1:
+            raise _Unclear('its heads have norms in tensors of their own; units="value_channel" needs none')
         count = k * r if query or name == "sinks" else k
         axes, sizes = ("k r", {"k": k, "r": r}) if count == k * r and r > 1 else ("k", {"k": k})
         right = "k r" if kind == "kv_group" or axes == "k" else "(k r)"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Mapping
-from fractions import Fraction
 from typing import Literal
 
 import torch
@@ -96,7 +95,7 @@ def _joint(
         raise ValueError(f"costs are for the blocks {sorted(costs)[:3]}…, the scores for {sorted(scores)[:3]}…")
     parameters = {name: costs[name] * size for name, size in scores.sizes.items()}
     there = {name: float(costs[name] * count) for name, count in room.items()}
-    k, total = math.floor(Fraction(budget) * sum(parameters.values())), sum(parameters.values())
+    k, total = math.floor(budget * sum(parameters.values())), sum(parameters.values())
     if k > sum(there.values()):
         raise ValueError(_too_few(budget, f"{k} parameters", f"units of {sum(there.values()):.0f} of {total}"))
     if how == "global":

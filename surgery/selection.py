@@ -187,6 +187,7 @@ def _signed(mask: Neurons, selector: Any, run: Trajectory) -> Neurons:
     (later,) = run.weights("later")
     made_by = {
         **mask.made_by,
+        "units": list(later.layout.units),
         **({"not_covered": list(later.layout.notes)} if later.layout.notes else {}),
         "selector": {"class": type(selector).__name__, **asdict(selector)},
         "checkpoints": {name: fingerprint(weights) for name, weights in zip(names, run.weights(*names), strict=True)},

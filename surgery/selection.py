@@ -14,7 +14,7 @@ from surgery.papers import fingerprint, versions
 from surgery.prompts import Batch
 from surgery.scores import activation, conflict, magnitude
 from surgery.trajectory import Trajectory
-from surgery.units import Units, kinds_of, noun
+from surgery.units import Units, kind_of, kinds_of, noun
 
 Data = Iterable[Batch]
 
@@ -50,8 +50,8 @@ class AMCSelector:
         how: "proportional", "global" or "uniform" (see ``surgery.allocate``).
         units: "mlp", "kv_group", "query_head", "value_channel" or a tuple (see ``find_layout``); None: the run's own.
 
-    With several kinds of unit, which share a budget of parameters, every letter is relative to its block's mean, also
-    alone, and a unit is worth score × parameters: the score is what one parameter of it is worth.
+    Several kinds of unit share a budget of parameters. There A and M are relative to their layer's mean also alone, C
+    to the mean of its kind, and a unit is worth score × parameters: the score is what one parameter of it is worth.
 
     ``select`` raises ValueError where C is asked for without a base checkpoint, or A without data.
 
@@ -128,14 +128,29 @@ def _of(name: str, units: Units | None) -> str:
 
 
 def _product(found: dict[str, Neurons], letters: str, joint: bool) -> Neurons:
-    """One letter is its raw score; in a product, and where kinds share a budget, A and M are relative to the layer."""
+    """One letter is its raw score; in a product A and M are first divided by their layer's mean.
+
+    Where kinds share a budget that holds for a single letter too, and C is divided by the mean of its kind: a cosine
+    of long vectors is smaller than one of short vectors, whatever the units did.
+    """
     if len(letters) == 1 and not joint:
         return found[letters]
-    factors = [found[letter] if letter == "C" else found[letter].relative() for letter in "AMC" if letter in letters]
-    product = factors[0]
-    for factor in factors[1:]:
+    level = {letter: score.relative() for letter, score in found.items() if letter != "C"}
+    if "C" in found:
+        level["C"] = _by_kind(found["C"]) if joint else found["C"]
+    product, *others = (level[letter] for letter in "AMC" if letter in letters)
+    for factor in others:
         product = product * factor
     return product
+
+
+def _by_kind(scores: Neurons) -> Neurons:
+    """Each score divided by the mean over all units of its kind in the model; zeros stay zeros."""
+    held: dict[str, list[torch.Tensor]] = {}
+    for name, value in scores.items():
+        held.setdefault(kind_of(name), []).append(value.double())
+    means = {kind: float(torch.cat(values).mean()) or 1.0 for kind, values in held.items()}
+    return Neurons({n: value.double() / means[kind_of(n)] for n, value in scores.items()}, made_by=scores.made_by)
 
 
 @dataclass(frozen=True)

@@ -610,6 +610,33 @@ def test_a_joint_share_of_parameters_follows_the_scores():
         assert abs(n * layout[name].width - 0.5 * parameters[name]) <= layout[name].width
 
 
+def test_a_kind_whose_cosines_are_small_still_gets_its_share():
+    """C of long vectors is small by geometry: in a joint budget it is relative to its kind, so each gets β of its own.
+
+    Inside a kind the layers stay different, which is what C is there for.
+    """
+    base, earlier, later = (build("qwen3", seed=0) for _ in range(3))
+    torch.manual_seed(0)
+    for name, parameter in later.named_parameters():  # a random walk: the two updates are independent
+        with torch.no_grad():
+            earlier.get_parameter(name).add_(torch.randn_like(parameter) * 0.1)
+            parameter.copy_(earlier.get_parameter(name) + torch.randn_like(parameter) * 0.1)
+    run = Trajectory(base=base, earlier=earlier, later=later, units=("mlp", "query_head"))
+    layout, C = find_layout(later, units=run.units), conflict(run)
+    mean = {kind: torch.cat([C[n] for n, b in layout.items() if b.kind == kind]).mean() for kind in layout.units}
+    assert mean["query_head"] < mean["mlp"] / 2
+    mask = AMCSelector(0.2, "C", "C").select(run)
+    for kind in layout.units:
+        blocks = [b for b in layout.blocks if b.kind == kind]
+        spent = sum(mask.count()[b.name] * b.width for b in blocks)
+        assert abs(spent - 0.2 * sum(b.width * b.neurons for b in blocks)) <= sum(b.width for b in blocks)
+    assert (
+        AMCSelector(0.2, "C", "C", units="mlp")
+        .select(run)
+        .equal(top(conflict(replace(run, units="mlp")), allocate(conflict(replace(run, units="mlp")), 0.2)))
+    )
+
+
 # The sweep and the command line
 
 

@@ -247,17 +247,19 @@ class _Done:
         self.rows: dict[tuple[str, float], Row] = {}
         names = ("earlier", "later")
         head = {name: fingerprint(weights) for name, weights in zip(names, run.weights(*names), strict=True)}
+        units = list(kinds_of(run.units))
         if self.path is None:
             return
         if self.path.exists() and self.path.stat().st_size:
             first, *rest = self.path.read_text(encoding="utf-8").splitlines()
-            if _parsed(first, self.path).get("checkpoints") != head:
-                raise ValueError(f"{self.path} holds a sweep of other checkpoints: choose another file")
+            found = _parsed(first, self.path)
+            if found.get("checkpoints") != head or found.get("units", ["mlp"]) != units:
+                raise ValueError(f"{self.path} holds a sweep of other checkpoints or units: choose another file")
             for line in rest:
                 row = Row(**_parsed(line, self.path))
                 self.rows[row.selector, row.budget] = row
         else:
-            self._append({"checkpoints": head})
+            self._append({"checkpoints": head, "units": units})
 
     def row(
         self,

@@ -39,6 +39,7 @@ from surgery import (
     probe,
     rolled_back,
     save,
+    selection,
     sweep,
     top,
 )
@@ -625,11 +626,15 @@ def test_a_kind_whose_cosines_are_small_still_gets_its_share():
     layout, C = find_layout(later, units=run.units), conflict(run)
     mean = {kind: torch.cat([C[n] for n, b in layout.items() if b.kind == kind]).mean() for kind in layout.units}
     assert mean["query_head"] < 0.7 * mean["mlp"]
-    mask = AMCSelector(0.2, "C", "C").select(run)
+    mask = AMCSelector(0.5, "C", "C").select(run)
+    density = selection._product({"C": C}, "C", True)
     for kind in layout.units:
         blocks = [b for b in layout.blocks if b.kind == kind]
+        assert float(torch.cat([density[b.name] for b in blocks]).mean()) == pytest.approx(1, rel=1e-5)
+        for b in blocks:
+            torch.testing.assert_close(density[b.name] * mean[kind], C[b.name])
         spent = sum(mask.count()[b.name] * b.width for b in blocks)
-        assert abs(spent - 0.2 * sum(b.width * b.neurons for b in blocks)) <= sum(b.width for b in blocks)
+        assert abs(spent - 0.5 * sum(b.width * b.neurons for b in blocks)) <= 2 * max(layout.costs.values())
     assert (
         AMCSelector(0.2, "C", "C", units="mlp")
         .select(run)

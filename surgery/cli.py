@@ -261,7 +261,8 @@ def _probed(source: str, layout: Path | None, kinds: tuple[str, ...], names: lis
     for name in names:
         problems = verify(model, live, live[name])
         right &= not problems
-        said = "; ".join(problems) or f"gradient lies on exactly the slices of the {noun((live[name].kind,))} tried"
+        whose = "neuron" if live[name].kind == "mlp" else "unit"
+        said = "; ".join(problems) or f"gradient lies on exactly the {whose}'s slices"
         out.print(f"probe {name}: {said}", markup=False)
     return right
 

@@ -18,6 +18,7 @@ ORDER = (
     "neurons",
     "slots",
     "hooks",
+    "heads",
     "attention",
     "layout",
     "stored",

@@ -277,6 +277,27 @@ def test_an_attention_with_more_to_it_is_refused():
     assert "not covered: transformer.h.0.crossattention and 1 more: it attends to another" in layout.notes[0]
 
 
+def test_an_attention_of_your_own_needs_a_kv_head_for_every_query_head():
+    """Outside transformers nothing says which query heads share a KV head; without sharing there is nothing to know."""
+
+    class Attention(nn.Module):
+        def __init__(self, groups: int) -> None:
+            super().__init__()
+            self.head_dim = 8
+            self.q_proj, self.o_proj = nn.Linear(32, 32), nn.Linear(32, 32)
+            self.k_proj, self.v_proj = nn.Linear(32, 8 * groups), nn.Linear(32, 8 * groups)
+
+    class Own(nn.Module):
+        def __init__(self, groups: int) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(64, 32)
+            self.layers = nn.ModuleList(nn.ModuleDict({"attn": Attention(groups)}) for _ in range(2))
+
+    assert find_layout(Own(4), units="kv_group").sizes == {f"layers.{i}.attn[kv_group]": 4 for i in range(2)}
+    with pytest.raises(ValueError, match="only known for attention of transformers"):
+        find_layout(Own(2), units="kv_group")
+
+
 def test_a_partly_covered_model_says_so():
     """Layers of linear attention are named in the notes, live, in a folder, and in what made a mask."""
     earlier, later = build("qwen3_next", seed=1), build("qwen3_next", seed=2)
@@ -562,6 +583,13 @@ def test_costs_of_one_price_are_no_costs():
     scores = Neurons({"a": torch.tensor([3.0, 1.0, 2.0]), "b": torch.tensor([5.0, 0.5])})
     for fraction in (0.0, 0.2, 0.4, 0.8, 1.0):
         assert allocate(scores, fraction, "global", costs={"a": 7, "b": 7}) == allocate(scores, fraction, "global")
+
+
+def test_a_block_without_any_score_comes_last():
+    """What is over goes to blocks that have a score, as long as they have units left that fit."""
+    scores = Neurons({"a": torch.zeros(4), "b": torch.tensor([1.0, 1.0, 1.0, 1.0])})
+    assert allocate(scores, 0.26, costs={"a": 10, "b": 5}) == {"a": 0, "b": 3}
+    assert allocate(scores, 0.6, costs={"a": 10, "b": 5}) == {"a": 1, "b": 4}
 
 
 def test_costs_have_to_fit():

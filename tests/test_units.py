@@ -585,11 +585,12 @@ def test_costs_of_one_price_are_no_costs():
         assert allocate(scores, fraction, "global", costs={"a": 7, "b": 7}) == allocate(scores, fraction, "global")
 
 
-def test_a_block_without_any_score_comes_last():
-    """What is over goes to blocks that have a score, as long as they have units left that fit."""
-    scores = Neurons({"a": torch.zeros(4), "b": torch.tensor([1.0, 1.0, 1.0, 1.0])})
-    assert allocate(scores, 0.26, costs={"a": 10, "b": 5}) == {"a": 0, "b": 3}
-    assert allocate(scores, 0.6, costs={"a": 10, "b": 5}) == {"a": 1, "b": 4}
+def test_what_is_over_goes_where_the_largest_part_is_missing():
+    """A unit of c is too dear: what it leaves is shared by the others one by one, those without a score last."""
+    scores = Neurons({"b": torch.ones(100), "c": torch.tensor([200.0]), "d": torch.ones(100)})
+    assert allocate(scores, 160 / 400, costs={"b": 1, "c": 200, "d": 1}) == {"b": 80, "c": 0, "d": 80}
+    scores = Neurons({"a": torch.zeros(60), "b": torch.ones(100), "c": torch.tensor([100.0])})
+    assert allocate(scores, 150.5 / 320, costs={"a": 1, "b": 1, "c": 160}) == {"a": 50, "b": 100, "c": 0}
 
 
 def test_costs_have_to_fit():

@@ -45,6 +45,7 @@ from surgery import (
 )
 from surgery.checkpoint import State
 from surgery.stored import folder_layout
+from surgery.trajectory import open_weights, run_of
 from surgery.units import ATTENTION, kinds_of
 
 REFUSED = ("deepseek_v2", "deepseek_v3", "glm_moe_dsa", "jetmoe")
@@ -504,6 +505,20 @@ def test_magnitude_and_conflict_are_of_what_a_rollback_changes(family, unit):
             assert float(C[name][i]) == pytest.approx(max(0.0, -float(a @ b / a.norm() / b.norm())), abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("name", "unit"), [("codegen, 8 heads", u) for u in ATTENTION] + [("falcon, new decoder", u) for u in ATTENTION]
+)
+def test_any_run_of_units_is_read_where_it_lies(name, unit):
+    """Chunks that start and stop anywhere, also across the axes that units are counted along."""
+    weights = open_weights(variant(name), units=unit)
+    block = weights.layout.blocks[0]
+    for slot in block.slots:
+        for start, stop in ((0, block.neurons), (1, block.neurons), (block.neurons // 2, block.neurons // 2 + 1)):
+            found = run_of(weights, block.name, slot.part, start, stop)
+            rows = slot.take(weights.tensors[slot.tensor], torch.arange(start, stop))
+            assert torch.equal(found, rows.detach().float().reshape(stop - start, -1))
+
+
 # Budgets over several kinds
 
 BLOCKS = st.lists(
@@ -589,8 +604,8 @@ def test_what_is_over_goes_where_the_largest_part_is_missing():
     """A unit of c is too dear: what it leaves is shared by the others one by one, those without a score last."""
     scores = Neurons({"b": torch.ones(100), "c": torch.tensor([200.0]), "d": torch.ones(100)})
     assert allocate(scores, 160 / 400, costs={"b": 1, "c": 200, "d": 1}) == {"b": 80, "c": 0, "d": 80}
-    scores = Neurons({"a": torch.zeros(60), "b": torch.ones(100), "c": torch.tensor([100.0])})
-    assert allocate(scores, 150.5 / 320, costs={"a": 1, "b": 1, "c": 160}) == {"a": 50, "b": 100, "c": 0}
+    scores = Neurons({"a": torch.zeros(60), "b": torch.full((200,), 0.5), "c": torch.tensor([100.0])})
+    assert allocate(scores, 150.5 / 420, costs={"a": 1, "b": 1, "c": 160}) == {"a": 0, "b": 150, "c": 0}
 
 
 def test_costs_have_to_fit():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -92,7 +92,7 @@ def _moved(model: nn.Module, run: Trajectory, t: float) -> Iterator[None]:
     if t == 1:
         yield
         return
-    sizes = open_weights(model, run.layout).layout.sizes
+    sizes = open_weights(model, run.layout, units=run.units).layout.sizes
     everything = Neurons({name: torch.ones(size, dtype=torch.bool) for name, size in sizes.items()})
     with rollback(model, to=run._source("earlier"), mask=everything, strength=1 - t, layout=run.layout):
         yield
@@ -146,7 +146,7 @@ def _some(data: Iterable[Batch]) -> list[Batch]:
 
 def _total(run: Trajectory) -> tuple[_Total, nn.Module]:
     model = run.load()
-    live = open_weights(model, run.layout)
+    live = open_weights(model, run.layout, units=run.units)
     (earlier,) = replace(run, later=model).weights("earlier")
     return _Total(live, earlier), model
 
@@ -204,7 +204,7 @@ class _Total:
         """Reduce one slot of one tensor's gradient."""
         gradient, weight = slot.view(grad), slot.view(now)
         earlier = self._earlier(block, slot)
-        inner = gradient.shape[1] if slot.stacked else 1  # neurons per entry of the first axis
+        inner = gradient.shape[1 : 1 + slot.stacked].numel()  # neurons per entry of the first axis
         step = max(1, _CHUNK // max(1, gradient[:1].numel()))
         for at in range(0, len(gradient), step):
             rows = slice(at, at + step)
@@ -218,11 +218,10 @@ class _Total:
         """The slot's rows in the earlier checkpoint, shaped as in the live one: a view where the names agree."""
         theirs = self.source.layout[block.name]
         for other in theirs.of(slot.part):
-            if (other.start, other.shape, other.pattern) == (slot.start, slot.shape, slot.pattern):
+            if replace(other, tensor=slot.tensor) == slot:
                 return other.view(self.source.tensors[other.tensor])
         rows = theirs.rows(self.source.tensors, slot.part, torch.arange(slot.start, slot.stop))
-        shape: Mapping[bool, tuple[int, ...]] = {True: (slot.shape[0], -1, *rows.shape[1:]), False: tuple(rows.shape)}
-        return rows.reshape(shape[slot.stacked])
+        return rows.reshape(slot.view(self.live.tensors[slot.tensor]).shape)
 
 
 def _reducer(total: _Total, slots: list[tuple[Block, Slot]]) -> object:

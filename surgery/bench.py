@@ -21,6 +21,7 @@ from surgery.papers import fingerprint
 from surgery.prompts import Batch
 from surgery.rows import CEILING, EARLIER, LATER, Evaluate, Row, Score, scored
 from surgery.trajectory import Trajectory
+from surgery.units import Units, kinds_of, noun
 
 MEASURED = ("selector", "budget", "neurons", "metrics", "seconds")
 
@@ -67,9 +68,10 @@ class Bench:
         """The earlier model, in memory beside the later one for as long as its evaluation takes."""
         return self._measured(EARLIER, 0.0, lambda: (0, self._evaluate(self._load_earlier())))
 
-    def ceiling(self) -> Row:
-        """All MLP neurons rolled back."""
-        return self._measured(CEILING, 1.0, lambda: self._tried(~self._nothing()))
+    def ceiling(self, units: Units | None = None) -> Row:
+        """All units of those kinds (default: the trajectory's) rolled back."""
+        kinds = kinds_of(units or self.run.units)
+        return self._measured(ceiling_of(kinds), 1.0, lambda: self._tried(~self._nothing(kinds)))
 
     def row(self, selector: Any, budget: float) -> Row:
         """A selector at a budget."""
@@ -97,8 +99,8 @@ class Bench:
         with rollback(self.model, to=self.run.earlier, mask=mask, layout=self.run.layout) as done:  # type: ignore[arg-type]
             return sum(done.neurons.values()), self._evaluate(self.model)
 
-    def _nothing(self) -> Neurons:
-        (later,) = dataclasses.replace(self.run, later=self.model).weights("later")
+    def _nothing(self, units: Units) -> Neurons:
+        (later,) = dataclasses.replace(self.run, later=self.model, units=units).weights("later")
         return Neurons({name: torch.zeros(size, dtype=torch.bool) for name, size in later.layout.sizes.items()})
 
     def _load_earlier(self) -> nn.Module:
@@ -124,14 +126,16 @@ class Bench:
     def _read(self) -> dict[tuple[str, float], Row]:
         names = ("earlier", "later")
         head = {name: fingerprint(weights) for name, weights in zip(names, self.run.weights(*names), strict=True)}
+        units = list(kinds_of(self.run.units))
         if self.path is None:
             return {}
         if not (self.path.exists() and self.path.stat().st_size):
-            self._append({"checkpoints": head})
+            self._append({"checkpoints": head, "units": units})
             return {}
         first, *rest = self.path.read_text(encoding="utf-8").splitlines()
-        if _parsed(first, self.path).get("checkpoints") != head:
-            raise ValueError(f"{self.path} holds a sweep of other checkpoints: choose another file")
+        found = _parsed(first, self.path)
+        if found.get("checkpoints") != head or found.get("units", ["mlp"]) != units:
+            raise ValueError(f"{self.path} holds a sweep of other checkpoints or units: choose another file")
         rows = [Row(**_parsed(line, self.path)) for line in rest]
         return {(row.selector, row.budget): row for row in rows}
 
@@ -172,6 +176,11 @@ def _watched(evaluate: Evaluate) -> Evaluate:
         return metrics
 
     return measure
+
+
+def ceiling_of(units: tuple[str, ...]) -> str:
+    """The name of the row in which every unit of those kinds is reverted."""
+    return CEILING if units == ("mlp",) else f"ceiling (all {noun(units)})"
 
 
 def at_budget(selector: Any, budget: float) -> Any:

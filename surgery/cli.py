@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from surgery.units import kinds_of, noun, units_in
+
 if TYPE_CHECKING:
     from surgery.selection import Selector
-    from surgery.slots import Block, Layout
+    from surgery.slots import Block, Layout, Slot
     from surgery.trajectory import Trajectory
 
 app = typer.Typer(
@@ -32,7 +34,9 @@ out, err = Console(soft_wrap=True, highlight=False), Console(stderr=True, soft_w
 
 Checkpoints = Annotated[list[str], typer.Argument(metavar="[BASE] EARLIER LATER", help="Folders, in training order.")]
 Data = Annotated[Path | None, typer.Option(help="JSON lines of the damaged domain (needed for A and D).")]
-Budget = Annotated[float, typer.Option(help="Fraction of all MLP neurons to revert, 0 to 1.")]
+Budget = Annotated[
+    float, typer.Option(help="Fraction of all neurons to revert, 0 to 1 (of several --units: of their parameters).")
+]
 Device = Annotated[str | None, typer.Option(help='Where the model runs, like "cuda".')]
 Dtype = Annotated[str | None, typer.Option(help='Its dtype, like "bfloat16" (default: the checkpoint\'s).')]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, with counts, and write nothing.")]
@@ -48,6 +52,9 @@ Rows = Annotated[Path | None, typer.Option("-o", "--output", help="JSON lines; w
 LayoutFile = Annotated[
     Path | None, typer.Option("--layout", help="Your own layout: a JSON file (docs/how-to/add-an-architecture.md).")
 ]
+Units = Annotated[
+    str, typer.Option(help='"mlp", "kv_group", "query_head", "value_channel", or two like "mlp,kv_group".')
+]
 
 
 @app.command()
@@ -62,6 +69,7 @@ def select(
     how: Annotated[
         str | None, typer.Option(help="proportional, global or uniform (default: global for D, else proportional).")
     ] = None,
+    units: Units = "mlp",
     seed: Annotated[int, typer.Option(help="Of the random selector.")] = 0,
     batch_size: int = 16,
     device: Device = None,
@@ -77,14 +85,18 @@ def select(
         raise ValueError("say where the mask goes: -o mask.safetensors (or --dry-run to see the counts only)")
     if output is not None and output.exists() and not (overwrite or dry_run):
         raise ValueError(f"{output} exists: choose another file, or pass --overwrite")
-    run = _trajectory(checkpoints, layout)
+    run = _trajectory(checkpoints, layout, units)
     chosen = _selector(selector, budget, how, seed)
     with _working(f"reading {len(checkpoints)} checkpoints"):
         batches = load_prompts(data, _folder(run.later), batch_size=batch_size) if data else None
         if batches is not None and set(selector) & set("AD"):
             run = _live(run, device, dtype)
         mask = chosen.select(run, batches)
-    out.print(repr(mask))
+    out.print(repr(mask), markup=False)
+    for note in mask.made_by.get("not_covered", []):
+        out.print(note, markup=False)
+    if budget and not sum(mask.count().values()):
+        out.print(f"budget {budget} buys not one of these units: pass a larger --budget")
     for expert in mask.made_by.get("never_routed", []):
         out.print(f"never routed, so without an activation: {expert}")
     if output is not None and not dry_run:
@@ -118,9 +130,8 @@ def rollback(
     view = rolled_back(later, to=to, mask=chosen, strength=strength, layout=own)
     widths = {name: block.width for name, block in view.layout.items()}
     parameters = sum(count * widths[name] for name, count in chosen.count().items())
-    out.print(
-        f"{sum(chosen.count().values())} of {chosen.total} neurons ({chosen.fraction:.2%}), {parameters} parameters"
-    )
+    counted = f"{sum(chosen.count().values())} of {chosen.total} {noun(units_in(chosen))} ({chosen.fraction:.2%})"
+    out.print(f"{counted}, {parameters} parameters")
     for file in view.headers:
         out.print(f"  {file}: {len(view.touched(file))} of {len(view.headers[file])} tensors touched")
     if dry_run or output is None:
@@ -138,6 +149,7 @@ def sweep(
     data: Data = None,
     budgets: Annotated[str, typer.Option(help="Fractions, separated by commas.")] = "0.01,0.02,0.04",
     selectors: Annotated[str, typer.Option(help='Like "D,AMC,MC,A/AMC,A,random".')] = "AMC,random",
+    units: Units = "mlp",
     metric: Metric = None,
     output: Rows = None,
     batch_size: int = 16,
@@ -152,7 +164,7 @@ def sweep(
 
     fractions = [_fraction(text) for text in budgets.split(",")]
     chosen = [_selector(text, fractions[0], None, 0) for text in selectors.split(",")]
-    run = _trajectory(checkpoints, layout)
+    run = _trajectory(checkpoints, layout, units)
     if dry_run:
         rows = len(chosen) * len(fractions) + 3
         out.print(f"{len(chosen)} selectors × {len(fractions)} budgets + 3 references = {rows} rows")
@@ -190,6 +202,7 @@ def tune(
     budgets: Annotated[
         str | None, typer.Option(help="Fractions to choose among (default: 19 from 0.001 to 1).")
     ] = None,
+    units: Units = "mlp",
     metric: Metric = None,
     output: Rows = None,
     batch_size: int = 16,
@@ -203,7 +216,7 @@ def tune(
 
     fractions = [_fraction(text) for text in budgets.split(",")] if budgets else list(BUDGETS)
     chosen, limits = _selector(selector, fractions[0], how, 0), dict(map(_limit, limit or ()))
-    run = _trajectory(checkpoints, layout)
+    run = _trajectory(checkpoints, layout, units)
     batches = load_prompts(data, _folder(run.later), batch_size=batch_size) if data else None
     function = _function(evaluate)
     with _working("loading") as say:
@@ -232,32 +245,38 @@ def tune(
 def inspect(
     source: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint's folder, or a mask file.")],
     probe: Annotated[bool, typer.Option("--probe", help="Verify one block of each kind by autograd.")] = False,
+    units: Units = "mlp",
     layout: LayoutFile = None,
 ) -> None:
-    """Print where the neurons lie and how that was found."""
+    """Print where the neurons (or other units) lie and how that was found."""
     from surgery.trajectory import open_weights
 
     if Path(source).is_file():
         from surgery.neurons import Neurons
 
         mask = Neurons.load(source)
-        out.print(repr(mask))
-        out.print(json.dumps(mask.made_by, indent=2))
+        out.print(repr(mask), markup=False)
+        out.print(json.dumps(mask.made_by, indent=2), markup=False)
         return
-    weights = open_weights(source, _layout(layout, source))
+    weights = open_weights(source, _layout(layout, source), units=_kinds(units))
     kinds: dict[Any, list[Block]] = {}
     for block in weights.layout.blocks:
         kinds.setdefault(_kind(block), []).append(block)
     total = sum(weights.layout.sizes.values())
-    out.print(f"{source}: {total} neurons in {len(weights.layout)} blocks of {len(kinds)} kinds")
+    what = noun(weights.layout.units)
+    out.print(f"{source}: {total} {what} in {len(weights.layout)} blocks of {len(kinds)} kinds")
     for blocks in kinds.values():
         _print_kind(blocks)
-    if probe and not _probed(source, layout, [blocks[0].name for blocks in kinds.values()]):
+    for note in weights.layout.notes:
+        out.print(f"\n{note}", markup=False)
+    if probe and not _probed(source, layout, _kinds(units), [blocks[0].name for blocks in kinds.values()]):
         raise typer.Exit(1)
 
 
 def _kind(block: Block) -> Any:
-    slots = tuple((slot.part, slot.pattern, slot.shape) for slot in block.slots[: 8 if block.experts else None])
+    slots = tuple(
+        (slot.part, slot.pattern, slot.sizes, slot.shape) for slot in block.slots[: 8 if block.experts else None]
+    )
     return block.neurons, block.experts, block.found, slots
 
 
@@ -265,17 +284,29 @@ def _print_kind(blocks: list[Block]) -> None:
     first = blocks[0]
     names = first.name if len(blocks) == 1 else f"{first.name} … {blocks[-1].name} ({len(blocks)} blocks)"
     experts = f", {first.experts} experts" if first.experts else ""
-    out.print(f"\n{names}\n  {first.neurons} neurons{experts}, {first.width} parameters each; found by {first.found}")
+    what = noun((first.kind,))
+    out.print(f"\n{names}", markup=False)
+    out.print(f"  {first.neurons} {what}{experts}, {first.width} parameters each; found by {first.found}", markup=False)
     shown = first.slots if len(first.slots) <= 8 else [first.of(part)[0] for part in first.parts]
     width = max(len(slot.tensor) for slot in shown)
     for slot in shown:
-        which = f" (g = {slot.g})" if slot.g is not None else ""
-        out.print(f"  {slot.part:<9} {slot.tensor:<{width}}  {list(slot.shape)}  {slot.pattern}{which}", markup=False)
+        pattern = f"{slot.pattern}{_which(slot)}"
+        out.print(f"  {slot.part:<9} {slot.tensor:<{width}}  {list(slot.shape)}  {pattern}", markup=False)
     if len(shown) < len(first.slots):
         out.print(f"  … and the same for the other experts: {len(first.slots)} tensors in all")
 
 
-def _probed(source: str, layout: Path | None, names: list[str]) -> bool:
+def _which(slot: Slot) -> str:
+    """What a slot's pattern leaves open: the sizes of its axes, which part, which rows."""
+    said = [f"{axis} = {size}" for axis, size in slot.sizes]
+    if slot.g is not None:
+        said.append(f"g = {slot.g}" if isinstance(slot.g, int) else f"g = {slot.g[0]} … {slot.g[1] - 1}")
+    if slot.rows is not None:
+        said.append(f"of {slot.rows[0]} … {slot.rows[1] - 1}")
+    return f" ({', '.join(said)})" if said else ""
+
+
+def _probed(source: str, layout: Path | None, kinds: tuple[str, ...], names: list[str]) -> bool:
     """Whether autograd confirms the named blocks; prints what it finds."""
     from surgery.layout import find_layout
     from surgery.probing import probe as verify
@@ -283,22 +314,29 @@ def _probed(source: str, layout: Path | None, names: list[str]) -> bool:
 
     with _working("loading the model to probe it"):
         model = Trajectory(later=source).load()
-    live = _layout(layout, source) or find_layout(model)
+    live = _layout(layout, source) or find_layout(model, units=kinds)
     right = True
     for name in names:
         problems = verify(model, live, live[name])
         right &= not problems
-        out.print(f"probe {name}: " + ("; ".join(problems) or "gradient lies on exactly the neuron's slices"))
+        whose = "neuron" if live[name].kind == "mlp" else "unit"
+        said = "; ".join(problems) or f"gradient lies on exactly the {whose}'s slices"
+        out.print(f"probe {name}: {said}", markup=False)
     return right
 
 
-def _trajectory(checkpoints: list[str], layout: Path | None) -> Trajectory:
+def _trajectory(checkpoints: list[str], layout: Path | None, units: str) -> Trajectory:
     from surgery.trajectory import Trajectory
 
     if len(checkpoints) not in (2, 3):
         raise ValueError(f"expected [BASE] EARLIER LATER, got {len(checkpoints)} checkpoints")
     base = checkpoints[0] if len(checkpoints) == 3 else None
-    return Trajectory(base, checkpoints[-2], checkpoints[-1], layout=_layout(layout, checkpoints[-1]))
+    own = _layout(layout, checkpoints[-1])
+    return Trajectory(base, checkpoints[-2], checkpoints[-1], layout=own, units=_kinds(units))
+
+
+def _kinds(units: str) -> tuple[str, ...]:
+    return kinds_of(tuple(kind.strip() for kind in units.split(",")))
 
 
 def _live(run: Trajectory, device: str | None, dtype: str | None) -> Trajectory:

@@ -1,4 +1,4 @@
-"""Finding the neurons of any model: the only place that knows architectures, and it knows them by their structure.
+"""Finding the neurons of any model (its attention: surgery/attention.py), by its structure.
 
 A neuron is found where it is certain: expert modules by what they declare, other MLPs by the shapes of their linear
 layers, both checked against the model's own tensor-parallel plan. What is not certain is refused with the reason.
@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgery.attention import attention_blocks
 from surgery.slots import Block, Layout, Slot
+from surgery.units import Units, kinds_of, module_of
 
 Spec = Mapping[str, Mapping[str, str]]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -21,26 +23,37 @@ WAY_OUT = "Describe it yourself with layout= (docs/how-to/add-an-architecture.md
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 
 
-def find_layout(model: nn.Module, spec: Spec | None = None) -> Layout:
-    """Where the neurons of a live model lie (on any device, ``meta`` too).
+def find_layout(model: nn.Module, spec: Spec | None = None, *, units: Units = "mlp") -> Layout:
+    """Where the neurons of a live model lie, or the units of its attention (on any device, ``meta`` too).
 
     Args:
         model: a causal LM of transformers, or any module built of linear layers in a ``ModuleList``.
         spec: your own layout: ``{"model.layers.{layer}.mlp": {"gate_proj.weight": "n d -> n d", ...}}``, tensor names
-            relative to the block and their einops patterns, the consumer last.
+            relative to the block and their einops patterns, the consumer last. It wins over ``units``.
+        units: "mlp"; "kv_group", "query_head" or "value_channel" for attention; or a tuple of "mlp" and one of those.
+
+    Returns:
+        The blocks in the model's own order; ``notes`` says which attention is not covered, and why.
 
     Raises:
-        ValueError: the neurons can't be found for certain; the message says why and what to do.
+        ValueError: the units can't be found for certain; the message says why and what to do.
 
-    Source: ours.
+    Source: ours; KV groups and query heads are the paper's attention units in kind.
     """
     if spec is not None:
         return spec_layout(spec, {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)})
-    hidden, plan = _hidden(model), _plan(model)
-    blocks = [*_expert_blocks(model), *_dense_blocks(model, hidden, plan)]
+    hidden, plan, kinds = _hidden(model), _plan(model), kinds_of(units)
+    blocks: list[Block] = []
+    notes: tuple[str, ...] = ()
+    if "mlp" in kinds:
+        blocks += [*_expert_blocks(model), *_dense_blocks(model, hidden, plan)]
+        _check_complete(model, Layout(tuple(blocks)))
+    for kind in kinds:
+        if kind != "mlp":
+            found, notes = attention_blocks(model, kind, hidden)
+            blocks += found
     order = {name: at for at, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
-    layout = Layout(tuple(sorted(blocks, key=lambda block: order[block.name])))
-    _check_complete(model, layout)
+    layout = Layout(tuple(sorted(blocks, key=lambda block: order[module_of(block.name)])), notes)
     _check_plan(model, layout, plan)
     _check_dtypes(model, layout)
     return layout
@@ -79,7 +92,7 @@ def _spec_block(path: str, tensors: Mapping[str, str], shapes: Shapes) -> Block:
     if len({slot.neurons for slot in slots}) != 1:
         raise ValueError(f"the parts of {path} differ in length: { ({s.tensor: s.neurons for s in slots}) }")
     consumer = slots[-1].tensor.rpartition(".")[0]
-    experts = slots[-1].shape[0] if slots[-1].stacked else 0
+    experts = slots[-1].shape[0] if slots[-1].stacked else 0  # of a user's patterns only experts are stacked
     return Block(path, slots[0].neurons, tuple(slots), consumer, experts, found="your layout")
 
 
@@ -258,10 +271,11 @@ def _check_plan(model: nn.Module, layout: Layout, plan: Mapping[str, str]) -> No
             path = slot.tensor.rpartition(".")[0]
             if block.experts or not isinstance(model.get_submodule(path), nn.Linear):
                 continue
-            wrong = "colwise" if slot.part == "down" else "rowwise"
+            wrong = "colwise" if slot.part in ("down", "o") else "rowwise"
             if _style(plan, path).startswith(wrong):
+                whose = "an MLP" if block.kind == "mlp" else "an attention"
                 raise ValueError(
-                    f"{path} was taken for the {slot.part} of an MLP, but the model's tensor-parallel plan shards it "
+                    f"{path} was taken for the {slot.part} of {whose}, but the model's tensor-parallel plan shards it "
                     f"{_style(plan, path)!r}, across another axis. {WAY_OUT}"
                 )
 

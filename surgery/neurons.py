@@ -10,13 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from surgery.units import noun, units_in
+
 _MISSING = "missing:"  # prefix of the tensors that mark neurons without a value, in a saved file
 
 
 class Neurons(Mapping[str, Tensor]):
     """One number per neuron: a mapping from block name to a vector; float32 = scores, bool = a mask.
 
-    Blocks are named by module path, in the model's layer order. Scores of the same model multiply elementwise;
+    Blocks are named by module path, in the model's layer order; where the "neurons" are units of attention the name
+    ends with their kind, like ``model.layers.0.self_attn[kv_group]``. Scores of the same model multiply elementwise;
     masks combine with ``&``, ``|`` and ``~``.
 
     Args:
@@ -156,12 +159,12 @@ class Neurons(Mapping[str, Tensor]):
     def __repr__(self) -> str:
         if not self:
             return "Neurons(empty)"
-        width = max(map(len, self))
+        width, what = max(map(len, self)), noun(units_in(self))
         if self.is_mask:
-            head = f"Neurons: mask of {sum(self.count().values())} of {self.total} neurons ({self.fraction:.2%})"
+            head = f"Neurons: mask of {sum(self.count().values())} of {self.total} {what} ({self.fraction:.2%})"
             lines = [f"  {name:<{width}}  {n:>6} of {self.sizes[name]}" for name, n in self.count().items()]
         else:
-            head = f"Neurons: scores of {self.total} neurons in {len(self)} blocks"
+            head = f"Neurons: scores of {self.total} {what} in {len(self)} blocks"
             lines = [
                 f"  {name:<{width}}  mean {value.mean():.4g}  max {value.max():.4g}" for name, value in self.items()
             ]

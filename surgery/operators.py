@@ -19,6 +19,7 @@ from surgery.neurons import Neurons
 from surgery.papers import papers, warn_if_made_for_others
 from surgery.slots import Block, Layout, Slot
 from surgery.trajectory import Weights, open_weights
+from surgery.units import noun, units_in
 
 _REAL = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -95,8 +96,9 @@ class Rollback:
 
     def __str__(self) -> str:
         written = sum(self.parameters.values())
+        what = noun(units_in(self.neurons))
         lines = [
-            f"rolled back {sum(self.neurons.values())} neurons in {sum(n > 0 for n in self.neurons.values())} of "
+            f"rolled back {sum(self.neurons.values())} {what} in {sum(n > 0 for n in self.neurons.values())} of "
             f"{len(self.neurons)} blocks: {written} parameters in {self.tensors} tensors, {self.changed} really changed"
         ]
         if 0 < self.strength < 1 and written:
@@ -124,7 +126,7 @@ def rollback(
     Args:
         model: the later model; weights float32, bfloat16, float16 or float64, on any device.
         to: the earlier checkpoint: a folder, hub id, module or mapping, on any device, of any floating dtype.
-        mask: bool Neurons, as a selector gives it.
+        mask: bool Neurons, as a selector gives it; its blocks' names say which units it is over.
         strength: in [0, 1]; 1 copies bits. Below 1 the blend is computed in float32 and rounded to the weights' dtype.
         keep_on: where the originals are kept (default: beside the weights).
         layout: where the neurons lie (default: found).
@@ -141,7 +143,7 @@ def rollback(
     >>> # with rollback(model, to="runs/math", mask=mask): print(evaluate(model))
     """
     _check_strength(strength)
-    live = open_weights(model, layout)
+    live = open_weights(model, layout, units=units_in(mask))
     source = open_weights(to, layout if layout is None or layout.fits(_tensors(to)) else None, live)
     edits = list(_edits(live.layout, mask, "the model"))
     warn_if_made_for_others(mask, earlier=source)
@@ -306,8 +308,8 @@ class RolledBack(Mapping[str, Tensor]):
         return papers(self.later, self.source, self.mask, self.strength, edited, len(self._edits))
 
     def __repr__(self) -> str:
-        neurons = sum(self.mask.count().values())
-        return f"RolledBack({self.later.name} with {neurons} neurons of {self.source.name}, strength {self.strength})"
+        units = f"{sum(self.mask.count().values())} {noun(units_in(self.mask))}"
+        return f"RolledBack({self.later.name} with {units} of {self.source.name}, strength {self.strength})"
 
 
 def rolled_back(
@@ -330,7 +332,7 @@ def rolled_back(
     Source: ours.
     """
     _check_strength(strength)
-    opened = open_weights(later, layout)
+    opened = open_weights(later, layout, units=units_in(mask))
     view = RolledBack(opened, open_weights(to, None, opened), mask, float(strength))
     warn_if_made_for_others(mask, earlier=view.source, later=opened)
     for name in view._edits:

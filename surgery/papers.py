@@ -13,6 +13,7 @@ from typing import Any
 from surgery.checkpoint import Checkpoint
 from surgery.neurons import Neurons
 from surgery.trajectory import Weights
+from surgery.units import noun
 
 # The mask lies in a folder of its own: a server that globs *.safetensors must not take it for weights.
 MASK, RECORD, CARD = "surgery/mask.safetensors", "surgery.json", "README.md"
@@ -78,6 +79,7 @@ def papers(
         "to": fingerprint(source),
         "selector": mask.made_by,
         "strength": strength,
+        "units": list(later.layout.units),
         "neurons": {"reverted": sum(mask.count().values()), "of": mask.total, "per_block": mask.count()},
         "parameters": edited,
         "tensors": tensors,
@@ -92,16 +94,17 @@ def papers(
 def _card(record: dict[str, Any], later: Weights) -> str:
     """A model card that names the parents, above the later checkpoint's own card."""
     later_name, earlier_name = record["later"]["name"], record["to"]["name"]
-    neurons = record["neurons"]
-    text = f"""# {later_name}, with {neurons["reverted"]} neurons of {earlier_name}
+    neurons, what = record["neurons"], noun(record["units"])
+    every = "MLP neurons" if what == "neurons" else what
+    text = f"""# {later_name}, with {neurons["reverted"]} {what} of {earlier_name}
 
-This checkpoint is **{later_name}** in which {neurons["reverted"]} of {neurons["of"]} MLP neurons
+This checkpoint is **{later_name}** in which {neurons["reverted"]} of {neurons["of"]} {every}
 ({neurons["reverted"] / max(neurons["of"], 1):.2%}) were set back to their values in **{earlier_name}**
 (strength {record["strength"]}). Nothing was trained. Every other byte of the weights is {later_name}'s.
 
 - selected by: `{json.dumps(record["selector"].get("selector", record["selector"]))}`
 - parameters written: {record["parameters"]} in {record["tensors"]} tensors
-- exact neurons: `{MASK}`; versions and sha256 of both parents: `{RECORD}`
+- exact {what}: `{MASK}`; versions and sha256 of both parents: `{RECORD}`
 - made with surgery {record["versions"].get("surgery", "")}
 """
     old = later.tensors.folder / CARD if isinstance(later.tensors, Checkpoint) else None

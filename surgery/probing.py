@@ -38,27 +38,30 @@ def probe(model: nn.Module, layout: Layout, block: Block, neurons: int = 4) -> l
         grads = _gradients(model, block, i, tensors)
         for slot in block.slots:
             grad = grads[slot.tensor]
-            hit = _rows_hit(slot, grad) if grad is not None else set()
+            hit = _rows_hit(slot, grad, inner) if grad is not None else set()
             if hit - {i}:
                 problems.append(
                     f"{slot.tensor} ({slot.part}): neuron {i} also lies in the rows of {sorted(hit - {i})[:5]}"
                 )
-            elif not hit:
+            elif not hit and slot.part != "k.bias":  # without rotation it shifts all of a query's scores alike
                 problems.append(f"{slot.tensor} ({slot.part}): neuron {i} gets no gradient")
     return problems
 
 
-def _rows_hit(slot: Slot, grad: Tensor) -> set[int]:
-    """Which neurons (of any expert) have a gradient in the slot."""
+def _rows_hit(slot: Slot, grad: Tensor, inner: int) -> set[int]:
+    """Which neurons (of any expert, which has ``inner`` of them) have a gradient in the slot."""
     rows = slot.view(grad)
-    nonzero = rows.reshape(*rows.shape[: 1 + slot.stacked], -1).ne(0).any(-1).nonzero()
-    return {int(i) for i in nonzero[:, -1]}
+    found = rows.reshape(slot.neurons, -1).ne(0).any(1).nonzero().flatten()
+    return {(int(i) + slot.start) % inner for i in found}
 
 
 def _gradients(model: nn.Module, block: Block, i: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
     def only(h: Tensor, _: Any) -> Tensor:
         keep = torch.zeros(h.shape[-1], dtype=h.dtype, device=h.device)
-        keep[i] = 1
+        if block.heard is None:
+            keep[i] = 1
+        else:
+            block.heard.put(keep, torch.tensor([i]), keep.new_ones(()))
         return h * keep
 
     def stop(_m: nn.Module, _a: Any, out: Any) -> None:

@@ -18,6 +18,7 @@ from surgery.neurons import Neurons
 from surgery.prompts import Batch, response_mask
 from surgery.slots import Block, Layout
 from surgery.trajectory import Trajectory, displacements
+from surgery.units import Units
 
 P = ParamSpec("P")
 _memory: ContextVar[dict[Any, tuple[Any, Neurons]] | None] = ContextVar("scores", default=None)
@@ -61,17 +62,21 @@ def _identity(value: Any) -> Any:
 
 
 @remember
-def activation(model: nn.Module, data: Iterable[Batch], *, layout: Layout | None = None) -> Neurons:
+def activation(
+    model: nn.Module, data: Iterable[Batch], *, layout: Layout | None = None, units: Units = "mlp"
+) -> Neurons:
     """A, activation: the mean of abs(h_n) over the earlier domain's tokens, h the input of the MLP's consumer.
 
     A = 1/T · Σ_t abs(h_n(t)). Tokens: the response tokens (``labels != -100``) if a batch has labels, else all
     attended ones. In a MoE the mean of neuron i of expert e is over the tokens routed to e; experts that no token
     reached have no activation (``Neurons.missing``), are named in ``made_by["never_routed"]`` and never selected.
+    A unit of attention has the mean over its channels of the input of o (a value channel: over its group's heads).
 
     Args:
         model: the later model, live; it is run in eval mode and left as it was.
         data: batches of ``{"input_ids", "attention_mask"[, "labels"]}``, ``[batch, token]``.
         layout: where the neurons lie (default: found).
+        units: which kinds of unit to find (see ``find_layout``), where no layout is given.
 
     Returns:
         Scores ≥ 0 in the units of the activations; sums in float32 per batch, float64 over batches.
@@ -83,7 +88,7 @@ def activation(model: nn.Module, data: Iterable[Batch], *, layout: Layout | None
 
     Source: the paper ("most active neurons"); the statistic is ours.
     """
-    layout = layout or find_layout(model)
+    layout = layout or find_layout(model, units=units)
     listeners = [_Listener(block) for block in layout.blocks]
     inner = getattr(model, "base_model", model)
     training, device = model.training, next(model.parameters()).device
@@ -101,11 +106,11 @@ def activation(model: nn.Module, data: Iterable[Batch], *, layout: Layout | None
 
 
 class _Listener:
-    """Accumulates Σ w·abs(h) and Σ w of one block: ``[neuron]`` and, per expert, ``[expert]``."""
+    """Accumulates Σ w·abs(h) and Σ w of one block: ``[channel]`` and, per expert, ``[expert]``."""
 
     def __init__(self, block: Block) -> None:
         self.block = block
-        self.sums = torch.zeros(block.neurons, dtype=torch.float64)
+        self.sums = torch.zeros(block.channels, dtype=torch.float64)
         self.counts = torch.zeros(max(block.experts, 1), dtype=torch.float64)
         self.weights = torch.zeros(0)
         self.fired = False
@@ -159,7 +164,7 @@ def _mean(layout: Layout, listeners: list[_Listener], model: nn.Module) -> Neuro
         if not bool(counts.sum() > 0):
             raise ValueError("the data has no token to average over: no batch, or no response token in any of them")
         per_neuron = counts.repeat_interleave(block.neurons // len(counts))
-        values[block.name] = (listener.sums / per_neuron.clamp(min=1)).float()
+        values[block.name] = (block.pooled(listener.sums) / per_neuron.clamp(min=1)).float()
         missing[block.name] = per_neuron == 0
         never += [f"{block.name}[{e}]" for e in (counts == 0).nonzero().flatten().tolist()]
     made_by = {"activation": {"tokens": int(max(listener.counts.max() for listener in listeners))}}

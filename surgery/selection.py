@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -16,6 +16,7 @@ from surgery.predictions import Loss
 from surgery.prompts import Batch
 from surgery.scores import activation, conflict, magnitude
 from surgery.trajectory import Trajectory
+from surgery.units import Units, kind_of, kinds_of, noun
 
 Data = Iterable[Batch]
 
@@ -45,10 +46,14 @@ class AMCSelector:
     """The paper's selector: rank by a product of activation, magnitude and conflict, spend the budget by another.
 
     Args:
-        budget: β, the fraction of all MLP neurons, in [0, 1].
+        budget: β, the fraction of all MLP neurons (or other units; with several kinds of their parameters), in [0, 1].
         rank: which of the letters A, M, C make the ranking score, as a product ("AMC", "MC", "A", ...).
         allocate: the same for the score that splits the budget over layers.
         how: "proportional", "global" or "uniform" (see ``surgery.allocate``).
+        units: "mlp", "kv_group", "query_head", "value_channel" or a tuple (see ``find_layout``); None: the run's own.
+
+    Several kinds of unit share a budget of parameters. There A and M are relative to their layer's mean also alone, C
+    to the mean of its kind, and a unit is worth score × parameters: the score is what one parameter of it is worth.
 
     ``select`` raises ValueError where C is asked for without a base checkpoint, or A without data.
 
@@ -59,6 +64,7 @@ class AMCSelector:
     rank: str = "AMC"
     allocate: str = "AMC"
     how: Allocation = "proportional"
+    units: Units | None = None
 
     def __post_init__(self) -> None:
         _check_budget(self.budget)
@@ -66,17 +72,18 @@ class AMCSelector:
             if not letters or set(letters) - set("AMC") or len(set(letters)) != len(letters):
                 raise ValueError(f'{name}={letters!r}: expected some of the letters A, M and C, each once, like "AMC"')
         _check_how(self.how)
+        kinds_of(self.units or "mlp")
 
     @property
     def name(self) -> str:
         """What a table calls it."""
         rank, budgets = "×".join(self.rank), "×".join(self.allocate)
         own = rank if self.rank == self.allocate else f"rank {rank}, budgets {budgets}"
-        return own if self.how == "proportional" else f"{own} ({self.how})"
+        return _of(own if self.how == "proportional" else f"{own} ({self.how})", self.units)
 
     def select(self, run: Trajectory, data: Data | None = None) -> Neurons:
         """The mask; ``data`` may be left out where neither score contains A."""
-        letters = set(self.rank + self.allocate)
+        run, letters = over(run, self.units), set(self.rank + self.allocate)
         if "A" in letters and data is None:
             raise ValueError("A is measured on prompts of the damaged domain: pass data=load_prompts(file, tokenizer)")
         if "C" in letters and run.base is None:
@@ -89,20 +96,62 @@ class AMCSelector:
         if "C" in letters:
             found["C"] = conflict(run)
         if "A" in letters and data is not None:
-            found["A"] = activation(run.load(), data, layout=None if run.layout is None else run.layout)
-        counts = allocate(_product(found, self.allocate), self.budget, how=self.how)
-        return _signed(top(_product(found, self.rank), counts), self, run)
+            found["A"] = activation(run.load(), data, layout=run.layout, units=run.units)
+        costs = costs_of(run)
+        spent = _worth(_product(found, self.allocate, costs is not None), costs)
+        counts = allocate(spent, self.budget, how=self.how, costs=costs)
+        return _signed(top(_product(found, self.rank, costs is not None), counts), self, run)
 
 
-def _product(found: dict[str, Neurons], letters: str) -> Neurons:
-    """One letter is its raw score; in a product A and M are first divided by their layer's mean."""
-    if len(letters) == 1:
+def over(run: Trajectory, units: Units | None) -> Trajectory:
+    """The trajectory with its scores and masks over other units; None leaves it as it is."""
+    return run if units is None else replace(run, units=units)
+
+
+def costs_of(run: Trajectory) -> dict[str, int] | None:
+    """What ``allocate`` needs as ``costs``: parameters per unit where kinds share the budget, None with one kind."""
+    (later,) = run.weights("later")
+    return later.layout.costs
+
+
+def _worth(scores: Neurons, costs: dict[str, int] | None) -> Neurons:
+    """What each unit is worth as a whole, from what one parameter of it is worth; the same with one kind of unit."""
+    return (
+        scores
+        if costs is None
+        else scores * Neurons({n: torch.full((s,), float(costs[n])) for n, s in scores.sizes.items()})
+    )
+
+
+def _of(name: str, units: Units | None) -> str:
+    """A selector's name, with its units where they are not the run's own."""
+    return name if units is None else f"{name} of {noun(kinds_of(units))}"
+
+
+def _product(found: dict[str, Neurons], letters: str, joint: bool) -> Neurons:
+    """One letter is its raw score; in a product A and M are first divided by their layer's mean.
+
+    Where kinds share a budget that holds for a single letter too, and C is divided by the mean of its kind: a cosine
+    of long vectors is smaller than one of short vectors, whatever the units did.
+    """
+    if len(letters) == 1 and not joint:
         return found[letters]
-    factors = [found[letter] if letter == "C" else found[letter].relative() for letter in "AMC" if letter in letters]
-    product = factors[0]
-    for factor in factors[1:]:
+    level = {letter: score.relative() for letter, score in found.items() if letter != "C"}
+    if "C" in found:
+        level["C"] = _by_kind(found["C"]) if joint else found["C"]
+    product, *others = (level[letter] for letter in "AMC" if letter in letters)
+    for factor in others:
         product = product * factor
     return product
+
+
+def _by_kind(scores: Neurons) -> Neurons:
+    """Each score divided by the mean over all units of its kind in the model; zeros stay zeros."""
+    held: dict[str, list[torch.Tensor]] = {}
+    for name, value in scores.items():
+        held.setdefault(kind_of(name), []).append(value.double())
+    means = {kind: float(torch.cat(values).mean()) or 1.0 for kind, values in held.items()}
+    return Neurons({n: value.double() / means[kind_of(n)] for n, value in scores.items()}, made_by=scores.made_by)
 
 
 @dataclass(frozen=True)
@@ -110,13 +159,14 @@ class DamageSelector:
     """Rank by D, the damage score: what going back would gain on the damaged domain, to first order.
 
     Args:
-        budget: β, the fraction of all MLP neurons, in [0, 1].
+        budget: β, the fraction of all MLP neurons (or other units), in [0, 1].
         how: "global" (the best of the whole model), "proportional" or "uniform" (see ``surgery.allocate``). Negative
             scores, neurons that the damaged domain is better off with, count as zero where a share is computed.
         protect: prompts of domains that should keep what they won, by name: D is reduced by ``weight`` times what
             reverting would cost them (``reversal_cost``).
         weight: how much a nat lost there counts beside a nat won here.
         loss: another loss than the divergence from the earlier model (see ``damage``).
+        units: as in ``AMCSelector``; several kinds share a budget of parameters, spent by D per parameter.
 
     Source: ours, from Proposition 1.
     """
@@ -126,10 +176,12 @@ class DamageSelector:
     protect: Mapping[str, Data] | None = field(default=None, repr=False, compare=False)
     weight: float = 1.0
     loss: Loss | None = field(default=None, repr=False, compare=False)
+    units: Units | None = None
 
     def __post_init__(self) -> None:
         _check_budget(self.budget)
         _check_how(self.how)
+        kinds_of(self.units or "mlp")
         if not self.weight >= 0:
             raise ValueError(f"weight={self.weight!r}: expected a number ≥ 0")
 
@@ -138,18 +190,19 @@ class DamageSelector:
         """What a table calls it."""
         guard = f", protecting {' and '.join(self.protect)} × {self.weight:g}" if self.protect else ""
         own = f"D{guard}" if self.loss is None else f"D (own loss){guard}"
-        return own if self.how == "global" else f"{own} ({self.how})"
+        return _of(own if self.how == "global" else f"{own} ({self.how})", self.units)
 
     def select(self, run: Trajectory, data: Data | None = None) -> Neurons:
         """The mask; ``data`` are prompts of the damaged domain, with responses or without."""
         if data is None:
             raise ValueError("D is measured on prompts of the damaged domain: pass data=load_prompts(file, tokenizer)")
+        run = over(run, self.units)
         scores = damage(run, data, loss=self.loss)
         for other in (self.protect or {}).values():
             cost = reversal_cost(run, other)
             scores = Neurons({n: scores[n] - self.weight * cost[n] for n in scores}, made_by=scores.made_by)
         spend = scores if self.how == "global" else Neurons({n: scores[n].clamp(min=0) for n in scores})
-        return _signed(top(scores, allocate(spend, self.budget, how=self.how)), self, run)
+        return _signed(top(scores, allocate(spend, self.budget, how=self.how, costs=costs_of(run))), self, run)
 
 
 @dataclass(frozen=True)
@@ -159,30 +212,35 @@ class RandomSelector:
     Args:
         budget: β in [0, 1].
         seed: of the draw.
+        units: as in ``AMCSelector``; of several kinds units are drawn until the budget of parameters is spent.
 
     Source: the paper's random baseline (Table 6).
     """
 
     budget: float
     seed: int = 0
+    units: Units | None = None
 
     def __post_init__(self) -> None:
         _check_budget(self.budget)
+        kinds_of(self.units or "mlp")
 
     @property
     def name(self) -> str:
         """What a table calls it."""
-        return "random"
+        return _of("random", self.units)
 
     def select(self, run: Trajectory, data: Data | None = None) -> Neurons:
         """The mask; ``data`` is not used."""
+        run = over(run, self.units)
         (later,) = run.weights("later")
-        sizes = later.layout.sizes
+        sizes, costs = later.layout.sizes, later.layout.costs
         order = torch.randperm(sum(sizes.values()), generator=torch.Generator().manual_seed(self.seed))
         scores = torch.empty(len(order))
         scores[order] = torch.arange(len(order), 0, -1, dtype=torch.float32)
         drawn = Neurons(dict(zip(sizes, scores.split(list(sizes.values())), strict=True)))
-        return _signed(top(drawn, allocate(drawn, self.budget, how="global")), self, run)
+        counts = allocate(_worth(drawn, costs), self.budget, how="global", costs=costs)
+        return _signed(top(drawn, counts), self, run)
 
 
 def _check_budget(budget: Any) -> None:
@@ -202,8 +260,11 @@ def _signed(mask: Neurons, selector: Any, run: Trajectory) -> Neurons:
     if getattr(selector, "protect", None):
         told["protect"] = sorted(selector.protect)
     names = [name for name in ("base", "earlier", "later") if getattr(run, name) is not None]
+    (later,) = run.weights("later")
     made_by = {
         **mask.made_by,
+        "units": list(later.layout.units),
+        **({"not_covered": list(later.layout.notes)} if later.layout.notes else {}),
         "selector": {"class": type(selector).__name__, **told},
         "checkpoints": {name: fingerprint(weights) for name, weights in zip(names, run.weights(*names), strict=True)},
         "versions": versions(),

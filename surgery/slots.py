@@ -1,4 +1,4 @@
-"""Where a neuron's numbers lie: slots (one tensor's share), blocks (an MLP) and layouts (a model's MLPs).
+"""Where a neuron's numbers lie: slots (one tensor's share), blocks (an MLP, an attention) and layouts (a model's).
 
 A *slot* brings one tensor to ``[neuron, ...]`` with an einops pattern that only splits and permutes, so that on a
 live tensor it is a view and writing rows is writing the model. Patterns read like this::
@@ -8,12 +8,16 @@ live tensor it is a view and writing rows is writing the model. Patterns read li
     (g n) d -> n g d         gate and up fused in one tensor, gate first
     e (g n) d -> (e n) g d   the same for stacked experts
     e d (n g) -> (e n) g d   gate and up interleaved and transposed
+    (k r d) m -> k r d m     q of a KV group: the d rows of each of its r query heads
+    m (k r d) -> (k d) r m   o of a value channel: channel d of group k, in all of the group's heads
 
-``n`` counts neurons, ``e`` experts, ``g`` the parts that share a tensor; neuron i of expert e has the index e·I + i.
+What comes first on the right counts neurons, or the units that stand in their place; the rest is what each is made
+of. ``g`` counts the parts that share a tensor. Neuron i of expert e has the index e·I + i, and so on.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,46 +26,62 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from surgery.units import kind_of, units_in
+
 
 @dataclass(frozen=True)
 class Slot:
     """The numbers of one part (gate, up, down, a bias) of a run of neurons, inside one tensor.
 
     Args:
-        part: "gate", "up", "down", or "gate.bias" / "up.bias".
+        part: "gate", "up", "down", "gate.bias", "up.bias"; in attention "q", "k", "v", "o", "q.bias" and the like.
         tensor: the tensor's name in its mapping (a state dict, a checkpoint's index).
         pattern: einops pattern from the tensor to ``[neuron, ...]`` (see the module's docstring).
         shape: the shape that the tensor has to have.
-        g: which of the ``g`` parts that share the tensor this slot is; None where the pattern has no ``g``.
+        g: which of the ``g`` parts that share the tensor this slot is, or a run (start, stop) of them that stays an
+            axis; None where the pattern has no ``g``.
         parts: how many parts share the tensor (the size of the axis ``g``).
         start: index in the block of this slot's first neuron (e·I for the tensors of expert e on disk).
+        sizes: (axis, size) of axes that the pattern splits.
+        rows: (start, stop) of the only rows of the tensor that the pattern is about (along the axis of the neurons).
     """
 
     part: str
     tensor: str
     pattern: str
     shape: tuple[int, ...]
-    g: int | None = None
+    g: int | tuple[int, int] | None = None
     parts: int = 1
     start: int = 0
+    sizes: tuple[tuple[str, int], ...] = ()
+    rows: tuple[int, int] | None = None
 
     @cached_property
-    def _split(self) -> tuple[str, list[str]]:
-        """The pattern without its join, and the names of the axes it leads to."""
+    def _split(self) -> tuple[str, list[str], int]:
+        """The pattern without its join, the names of the axes it leads to, and how many of them count neurons."""
         left, right = (side.strip() for side in self.pattern.split("->"))
+        first = right[1 : right.index(")")] if right.startswith("(") else right.split()[0]
         axes = right.replace("(", "").replace(")", "").split()
-        return f"{left} -> {' '.join(axes)}", axes
+        return f"{left} -> {' '.join(axes)}", axes, len(first.split())
 
     @property
-    def stacked(self) -> bool:
-        """Whether the tensor stacks experts: its rows are addressed by (expert, neuron)."""
-        return self._split[1][0] == "e"
+    def stacked(self) -> int:
+        """How many axes beyond the first address a neuron: 1 where experts are stacked, for (expert, neuron)."""
+        return self._split[2] - 1
 
     def view(self, tensor: Tensor) -> Tensor:
         """The slot's rows as a view of ``tensor``: ``[neuron, ...]``, or ``[expert, neuron, ...]`` where stacked."""
-        pattern, axes = self._split
-        view = rearrange(tensor, pattern, g=self.parts) if self.g is not None else rearrange(tensor, pattern)
-        return view.select(axes.index("g"), self.g) if self.g is not None else view
+        pattern, axes, _ = self._split
+        if self.rows is not None:
+            left = re.findall(r"\([^)]*\)|\w+", pattern.split("->")[0])
+            wide = next(at for at, axis in enumerate(left) if axes[0] in axis.strip("()").split())
+            tensor = tensor.narrow(wide, self.rows[0], self.rows[1] - self.rows[0])
+        view = rearrange(tensor, pattern, **dict(self.sizes), **({} if self.g is None else {"g": self.parts}))
+        if self.g is None:
+            return view
+        if isinstance(self.g, int):
+            return view.select(axes.index("g"), self.g)
+        return view.narrow(axes.index("g"), self.g[0], self.g[1] - self.g[0])
 
     @cached_property
     def _rows(self) -> torch.Size:
@@ -70,7 +90,7 @@ class Slot:
     @property
     def neurons(self) -> int:
         """How many neurons the slot holds."""
-        return self._rows[:2].numel() if self.stacked else self._rows[0]
+        return self._rows[: 1 + self.stacked].numel()
 
     @property
     def stop(self) -> int:
@@ -83,7 +103,10 @@ class Slot:
         return self._rows.numel() // max(self.neurons, 1)
 
     def _at(self, index: Tensor) -> tuple[Tensor, ...]:
-        return (index // self._rows[1], index % self._rows[1]) if self.stacked else (index,)
+        found: list[Tensor] = []
+        for size in reversed(self._rows[1 : 1 + self.stacked]):
+            found, index = [index % size, *found], index // size
+        return (index, *found)
 
     def take(self, tensor: Tensor, index: Tensor) -> Tensor:
         """A copy of the rows at ``index`` (int64, counted from the slot's own first neuron): ``[len(index), ...]``."""
@@ -96,10 +119,13 @@ class Slot:
 
 @dataclass(frozen=True)
 class Block:
-    """One MLP: its name (the module's path), how many neurons it has and where they lie.
+    """One MLP or one attention: its name, how many neurons (or other units) it has and where they lie.
 
+    The name is the module's path, with the kind of unit after an attention's: ``model.layers.0.self_attn[kv_group]``.
     ``consumer`` is the path of the module whose input is the neurons' activations (down; the experts' module in a
-    MoE); ``experts`` is 0 in a dense MLP; ``found`` says in words how the block was recognised.
+    MoE; o in attention); ``experts`` is 0 in a dense MLP; ``found`` says in words how the block was recognised.
+    ``heard`` is the slot of the consumer's input vector, where a unit owns several of its channels; None: channel i
+    is neuron i.
     """
 
     name: str
@@ -108,6 +134,23 @@ class Block:
     consumer: str
     experts: int = 0
     found: str = "given"
+    heard: Slot | None = None
+
+    @property
+    def kind(self) -> str:
+        """Which kind of unit it holds: "mlp", "kv_group", "query_head" or "value_channel"."""
+        return kind_of(self.name)
+
+    @property
+    def channels(self) -> int:
+        """How many channels of the consumer's input it hears: one a neuron, or several a unit of attention."""
+        return self.neurons if self.heard is None else self.heard.shape[0]
+
+    def pooled(self, channels: Tensor) -> Tensor:
+        """The mean of ``[channel]`` over the channels of each unit: ``[neuron]`` (a neuron's own channel)."""
+        if self.heard is None:
+            return channels
+        return self.heard.view(channels).flatten(0, self.heard.stacked).reshape(self.neurons, -1).mean(1)
 
     def of(self, part: str) -> tuple[Slot, ...]:
         """The slots of one part, in the order of their neurons."""
@@ -160,6 +203,16 @@ class Layout(Mapping[str, Block]):
     def sizes(self) -> dict[str, int]:
         """Neurons per block."""
         return {block.name: block.neurons for block in self.blocks}
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        """The kinds of unit that its blocks hold, "mlp" first."""
+        return units_in(self)
+
+    @property
+    def costs(self) -> dict[str, int] | None:
+        """Parameters per unit of each block where kinds share a budget (see ``allocate``); None with one kind."""
+        return {block.name: block.width for block in self.blocks} if len(self.units) > 1 else None
 
     def fits(self, tensors: Mapping[str, Tensor]) -> bool:
         """Whether every tensor that the layout names is in ``tensors`` (names only; no tensor is read)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,17 @@ from torch import Tensor
 
 from surgery.layout import WAY_OUT, Shapes, Spec, find_layout, spec_layout
 from surgery.slots import Block, Layout, Slot
+from surgery.units import Units
 
 
-def folder_layout(folder: Path, shapes: Shapes, spec: Spec | None = None) -> Layout:
-    """Where the neurons of a folder of safetensors lie, by the names and shapes on disk.
+def folder_layout(folder: Path, shapes: Shapes, spec: Spec | None = None, units: Units = "mlp") -> Layout:
+    """Where the neurons (or other units) of a folder of safetensors lie, by the names and shapes on disk.
 
     Args:
         folder: holds ``config.json``; no code in it is ever run.
         shapes: tensor name → shape, as the shards' headers say.
         spec: your own layout (see ``find_layout``), over the names on disk.
+        units: which kinds of unit (see ``find_layout``).
 
     Raises:
         ValueError: a tensor is missing or has another shape than the config says, or the neurons can't be found.
@@ -30,7 +33,7 @@ def folder_layout(folder: Path, shapes: Shapes, spec: Spec | None = None) -> Lay
     if spec is not None:
         return spec_layout(spec, shapes)
     model = _meta_model(folder)
-    live = find_layout(model)
+    live = find_layout(model, units=units)
     prefix = f"{model.base_model_prefix}."
     renamed: dict[str, list[Slot]] = {}
     blocks = []
@@ -45,8 +48,8 @@ def folder_layout(folder: Path, shapes: Shapes, spec: Spec | None = None) -> Lay
                 _on_disk(model, block, renamed)
             there = renamed.get(_key(slot), [slot])
             slots += [_at(other, other.tensor, shapes, folder) for other in there]
-        blocks.append(Block(block.name, block.neurons, tuple(slots), block.consumer, block.experts, block.found))
-    return Layout(tuple(blocks))
+        blocks.append(replace(block, slots=tuple(slots)))
+    return Layout(tuple(blocks), live.notes)
 
 
 def _at(slot: Slot, name: str, shapes: Shapes, folder: Path) -> Slot:
@@ -54,7 +57,7 @@ def _at(slot: Slot, name: str, shapes: Shapes, folder: Path) -> Slot:
         raise ValueError(f"{folder} has no tensor {name!r}, which its config.json calls for")
     if shapes[name] != slot.shape:
         raise ValueError(f"{name!r} has the shape {shapes[name]} in {folder}, and its config.json expects {slot.shape}")
-    return Slot(slot.part, name, slot.pattern, slot.shape, slot.g, slot.parts, slot.start)
+    return replace(slot, tensor=name)
 
 
 def _meta_model(folder: Path) -> Any:

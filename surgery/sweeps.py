@@ -13,6 +13,7 @@ from surgery.rows import Evaluate, Row, Sweep, judged
 from surgery.scores import remembered
 from surgery.selection import Selector
 from surgery.trajectory import Trajectory
+from surgery.units import kinds_of
 
 
 def sweep(
@@ -27,7 +28,7 @@ def sweep(
     path: str | Path | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Sweep:
-    """Evaluate every selector at every budget, after the references: earlier, later and the ceiling.
+    """Evaluate every selector at every budget, after the references: earlier, later and the ceiling (of every unit).
 
     Each score is computed once; rollbacks are applied and undone in place; nothing is reloaded. The model is
     bit-identical at the end, also after an error.
@@ -57,7 +58,8 @@ def sweep(
     later, earlier = bench.later(), bench.earlier()
     metric = metric_of(earlier, later, metric)
     with remembered():
-        rows = [bench.ceiling()]
+        asked = [getattr(one, "units", None) or run.units for one in selectors] or [run.units]
+        rows = [bench.ceiling(units) for units in dict.fromkeys(map(kinds_of, asked))]
         rows += [bench.row(selector, budget) for selector in selectors for budget in budgets]
     return Sweep(metric, tuple(judged([earlier, later, *rows], earlier, later, metric)))
 

@@ -19,6 +19,7 @@ from surgery.checkpoint import Checkpoint, Source, State, tensors_of
 from surgery.layout import find_layout
 from surgery.slots import Block, Layout
 from surgery.stored import folder_layout
+from surgery.units import Units, kinds_of, noun
 
 CHUNK = 1 << 20  # bytes of float32 that one chunk of a part may take: it stays in the processor's cache
 
@@ -32,22 +33,26 @@ class Weights:
     name: str
 
 
-def open_weights(source: Source, layout: Layout | None = None, like: Weights | None = None) -> Weights:
-    """Open a folder, module or mapping and find its neurons.
+def open_weights(
+    source: Source, layout: Layout | None = None, like: Weights | None = None, units: Units = "mlp"
+) -> Weights:
+    """Open a folder, module or mapping and find its neurons or other units.
 
     Args:
         source: a folder, hub id, ``nn.Module`` or mapping of tensors.
         layout: the user's own layout; it wins over everything found.
-        like: weights of the same model: their layout serves where the names are the same.
+        like: weights of the same model: their layout serves where the names are the same; its units are looked for.
+        units: which kinds of unit to find (see ``find_layout``).
 
     Raises:
-        ValueError: the neurons can't be found, or are not those of ``like``; a tensor outside the MLPs has another
+        ValueError: the units can't be found, or are not those of ``like``; a tensor outside the MLPs has another
             shape there. Outside the layers another number of rows (a padded or extended vocabulary) is only a
             warning: such tensors are never touched. Other dtypes are fine, and so are tensors that only one has.
     """
     tensors = tensors_of(source)
     name = _name(source)
-    found = layout or _layout(tensors, like, name)
+    kinds = kinds_of(units) if like is None else like.layout.units
+    found = layout or _layout(tensors, like, name, kinds)
     if like is not None and found.sizes != like.layout.sizes:
         raise ValueError(_differs(found.sizes, name, like.layout.sizes, like.name))
     _check_shapes(tensors, found, name)
@@ -56,16 +61,18 @@ def open_weights(source: Source, layout: Layout | None = None, like: Weights | N
     return Weights(tensors, found, name)
 
 
-def _layout(tensors: Mapping[str, Tensor], like: Weights | None, name: str) -> Layout:
+def _layout(tensors: Mapping[str, Tensor], like: Weights | None, name: str, kinds: tuple[str, ...]) -> Layout:
     if isinstance(own := getattr(tensors, "layout", None), Layout):
-        return own
+        later: Any = getattr(tensors, "later", None)  # a rolled-back view: its mask may be over other units
+        return own if own.units == kinds or later is None else _layout(later.tensors, like, name, kinds)
     if isinstance(tensors, State):
-        return find_layout(tensors.module)
+        return find_layout(tensors.module, units=kinds)
     if like is not None and like.layout.fits(tensors) and _kind(tensors) in (None, _kind(like.tensors)):
         return like.layout  # the same names alone are not enough: a gated MLP has those of an ungated one
     if isinstance(tensors, Checkpoint) and (tensors.folder / "config.json").exists():
         files = [tensors.folder / file for file in ("config.json", *tensors.headers)]
-        return _folder_layout(tensors.folder, tuple((file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+        state = tuple((file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+        return _folder_layout(tensors.folder, state, kinds)
     if like is not None:
         slots = (slot.tensor for block in like.layout.blocks for slot in block.slots)
         missing = [tensor for tensor in slots if tensor not in tensors]
@@ -86,9 +93,9 @@ def _kind(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 @lru_cache(maxsize=8)
-def _folder_layout(folder: Path, _state: tuple[tuple[int, int], ...]) -> Layout:
+def _folder_layout(folder: Path, _state: tuple[tuple[int, int], ...], kinds: tuple[str, ...]) -> Layout:
     """The layout of a folder, found once for as long as its files stay as they are (seconds for a large MoE)."""
-    return folder_layout(folder, Checkpoint(folder).shapes)
+    return folder_layout(folder, Checkpoint(folder).shapes, units=kinds)
 
 
 def _check_shapes(tensors: Mapping[str, Tensor], layout: Layout, name: str) -> None:
@@ -160,8 +167,10 @@ class Trajectory:
         base: before the earlier domain was trained; only C needs it.
         earlier: after the earlier domain: what a rollback goes back to.
         later: after the later domain: what is rolled back.
-        layout: where the neurons lie, if surgery can't find them by itself.
+        layout: where the neurons lie, if surgery can't find them by itself; it wins over ``units``.
         model: the later model, if it is live already; ``load`` returns it instead of reading the folder again.
+        units: what scores and masks of this trajectory are over: "mlp" (default), "kv_group", "query_head",
+            "value_channel", or a tuple of "mlp" and one of the others (see ``find_layout``).
 
     Each checkpoint is a folder, a hub id in the local cache, an ``nn.Module`` or a mapping of tensors.
 
@@ -173,10 +182,18 @@ class Trajectory:
     later: Source | None = None
     layout: Layout | None = field(default=None, repr=False)
     model: nn.Module | None = field(default=None, repr=False)
+    units: Units = "mlp"
+
+    def __post_init__(self) -> None:
+        kinds = kinds_of(self.units)
+        if self.layout is not None and kinds not in (("mlp",), self.layout.units):
+            raise ValueError(
+                f"units={self.units!r}, and the layout given has {noun(self.layout.units)}: pass one of both"
+            )
 
     def weights(self, *names: str) -> list[Weights]:
         """The checkpoints of those names ("base", "earlier", "later"), opened and found to be of one model."""
-        later = open_weights(self._source("later"), self.layout)
+        later = open_weights(self._source("later"), self.layout, units=self.units)
         return [later if n == "later" else open_weights(self._source(n), self.layout, later) for n in names]
 
     def _source(self, name: str) -> Source:
@@ -226,6 +243,7 @@ def run_of(weights: Weights, name: str, part: str, start: int, stop: int) -> Ten
     view = slot.view(weights.tensors[slot.tensor])
     first, last = start - slot.start, stop - slot.start
     if slot.stacked:
+        view = view.flatten(1, slot.stacked)
         rows = view.shape[1]
         one, other = divmod(first, rows)[0], (last - 1) // rows
         view = view[one : other + 1].flatten(0, 1)[first - one * rows : last - one * rows]

@@ -368,3 +368,27 @@ def test_what_the_way_needs(nodes, dtype, message):
     earlier, later = pair("qwen3", dtype)
     with pytest.raises(ValueError, match=message):
         damage(Trajectory(earlier=earlier, later=later), batches(labels=True), nodes=nodes)
+
+
+@pytest.mark.parametrize("units", ["kv_group", "query_head", "value_channel", ("mlp", "kv_group")])
+@pytest.mark.parametrize("family", ["qwen3", "gpt2", "phi3", "falcon", "gpt_neox"])
+def test_damage_of_attention_units(family, units):
+    try:
+        find_layout(build(family), units=units)
+    except ValueError:
+        pytest.skip("refused for this family, with the reason")
+    earlier, later = pair(family)
+    run, data = Trajectory(earlier=earlier, later=later, units=units), batches(labels=True)
+    found = damage(run, data)
+    divergence(earlier, later, data).backward()
+    grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in later.named_parameters()}
+    theirs, ours = dict(earlier.named_parameters()), dict(later.named_parameters())
+    for name, block in find_layout(later, units=units).items():
+        want = (vectors(grads, block) * (vectors(ours, block) - vectors(theirs, block))).sum(1).float().detach()
+        torch.testing.assert_close(found[name], want, rtol=2e-3, atol=2e-6 + 1e-3 * float(want.abs().max()))
+    mask = DamageSelector(0.3, units=units).select(Trajectory(earlier=earlier, later=later), data)
+    layout = find_layout(later, units=units)
+    spent = sum(count * layout[name].width for name, count in mask.count().items())
+    assert spent > 0
+    if isinstance(units, tuple):
+        assert spent <= 0.3 * sum(block.neurons * block.width for block in layout.blocks)

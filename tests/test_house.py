@@ -15,9 +15,12 @@ PACKAGE = Path(surgery.__file__).parent
 # each module may import those before it
 ORDER = (
     "significance",
+    "units",
     "neurons",
     "slots",
     "hooks",
+    "heads",
+    "attention",
     "layout",
     "stored",
     "probing",

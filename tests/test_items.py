@@ -126,6 +126,8 @@ def test_a_wide_interval_is_called_underpowered():
     assert clean.underpowered is None
     assert clean.interval == pytest.approx((0.5, 0.5), abs=1e-6)
     table = str(Sweep("m", tuple(judged(rows, rows[0], rows[1], "m"))))
+    low, high = noisy.interval
+    assert f"[{round(100 * low)}, {round(100 * high)}]?" in table
     assert [line.rstrip().split("  ")[0] for line in table.splitlines() if "]?" in line] == ["noisy"]
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from benchmarks.lab.domains import DOMAINS, Item, generate, read_items
-from benchmarks.lab.train import GRPO, seed_everything, train_stage
+from benchmarks.lab.train import GRPO, train_stage
 
 STEPS = (5, 10, 20)
 
@@ -51,7 +51,6 @@ def refreshed(later: torch.nn.Module, folder: Path, domain: str, items: list[Ite
     model = Qwen3ForCausalLM(later.config)
     model.load_state_dict(later.state_dict())
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
-    seed_everything(steps)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # TRL warns, and prints its last line
         warnings.simplefilter("ignore")
         plan = replace(GRPO[domain], steps=steps)

@@ -108,11 +108,15 @@ def refreshes(setting: Setting) -> list[Method]:
 
 
 def selectors(setting: Setting) -> list[Any]:
-    """The library's selectors: Table 6's, and D alone, with proportional budgets, and protecting all other domains."""
+    """The library's selectors: Table 6's; D alone, with proportional budgets, protecting all others; attention units."""
     own = (
         DamageSelector(0.01),
         DamageSelector(0.01, how="proportional"),
         DamageSelector(0.01, protect=setting.others),
+        DamageSelector(0.01, units="value_channel"),
+        DamageSelector(0.01, units=("mlp", "value_channel")),
+        DamageSelector(0.01, units=("mlp", "kv_group")),
+        AMCSelector(0.01, units=("mlp", "kv_group")),
     )
     return [*SELECTORS, *(one for one in own if one.name not in {each.name for each in SELECTORS})]
 

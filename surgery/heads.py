@@ -60,7 +60,8 @@ class Heads:
 
 def find_heads(path: str, module: nn.Module, hidden: int, model: nn.Module) -> tuple[str, Heads]:
     """The submodule that holds the projections, and what they are."""
-    if "cross" in f"{path} {type(module).__name__}".lower() or getattr(module, "is_cross_attention", False):
+    named = f"{path.rpartition('.')[2]} {type(module).__name__}".lower()
+    if re.search(r"cross|encoder_attn", named) or getattr(module, "is_cross_attention", False):
         raise Unclear("it attends to another sequence")
     for inner, one in module.named_modules():
         known = any(kind.__module__.startswith("transformers.") for kind in type(one).__mro__)

@@ -276,6 +276,10 @@ def test_an_attention_with_more_to_it_is_refused():
     layout = find_layout(AutoModelForCausalLM.from_config(crossed), units="kv_group")
     assert list(layout) == [f"transformer.h.{i}.attn[kv_group]" for i in range(2)]
     assert "not covered: transformer.h.0.crossattention and 1 more: it attends to another" in layout.notes[0]
+    shared = dict(vocab_size=64, d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48)
+    seen = find_layout(AutoModelForCausalLM.from_config(AutoConfig.for_model("trocr", **shared)), units="kv_group")
+    assert list(seen) == [f"model.decoder.layers.{i}.self_attn[kv_group]" for i in range(2)]
+    assert "encoder_attn and 1 more: it attends to another" in seen.notes[0]
 
 
 def test_an_attention_of_your_own_needs_a_kv_head_for_every_query_head():

@@ -28,6 +28,12 @@ _STYLES: dict[str, tuple[str, str]] = {
     "random neurons": ("0.45", "x"),
     "random entries": ("0.45", "+"),
 }
+_MARKERS = {
+    "and KV groups": "d",
+    "and value channels": "^",
+    "value channels": "v",
+    "single weights": "*",
+}  # of D's units
 _FLOOR = -30  # percent
 
 
@@ -76,7 +82,7 @@ def _figure(
     drawn = {name: group for name, group in found.items() if group}
     columns = max(1, min(2, len(drawn)))
     rows = max(1, -(-len(drawn) // columns))
-    figure = Figure(figsize=(4.3 * columns, 3.5 * rows + 1.2), dpi=150, layout="constrained")
+    figure = Figure(figsize=(4.3 * columns, 3.5 * rows + 1.7), dpi=150, layout="constrained")
     for at, (name, group) in enumerate(drawn.items()):
         ax = figure.add_subplot(rows, columns, at + 1)
         _panel(ax, group, x, sign)
@@ -85,7 +91,7 @@ def _figure(
         ax.set_ylabel("recovery (%)" if at % columns == 0 else "")
     labelled = {label: line for ax in figure.axes for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     figure.legend(
-        list(labelled.values()), list(labelled), loc="outside lower center", ncols=4 if columns > 1 else 2,
+        list(labelled.values()), list(labelled), loc="outside lower center", ncols=3 if columns > 1 else 2,
         frameon=False, fontsize="small",
     )  # fmt: skip
     return figure
@@ -131,6 +137,17 @@ def _style(point: Point) -> dict[str, Any]:
             "color": "#0072B2", "marker": ".", "markersize": 4, "linewidth": 0.8, "alpha": 0.45,
             "label": "other selectors of surgery",
         }  # fmt: skip
-    marker = "h" if "protecting" in point.method else "d" if "(" in point.method else "o"
-    short = "D, protecting the others" if "protecting" in point.method else point.method  # the pairs name other domains
-    return {"color": "black", "marker": marker, "mfc": "#F0E442", "markersize": 6, "linewidth": 1.6, "label": short}
+    if not point.method.startswith("D") or "protecting" in point.method or "proportional" in point.method:
+        return {
+            "color": "0.55", "marker": ".", "markersize": 4, "linewidth": 0.8, "alpha": 0.6,
+            "label": "D with proportional budgets or protecting, A×M×C of units",
+        }  # fmt: skip
+    marker = next((mark for units, mark in _MARKERS.items() if units in point.method), "o")
+    return {
+        "color": "black",
+        "marker": marker,
+        "mfc": "#F0E442",
+        "markersize": 6,
+        "linewidth": 1.6,
+        "label": point.method,
+    }

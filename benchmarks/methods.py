@@ -108,7 +108,7 @@ def refreshes(setting: Setting) -> list[Method]:
 
 
 def selectors(setting: Setting) -> list[Any]:
-    """The library's selectors: Table 6's; D alone, with proportional budgets, protecting all others; attention units."""
+    """The library's selectors: Table 6's; D, split by layers, protecting all others, over attention units."""
     own = (
         DamageSelector(0.01),
         DamageSelector(0.01, how="proportional"),

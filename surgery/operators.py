@@ -149,19 +149,23 @@ def rollback(
     warn_if_made_for_others(mask, earlier=source)
     _check_writable(model, live, edits)
     old: list[tuple[Tensor, _Edit, Tensor]] = []
-    changed = 0
+    finite: list[Tensor] = []  # read at the end: a GPU is waited for once, not once an edit
+    changed: list[Tensor] = []
     with _uninterrupted() as pending:
         try:
             for edit in edits:
                 tensor = live.tensors[edit.slot.tensor]
                 before = edit.slot.take(tensor, edit.local)
                 after = edit.new(source, before, strength)
-                _check_finite(after, edit, source)
-                changed += int((_bits(before) != _bits(after)).sum())
+                finite.append(after.isfinite().all())
+                changed.append((_bits(before) != _bits(after)).sum())
                 old.append((tensor, edit, before.to(keep_on) if keep_on else before))
                 _write(tensor, edit, after)
                 if pending:
                     raise KeyboardInterrupt
+            for edit, fine in zip(edits, _numbers(finite), strict=True):
+                if not fine:
+                    raise ValueError(_not_finite(edit, source))
         except BaseException:
             for tensor, edit, rows in reversed(old):
                 _write(tensor, edit, rows.to(tensor.device))
@@ -169,7 +173,9 @@ def rollback(
     written = dict.fromkeys(live.layout, 0)
     for edit in edits:
         written[edit.block.name] += len(edit.index) * edit.slot.width
-    return Rollback(mask.count(), written, len({edit.slot.tensor for edit in edits}), changed, float(strength), old)
+    return Rollback(
+        mask.count(), written, len({edit.slot.tensor for edit in edits}), sum(_numbers(changed)), float(strength), old
+    )
 
 
 def _tensors(source: Source) -> Mapping[str, Tensor]:
@@ -194,9 +200,17 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(_WIDTH[tensor.element_size()])
 
 
-def _check_finite(rows: Tensor, edit: _Edit, source: Weights) -> None:
-    if not bool(rows.isfinite().all()):
-        raise ValueError(f"{edit.slot.tensor} of {source.name} holds NaN or infinite numbers in the masked neurons")
+def _numbers(scalars: list[Tensor]) -> list[int]:
+    """The values of scalars, read with one wait per device."""
+    found: dict[int, int] = {}
+    for device in {scalar.device for scalar in scalars}:
+        here = [at for at, scalar in enumerate(scalars) if scalar.device == device]
+        found |= dict(zip(here, torch.stack([scalars[at] for at in here]).tolist(), strict=True))
+    return [found[at] for at in range(len(scalars))]
+
+
+def _not_finite(edit: _Edit, source: Weights) -> str:
+    return f"{edit.slot.tensor} of {source.name} holds NaN or infinite numbers in the masked neurons"
 
 
 def _check_writable(model: nn.Module, live: Weights, edits: list[_Edit]) -> None:
@@ -299,7 +313,8 @@ class RolledBack(Mapping[str, Tensor]):
         for edit in self._edits.get(name, ()):
             before = edit.slot.take(tensor, edit.local)
             after = edit.new(self.source, before, self.strength)
-            _check_finite(after, edit, self.source)
+            if not bool(after.isfinite().all()):
+                raise ValueError(_not_finite(edit, self.source))
             _write(tensor, edit, after)
 
     def papers(self) -> dict[str, bytes]:

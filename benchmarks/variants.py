@@ -1,0 +1,168 @@
+"""Is there a better estimate than the gradient at the later model? ``python -m benchmarks.variants SEED_FOLDER...``
+
+Math was damaged by QA. Beside plain D: D integrated along the way back, D less or plus its own curvature, a few rounds
+of select – revert – rescore, and going further than the earlier values where a local quadratic model says so.
+Everything is in float32, where the way between two checkpoints has points; all choose the same number of neurons.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from benchmarks.hardware import statement
+from benchmarks.lab.evaluate import evaluator
+from surgery import (
+    Neurons,
+    Trajectory,
+    allocate,
+    damage,
+    distillation,
+    earlier_model,
+    load_prompts,
+    reversal_cost,
+    rollback,
+    top,
+)  # fmt: skip
+from surgery.prompts import Batch
+
+BUDGETS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32)
+Choice = tuple[Neurons, float]  # a mask, and how far back
+
+
+class Scorer:
+    """D in all its variants on one seed."""
+
+    def __init__(self, run: Trajectory, data: list[Batch]) -> None:
+        self.run, self.data = run, data
+        with earlier_model(run) as earlier:
+            self.loss = distillation(earlier, data)
+        self.plain = damage(run, data, loss=self.loss)
+        self.integrated = {nodes: damage(run, data, loss=self.loss, nodes=nodes) for nodes in (2, 4)}
+        self.cost = reversal_cost(run, data)
+
+    def best(self, scores: Neurons, budget: float) -> Neurons:
+        return top(scores, allocate(scores, budget, how="global"))
+
+    def curved(self, sign: float) -> Neurons:
+        """The gain of reverting one neuron alone to second order is D − cost; plus is the control."""
+        return Neurons({name: self.plain[name] + sign * self.cost[name] for name in self.plain})
+
+    def rounds(self, budget: float, count: int) -> Neurons:
+        """Spend the budget in equal parts; each sees the model with the parts before it reverted."""
+        mask = self.best(self.plain, budget / count)
+        for at in range(2, count + 1):
+            with rollback(self.run.load(), to=self.run.weights("earlier")[0].tensors, mask=mask):
+                now = damage(self.run, self.data, loss=self.loss)
+            kept = Neurons({name: now[name].masked_fill(mask[name], 1e30) for name in now})
+            mask = self.best(kept, budget * at / count)
+        return mask
+
+    def predicted(self, budget: float) -> Choice:
+        """Plain D's choice, at the strength where the loss's parabola along its joint δ has its minimum, at most 3.
+
+        The slope is known at the later model (−D) and half way back; a parabola goes through two slopes.
+        """
+        mask = self.best(self.plain, budget)
+        start = sum(float(self.plain[name][mask[name]].sum()) for name in mask)
+        with rollback(self.run.load(), to=self.run.weights("earlier")[0].tensors, mask=mask, strength=0.5):
+            now = damage(self.run, self.data, loss=self.loss)
+        half = 2 * sum(float(now[name][mask[name]].sum()) for name in mask)  # half of δ is left there
+        return mask, min(3.0, start / (2 * (start - half))) if start > half else 3.0
+
+    def variants(self) -> dict[str, Callable[[float], Choice]]:
+        """Name → budget → what to revert, and how far."""
+        return {
+            "D": lambda b: (self.best(self.plain, b), 1.0),
+            "integrated, 2 nodes": lambda b: (self.best(self.integrated[2], b), 1.0),
+            "integrated, 4 nodes": lambda b: (self.best(self.integrated[4], b), 1.0),
+            "D − own curvature": lambda b: (self.best(self.curved(-1), b), 1.0),
+            "D + own curvature": lambda b: (self.best(self.curved(1), b), 1.0),
+            "2 rounds": lambda b: (self.rounds(b, 2), 1.0),
+            "4 rounds": lambda b: (self.rounds(b, 4), 1.0),
+            "D, predicted strength": self.predicted,
+        }
+
+
+@contextmanager
+def reverted(run: Trajectory, mask: Neurons, strength: float):  # type: ignore[no-untyped-def]
+    """A rollback whose strength may be more than 1: on the other side of the earlier values."""
+    model, earlier = run.load(), run.weights("earlier")[0].tensors
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    try:
+        with rollback(model, to=earlier, mask=mask), torch.no_grad():
+            back = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+            for name, parameter in model.named_parameters():
+                parameter.copy_(before[name].lerp(back[name], strength))
+            yield
+    finally:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(before[name])
+
+
+def measure(folder: Path) -> dict[tuple[str, float], tuple[float, float, float]]:
+    """(variant, budget) → recovery, the worst change elsewhere, strength."""
+    run = Trajectory(earlier=folder / "math", later=folder / "qa")
+    model = run.load(dtype=torch.float32)
+    score = evaluator(folder / "data", AutoTokenizer.from_pretrained(folder / "qa"))
+    later, earlier = score(model), score(Trajectory(later=run.earlier).load(dtype=torch.float32))
+    data = load_prompts(folder / "data" / "math.calibration.jsonl", folder / "qa")
+    live = replace(run, model=model)
+    found = {}
+    for name, choose in Scorer(live, data).variants().items():
+        print(f"{folder.name}: {name}", flush=True)
+        for budget in BUDGETS:
+            mask, strength = choose(budget)
+            with reverted(live, mask, strength):
+                now = score(model)
+            recovery = (now["math"] - later["math"]) / (earlier["math"] - later["math"])
+            worst = min(now[domain] - later[domain] for domain in now if domain != "math")
+            found[name, budget] = recovery, worst, strength
+    return found
+
+
+def table(seeds: list[dict[tuple[str, float], tuple[float, float, float]]]) -> str:
+    """Recovery in %, mean ± standard deviation over seeds; the strengths below where they are not 1."""
+    names = dict.fromkeys(name for name, _ in seeds[0])
+    lines = ["| variant | " + " | ".join(f"{100 * b:g} %" for b in BUDGETS) + " | worst Δ elsewhere |"]
+    lines.append("|---|" + "---|" * (len(BUDGETS) + 1))
+    for name in names:
+        cells = []
+        for budget in BUDGETS:
+            values = 100 * np.array([seed[name, budget][0] for seed in seeds])
+            strength = float(np.mean([seed[name, budget][2] for seed in seeds]))
+            cells.append(
+                f"{values.mean():.1f} ± {values.std():.1f}" + (f" (× {strength:.2f})" if strength != 1 else "")
+            )
+        worst = 100 * min(seed[name, budget][1] for seed in seeds for budget in BUDGETS)
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {worst:+.2f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure every seed and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("seeds", nargs="+", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    asked = parser.parse_args()
+    transformers_logging.disable_progress_bar()
+    found = [measure(folder) for folder in asked.seeds]
+    text = (
+        f"# Variants of the damage score\n\nRecovery of Math (damaged by QA) in %, mean ± standard deviation over "
+        f"{len(found)} seeds, by budget of MLP neurons; Δ in points; float32. {statement()}\n\n{table(found)}\n"
+    )
+    (asked.out / "variants.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

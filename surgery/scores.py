@@ -195,7 +195,7 @@ def magnitude(run: Trajectory) -> Neurons:
     (later,) = run.weights("later")
     squares = {name: torch.zeros(size, dtype=torch.float64) for name, size in later.layout.sizes.items()}
     for name, start, stop, (b,) in displacements(run, "earlier", "later"):
-        squares[name][start:stop] += dot(b, b)
+        squares[name][start:stop] += _square(b)
     return Neurons({name: value.sqrt().float() for name, value in squares.items()}, made_by={"magnitude": {}})
 
 
@@ -219,13 +219,19 @@ def conflict(run: Trajectory) -> Neurons:
     (later,) = run.weights("later")
     zeros = {name: torch.zeros(3, size, dtype=torch.float64) for name, size in later.layout.sizes.items()}
     for name, start, stop, (a, b) in displacements(run, "base", "earlier", "later"):
-        for row, (left, right) in enumerate(((a, b), (a, a), (b, b))):
-            zeros[name][row, start:stop] += dot(left, right)
+        for row, products in enumerate((dot(a, b), _square(a), _square(b))):
+            zeros[name][row, start:stop] += products
     values = {}
     for name, (ab, aa, bb) in zeros.items():
         norm = (aa * bb).sqrt()
         values[name] = torch.where(norm > 0, -ab / norm.clamp(min=1e-300), 0.0).clamp(0, 1).float()
     return Neurons(values, made_by={"conflict": {}})
+
+
+def _square(a: Tensor) -> Tensor:
+    """Row-wise squared norms of a contiguous ``[neuron, width]``: one pass, and the same whatever lies around a row."""
+    norms: Tensor = torch.linalg.vector_norm(a, dim=1)
+    return norms.double().square()
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -234,11 +235,7 @@ def pieces(block: Block, part: str, others: list[Block], chunk: int = CHUNK) -> 
 
 
 def run_of(weights: Weights, name: str, part: str, start: int, stop: int) -> Tensor:
-    """Neurons start…stop of one part as float32 ``[neuron, width]`` on the CPU, read where they lie.
-
-    Raises:
-        ValueError: NaN or infinite numbers among them.
-    """
+    """Neurons start…stop of one part as float32 ``[neuron, width]`` on the CPU, read where they lie."""
     slot = next(s for s in weights.layout[name].of(part) if s.start <= start < s.stop)
     view = slot.view(weights.tensors[slot.tensor])
     first, last = start - slot.start, stop - slot.start
@@ -249,11 +246,13 @@ def run_of(weights: Weights, name: str, part: str, start: int, stop: int) -> Ten
         view = view[one : other + 1].flatten(0, 1)[first - one * rows : last - one * rows]
     else:
         view = view[first:last]
-    found = view.detach().to("cpu", torch.float32).reshape(stop - start, -1)
-    if not bool(found.sum().isfinite()) and not bool(found.isfinite().all()):
-        bad = int((~found.isfinite()).sum())
+    return view.detach().to("cpu", torch.float32).reshape(stop - start, -1)
+
+
+def _check_finite(weights: Weights, name: str, part: str, start: int, read: Tensor) -> None:
+    if bad := int((~read.isfinite()).sum()):
+        slot = next(s for s in weights.layout[name].of(part) if s.start <= start < s.stop)
         raise ValueError(f"{slot.tensor!r} of {weights.name} holds {bad} NaN or infinite numbers")
-    return found
 
 
 def displacements(run: Trajectory, *names: str) -> Iterator[tuple[str, int, int, tuple[Tensor, ...]]]:
@@ -265,7 +264,10 @@ def displacements(run: Trajectory, *names: str) -> Iterator[tuple[str, int, int,
 
     Yields:
         For one part of neurons start…stop of a block: the differences, float32 ``[neuron, width]``. Every part of
-        every neuron comes exactly once; memory is bounded by ``CHUNK`` per checkpoint.
+        every neuron comes exactly once, its row contiguous; memory is bounded by ``CHUNK`` per checkpoint.
+
+    Raises:
+        ValueError: NaN or infinite numbers among the weights.
     """
     opened = run.weights(*names)
     for name, block in opened[-1].layout.items():
@@ -273,4 +275,8 @@ def displacements(run: Trajectory, *names: str) -> Iterator[tuple[str, int, int,
         for part in block.parts:
             for start, stop in pieces(block, part, others):
                 read = [run_of(one, name, part, start, stop) for one in opened]
-                yield name, start, stop, tuple(b - a for a, b in pairwise(read))
+                changes = tuple((b - a).contiguous() for a, b in pairwise(read))
+                if not all(math.isfinite(change.sum()) for change in changes):  # a sum of large numbers may overflow
+                    for one, numbers in zip(opened, read, strict=True):
+                        _check_finite(one, name, part, start, numbers)
+                yield name, start, stop, changes

@@ -67,8 +67,9 @@ def damage(run: Trajectory, data: Iterable[Batch], *, loss: Loss | None = None, 
                 (one * (weight / t)).backward()  # what is left of δ at t is t · δ
                 total.take()
                 value += weight * float(one.detach())
-    told = {"tokens": tokens, **({"loss": value / tokens} if nodes is None else {"nodes": nodes})}
     found = {name: (sums / tokens).float() for name, sums in total.sums.items()}
+    gain = sum(float(sums.sum()) for sums in total.sums.values()) / tokens
+    told = {"tokens": tokens, "sum": gain, **({"loss": value / tokens} if nodes is None else {"nodes": nodes})}
     return Neurons(found, made_by={"damage": told})
 
 

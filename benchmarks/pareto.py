@@ -1,8 +1,8 @@
 """Every selector beside everything people use today: ``python -m benchmarks.pareto SEED_FOLDER... [--out FOLDER]``.
 
 For every seed folder and every damaged pair each method is applied to the later model, evaluated and taken back, at
-each value of its knob. Writes ``pareto.json`` (all rows), ``pareto.md`` (tables) and two pictures. Rows of the same
-checkpoints and data that ``pareto.json`` already holds are not measured again (``--fresh`` measures all).
+each value of its knob. Writes ``pareto.json.gz`` (all rows), ``pareto.md`` (tables) and two pictures. Rows of the same
+checkpoints and data that ``pareto.json.gz`` already holds are not measured again (``--fresh`` measures all).
 
 Seeds of another order of training: ``SEED_FOLDER:math,code,qa`` (the third stage does the damage).
 """
@@ -10,6 +10,7 @@ Seeds of another order of training: ``SEED_FOLDER:math,code,qa`` (the third stag
 from __future__ import annotations
 
 import argparse
+import gzip
 import hashlib
 import json
 import os
@@ -137,13 +138,13 @@ def identity(folder: Path, pair: Pair) -> dict[str, Any]:
 
 
 class Store:
-    """``pareto.json``: runs (one seed, one pair) of rows, written whole after each method that was measured."""
+    """``pareto.json.gz``: runs (one seed, one pair) of rows, written whole after each method that was measured."""
 
     def __init__(self, path: Path, fresh: bool = False) -> None:
         self.path = path
         self.runs: list[dict[str, Any]] = []
         if path.exists() and not fresh:
-            self.runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
+            self.runs = json.loads(gzip.decompress(path.read_bytes()))["runs"]
 
     def run(self, seed: str, pair: Pair, checkpoints: dict[str, Any]) -> dict[str, Any]:
         """The run of that seed and pair; an empty one if it is new or was measured on other checkpoints or data."""
@@ -158,14 +159,15 @@ class Store:
         return new
 
     def write(self) -> None:
-        """One row a line, so that a diff can be read; in one rename."""
+        """One row a line; in one rename, and the same rows are the same bytes."""
         runs = []
         for run in self.runs:
             rows = ",\n".join(json.dumps(row, separators=(",", ":"), ensure_ascii=False) for row in run["rows"])
             head = json.dumps({key: value for key, value in run.items() if key != "rows"}, ensure_ascii=False)
             runs.append(f'{head[:-1]}, "rows": [\n{rows}\n]}}')
         temporary = self.path.with_suffix(".tmp")
-        temporary.write_text('{"runs": [\n' + ",\n".join(runs) + "\n]}\n", encoding="utf-8")
+        text = '{"runs": [\n' + ",\n".join(runs) + "\n]}\n"
+        temporary.write_bytes(gzip.compress(text.encode(), mtime=0))
         os.replace(temporary, self.path)
 
 
@@ -212,7 +214,7 @@ def main() -> None:
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
     asked.out.mkdir(parents=True, exist_ok=True)
-    store = Store(asked.out / "pareto.json", asked.fresh)
+    store = Store(asked.out / "pareto.json.gz", asked.fresh)
     runs = [measure_pair(folder, pair, store) for folder, order in asked.seeds for pair in pairs(order)]
     named: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
@@ -221,7 +223,7 @@ def main() -> None:
     (asked.out / "pareto.md").write_text(markdown(named, found), encoding="utf-8")
     against_loss(found).savefig(asked.out / "pareto.png")
     against_size(found).savefig(asked.out / "pareto-size.png")
-    print(f"wrote pareto.json, pareto.md, pareto.png and pareto-size.png to {asked.out}")
+    print(f"wrote pareto.json.gz, pareto.md, pareto.png and pareto-size.png to {asked.out}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import random
 from dataclasses import asdict, replace
@@ -188,7 +189,7 @@ def test_a_folder_may_say_its_order() -> None:
 
 
 def test_the_store_gives_rows_back_only_for_the_same_checkpoints(tmp_path: Path) -> None:
-    path = tmp_path / "pareto.json"
+    path = tmp_path / "pareto.json.gz"
     store = Store(path)
     store.run("seed0", PAIR, {"later": {"sha256": "one"}})["rows"].append({"method": "ü", "value": 0.02})
     store.run("seed1", PAIR, {"later": {"sha256": "two"}})
@@ -236,7 +237,7 @@ def test_measuring_leaves_the_model_whole_and_resumes(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(pareto, "methods", few)
     monkeypatch.setattr(pareto, "measure", counted)
-    path = tmp_path / "pareto.json"
+    path = tmp_path / "pareto.json.gz"
     run = measure_pair(SEED0, PAIR, Store(path))
     rows = {one["method"]: one for one in run["rows"]}
     assert len(asked) == len(rows) == len(run["rows"])
@@ -244,9 +245,9 @@ def test_measuring_leaves_the_model_whole_and_resumes(tmp_path: Path, monkeypatc
     assert rows["WiSE-FT"]["metrics"] == rows[EARLIER]["metrics"]
     assert rows[CEILING]["touched"] < rows[EARLIER]["touched"] <= rows[EARLIER]["entries"]
     assert set(rows[EARLIER]["delta"]) == set(DOMAINS) - {"math"}
-    kept = json.loads(path.read_text())
+    kept = json.loads(gzip.decompress(path.read_bytes()))
     kept["runs"][0]["rows"] = [one for one in kept["runs"][0]["rows"] if one["method"] != "TIES trim"]
-    path.write_text(json.dumps(kept))
+    path.write_bytes(gzip.compress(json.dumps(kept).encode()))
     asked.clear()
     again = measure_pair(SEED0, PAIR, Store(path))
     assert asked == ["TIES trim"]

@@ -17,7 +17,7 @@ from surgery.layout import find_layout
 from surgery.neurons import Neurons
 from surgery.prompts import Batch, response_mask
 from surgery.slots import Block, Layout
-from surgery.trajectory import Trajectory, displacements
+from surgery.trajectory import Trajectory, check_finite, displacements
 from surgery.units import Units
 
 P = ParamSpec("P")
@@ -196,6 +196,8 @@ def magnitude(run: Trajectory) -> Neurons:
     squares = {name: torch.zeros(size, dtype=torch.float64) for name, size in later.layout.sizes.items()}
     for name, start, stop, (b,) in displacements(run, "earlier", "later"):
         squares[name][start:stop] += _square(b)
+    if not all(bool(value.sum().isfinite()) for value in squares.values()):
+        check_finite(run, "earlier", "later")
     return Neurons({name: value.sqrt().float() for name, value in squares.items()}, made_by={"magnitude": {}})
 
 
@@ -221,6 +223,8 @@ def conflict(run: Trajectory) -> Neurons:
     for name, start, stop, (a, b) in displacements(run, "base", "earlier", "later"):
         for row, products in enumerate((dot(a, b), _square(a), _square(b))):
             zeros[name][row, start:stop] += products
+    if not all(bool(value.sum().isfinite()) for value in zeros.values()):
+        check_finite(run, "base", "earlier", "later")
     values = {}
     for name, (ab, aa, bb) in zeros.items():
         norm = (aa * bb).sqrt()

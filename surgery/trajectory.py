@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
@@ -234,19 +233,26 @@ def pieces(block: Block, part: str, others: list[Block], chunk: int = CHUNK) -> 
             yield start, min(start + step, high)
 
 
-def run_of(weights: Weights, name: str, part: str, start: int, stop: int) -> Tensor:
-    """Neurons start…stop of one part as float32 ``[neuron, width]`` on the CPU, read where they lie."""
-    slot = next(s for s in weights.layout[name].of(part) if s.start <= start < s.stop)
-    view = slot.view(weights.tensors[slot.tensor])
-    first, last = start - slot.start, stop - slot.start
-    if slot.stacked:
-        view = view.flatten(1, slot.stacked)
-        rows = view.shape[1]
-        one, other = divmod(first, rows)[0], (last - 1) // rows
-        view = view[one : other + 1].flatten(0, 1)[first - one * rows : last - one * rows]
-    else:
-        view = view[first:last]
-    return view.detach().to("cpu", torch.float32).reshape(stop - start, -1)
+def reading(weights: Weights, name: str, part: str) -> Callable[[int, int], Tensor]:
+    """A function that reads neurons start…stop of one part as float32 ``[neuron, width]`` on the CPU."""
+    views: dict[int, Tensor] = {}  # of the slot that was read last: making a view takes longer than reading a chunk
+
+    def read(start: int, stop: int) -> Tensor:
+        slot = next(s for s in weights.layout[name].of(part) if s.start <= start < s.stop)
+        if slot.start not in views:
+            views.clear()
+            view = slot.view(weights.tensors[slot.tensor]).detach()
+            views[slot.start] = view.flatten(1, slot.stacked) if slot.stacked else view
+        view, first, last = views[slot.start], start - slot.start, stop - slot.start
+        if slot.stacked:
+            rows = view.shape[1]
+            one, other = divmod(first, rows)[0], (last - 1) // rows
+            view = view[one : other + 1].flatten(0, 1)[first - one * rows : last - one * rows]
+        else:
+            view = view[first:last]
+        return view.to("cpu", torch.float32).reshape(stop - start, -1)
+
+    return read
 
 
 def _check_finite(weights: Weights, name: str, part: str, start: int, read: Tensor) -> None:
@@ -264,19 +270,28 @@ def displacements(run: Trajectory, *names: str) -> Iterator[tuple[str, int, int,
 
     Yields:
         For one part of neurons start…stop of a block: the differences, float32 ``[neuron, width]``. Every part of
-        every neuron comes exactly once, its row contiguous; memory is bounded by ``CHUNK`` per checkpoint.
-
-    Raises:
-        ValueError: NaN or infinite numbers among the weights.
+        every neuron comes exactly once, its row contiguous; memory is bounded by ``CHUNK`` per checkpoint. NaN and
+        infinite weights come as they are (``check_finite``).
     """
     opened = run.weights(*names)
     for name, block in opened[-1].layout.items():
         others = [one.layout[name] for one in opened[:-1]]
         for part in block.parts:
+            readers = [reading(one, name, part) for one in opened]
             for start, stop in pieces(block, part, others):
-                read = [run_of(one, name, part, start, stop) for one in opened]
-                changes = tuple((b - a).contiguous() for a, b in pairwise(read))
-                if not all(math.isfinite(change.sum()) for change in changes):  # a sum of large numbers may overflow
-                    for one, numbers in zip(opened, read, strict=True):
-                        _check_finite(one, name, part, start, numbers)
-                yield name, start, stop, changes
+                read = [reader(start, stop) for reader in readers]
+                yield name, start, stop, tuple((b - a).contiguous() for a, b in pairwise(read))
+
+
+def check_finite(run: Trajectory, *names: str) -> None:
+    """Find the NaN or infinite numbers that made a score so: costs a second reading, so it is asked for only then.
+
+    Raises:
+        ValueError: there are some among the units' weights; the message names the first tensor.
+    """
+    for one in run.weights(*names):
+        for name, block in one.layout.items():
+            for part in block.parts:
+                read = reading(one, name, part)
+                for start, stop in pieces(block, part, []):
+                    _check_finite(one, name, part, start, read(start, stop))

@@ -45,7 +45,7 @@ from surgery import (
 )
 from surgery.checkpoint import State
 from surgery.stored import folder_layout
-from surgery.trajectory import open_weights, run_of
+from surgery.trajectory import open_weights, reading
 from surgery.units import ATTENTION, kinds_of
 
 REFUSED = ("deepseek_v2", "deepseek_v3", "glm_moe_dsa", "jetmoe")
@@ -518,7 +518,7 @@ def test_any_run_of_units_is_read_where_it_lies(name, unit):
     block = weights.layout.blocks[0]
     for slot in block.slots:
         for start, stop in ((0, block.neurons), (1, block.neurons), (block.neurons // 2, block.neurons // 2 + 1)):
-            found = run_of(weights, block.name, slot.part, start, stop)
+            found = reading(weights, block.name, slot.part)(start, stop)
             rows = slot.take(weights.tensors[slot.tensor], torch.arange(start, stop))
             assert torch.equal(found, rows.detach().float().reshape(stop - start, -1))
 

@@ -1,0 +1,90 @@
+"""From how few unlabelled prompts? ``python -m benchmarks.few_prompts SEED_FOLDER... [--out FOLDER]``
+
+Math was damaged by QA. The calibration prompts lose their answers, the earlier model writes its own; then D selects 2 %
+from a few of them, drawn several times: how much the masks agree, and how much each recovers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from transformers import AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from benchmarks.hardware import statement
+from benchmarks.lab.evaluate import evaluator
+from surgery import (
+    AMCSelector,
+    DamageSelector,
+    Stability,
+    Trajectory,
+    earlier_model,
+    load_prompts,
+    respond,
+    stability,
+)  # fmt: skip
+from surgery.plots import prompt_stability
+from surgery.prompts import Batch
+
+SIZES, DRAWS = (4, 8, 16, 32, 64), 5
+SELECTORS = (DamageSelector(0.02), DamageSelector(0.02, units=("mlp", "value_channel")), AMCSelector(0.02))
+
+
+def unlabelled(path: Path, tokenizer: Path) -> list[Batch]:
+    """The prompts of a file, without their responses."""
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    with tempfile.TemporaryDirectory() as folder:
+        bare = Path(folder) / "prompts.jsonl"
+        bare.write_text("".join(json.dumps({"prompt": line["prompt"]}) + "\n" for line in lines), encoding="utf-8")
+        return load_prompts(bare, tokenizer)
+
+
+def measure(folder: Path) -> list[Stability]:
+    """The stability of every selector on one seed."""
+    run = Trajectory(folder / "code", folder / "math", folder / "qa")
+    run = replace(run, model=run.load())
+    score = evaluator(folder / "data", AutoTokenizer.from_pretrained(folder / "qa"))
+    with earlier_model(run) as earlier:
+        data = respond(earlier, unlabelled(folder / "data" / "math.calibration.jsonl", folder / "qa"), max_new_tokens=8)
+    return [stability(run, data, one, SIZES, DRAWS, evaluate=score, metric="math") for one in SELECTORS]
+
+
+def table(seeds: list[list[Stability]]) -> str:
+    """Recovery by number of prompts: mean over seeds and draws, and the range; then the agreement of two draws."""
+    lines = ["| selector | | " + " | ".join(map(str, SIZES)) + " | all |", "|---|---|" + "---|" * (len(SIZES) + 1)]
+    for found in zip(*seeds, strict=True):
+        agreements = list(zip(*(one.agreements for one in found), strict=True))
+        recoveries = [100 * np.array([value for one in size for value in one.recovery]) for size in agreements]
+        every = 100 * np.mean([one.recovery for one in found if one.recovery is not None])
+        cells = [f"{values.mean():.1f} ({values.min():.1f} … {values.max():.1f})" for values in recoveries]
+        lines.append(f"| {found[0].selector} | recovery, % | " + " | ".join(cells) + f" | {every:.1f} |")
+        agreed = [np.mean([value for one in size for value in one.jaccard]) for size in agreements]
+        lines.append("| | Jaccard of two draws | " + " | ".join(f"{value:.2f}" for value in agreed) + " | |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure every seed, write the table and seed 0's picture."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("seeds", nargs="+", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    asked = parser.parse_args()
+    transformers_logging.disable_progress_bar()
+    found = [measure(folder) for folder in asked.seeds]
+    text = (
+        f"# From how few unlabelled prompts?\n\nRecovery of Math (damaged by QA) at a budget of 2 %, by number of "
+        f"prompts without responses: mean (least … most) over {len(found)} seeds × {DRAWS} draws; 128 prompts in all. "
+        f"{statement()}\n\n{table(found)}\n"
+    )
+    (asked.out / "few-prompts.md").write_text(text, encoding="utf-8")
+    prompt_stability(found[0][0]).figure.savefig(asked.out / "few-prompts.png")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

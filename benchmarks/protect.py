@@ -1,0 +1,84 @@
+"""What does protecting the other domains buy, and cost? ``python -m benchmarks.protect SEED_FOLDER... [--out FOLDER]``
+
+Math was damaged by QA. D is reduced by ``weight`` times what reverting would cost QA, Code and CW; at budgets so large
+that plain D begins to hurt them.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from transformers import AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from benchmarks.hardware import statement
+from benchmarks.lab.evaluate import evaluator
+from surgery import DamageSelector, Trajectory, load_prompts, rollback
+from surgery.scores import remembered
+
+BUDGETS, WEIGHTS = (0.08, 0.32, 0.64, 0.8), (0.0, 0.3, 1.0, 3.0, 10.0, 100.0)
+OTHERS = ("qa", "code", "cw")
+Found = dict[tuple[float, float], tuple[float, dict[str, float]]]
+
+
+def measure(folder: Path) -> Found:
+    """(weight, budget) → recovery of Math, Δ of the others."""
+    run = Trajectory(earlier=folder / "math", later=folder / "qa")
+    model = run.load()
+    live = replace(run, model=model)
+    score = evaluator(folder / "data", AutoTokenizer.from_pretrained(folder / "qa"))
+    later, earlier = score(model), score(Trajectory(later=run.earlier).load())
+    data = {
+        domain: load_prompts(folder / "data" / f"{domain}.calibration.jsonl", folder / "qa")
+        for domain in ("math", *OTHERS)
+    }
+    found: Found = {}
+    with remembered():
+        for weight in WEIGHTS:
+            for budget in BUDGETS:
+                guarded = {domain: data[domain] for domain in OTHERS}
+                mask = DamageSelector(budget, protect=guarded, weight=weight).select(live, data["math"])
+                with rollback(model, to=folder / "math", mask=mask):
+                    now = score(model)
+                recovery = (now["math"] - later["math"]) / (earlier["math"] - later["math"])
+                found[weight, budget] = recovery, {domain: now[domain] - later[domain] for domain in OTHERS}
+    return found
+
+
+def table(seeds: list[Found]) -> str:
+    """Recovery in % and the worst of the others' mean Δ in points, per weight and budget; means over seeds."""
+    lines = ["| weight | " + " | ".join(f"{100 * budget:g} %" for budget in BUDGETS) + " |"]
+    lines.append("|---|" + "---|" * len(BUDGETS))
+    for weight in WEIGHTS:
+        cells = []
+        for budget in BUDGETS:
+            recovery = 100 * np.array([seed[weight, budget][0] for seed in seeds])
+            means = {one: 100 * np.mean([seed[weight, budget][1][one] for seed in seeds]) for one in OTHERS}
+            worst = min(means, key=lambda one: means[one])
+            cells.append(f"{recovery.mean():.1f} ± {recovery.std():.1f}, {worst} {means[worst]:+.2f}")
+        lines.append(f"| {weight:g} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure every seed and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("seeds", nargs="+", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    asked = parser.parse_args()
+    transformers_logging.disable_progress_bar()
+    found = [measure(folder) for folder in asked.seeds]
+    text = (
+        f"# What protecting the other domains buys, and costs\n\nRecovery of Math in % (mean ± standard deviation over "
+        f"{len(found)} seeds) and the worst mean Δ among QA, Code and CW in points, by the weight of what reverting would "
+        f"cost them (0: plain D) and the budget of MLP neurons. {statement()}\n\n{table(found)}\n"
+    )
+    (asked.out / "protect.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -52,11 +52,7 @@ def damage(run: Trajectory, data: Iterable[Batch], *, loss: Loss | None = None, 
 
     Source: ours, from Proposition 1: damage is local, and to leading order additive over coordinates.
     """
-    batches = _some(data)
-    if loss is None:
-        with earlier_model(run) as earlier:
-            batches = respond(earlier, batches)
-            loss = distillation(earlier, batches)
+    batches, loss = answered(run, data, loss)
     total, model = _total(run)
     tokens, value = sum(int(positions(batch).sum()) for batch in batches), 0.0
     for t, weight in _path(model, nodes):
@@ -69,6 +65,16 @@ def damage(run: Trajectory, data: Iterable[Batch], *, loss: Loss | None = None, 
     told = {"tokens": tokens, **({"loss": value / tokens} if nodes is None else {"nodes": nodes})}
     found = {name: (sums / tokens).float() for name, sums in total.sums.items()}
     return Neurons(found, made_by={"damage": told})
+
+
+def answered(run: Trajectory, data: Iterable[Batch], loss: Loss | None) -> tuple[list[Batch], Loss]:
+    """The batches, answered by the earlier model where they have no labels, and the loss (default: see ``damage``)."""
+    batches = _some(data)
+    if loss is not None:
+        return batches, loss
+    with earlier_model(run) as earlier:
+        batches = respond(earlier, batches)
+        return batches, distillation(earlier, batches)
 
 
 def _path(model: nn.Module, nodes: int | None) -> list[tuple[float, float]]:
@@ -93,7 +99,7 @@ def _moved(model: nn.Module, run: Trajectory, t: float) -> Iterator[None]:
         return
     sizes = open_weights(model, run.layout, units=run.units).layout.sizes
     everything = Neurons({name: torch.ones(size, dtype=torch.bool) for name, size in sizes.items()})
-    with rollback(model, to=run._source("earlier"), mask=everything, strength=1 - t, layout=run.layout):
+    with rollback(model, to=run.source("earlier"), mask=everything, strength=1 - t, layout=run.layout):
         yield
 
 

@@ -180,6 +180,8 @@ def _checked(part: str, positions: Tensor, size: int) -> Tensor:
             f"{tuple(positions.shape)}"
         )
     positions = positions.detach().to("cpu", torch.int64)
-    if len(positions) and not (0 <= int(positions[0]) and int(positions[-1]) < size and bool((positions.diff() > 0).all())):
+    if len(positions) and not (
+        int(positions[0]) >= 0 and int(positions[-1]) < size and bool((positions.diff() > 0).all())
+    ):
         raise ValueError(f"part {part!r}: expected positions from 0 to {size - 1}, ascending, each once")
     return positions

@@ -64,10 +64,10 @@ class Rollback:
 
     def __str__(self) -> str:
         written = sum(self.parameters.values())
-        homes = "parts" if self.noun == "weights" else "blocks"
+        homes = f"{len(self.neurons)} {'parts' if self.noun == 'weights' else 'blocks'}"
         lines = [
             f"rolled back {sum(self.neurons.values())} {self.noun} in {sum(n > 0 for n in self.neurons.values())} of "
-            f"{len(self.neurons)} {homes}: {written} parameters in {self.tensors} tensors, {self.changed} really changed"
+            f"{homes}: {written} parameters in {self.tensors} tensors, {self.changed} really changed"
         ]
         if 0 < self.strength < 1 and written:
             lines.append(

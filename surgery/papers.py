@@ -69,9 +69,7 @@ def warn_if_made_for_others(mask: Mask, **used: Weights) -> None:
             )
 
 
-def papers(
-    later: Weights, source: Weights, mask: Mask, strength: float, edited: int, tensors: int
-) -> dict[str, bytes]:
+def papers(later: Weights, source: Weights, mask: Mask, strength: float, edited: int, tensors: int) -> dict[str, bytes]:
     """File name → content of everything that a saved rollback adds to the later folder."""
     record = {
         "versions": versions(),

@@ -20,7 +20,8 @@ from surgery.slots import Block, Layout
 from surgery.trajectory import Trajectory, displacements
 from surgery.units import Units
 
-P, Scores = ParamSpec("P"), TypeVar("Scores")
+P = ParamSpec("P")
+Scores = TypeVar("Scores")
 _memory: ContextVar[dict[Any, tuple[Any, Any]] | None] = ContextVar("scores", default=None)
 
 

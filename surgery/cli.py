@@ -102,7 +102,12 @@ def select(
     out.print(repr(mask), markup=False)
     for note in mask.made_by.get("not_covered", []):
         out.print(note, markup=False)
-    if budget and not sum(mask.count().values()):
+    taken = sum(mask.count().values())
+    if found := mask.made_by.get("entries"):
+        out.print(f"{found['allowed']} weights allowed, {taken} taken")
+        for count, loss in found.get("curve", []):
+            out.print(f"  {count:>10} reverted: loss {loss:.5g}{' (kept)' if count == taken else ''}")
+    elif budget and not taken:
         out.print(f"budget {budget} buys not one of these units: pass a larger --budget")
     for expert in mask.made_by.get("never_routed", []):
         out.print(f"never routed, so without an activation: {expert}")
@@ -246,6 +251,8 @@ def tune(
     if found.budget is None:
         raise typer.Exit(1)
     words = [*checkpoints, *(["--data", str(data)] if data else []), "--selector", selector, "--how", how]
+    words += ["--units", units] if units != "mlp" else []
+    words += ["--no-stop"] if no_stop else []
     out.print(f"\nsurgery select {shlex.join(words)} --budget {found.budget:g} -o mask.safetensors", markup=False)
 
 
@@ -380,6 +387,8 @@ def _selector(text: str, budget: float, how: Any, seed: int, units: str, no_stop
     if units == _WEIGHT:
         if text.strip() != "D":
             raise ValueError(f"--units {_WEIGHT} has one selector, D, and {text.strip()!r} was asked for: say D")
+        if how not in (None, "global"):
+            raise ValueError(f"--units {_WEIGHT} takes the best of the whole model: leave out --how {how}")
         return EntrySelector(budget, stop=not no_stop)
     if text.strip() == "random":
         return RandomSelector(budget, seed)

@@ -31,7 +31,8 @@ class Tuning:
     ``limits``, None if none does; ``best``: that row, or else the one of the highest recovery within the limits, None
     if none keeps them; ``ceiling``: all units of the selector's kinds; ``sweep``: every row measured, by budget;
     ``evaluations``: the models evaluated now; ``nested``: whether each measured mask contains the smaller ones;
-    ``monotone``: whether recovery never fell and no limit was met again as the measured budgets grew; ``notes``: what to beware of.
+    ``monotone``: whether recovery never fell and no limit was met again as the measured budgets grew; ``notes``: what
+    to beware of.
 
     Source: ours.
     """

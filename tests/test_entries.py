@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -25,20 +27,23 @@ from surgery import (
     Neurons,
     Trajectory,
     damage,
+    edits,
     find_layout,
     gains,
+    gradients,
     jaccard,
     operators,
     recommend,
     rolled_back,
     save,
+    singles,
     sweep,
 )
 from surgery.checkpoint import State
 from surgery.entries import load_mask, shapes_of
 from surgery.gains import Gains, entry_gains
 from surgery.papers import CARD, MASK, RECORD
-from surgery.slots import Layout
+from surgery.slots import Block, Layout, Slot
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # separate, Conv1D with biases, fused, fused by group, renamed on disk, interleaved experts, experts with a dense layer
@@ -460,3 +465,149 @@ def test_anonymous_memory_is_bounded_by_a_chunk():
         [sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]
     )
     assert float(found.stdout) < 60, f"{found.stdout} MB"
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+def test_long_parts_are_read_and_written_in_pieces(family, monkeypatch):
+    earlier, later, run = small_pair(family)
+    data, before = batches(labels=True), snapshot(later)
+    whole = EntrySelector(0.05).select(run, data)
+    want = expected(before, dict(State(earlier)), finest(later), whole)
+    for module, name, size in ((edits, "_RUN", 7), (gradients, "CHUNK", 100), (gains, "CHUNK", 13)):
+        monkeypatch.setattr(module, name, size)
+    assert EntrySelector(0.05).select(run, data).equal(whole)
+    with operators.rollback(later, to=earlier, mask=whole) as done:
+        assert same(snapshot(later), want)
+        assert len(done._old) > sum(whole.count().values()) / 7
+    assert same(snapshot(later), before)
+
+
+# Mutants: each changes one thing, and one of the tests above has to fail.
+
+
+def neighbour(patch: pytest.MonkeyPatch) -> None:
+    def mutant(self, tensor, positions, values, original=Slot.put_entries):
+        original(self, tensor, (positions + 1) % (self.neurons * self.width), values)
+
+    patch.setattr(Slot, "put_entries", mutant)
+
+
+def undone_elsewhere(patch: pytest.MonkeyPatch) -> None:
+    def mutant(self, tensor, positions, original=Slot.take_entries):
+        return original(self, tensor, positions.flip(0))
+
+    patch.setattr(Slot, "take_entries", mutant)
+
+
+def span_in_neurons(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Slot, "span", property(lambda self: (self.start, self.stop)))
+
+
+def experts_mixed_up(patch: pytest.MonkeyPatch) -> None:
+    def mutant(self, tensors, part, positions, original=Block.entries):
+        return original(self, tensors, part, positions).flip(0)
+
+    patch.setattr(Block, "entries", mutant)
+
+
+def first_run_only(patch: pytest.MonkeyPatch) -> None:
+    def mutant(layout, mask, original=edits._numbers):
+        seen = set()
+        for edit in original(layout, mask):
+            if (edit.block.name, edit.slot) not in seen:
+                seen.add((edit.block.name, edit.slot))
+                yield edit
+
+    patch.setattr(edits, "_numbers", mutant)
+
+
+def one_too_many(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(gains, "_threshold", lambda flat, count, original=gains._threshold: original(flat, count + 1))
+
+
+def every_tie(patch: pytest.MonkeyPatch) -> None:
+    def mutant(flat, count, original=gains._threshold):
+        bits, _ = original(flat, count)
+        return bits, 10**9
+
+    patch.setattr(gains, "_threshold", mutant)
+
+
+def lowest_first(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Gains, "best", lambda self, count, original=Gains.best: original(self, count).flip(0))
+
+
+def of_either_sign(patch: pytest.MonkeyPatch) -> None:
+    def mutant(self, count, original=Gains.best):
+        return original(replace(self, flat=self.flat.abs()), count)
+
+    patch.setattr(Gains, "best", mutant)
+
+
+def gradient_alone(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(gains, "_times_change", lambda *_: None)
+
+
+def parts_from_zero(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(gains, "_starts", lambda shapes: dict.fromkeys(shapes, 0))
+
+
+def last_batch_only(patch: pytest.MonkeyPatch) -> None:
+    def mutant(model, layout, take, original=gains.collecting):
+        @contextmanager
+        def once():
+            calls: dict = {}
+            with original(model, layout, lambda b, s, g, p: calls.update({(b.name, s): (b, s, g.clone(), p)})):
+                yield
+            for call in calls.values():
+                take(*call)
+
+        return once()
+
+    patch.setattr(gains, "collecting", mutant)
+
+
+def goes_to_the_end(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(singles, "min", lambda curve, key: curve[-1], raising=False)
+
+
+def curve_of_the_later_model(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(singles, "rollback", lambda *_, **__: nullcontext())
+
+
+def left_reverted(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(operators.Rollback, "__exit__", lambda *_: None)
+
+
+MUTANTS = (
+    neighbour, undone_elsewhere, span_in_neurons, experts_mixed_up, first_run_only, one_too_many, every_tie,
+    lowest_first, of_either_sign, gradient_alone, parts_from_zero, last_batch_only, goes_to_the_end,
+    curve_of_the_later_model, left_reverted,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_mutants_die(mutant, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        mutant(patch)
+        with pytest.raises((AssertionError, RuntimeError, IndexError, ValueError)):
+            _every_law(tmp_path)
+
+
+def test_without_a_mutant_the_laws_hold(tmp_path):
+    _every_law(tmp_path)
+
+
+def _every_law(place: Path) -> None:
+    earlier, later = build("mixtral", torch.float32, 1), build("mixtral", torch.float32, 2)
+    law_exact(later, earlier, some_entries(finest(later)))
+    law_ends(later, earlier, some_entries(finest(later)))
+    test_live_and_folder_agree("mixtral", place)
+    test_gains_add_up_to_the_damage_of_each_neuron("llama")
+    test_the_highest_gains_are_taken_and_budgets_are_nested("llama", torch.float32)
+    test_stopping_keeps_the_least_loss_that_was_tried("llama", 1.0)
+    with pytest.MonkeyPatch.context() as patch:
+        test_long_parts_are_read_and_written_in_pieces("qwen3", patch)
+    found = Gains(torch.tensor([1.0, 3.0, 3.0, -4.0, 3.0]), {"a/up": (5, 1)}, nn.Module(), None, [], 1, 0.0)  # type: ignore[arg-type]
+    assert found.best(2).tolist() == [1, 2]
+    assert found.best(9).tolist() == [1, 2, 4, 0]

@@ -16,11 +16,12 @@ from surgery.entries import Entries, shapes_of
 from surgery.gradients import as_live, collecting, in_runs
 from surgery.predictions import Loss, positions
 from surgery.prompts import Batch
-from surgery.scores import remember
 from surgery.slots import Block, Slot
 from surgery.trajectory import Trajectory, Weights, open_weights
 
 CHUNK = 1 << 20  # scores that are looked at at a time
+_LAST = (1 << 16) - 1
+_HIGHEST = (1 << 31) - 1
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,20 @@ class Gains:
             held.append(chunk[taken])
         return torch.cat(found)[torch.cat(held).sort(descending=True, stable=True).indices]
 
+    def worth(self, limit: float) -> int:
+        """How many of the highest positive numbers add up to at most ``limit``."""
+        prefix, spent, number = None, 0.0, 0.0
+        for _ in range(2):
+            sums, counts = _histogram(self.flat, prefix, "sum"), _histogram(self.flat, prefix, "count")
+            reached = sums.cumsum(0) + spent
+            if reached[-1] <= limit:
+                return int(number + counts.sum())
+            at = int(torch.searchsorted(reached, limit, right=True))  # the first bin that no longer fits as a whole
+            spent, number = float(reached[at] - sums[at]), number + float(counts[:at].sum())
+            prefix = (prefix or 0) << 16 | _LAST - at
+        value = float(torch.tensor(prefix, dtype=torch.int32).view(torch.float32))
+        return int(number + max(0.0, limit - spent) // value)
+
     def entries(self, chosen: Tensor) -> Entries:
         """Indices into ``flat`` as a mask."""
         sizes = [neurons * width for neurons, width in self.shapes.values()]
@@ -65,7 +80,6 @@ class Gains:
         return Entries({part: found - first for part, found, first in parts}, shapes=self.shapes)
 
 
-@remember
 def entry_gains(run: Trajectory, data: Iterable[Batch], *, loss: Loss | None = None) -> Gains:
     """D of single weights: D_w = (Σ over batches of g_w) · δB,w, the first-order gain of reverting weight w.
 
@@ -147,24 +161,34 @@ def _chunks(flat: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
         yield start, chunk, chunk.view(torch.int32)
 
 
+def _histogram(flat: Tensor, prefix: int | None, what: str) -> Tensor:
+    """How many positive numbers ("count"), or their sum, per value of 16 bits: the upper ones, or those after a prefix.
+
+    From the highest value to the lowest: ``[65536]``, float64.
+    """
+    found = torch.zeros(1 << 16, dtype=torch.float64)
+    for _, chunk, bits in _chunks(flat):
+        chosen = bits > 0 if prefix is None else (bits > 0) & (bits >> 16 == prefix)
+        held = bits[chosen]
+        weights = chunk[chosen].double() if what == "sum" else None
+        found += torch.bincount(held >> 16 if prefix is None else held & 0xFFFF, weights, minlength=1 << 16)
+    return found.flip(0)
+
+
 def _threshold(flat: Tensor, count: int) -> tuple[int, int]:
     """The bits of the ``count``-th highest positive number, and how many of those equal to it are among the highest.
 
     (0, 0) where there are fewer positive ones. Two passes: one over the upper halves of the bits, one over the lower.
     """
-    if count == 0:
-        return (1 << 31) - 1, 0
-    prefix, above = 0, 0
-    for shift in (16, 0):
-        counts = torch.zeros(1 << 16, dtype=torch.int64)
-        for _, _, bits in _chunks(flat):
-            kept = bits[bits > 0]
-            kept = kept if shift else kept[kept >> 16 == prefix]
-            counts += torch.bincount((kept >> shift) & 0xFFFF, minlength=1 << 16)
-        reached = counts.flip(0).cumsum(0) + above
+    if count <= 0:
+        return _HIGHEST, 0
+    prefix, above = None, 0.0
+    for _ in range(2):
+        counts = _histogram(flat, prefix, "count")
+        reached = counts.cumsum(0) + above
         if reached[-1] < count:
             return 0, 0
         at = int(torch.searchsorted(reached, count))  # the first bin from the top with which there are enough
-        above = int(reached[at]) - int(counts[-1 - at])
-        prefix = prefix << 16 | (1 << 16) - 1 - at
-    return prefix, count - above
+        above = float(reached[at] - counts[at])
+        prefix = (prefix or 0) << 16 | _LAST - at
+    return prefix or 0, count - int(above)

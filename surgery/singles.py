@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,29 +12,36 @@ from surgery.entries import Entries
 from surgery.gains import Gains, entry_gains
 from surgery.operators import rollback
 from surgery.predictions import Loss, positions
+from surgery.scores import remember
 from surgery.selection import Data, check_budget, named, over, record
 from surgery.trajectory import Trajectory
 from surgery.units import Units, kinds_of
 
 _FINEST: Units = ("mlp", "kv_group")
 _HALVINGS = 6
+Point = tuple[int, float]  # how many weights are reverted, and the loss then
 
 
 @dataclass(frozen=True)
 class EntrySelector:
     """Revert single weights, ranked by D of each: D_w = g_w · δB,w, the first-order gain of going back in w alone.
 
-    Weights whose gain is not positive are never taken, so there may be fewer than the budget allows. A first-order
-    gain is too good to be true for many weights at once: each was measured with all others in place, so that at some
-    point more of them do harm (docs/explanation/limits.md). ``stop`` guards against that: the loss is measured with
-    the best 1/64, 1/32, ... 1/2 and all of the budget reverted, forward passes on the same prompts, and the number
-    with the least loss is kept, none if the later model itself has it. 7 forward passes per batch beside the forward
-    and backward pass for D; the curve is in ``made_by["entries"]``.
+    Gains of single weights do not add up: each was measured with all others in place. So they are taken in rounds. A
+    round takes the best until their gains add up to the loss that is left, which is more than they can give, and then
+    D is measured again with all that was taken reverted. The last round takes what is left of the budget. Weights
+    whose gain is not positive are never taken, so there may be fewer than the budget allows. The rounds do not depend
+    on the budget: a bigger one contains the smaller (without ``stop``).
+
+    Some number of weights is best, and more of them do harm. With ``stop`` the loss is looked at after each round, and
+    with 1/64, 1/32, ... 1/2 and all of the last one reverted; the number with the least loss is kept, none if the later
+    model itself has it. That is one forward and backward pass per round and 7 forward passes more, on the same prompts;
+    the curve is in ``made_by["entries"]``.
 
     Args:
         budget: β, the fraction of the candidate weights, in [0, 1]; with ``stop`` the most that may be taken.
         stop: keep only as many as lower the loss (see above).
-        loss: another loss than the divergence from the earlier model (see ``damage``).
+        rounds: how often D is measured, at least 1.
+        loss: another loss than the divergence from the earlier model (see ``damage``); ≥ 0, where 0 is nothing lost.
         units: whose weights are candidates (see ``find_layout``); None: those of the MLPs and of KV groups, of the
             MLPs alone where a model's attention can't be told for certain or the trajectory has a layout of its own.
 
@@ -45,17 +52,21 @@ class EntrySelector:
 
     budget: float
     stop: bool = True
+    rounds: int = 8
     loss: Loss | None = field(default=None, repr=False, compare=False)
     units: Units | None = None
 
     def __post_init__(self) -> None:
         check_budget(self.budget)
         kinds_of(self.units or "mlp")
+        if isinstance(self.rounds, bool) or not isinstance(self.rounds, int) or self.rounds < 1:
+            raise ValueError(f"rounds={self.rounds!r}: expected how often D is measured, 1 or more")
 
     @property
     def name(self) -> str:
         """What a table calls it."""
         own = "D of single weights" if self.loss is None else "D (own loss) of single weights"
+        own += "" if self.rounds == 8 else f", {self.rounds} rounds" if self.rounds > 1 else ", 1 round"
         return named(own if self.stop else f"{own}, no stop", self.units)
 
     def over(self, run: Trajectory) -> Trajectory:
@@ -74,28 +85,59 @@ class EntrySelector:
         if data is None:
             raise ValueError("D is measured on prompts of the damaged domain: pass data=load_prompts(file, tokenizer)")
         run = self.over(run)
-        gains = entry_gains(run, data, loss=self.loss)
-        allowed = round(self.budget * len(gains.flat))
-        order = gains.best(allowed)
-        told: dict[str, Any] = {"tokens": gains.tokens, "loss": gains.value, "allowed": allowed}
+        path = _path(run, data, loss=self.loss, rounds=self.rounds)
+        allowed = round(self.budget * len(path.gains.flat))
+        order = path.best(allowed)
+        curve = [point for point in path.curve if point[0] <= len(order)]
+        told: dict[str, Any] = {"tokens": path.gains.tokens, "allowed": allowed, "rounds": len(path.curve)}
         if len(order) < allowed:
             told["positive"] = len(order)
         if self.stop:
-            curve = _curve(run, gains, order)
-            told |= {"curve": [list(point) for point in curve], "forward_passes": (len(curve) - 1) * len(gains.batches)}
+            curve += _tried(run, path.gains, order, curve[-1][0])
             order = order[: min(curve, key=lambda point: (point[1], point[0]))[0]]
-        mask = gains.entries(order)
+        told["curve"] = [list(point) for point in curve]
+        mask = path.gains.entries(order)
         return Entries(mask, shapes=mask.shapes, made_by={"entries": told, **record(self, run)})
 
 
-def _curve(run: Trajectory, gains: Gains, order: Tensor) -> list[tuple[int, float]]:
-    """(how many of the best are reverted, the loss then), from none to all of them."""
-    halves = sorted({round(len(order) / 2**at) for at in range(_HALVINGS + 1)} - {0})
-    curve = [(0, gains.value)]
-    for count in halves:
+@dataclass(frozen=True)
+class _Path:
+    """The order in which weights are taken: those of all rounds but the last, then the best of the last one's gains."""
+
+    taken: Tensor
+    curve: list[Point]  # at the start of each round
+    gains: Gains  # of the last round
+
+    def best(self, count: int) -> Tensor:
+        if count <= len(self.taken):
+            return self.taken[:count]
+        return torch.cat([self.taken, self.gains.best(count - len(self.taken))])
+
+
+@remember
+def _path(run: Trajectory, data: Data, *, loss: Loss | None, rounds: int) -> _Path:
+    gains = entry_gains(run, data, loss=loss)
+    run = replace(run, model=gains.model)
+    taken, curve = torch.zeros(0, dtype=torch.int64), [(0, gains.value)]
+    for _ in range(rounds - 1):
+        best = gains.best(max(1, gains.worth(gains.value)))
+        if not len(best) or gains.value <= 0:
+            break
+        taken = torch.cat([taken, best])
+        with rollback(gains.model, to=run.source("earlier"), mask=gains.entries(taken), layout=run.layout):
+            gains = entry_gains(run, gains.batches, loss=gains.loss)
+        gains.flat[taken] = 0  # where the earlier model is stored wider, what is left is rounding
+        curve.append((len(taken), gains.value))
+    return _Path(taken, curve, gains)
+
+
+def _tried(run: Trajectory, gains: Gains, order: Tensor, start: int) -> list[Point]:
+    """The loss with more and more reverted, from ``start`` to all of them."""
+    found = []
+    for count in sorted({start + round((len(order) - start) / 2**at) for at in range(_HALVINGS + 1)} - {start}):
         with rollback(gains.model, to=run.source("earlier"), mask=gains.entries(order[:count]), layout=run.layout):
-            curve.append((count, _mean(gains)))
-    return curve
+            found.append((count, _mean(gains)))
+    return found
 
 
 def _mean(gains: Gains) -> float:

@@ -234,7 +234,7 @@ def test_the_highest_gains_are_taken_and_budgets_are_nested(family, dtype):
     found = in_parts(entry_gains(EntrySelector(0.1).over(run), data))
     flat = torch.cat(list(found.values()))
     positive = int((flat > 0).sum())
-    masks = [EntrySelector(budget, stop=False).select(run, data) for budget in (0.0, 0.001, 0.01, 0.1, 1.0)]
+    masks = [EntrySelector(budget, stop=False, rounds=1).select(run, data) for budget in (0.0, 0.001, 0.01, 0.1, 1.0)]
     assert same(snapshot(later), before)
     for mask, budget in zip(masks, (0.0, 0.001, 0.01, 0.1, 1.0), strict=True):
         assert sum(mask.count().values()) == min(round(budget * len(flat)), positive)
@@ -288,6 +288,18 @@ def test_the_best_are_those_of_a_sort(values, count, chunk):
         assert Gains(flat, {"a/up": (len(flat), 1)}, nn.Module(), None, [], 1, 0.0).best(count).equal(want)  # type: ignore[arg-type]
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(-40, 40), max_size=60), st.integers(0, 200), st.integers(1, 9))
+def test_how_many_a_limit_buys(values, limit, chunk):
+    """Against a cumulated sort, on eighths, whose sums are exact."""
+    flat = torch.tensor(values, dtype=torch.float32) / 8
+    sums = flat[flat > 0].sort(descending=True).values.double().cumsum(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gains, "CHUNK", chunk)
+        found = Gains(flat, {"a/up": (len(flat), 1)}, nn.Module(), None, [], 1, 0.0)  # type: ignore[arg-type]
+        assert found.worth(limit / 8) == int((sums <= limit / 8).sum())
+
+
 # Where to stop.
 
 
@@ -297,7 +309,7 @@ def test_stopping_keeps_the_least_loss_that_was_tried(family, budget):
     earlier, later, run = small_pair(family)
     data = batches(labels=True)
     before = snapshot(later)
-    mask = EntrySelector(budget).select(run, data)
+    mask = EntrySelector(budget, rounds=1).select(run, data)
     assert same(snapshot(later), before)
     told = mask.made_by["entries"]
     curve = dict(map(tuple, told["curve"]))
@@ -305,13 +317,55 @@ def test_stopping_keeps_the_least_loss_that_was_tried(family, budget):
     assert curve[taken] == min(curve.values())
     assert len(curve) == 8
     assert list(curve) == sorted(curve)
-    whole = EntrySelector(budget, stop=False).select(run, data)
+    whole = EntrySelector(budget, stop=False, rounds=1).select(run, data)
     assert max(curve) == sum(whole.count().values())
     assert (mask & whole).equal(mask)
-    assert told["forward_passes"] == 7 * len(data)
     assert curve[0] == pytest.approx(float(divergence(earlier, later, data).detach()), rel=1e-3)
     with torch.no_grad(), operators.rollback(later, to=earlier, mask=mask):
         assert curve[taken] == pytest.approx(float(divergence(earlier, later, data)), rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("family", SEVEN)
+def test_each_round_takes_the_best_of_what_is_left_within_the_loss_that_is_left(family):
+    earlier, later, run = small_pair(family)
+    data, before = batches(labels=True), snapshot(later)
+    run = EntrySelector(0.1).over(run)
+    taken, bounds, loss = torch.zeros(0, dtype=torch.int64), [0], None
+    path = singles._path(run, data, loss=None, rounds=4)
+    assert same(snapshot(later), before)
+    for _ in range(3):
+        with operators.rollback(later, to=earlier, mask=path.gains.entries(taken)):
+            found = entry_gains(run, data)
+        loss = found.value
+        assert path.curve[len(bounds) - 1] == (bounds[-1], pytest.approx(loss, rel=1e-4, abs=1e-7))
+        order = found.flat.sort(descending=True, stable=True)
+        new = path.taken[bounds[-1] : path.curve[len(bounds)][0]]
+        assert new.equal(order.indices[: len(new)])
+        assert float(order.values[: len(new)].double().sum()) <= loss or len(new) == 1
+        assert float(order.values[: len(new) + 1].double().sum()) > loss or float(order.values[len(new)]) <= 0
+        taken = torch.cat([taken, new])
+        bounds.append(len(taken))
+    assert len(taken.unique()) == len(taken) == len(path.taken)
+    budgets = (0.0, 0.001, 0.01, 0.1, 1.0)
+    masks = [EntrySelector(budget, stop=False, rounds=4).select(run, data) for budget in budgets]
+    assert all((small & big).equal(small) for small, big in pairwise(masks))
+    assert [sum(mask.count().values()) for mask in masks[:3]] == [round(b * len(found.flat)) for b in budgets[:3]]
+    stopped = EntrySelector(1.0, rounds=4).select(run, data)
+    curve = dict(map(tuple, stopped.made_by["entries"]["curve"]))
+    assert curve[sum(stopped.count().values())] == min(curve.values()) <= min(loss for _, loss in path.curve)
+    assert same(snapshot(later), before)
+
+
+def test_rounds_need_fewer_weights_than_one_look():
+    """What they are for: at the same number of weights, less of the loss is left."""
+    _, _, run = small_pair("qwen3")
+    data = batches(labels=True)
+
+    def left(rounds: int) -> float:
+        mask = EntrySelector(0.05, rounds=rounds).select(run, data)
+        return min(loss for _, loss in mask.made_by["entries"]["curve"])
+
+    assert left(8) < 0.8 * left(1)
 
 
 def test_nothing_is_taken_where_nothing_helps():
@@ -407,6 +461,8 @@ def test_what_the_selector_needs():
         EntrySelector(0.1).select(run)
     with pytest.raises(ValueError, match="expected a fraction"):
         EntrySelector(1.1)
+    with pytest.raises(ValueError, match="how often D is measured"):
+        EntrySelector(0.1, rounds=0)
 
 
 def test_sweep_and_recommend_measure_single_weights():
@@ -575,6 +631,21 @@ def curve_of_the_later_model(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(singles, "rollback", lambda *_, **__: nullcontext())
 
 
+def never_again(patch: pytest.MonkeyPatch) -> None:
+    """D is measured again at the later model itself."""
+
+    def mutant(run, data, *, loss, rounds, original=singles._path):
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(singles, "rollback", lambda *_, **__: nullcontext())
+            return original(run, data, loss=loss, rounds=rounds)
+
+    patch.setattr(singles, "_path", mutant)
+
+
+def no_limit(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Gains, "worth", lambda self, limit, original=Gains.worth: original(self, 2 * limit))
+
+
 def left_reverted(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(operators.Rollback, "__exit__", lambda *_: None)
 
@@ -582,7 +653,7 @@ def left_reverted(patch: pytest.MonkeyPatch) -> None:
 MUTANTS = (
     neighbour, undone_elsewhere, span_in_neurons, experts_mixed_up, first_run_only, one_too_many, every_tie,
     lowest_first, of_either_sign, gradient_alone, parts_from_zero, last_batch_only, goes_to_the_end,
-    curve_of_the_later_model, left_reverted,
+    curve_of_the_later_model, left_reverted, never_again, no_limit,
 )  # fmt: skip
 
 
@@ -606,6 +677,7 @@ def _every_law(place: Path) -> None:
     test_gains_add_up_to_the_damage_of_each_neuron("llama")
     test_the_highest_gains_are_taken_and_budgets_are_nested("llama", torch.float32)
     test_stopping_keeps_the_least_loss_that_was_tried("llama", 1.0)
+    test_each_round_takes_the_best_of_what_is_left_within_the_loss_that_is_left("llama")
     with pytest.MonkeyPatch.context() as patch:
         test_long_parts_are_read_and_written_in_pieces("qwen3", patch)
     found = Gains(torch.tensor([1.0, 3.0, 3.0, -4.0, 3.0]), {"a/up": (5, 1)}, nn.Module(), None, [], 1, 0.0)  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ from surgery.trajectory import Trajectory
 from surgery.units import Units, kinds_of
 
 _FINEST: Units = ("mlp", "kv_group")
-_HALVINGS = 6
+_ROUNDS, _HALVINGS = 16, 6
 Point = tuple[int, float]  # how many weights are reverted, and the loss then
 
 
@@ -52,7 +52,7 @@ class EntrySelector:
 
     budget: float
     stop: bool = True
-    rounds: int = 8
+    rounds: int = _ROUNDS
     loss: Loss | None = field(default=None, repr=False, compare=False)
     units: Units | None = None
 
@@ -66,7 +66,8 @@ class EntrySelector:
     def name(self) -> str:
         """What a table calls it."""
         own = "D of single weights" if self.loss is None else "D (own loss) of single weights"
-        own += "" if self.rounds == 8 else f", {self.rounds} rounds" if self.rounds > 1 else ", 1 round"
+        if self.rounds != _ROUNDS:
+            own += f", {self.rounds} round{'s' if self.rounds > 1 else ''}"
         return named(own if self.stop else f"{own}, no stop", self.units)
 
     def over(self, run: Trajectory) -> Trajectory:

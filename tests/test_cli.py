@@ -11,8 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from surgery import AMCSelector, Checkpoint, Neurons, RandomSelector, Trajectory, rolled_back
+from benchmarks.lab.tokenizer import build_tokenizer
+from surgery import AMCSelector, Checkpoint, Entries, Neurons, RandomSelector, Trajectory, rolled_back
 from surgery.cli import main
+from surgery.entries import load_mask
 
 
 @pytest.fixture(scope="module")
@@ -156,3 +158,33 @@ def test_a_layout_of_ones_own(surgery, runs: Path, tmp_path: Path) -> None:
     code, out, _ = surgery(f"inspect odd --layout {tmp_path}/layout.json")
     assert code == 0
     assert "6 neurons in 1 blocks" in out
+
+
+def test_single_weights_from_the_shell(surgery, runs: Path, tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text('{"prompt": "12+13=", "response": "25"}\n' * 3)
+    for name in ("earlier", "later"):
+        build_tokenizer().save_pretrained(runs / name)
+    words = f"select earlier later --data {tmp_path}/data.jsonl --selector D --units weight --budget 0.01"
+    code, out, err = surgery(f"{words} -o {tmp_path}/m")
+    assert not code, err
+    mask = load_mask(tmp_path / "m")
+    assert code == 0
+    assert isinstance(mask, Entries)
+    taken = sum(mask.count().values())
+    assert 0 < taken <= round(0.01 * mask.total)
+    assert f"{round(0.01 * mask.total)} weights allowed, {taken} taken" in out
+    assert out.count("(kept)") == 1
+    code, out, _ = surgery(f"{words} --no-stop --dry-run")
+    assert f"{round(0.01 * mask.total)} taken" in out
+    code, out, _ = surgery(f"inspect {tmp_path}/m")
+    assert (code, f"mask of {taken} of {mask.total} weights" in out) == (0, True)
+    code, out, _ = surgery(f"rollback later --to earlier --mask {tmp_path}/m -o {tmp_path}/healed")
+    assert code == 0
+    assert f"{taken} of {mask.total} weights" in out
+    want = rolled_back(runs / "later", to=runs / "earlier", mask=mask)
+    healed = Checkpoint(tmp_path / "healed")
+    assert all(torch.equal(healed[name], want[name]) for name in want)
+    code, _, err = surgery(f"select earlier later --units weight --selector M -o {tmp_path}/x")
+    assert (code, "has one selector, D" in err) == (1, True)
+    code, _, err = surgery(f"{words} --how uniform -o {tmp_path}/x")
+    assert (code, "takes the best of the whole model" in err) == (1, True)

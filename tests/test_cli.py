@@ -10,8 +10,8 @@ import families
 import pytest
 import torch
 from safetensors.torch import save_file
+from test_docs import three_stages
 
-from benchmarks.lab.tokenizer import build_tokenizer
 from surgery import AMCSelector, Checkpoint, Entries, Neurons, RandomSelector, Trajectory, rolled_back
 from surgery.cli import main
 from surgery.entries import load_mask
@@ -160,31 +160,26 @@ def test_a_layout_of_ones_own(surgery, runs: Path, tmp_path: Path) -> None:
     assert "6 neurons in 1 blocks" in out
 
 
-def test_single_weights_from_the_shell(surgery, runs: Path, tmp_path: Path) -> None:
+def test_single_weights_from_the_shell(surgery, tmp_path: Path) -> None:
+    three_stages(tmp_path, "qwen3")  # with a tokenizer
     (tmp_path / "data.jsonl").write_text('{"prompt": "12+13=", "response": "25"}\n' * 3)
-    for name in ("earlier", "later"):
-        build_tokenizer().save_pretrained(runs / name)
-    words = f"select earlier later --data {tmp_path}/data.jsonl --selector D --units weight --budget 0.01"
-    code, out, err = surgery(f"{words} -o {tmp_path}/m")
+    words = f"select {tmp_path}/math {tmp_path}/qa --data {tmp_path}/data.jsonl --selector D --units weight"
+    code, out, err = surgery(f"{words} --budget 0.01 -o {tmp_path}/m")
     assert not code, err
     mask = load_mask(tmp_path / "m")
-    assert code == 0
     assert isinstance(mask, Entries)
-    taken = sum(mask.count().values())
-    assert 0 < taken <= round(0.01 * mask.total)
-    assert f"{round(0.01 * mask.total)} weights allowed, {taken} taken" in out
+    allowed, taken = round(0.01 * mask.total), sum(mask.count().values())
+    assert 0 < taken <= allowed
+    assert f"{allowed} weights allowed, {taken} taken" in out
     assert out.count("(kept)") == 1
-    code, out, _ = surgery(f"{words} --no-stop --dry-run")
-    assert f"{round(0.01 * mask.total)} taken" in out
-    code, out, _ = surgery(f"inspect {tmp_path}/m")
-    assert (code, f"mask of {taken} of {mask.total} weights" in out) == (0, True)
-    code, out, _ = surgery(f"rollback later --to earlier --mask {tmp_path}/m -o {tmp_path}/healed")
+    assert f"{allowed} taken" in surgery(f"{words} --budget 0.01 --no-stop --dry-run")[1]
+    assert f"mask of {taken} of {mask.total} weights" in surgery(f"inspect {tmp_path}/m")[1]
+    code, out, _ = surgery(f"rollback {tmp_path}/qa --to {tmp_path}/math --mask {tmp_path}/m -o {tmp_path}/healed")
     assert code == 0
     assert f"{taken} of {mask.total} weights" in out
-    want = rolled_back(runs / "later", to=runs / "earlier", mask=mask)
+    want = rolled_back(tmp_path / "qa", to=tmp_path / "math", mask=mask)
     healed = Checkpoint(tmp_path / "healed")
     assert all(torch.equal(healed[name], want[name]) for name in want)
-    code, _, err = surgery(f"select earlier later --units weight --selector M -o {tmp_path}/x")
-    assert (code, "has one selector, D" in err) == (1, True)
-    code, _, err = surgery(f"{words} --how uniform -o {tmp_path}/x")
-    assert (code, "takes the best of the whole model" in err) == (1, True)
+    assert "has one selector, D" in surgery(f"select earlier later --units weight --selector M -o {tmp_path}/x")[2]
+    assert "takes the best of the whole model" in surgery(f"{words} --how uniform -o {tmp_path}/x")[2]
+    assert not (tmp_path / "x").exists()

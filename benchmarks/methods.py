@@ -16,12 +16,13 @@ from benchmarks import baselines
 from benchmarks.lab.domains import read_items
 from benchmarks.refresh import STEPS, refreshed, training_items
 from benchmarks.table6 import SELECTORS
-from surgery import AMCSelector, DamageSelector, Neurons, RandomSelector, Trajectory, rollback
+from surgery import AMCSelector, DamageSelector, Entries, EntrySelector, Neurons, RandomSelector, Trajectory, rollback
 from surgery.prompts import Batch
 from surgery.rows import CEILING, EARLIER, LATER
 
 LIBRARY, BASELINE, CONTROL, TRAINED, REFERENCE = "library", "baseline", "control", "trained", "reference"
 BUDGETS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64)
+WEIGHTS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.04)
 FRACTIONS = (0.001, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64)
 ALPHAS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 DENSITIES = (0.99, 0.95, 0.9, 0.8, 0.6, 0.4, 0.2, 0.1, 0.05, 0.01)
@@ -47,12 +48,12 @@ class Setting:
         return self.run.load()
 
 
-Change = Neurons | Mapping[str, Tensor]
+Change = Neurons | Entries | Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Method:
-    """One curve: for each value of its knob, ``change`` gives the neurons to revert or the new tensors."""
+    """One curve: for each value of its knob, ``change`` gives what to revert or the new tensors."""
 
     name: str
     kind: str
@@ -65,7 +66,7 @@ class Method:
 @contextmanager
 def applied(setting: Setting, change: Change) -> Iterator[None]:
     """The later model with the change while the body runs; whole again after."""
-    if isinstance(change, Neurons):
+    if isinstance(change, Neurons | Entries):
         with rollback(setting.model, to=setting.run.weights("earlier")[0].tensors, mask=change):
             yield
     else:
@@ -108,7 +109,7 @@ def refreshes(setting: Setting) -> list[Method]:
 
 
 def selectors(setting: Setting) -> list[Any]:
-    """The library's selectors: Table 6's; D, split by layers, protecting all others, over attention units."""
+    """The library's selectors: Table 6's; D split by layers, protecting others, over attention units, of weights."""
     own = (
         DamageSelector(0.01),
         DamageSelector(0.01, how="proportional"),
@@ -117,22 +118,29 @@ def selectors(setting: Setting) -> list[Any]:
         DamageSelector(0.01, units=("mlp", "value_channel")),
         DamageSelector(0.01, units=("mlp", "kv_group")),
         AMCSelector(0.01, units=("mlp", "kv_group")),
+        EntrySelector(0.01),
+        EntrySelector(0.01, stop=False),
+        EntrySelector(0.01, stop=False, rounds=1),
     )
     return [*SELECTORS, *(one for one in own if one.name not in {each.name for each in SELECTORS})]
 
 
 def of_selector(selector: Any) -> Method:
-    """A selector's curve over the budgets; the random one is drawn several times."""
+    """A selector's curve over the budgets; the random one is drawn several times.
+
+    The budgets of single weights are smaller, and fractions of the weights that may be taken.
+    """
     drawn = isinstance(selector, RandomSelector)
 
-    def change(setting: Setting, value: float, draw: int) -> Neurons:
+    def change(setting: Setting, value: float, draw: int) -> Neurons | Entries:
         one = replace(selector, budget=value, **({"seed": draw} if drawn else {}))
-        mask: Neurons = one.select(setting.run, setting.data)
+        mask: Neurons | Entries = one.select(setting.run, setting.data)
         return mask
 
     if drawn:
         return Method(f"{selector.name} neurons", CONTROL, "β", BUDGETS, change, DRAWS)
-    return Method(selector.name, LIBRARY, "β", BUDGETS, change)
+    single = isinstance(selector, EntrySelector)
+    return Method(selector.name, LIBRARY, "entries" if single else "β", WEIGHTS if single else BUDGETS, change)
 
 
 def _nothing(setting: Setting, value: float, draw: int) -> Change:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from surgery.attribution import damage, reversal_cost
     from surgery.budget import allocate, top
     from surgery.checkpoint import Checkpoint
+    from surgery.entries import Entries
     from surgery.evaluators import harness
     from surgery.layout import find_layout
     from surgery.neurons import Neurons
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from surgery.scores import activation, conflict, magnitude
     from surgery.selection import AMCSelector, DamageSelector, RandomSelector, Selector
     from surgery.significance import Paired
+    from surgery.singles import EntrySelector
     from surgery.slots import Block, Layout, Slot
     from surgery.swap import earlier_model
     from surgery.sweeps import sweep
@@ -37,6 +39,7 @@ _HOME = {
     "attribution": ("damage", "reversal_cost"),
     "budget": ("allocate", "top"),
     "checkpoint": ("Checkpoint",),
+    "entries": ("Entries",),
     "evaluators": ("harness",),
     "layout": ("find_layout",),
     "neurons": ("Neurons",),
@@ -51,6 +54,7 @@ _HOME = {
     "scores": ("activation", "conflict", "magnitude"),
     "selection": ("AMCSelector", "DamageSelector", "RandomSelector", "Selector"),
     "significance": ("Paired",),
+    "singles": ("EntrySelector",),
     "slots": ("Block", "Layout", "Slot"),
     "swap": ("earlier_model",),
     "sweeps": ("sweep",),
@@ -65,6 +69,8 @@ __all__ = [
     "Checkpoint",
     "DamageSelector",
     "Distillation",
+    "Entries",
+    "EntrySelector",
     "Layout",
     "Neurons",
     "Paired",

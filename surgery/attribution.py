@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from surgery.gradients import as_live, collecting, in_runs
 from surgery.neurons import Neurons
 from surgery.operators import rollback
 from surgery.predictions import Loss, distillation, positions, predicting
@@ -20,8 +21,6 @@ from surgery.scores import dot, remember
 from surgery.slots import Block, Slot
 from surgery.swap import earlier_model
 from surgery.trajectory import Trajectory, Weights, open_weights
-
-_CHUNK = 1 << 22  # numbers of a gradient that are turned into float32 at a time
 
 
 @remember
@@ -53,11 +52,7 @@ def damage(run: Trajectory, data: Iterable[Batch], *, loss: Loss | None = None, 
 
     Source: ours, from Proposition 1: damage is local, and to leading order additive over coordinates.
     """
-    batches = _some(data)
-    if loss is None:
-        with earlier_model(run) as earlier:
-            batches = respond(earlier, batches)
-            loss = distillation(earlier, batches)
+    batches, loss = answered(run, data, loss)
     total, model = _total(run)
     tokens, value = sum(int(positions(batch).sum()) for batch in batches), 0.0
     for t, weight in _path(model, nodes):
@@ -71,6 +66,16 @@ def damage(run: Trajectory, data: Iterable[Batch], *, loss: Loss | None = None, 
     gain = sum(float(sums.sum()) for sums in total.sums.values()) / tokens
     told = {"tokens": tokens, "sum": gain, **({"loss": value / tokens} if nodes is None else {"nodes": nodes})}
     return Neurons(found, made_by={"damage": told})
+
+
+def answered(run: Trajectory, data: Iterable[Batch], loss: Loss | None) -> tuple[list[Batch], Loss]:
+    """The batches, answered by the earlier model where they have no labels, and the loss (default: see ``damage``)."""
+    batches = _some(data)
+    if loss is not None:
+        return batches, loss
+    with earlier_model(run) as earlier:
+        batches = respond(earlier, batches)
+        return batches, distillation(earlier, batches)
 
 
 def _path(model: nn.Module, nodes: int | None) -> list[tuple[float, float]]:
@@ -95,7 +100,7 @@ def _moved(model: nn.Module, run: Trajectory, t: float) -> Iterator[None]:
         return
     sizes = open_weights(model, run.layout, units=run.units).layout.sizes
     everything = Neurons({name: torch.ones(size, dtype=torch.bool) for name, size in sizes.items()})
-    with rollback(model, to=run._source("earlier"), mask=everything, strength=1 - t, layout=run.layout):
+    with rollback(model, to=run.source("earlier"), mask=everything, strength=1 - t, layout=run.layout):
         yield
 
 
@@ -174,62 +179,12 @@ class _Total:
             self.sums[name] += value
         return last
 
-    @contextmanager
-    def collecting(self, model: nn.Module) -> Iterator[None]:
+    def collecting(self, model: nn.Module) -> AbstractContextManager[None]:
         """While the body runs, the weights of the neurons take gradients, and nothing else does."""
-        slots: dict[str, list[tuple[Block, Slot]]] = {}
-        for block in self.live.layout.blocks:
-            for slot in block.slots:
-                slots.setdefault(slot.tensor, []).append((block, slot))
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        before = {name: (p.requires_grad, p.grad) for name, p in parameters.items()}
-        training, handles = model.training, []
-        try:
-            model.eval()
-            for name, p in parameters.items():
-                p.grad = None
-                p.requires_grad_(name in slots)
-                if name in slots:
-                    handles.append(p.register_post_accumulate_grad_hook(_reducer(self, slots[name])))
-            with torch.enable_grad():
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            for name, p in parameters.items():
-                p.requires_grad_(before[name][0])
-                p.grad = before[name][1]
-            model.train(training)
+        return collecting(model, self.live.layout, self.add)
 
     def add(self, block: Block, slot: Slot, grad: Tensor, now: Tensor) -> None:
         """Reduce one slot of one tensor's gradient."""
-        gradient, weight = slot.view(grad), slot.view(now)
-        earlier = self._earlier(block, slot)
-        inner = gradient.shape[1 : 1 + slot.stacked].numel()  # neurons per entry of the first axis
-        step = max(1, _CHUNK // max(1, gradient[:1].numel()))
-        for at in range(0, len(gradient), step):
-            rows = slice(at, at + step)
-            count = len(gradient[rows]) * inner
-            g = gradient[rows].float().reshape(count, -1)
-            d = (weight[rows].float() - earlier[rows].to(now.device, torch.float32)).reshape(count, -1)
-            first = slot.start + at * inner
-            self.last[block.name][first : first + count] += dot(g, d).cpu()
-
-    def _earlier(self, block: Block, slot: Slot) -> Tensor:
-        """The slot's rows in the earlier checkpoint, shaped as in the live one: a view where the names agree."""
-        theirs = self.source.layout[block.name]
-        for other in theirs.of(slot.part):
-            if replace(other, tensor=slot.tensor) == slot:
-                return other.view(self.source.tensors[other.tensor])
-        rows = theirs.rows(self.source.tensors, slot.part, torch.arange(slot.start, slot.stop))
-        return rows.reshape(slot.view(self.live.tensors[slot.tensor]).shape)
-
-
-def _reducer(total: _Total, slots: list[tuple[Block, Slot]]) -> object:
-    def hook(parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        for block, slot in slots:
-            total.add(block, slot, parameter.grad, parameter.detach())
-        parameter.grad = None
-
-    return hook
+        views = slot.view(grad), slot.view(now), as_live(self.source, self.live, block, slot)
+        for first, (g, weight, earlier) in in_runs(slot, *views):
+            self.last[block.name][first : first + len(g)] += dot(g, weight - earlier).cpu()

@@ -14,12 +14,14 @@ import torch
 from torch import nn
 
 from surgery.checkpoint import Checkpoint, State
+from surgery.entries import Mask
 from surgery.evaluators import evaluator
 from surgery.neurons import Neurons
 from surgery.operators import rollback
 from surgery.papers import fingerprint
 from surgery.prompts import Batch
 from surgery.rows import CEILING, EARLIER, LATER, Evaluate, Row, Score, scored
+from surgery.singles import EntrySelector
 from surgery.trajectory import Trajectory
 from surgery.units import Units, kinds_of, noun
 
@@ -78,7 +80,7 @@ class Bench:
         one = at_budget(selector, budget)
         return self._measured(name_of(one), budget, lambda: self._tried(self.mask(one, budget)))
 
-    def tried(self, name: str, mask: Neurons) -> Row:
+    def tried(self, name: str, mask: Mask) -> Row:
         """A mask that is there already; it is named, and not remembered."""
         start = time.perf_counter()
         self._say(name)
@@ -86,16 +88,16 @@ class Bench:
         metrics, items = scored(values)
         return Row(name, mask.fraction, neurons, metrics, time.perf_counter() - start, items=items)
 
-    def mask(self, selector: Any, budget: float) -> Neurons:
+    def mask(self, selector: Any, budget: float) -> Mask:
         """What the selector chooses at a budget."""
-        found: Neurons = at_budget(selector, budget).select(self.run, self.data)
+        found: Mask = at_budget(selector, budget).select(self.run, self.data)
         return found
 
     def _evaluate(self, model: nn.Module) -> Mapping[str, Score]:
         self.evaluations += 1
         return self._scores(model)
 
-    def _tried(self, mask: Neurons) -> tuple[int, Mapping[str, Score]]:
+    def _tried(self, mask: Mask) -> tuple[int, Mapping[str, Score]]:
         with rollback(self.model, to=self.run.earlier, mask=mask, layout=self.run.layout) as done:  # type: ignore[arg-type]
             return sum(done.neurons.values()), self._evaluate(self.model)
 
@@ -176,6 +178,13 @@ def _watched(evaluate: Evaluate) -> Evaluate:
         return metrics
 
     return measure
+
+
+def units_of(selector: Any, run: Trajectory) -> tuple[str, ...]:
+    """The kinds of unit that a selector chooses among, or among whose weights."""
+    if isinstance(selector, EntrySelector):
+        return kinds_of(selector.over(run).units)
+    return kinds_of(getattr(selector, "units", None) or run.units)
 
 
 def ceiling_of(units: tuple[str, ...]) -> str:

@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from surgery.units import kinds_of, noun, units_in
+from surgery.units import kinds_of, noun
 
 if TYPE_CHECKING:
     from surgery.selection import Selector
     from surgery.slots import Block, Layout, Slot
     from surgery.trajectory import Trajectory
+
+_WEIGHT = "weight"  # --units of single weights; not a kind of unit
 
 app = typer.Typer(
     help="git revert for LLM post-training: put back the neurons through which a later stage hurt an earlier skill.",
@@ -55,6 +57,10 @@ LayoutFile = Annotated[
 Units = Annotated[
     str, typer.Option(help='"mlp", "kv_group", "query_head", "value_channel", or two like "mlp,kv_group".')
 ]
+Selected = Annotated[str, typer.Option("--units", help='As in inspect; or "weight": single weights, chosen by D.')]
+NoStop = Annotated[
+    bool, typer.Option("--no-stop", help="Of single weights take the whole budget, also where fewer lower the loss.")
+]
 
 
 @app.command()
@@ -69,7 +75,8 @@ def select(
     how: Annotated[
         str | None, typer.Option(help="proportional, global or uniform (default: global for D, else proportional).")
     ] = None,
-    units: Units = "mlp",
+    units: Selected = "mlp",
+    no_stop: NoStop = False,
     seed: Annotated[int, typer.Option(help="Of the random selector.")] = 0,
     batch_size: int = 16,
     device: Device = None,
@@ -86,7 +93,7 @@ def select(
     if output is not None and output.exists() and not (overwrite or dry_run):
         raise ValueError(f"{output} exists: choose another file, or pass --overwrite")
     run = _trajectory(checkpoints, layout, units)
-    chosen = _selector(selector, budget, how, seed)
+    chosen = _selector(selector, budget, how, seed, units, no_stop)
     with _working(f"reading {len(checkpoints)} checkpoints"):
         batches = load_prompts(data, _folder(run.later), batch_size=batch_size) if data else None
         if batches is not None and set(selector) & set("AD"):
@@ -95,7 +102,12 @@ def select(
     out.print(repr(mask), markup=False)
     for note in mask.made_by.get("not_covered", []):
         out.print(note, markup=False)
-    if budget and not sum(mask.count().values()):
+    taken = sum(mask.count().values())
+    if found := mask.made_by.get("entries"):
+        out.print(f"{found['allowed']} weights allowed, {taken} taken")
+        for count, loss in found.get("curve", []):
+            out.print(f"  {count:>10} reverted: loss {loss:.5g}{' (kept)' if count == taken else ''}")
+    elif budget and not taken:
         out.print(f"budget {budget} buys not one of these units: pass a larger --budget")
     for expert in mask.made_by.get("never_routed", []):
         out.print(f"never routed, so without an activation: {expert}")
@@ -117,7 +129,7 @@ def rollback(
     overwrite: Overwrite = False,
 ) -> None:
     """Write the later checkpoint with the masked neurons set back; every other byte stays as it was."""
-    from surgery.neurons import Neurons
+    from surgery.entries import load_mask, noun_of
     from surgery.operators import rolled_back
     from surgery.saving import save
 
@@ -125,13 +137,11 @@ def rollback(
         raise ValueError("say where the healed checkpoint goes: -o FOLDER (or --dry-run to see the counts only)")
     if not mask.is_file():
         raise LookupError(f"there is no mask file {mask}")
-    chosen = Neurons.load(mask)
+    chosen = load_mask(mask)
     own = _layout(layout, later)
     view = rolled_back(later, to=to, mask=chosen, strength=strength, layout=own)
-    widths = {name: block.width for name, block in view.layout.items()}
-    parameters = sum(count * widths[name] for name, count in chosen.count().items())
-    counted = f"{sum(chosen.count().values())} of {chosen.total} {noun(units_in(chosen))} ({chosen.fraction:.2%})"
-    out.print(f"{counted}, {parameters} parameters")
+    counted = f"{sum(chosen.count().values())} of {chosen.total} {noun_of(chosen)} ({chosen.fraction:.2%})"
+    out.print(f"{counted}, {view.parameters} parameters")
     for file in view.headers:
         out.print(f"  {file}: {len(view.touched(file))} of {len(view.headers[file])} tensors touched")
     if dry_run or output is None:
@@ -149,7 +159,8 @@ def sweep(
     data: Data = None,
     budgets: Annotated[str, typer.Option(help="Fractions, separated by commas.")] = "0.01,0.02,0.04",
     selectors: Annotated[str, typer.Option(help='Like "D,AMC,MC,A/AMC,A,random".')] = "AMC,random",
-    units: Units = "mlp",
+    units: Selected = "mlp",
+    no_stop: NoStop = False,
     metric: Metric = None,
     output: Rows = None,
     batch_size: int = 16,
@@ -163,7 +174,7 @@ def sweep(
     from surgery.sweeps import sweep as run_sweep
 
     fractions = [_fraction(text) for text in budgets.split(",")]
-    chosen = [_selector(text, fractions[0], None, 0) for text in selectors.split(",")]
+    chosen = [_selector(text, fractions[0], None, 0, units, no_stop) for text in selectors.split(",")]
     run = _trajectory(checkpoints, layout, units)
     if dry_run:
         rows = len(chosen) * len(fractions) + 3
@@ -202,7 +213,8 @@ def tune(
     budgets: Annotated[
         str | None, typer.Option(help="Fractions to choose among (default: 19 from 0.001 to 1).")
     ] = None,
-    units: Units = "mlp",
+    units: Selected = "mlp",
+    no_stop: NoStop = False,
     metric: Metric = None,
     output: Rows = None,
     batch_size: int = 16,
@@ -215,7 +227,8 @@ def tune(
     from surgery.tuning import BUDGETS, recommend
 
     fractions = [_fraction(text) for text in budgets.split(",")] if budgets else list(BUDGETS)
-    chosen, limits = _selector(selector, fractions[0], how, 0), dict(map(_limit, limit or ()))
+    chosen = _selector(selector, fractions[0], how, 0, units, no_stop)
+    limits = dict(map(_limit, limit or ()))
     run = _trajectory(checkpoints, layout, units)
     batches = load_prompts(data, _folder(run.later), batch_size=batch_size) if data else None
     function = _function(evaluate)
@@ -238,6 +251,8 @@ def tune(
     if found.budget is None:
         raise typer.Exit(1)
     words = [*checkpoints, *(["--data", str(data)] if data else []), "--selector", selector, "--how", how]
+    words += ["--units", units] if units != "mlp" else []
+    words += ["--no-stop"] if no_stop else []
     out.print(f"\nsurgery select {shlex.join(words)} --budget {found.budget:g} -o mask.safetensors", markup=False)
 
 
@@ -252,9 +267,9 @@ def inspect(
     from surgery.trajectory import open_weights
 
     if Path(source).is_file():
-        from surgery.neurons import Neurons
+        from surgery.entries import load_mask
 
-        mask = Neurons.load(source)
+        mask = load_mask(source)
         out.print(repr(mask), markup=False)
         out.print(json.dumps(mask.made_by, indent=2), markup=False)
         return
@@ -332,7 +347,8 @@ def _trajectory(checkpoints: list[str], layout: Path | None, units: str) -> Traj
         raise ValueError(f"expected [BASE] EARLIER LATER, got {len(checkpoints)} checkpoints")
     base = checkpoints[0] if len(checkpoints) == 3 else None
     own = _layout(layout, checkpoints[-1])
-    return Trajectory(base, checkpoints[-2], checkpoints[-1], layout=own, units=_kinds(units))
+    kinds = ("mlp",) if units == _WEIGHT else _kinds(units)
+    return Trajectory(base, checkpoints[-2], checkpoints[-1], layout=own, units=kinds)
 
 
 def _kinds(units: str) -> tuple[str, ...]:
@@ -364,9 +380,16 @@ def _folder(source: Any) -> Path:
     return Checkpoint(source).folder
 
 
-def _selector(text: str, budget: float, how: Any, seed: int) -> Selector:
+def _selector(text: str, budget: float, how: Any, seed: int, units: str, no_stop: bool) -> Selector:
     from surgery.selection import AMCSelector, DamageSelector, RandomSelector
+    from surgery.singles import EntrySelector
 
+    if units == _WEIGHT:
+        if text.strip() != "D":
+            raise ValueError(f"--units {_WEIGHT} has one selector, D, and {text.strip()!r} was asked for: say D")
+        if how not in (None, "global"):
+            raise ValueError(f"--units {_WEIGHT} takes the best of the whole model: leave out --how {how}")
+        return EntrySelector(budget, stop=not no_stop)
     if text.strip() == "random":
         return RandomSelector(budget, seed)
     if text.strip() == "D":

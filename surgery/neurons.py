@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from surgery.units import noun, units_in
+from surgery.vectors import read_vectors, write_vectors
 
 _MISSING = "missing:"  # prefix of the tensors that mark neurons without a value, in a saved file
 
@@ -127,12 +127,8 @@ class Neurons(Mapping[str, Tensor]):
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file; its metadata says what made it and in which order the blocks come."""
-        from safetensors.torch import save_file
-
         tensors = {**self._values, **{_MISSING + name: flags for name, flags in self.missing.items()}}
-        # Blocks of one model often have equal vectors; safetensors refuses tensors that share memory.
-        metadata = {"made_by": json.dumps(self.made_by), "blocks": json.dumps(list(self)), "format": "surgery.Neurons"}
-        save_file({name: value.clone() for name, value in tensors.items()}, path, metadata)
+        write_vectors(path, "Neurons", tensors, made_by=self.made_by, blocks=list(self))
 
     @classmethod
     def load(cls, path: str | Path) -> Neurons:
@@ -141,20 +137,10 @@ class Neurons(Mapping[str, Tensor]):
         Raises:
             ValueError: the file is not a file of neurons.
         """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, framework="pt") as file:
-                held = set(file.keys())
-                metadata = file.metadata() or {}
-                if metadata.get("format") != "surgery.Neurons":
-                    raise ValueError(f"{path} is a safetensors file, but not one that Neurons.save wrote")
-                blocks = json.loads(metadata["blocks"])
-                values = {name: file.get_tensor(name) for name in blocks}
-                missing = {name: file.get_tensor(_MISSING + name) for name in blocks if _MISSING + name in held}
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
-        return cls(values, missing=missing, made_by=json.loads(metadata["made_by"]))
+        held, told = read_vectors(path, "Neurons")
+        blocks = told["blocks"]
+        missing = {name: held[_MISSING + name] for name in blocks if _MISSING + name in held}
+        return cls({name: held[name] for name in blocks}, missing=missing, made_by=told["made_by"])
 
     def __repr__(self) -> str:
         if not self:

@@ -15,46 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from surgery.checkpoint import Checkpoint, Source, State
-from surgery.neurons import Neurons
+from surgery.edits import Edit, edits_of, new_values
+from surgery.entries import Mask, noun_of, units_of_mask
 from surgery.papers import papers, warn_if_made_for_others
-from surgery.slots import Block, Layout, Slot
+from surgery.slots import Layout
 from surgery.trajectory import Weights, open_weights
-from surgery.units import noun, units_in
 
 _REAL = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
-
-@dataclass(frozen=True)
-class _Edit:
-    """The rows of one slot that a mask reverts."""
-
-    block: Block
-    slot: Slot
-    index: Tensor  # of the neurons in the block, int64, ascending
-
-    @property
-    def local(self) -> Tensor:
-        return self.index - self.slot.start
-
-    def new(self, source: Weights, old: Tensor, strength: float) -> Tensor:
-        """What the rows become, in ``old``'s dtype and on its device; strength 1 copies the source's bits."""
-        found = source.layout[self.block.name].rows(source.tensors, self.slot.part, self.index)
-        if strength == 1:
-            return found.to(old.device, old.dtype)
-        wide = torch.promote_types(old.dtype, torch.float32)
-        return old.to(wide).lerp(found.to(old.device, wide), strength).to(old.dtype)
-
-
-def _edits(layout: Layout, mask: Neurons, whose: str) -> Iterator[_Edit]:
-    if not mask.is_mask:
-        raise ValueError("mask= holds scores: choose neurons with top(scores, allocate(scores, budget))")
-    mask.require(layout.sizes, whose)
-    for name, block in layout.items():
-        index = mask.indices(name)
-        for slot in block.slots if len(index) else ():
-            low, high = torch.searchsorted(index, torch.tensor([slot.start, slot.stop])).tolist()
-            if low < high:
-                yield _Edit(block, slot, index[low:high])
 
 
 def _check_strength(strength: float) -> None:
@@ -69,12 +36,13 @@ class Rollback:
     Use it as a ``with`` block (undone on exit) or keep it and call ``undo``.
     """
 
-    neurons: dict[str, int]  # written, per block
+    neurons: dict[str, int]  # written, per block; of single weights their number, per part
     parameters: dict[str, int]  # written, per block
     tensors: int  # touched
     changed: int  # entries whose bits really differ now
     strength: float
-    _old: list[tuple[Tensor, _Edit, Tensor]] = field(repr=False)
+    noun: str  # what ``neurons`` counts
+    _old: list[tuple[Tensor, Edit, Tensor]] = field(repr=False)
 
     def undo(self) -> None:
         """Put the original bits back. Undoing twice is undoing once.
@@ -96,10 +64,10 @@ class Rollback:
 
     def __str__(self) -> str:
         written = sum(self.parameters.values())
-        what = noun(units_in(self.neurons))
+        homes = f"{len(self.neurons)} {'parts' if self.noun == 'weights' else 'blocks'}"
         lines = [
-            f"rolled back {sum(self.neurons.values())} {what} in {sum(n > 0 for n in self.neurons.values())} of "
-            f"{len(self.neurons)} blocks: {written} parameters in {self.tensors} tensors, {self.changed} really changed"
+            f"rolled back {sum(self.neurons.values())} {self.noun} in {sum(n > 0 for n in self.neurons.values())} of "
+            f"{homes}: {written} parameters in {self.tensors} tensors, {self.changed} really changed"
         ]
         if 0 < self.strength < 1 and written:
             lines.append(
@@ -113,20 +81,20 @@ def rollback(
     model: nn.Module,
     *,
     to: Source,
-    mask: Neurons,
+    mask: Mask,
     strength: float = 1.0,
     keep_on: torch.device | str | None = None,
     layout: Layout | None = None,
 ) -> Rollback:
-    """Set the masked neurons of a live model back to their values in ``to``, in place; undoable bit for bit.
+    """Set the masked neurons or weights of a live model back to their values in ``to``, in place; undoable bit for bit.
 
-    w_n ← w_n + strength · (w_n(to) − w_n). Only the masked slices of ``to`` are read and only those of the model are
+    w_n ← w_n + strength · (w_n(to) − w_n). Only the masked numbers of ``to`` are read and only those of the model are
     kept for the undo. An exception or Ctrl-C on the way puts the old weights back before it goes on.
 
     Args:
         model: the later model; weights float32, bfloat16, float16 or float64, on any device.
         to: the earlier checkpoint: a folder, hub id, module or mapping, on any device, of any floating dtype.
-        mask: bool Neurons, as a selector gives it; its blocks' names say which units it is over.
+        mask: bool Neurons or Entries, as a selector gives it; its blocks' names say which units it is over.
         strength: in [0, 1]; 1 copies bits. Below 1 the blend is computed in float32 and rounded to the weights' dtype.
         keep_on: where the originals are kept (default: beside the weights).
         layout: where the neurons lie (default: found).
@@ -143,20 +111,20 @@ def rollback(
     >>> # with rollback(model, to="runs/math", mask=mask): print(evaluate(model))
     """
     _check_strength(strength)
-    live = open_weights(model, layout, units=units_in(mask))
+    live = open_weights(model, layout, units=units_of_mask(mask))
     source = open_weights(to, layout if layout is None or layout.fits(_tensors(to)) else None, live)
-    edits = list(_edits(live.layout, mask, "the model"))
+    edits = list(edits_of(live.layout, mask, "the model"))
     warn_if_made_for_others(mask, earlier=source)
     _check_writable(model, live, edits)
-    old: list[tuple[Tensor, _Edit, Tensor]] = []
+    old: list[tuple[Tensor, Edit, Tensor]] = []
     finite: list[Tensor] = []  # read at the end: a GPU is waited for once, not once an edit
     changed: list[Tensor] = []
     with _uninterrupted() as pending:
         try:
             for edit in edits:
                 tensor = live.tensors[edit.slot.tensor]
-                before = edit.slot.take(tensor, edit.local)
-                after = edit.new(source, before, strength)
+                before = edit.take(tensor)
+                after = new_values(edit, source, before, strength)
                 finite.append(after.isfinite().all())
                 changed.append((_bits(before) != _bits(after)).sum())
                 old.append((tensor, edit, before.to(keep_on) if keep_on else before))
@@ -172,10 +140,9 @@ def rollback(
             raise
     written = dict.fromkeys(live.layout, 0)
     for edit in edits:
-        written[edit.block.name] += len(edit.index) * edit.slot.width
-    return Rollback(
-        mask.count(), written, len({edit.slot.tensor for edit in edits}), sum(_numbers(changed)), float(strength), old
-    )
+        written[edit.block.name] += edit.numbers
+    touched, differing = len({edit.slot.tensor for edit in edits}), sum(_numbers(changed))
+    return Rollback(mask.count(), written, touched, differing, float(strength), noun_of(mask), old)
 
 
 def _tensors(source: Source) -> Mapping[str, Tensor]:
@@ -188,9 +155,9 @@ def _tensors(source: Source) -> Mapping[str, Tensor]:
     )
 
 
-def _write(tensor: Tensor, edit: _Edit, rows: Tensor) -> None:
+def _write(tensor: Tensor, edit: Edit, rows: Tensor) -> None:
     with torch.no_grad():
-        edit.slot.put(tensor, edit.local, rows)
+        edit.put(tensor, rows)
 
 
 _WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -209,11 +176,11 @@ def _numbers(scalars: list[Tensor]) -> list[int]:
     return [found[at] for at in range(len(scalars))]
 
 
-def _not_finite(edit: _Edit, source: Weights) -> str:
+def _not_finite(edit: Edit, source: Weights) -> str:
     return f"{edit.slot.tensor} of {source.name} holds NaN or infinite numbers in the masked neurons"
 
 
-def _check_writable(model: nn.Module, live: Weights, edits: list[_Edit]) -> None:
+def _check_writable(model: nn.Module, live: Weights, edits: list[Edit]) -> None:
     names = {edit.slot.tensor for edit in edits}
     owners: dict[tuple[torch.device, int], set[str]] = {}
     for name, tensor in live.tensors.items():
@@ -263,10 +230,10 @@ def _uninterrupted() -> Iterator[list[int]]:
 class RolledBack(Mapping[str, Tensor]):
     """A checkpoint seen with some neurons set back: a lazy mapping that reads, and never writes, its two parents."""
 
-    def __init__(self, later: Weights, source: Weights, mask: Neurons, strength: float) -> None:
+    def __init__(self, later: Weights, source: Weights, mask: Mask, strength: float) -> None:
         self.later, self.source, self.mask, self.strength = later, source, mask, strength
-        self._edits: dict[str, list[_Edit]] = {}
-        for edit in _edits(later.layout, mask, later.name):
+        self._edits: dict[str, list[Edit]] = {}
+        for edit in edits_of(later.layout, mask, later.name):
             self._edits.setdefault(edit.slot.tensor, []).append(edit)
 
     def __getitem__(self, name: str) -> Tensor:
@@ -304,6 +271,11 @@ class RolledBack(Mapping[str, Tensor]):
         """The later folder's shard headers."""
         return self.later.tensors.headers if isinstance(self.later.tensors, Checkpoint) else {}
 
+    @property
+    def parameters(self) -> int:
+        """How many numbers are set back."""
+        return sum(edit.numbers for edits in self._edits.values() for edit in edits)
+
     def touched(self, file: str) -> list[str]:
         """The tensors of a shard that differ from the later checkpoint's."""
         return [name for name in self.headers[file] if name in self._edits]
@@ -311,31 +283,30 @@ class RolledBack(Mapping[str, Tensor]):
     def edit(self, name: str, tensor: Tensor) -> None:
         """Write the reverted rows into ``tensor``, which holds the later checkpoint's numbers."""
         for edit in self._edits.get(name, ()):
-            before = edit.slot.take(tensor, edit.local)
-            after = edit.new(self.source, before, self.strength)
+            before = edit.take(tensor)
+            after = new_values(edit, self.source, before, self.strength)
             if not bool(after.isfinite().all()):
                 raise ValueError(_not_finite(edit, self.source))
             _write(tensor, edit, after)
 
     def papers(self) -> dict[str, bytes]:
         """What lies beside the weights in a saved folder: the mask, what made it, a model card."""
-        edited = sum(len(edit.index) * edit.slot.width for edits in self._edits.values() for edit in edits)
-        return papers(self.later, self.source, self.mask, self.strength, edited, len(self._edits))
+        return papers(self.later, self.source, self.mask, self.strength, self.parameters, len(self._edits))
 
     def __repr__(self) -> str:
-        units = f"{sum(self.mask.count().values())} {noun(units_in(self.mask))}"
+        units = f"{sum(self.mask.count().values())} {noun_of(self.mask)}"
         return f"RolledBack({self.later.name} with {units} of {self.source.name}, strength {self.strength})"
 
 
 def rolled_back(
-    later: Source, *, to: Source, mask: Neurons, strength: float = 1.0, layout: Layout | None = None
+    later: Source, *, to: Source, mask: Mask, strength: float = 1.0, layout: Layout | None = None
 ) -> RolledBack:
     """The later checkpoint with the masked neurons set back to ``to``, as a lazy new mapping; nothing is written.
 
     Args:
         later: the later checkpoint: a folder, hub id or mapping.
         to: the earlier one.
-        mask: bool Neurons; strength, layout: as in ``rollback``.
+        mask: bool Neurons or Entries; strength, layout: as in ``rollback``.
 
     Returns:
         A mapping from tensor name to tensor: untouched tensors are the later checkpoint's own, touched ones fresh
@@ -347,7 +318,7 @@ def rolled_back(
     Source: ours.
     """
     _check_strength(strength)
-    opened = open_weights(later, layout, units=units_in(mask))
+    opened = open_weights(later, layout, units=units_of_mask(mask))
     view = RolledBack(opened, open_weights(to, None, opened), mask, float(strength))
     warn_if_made_for_others(mask, earlier=view.source, later=opened)
     for name in view._edits:

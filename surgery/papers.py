@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.checkpoint import Checkpoint
-from surgery.neurons import Neurons
+from surgery.entries import Entries, Mask
 from surgery.trajectory import Weights
 from surgery.units import noun
 
@@ -56,7 +56,7 @@ def _sha256(path: Path, samples: int = 1024, run: int = 4096) -> str:
     return digest.hexdigest()
 
 
-def warn_if_made_for_others(mask: Neurons, **used: Weights) -> None:
+def warn_if_made_for_others(mask: Mask, **used: Weights) -> None:
     """Warn where a mask was selected for other checkpoints than those it is used with."""
     made_for = mask.made_by.get("checkpoints", {})
     for role, weights in used.items():
@@ -69,9 +69,7 @@ def warn_if_made_for_others(mask: Neurons, **used: Weights) -> None:
             )
 
 
-def papers(
-    later: Weights, source: Weights, mask: Neurons, strength: float, edited: int, tensors: int
-) -> dict[str, bytes]:
+def papers(later: Weights, source: Weights, mask: Mask, strength: float, edited: int, tensors: int) -> dict[str, bytes]:
     """File name → content of everything that a saved rollback adds to the later folder."""
     record = {
         "versions": versions(),
@@ -80,7 +78,7 @@ def papers(
         "selector": mask.made_by,
         "strength": strength,
         "units": list(later.layout.units),
-        "neurons": {"reverted": sum(mask.count().values()), "of": mask.total, "per_block": mask.count()},
+        **_counts(mask),
         "parameters": edited,
         "tensors": tensors,
     }
@@ -91,11 +89,19 @@ def papers(
     return {**found, CARD: _card(record, later).encode(errors="surrogateescape")}
 
 
+def _counts(mask: Mask) -> dict[str, Any]:
+    found = {"reverted": sum(mask.count().values()), "of": mask.total}
+    if isinstance(mask, Entries):
+        return {"weights": {**found, "per_part": mask.count()}}
+    return {"neurons": {**found, "per_block": mask.count()}}
+
+
 def _card(record: dict[str, Any], later: Weights) -> str:
     """A model card that names the parents, above the later checkpoint's own card."""
     later_name, earlier_name = record["later"]["name"], record["to"]["name"]
-    neurons, what = record["neurons"], noun(record["units"])
-    every = "MLP neurons" if what == "neurons" else what
+    single = record.get("weights")
+    neurons, what = single or record["neurons"], "weights" if single else noun(record["units"])
+    every = f"weights of {noun(record['units'])}" if single else "MLP neurons" if what == "neurons" else what
     text = f"""# {later_name}, with {neurons["reverted"]} {what} of {earlier_name}
 
 This checkpoint is **{later_name}** in which {neurons["reverted"]} of {neurons["of"]} {every}

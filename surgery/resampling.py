@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from surgery.bench import Bench, name_of
+from surgery.entries import Mask
 from surgery.neurons import Neurons
 from surgery.prompts import Batch
 from surgery.rows import Evaluate, judged
@@ -51,7 +52,7 @@ class Stability:
     agreements: tuple[Agreement, ...]
     metric: str | None = None
     recovery: float | None = None
-    mask: Neurons = field(repr=False, compare=False, default_factory=lambda: Neurons({}))
+    mask: Mask = field(repr=False, compare=False, default_factory=lambda: Neurons({}))
 
     def __str__(self) -> str:
         head = ["prompts", "draws", "jaccard (min … max)", "with all", "chance"]
@@ -140,7 +141,7 @@ def stability(
     )
 
 
-def jaccard(a: Neurons, b: Neurons) -> float:
+def jaccard(a: Mask, b: Mask) -> float:
     """|a ∩ b| / |a ∪ b| of two masks of one model, in [0, 1]; 1 where both are empty.
 
     Raises:
@@ -150,8 +151,10 @@ def jaccard(a: Neurons, b: Neurons) -> float:
     >>> jaccard(Neurons({"a": one}), Neurons({"a": two}))
     0.5
     """
-    union = sum((a | b).count().values())
-    return sum((a & b).count().values()) / union if union else 1.0
+    both: Mask = a & b  # type: ignore[operator]
+    either: Mask = a | b  # type: ignore[operator]
+    union = sum(either.count().values())
+    return sum(both.count().values()) / union if union else 1.0
 
 
 def _rows(batch: Batch) -> int:
@@ -169,9 +172,7 @@ def _some(batches: list[Batch], chosen: torch.Tensor) -> list[Batch]:
     return found
 
 
-def _recoveries(
-    bench: Bench, masks: dict[int, list[Neurons]], metric: str | None
-) -> tuple[dict[int, list[float]], str]:
+def _recoveries(bench: Bench, masks: dict[int, list[Mask]], metric: str | None) -> tuple[dict[int, list[float]], str]:
     later, earlier = bench.later(), bench.earlier()
     metric = metric_of(earlier, later, metric)
     found = {

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import fields
 from functools import wraps
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,8 @@ from surgery.trajectory import Trajectory, check_finite, displacements
 from surgery.units import Units
 
 P = ParamSpec("P")
-_memory: ContextVar[dict[Any, tuple[Any, Neurons]] | None] = ContextVar("scores", default=None)
+Scores = TypeVar("Scores")
+_memory: ContextVar[dict[Any, tuple[Any, Any]] | None] = ContextVar("scores", default=None)
 
 
 @contextmanager
@@ -37,9 +38,9 @@ def remembered() -> Iterator[None]:
         _memory.reset(token)
 
 
-def remember(score: Callable[P, Neurons]) -> Callable[P, Neurons]:
+def remember(score: Callable[P, Scores]) -> Callable[P, Scores]:
     @wraps(score)
-    def wrapper(*args: P.args, **kwargs: P.kwargs) -> Neurons:
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> Scores:
         memory = _memory.get()
         if memory is None:
             return score(*args, **kwargs)
@@ -47,7 +48,8 @@ def remember(score: Callable[P, Neurons]) -> Callable[P, Neurons]:
         key = tuple(_identity(value) for value in held)
         if key not in memory:
             memory[key] = (held, score(*args, **kwargs))  # holding the arguments keeps their identities from reuse
-        return memory[key][1]
+        found: Scores = memory[key][1]
+        return found
 
     return wrapper
 

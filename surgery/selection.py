@@ -10,6 +10,7 @@ import torch
 
 from surgery.attribution import damage, reversal_cost
 from surgery.budget import Allocation, allocate, top
+from surgery.entries import Mask
 from surgery.neurons import Neurons
 from surgery.papers import fingerprint, versions
 from surgery.predictions import Loss
@@ -36,8 +37,8 @@ class Selector(Protocol):
                 return top(M, allocate(M, self.budget, how="global"))
     """
 
-    def select(self, run: Trajectory, data: Data | None = None) -> Neurons:
-        """The mask of the neurons to revert: bool ``[neuron]`` per block. Stores nothing."""
+    def select(self, run: Trajectory, data: Data | None = None) -> Mask:
+        """The mask of what to revert: bool Neurons, or Entries. Stores nothing."""
         ...
 
 
@@ -67,7 +68,7 @@ class AMCSelector:
     units: Units | None = None
 
     def __post_init__(self) -> None:
-        _check_budget(self.budget)
+        check_budget(self.budget)
         for name, letters in (("rank", self.rank), ("allocate", self.allocate)):
             if not letters or set(letters) - set("AMC") or len(set(letters)) != len(letters):
                 raise ValueError(f'{name}={letters!r}: expected some of the letters A, M and C, each once, like "AMC"')
@@ -79,7 +80,7 @@ class AMCSelector:
         """What a table calls it."""
         rank, budgets = "×".join(self.rank), "×".join(self.allocate)
         own = rank if self.rank == self.allocate else f"rank {rank}, budgets {budgets}"
-        return _of(own if self.how == "proportional" else f"{own} ({self.how})", self.units)
+        return named(own if self.how == "proportional" else f"{own} ({self.how})", self.units)
 
     def select(self, run: Trajectory, data: Data | None = None) -> Neurons:
         """The mask; ``data`` may be left out where neither score contains A."""
@@ -123,7 +124,7 @@ def _worth(scores: Neurons, costs: dict[str, int] | None) -> Neurons:
     )
 
 
-def _of(name: str, units: Units | None) -> str:
+def named(name: str, units: Units | None) -> str:
     """A selector's name, with its units where they are not the run's own."""
     return name if units is None else f"{name} of {noun(kinds_of(units))}"
 
@@ -179,7 +180,7 @@ class DamageSelector:
     units: Units | None = None
 
     def __post_init__(self) -> None:
-        _check_budget(self.budget)
+        check_budget(self.budget)
         _check_how(self.how)
         kinds_of(self.units or "mlp")
         if not self.weight >= 0:
@@ -190,7 +191,7 @@ class DamageSelector:
         """What a table calls it."""
         guard = f", protecting {' and '.join(self.protect)} × {self.weight:g}" if self.protect else ""
         own = f"D{guard}" if self.loss is None else f"D (own loss){guard}"
-        return _of(own if self.how == "global" else f"{own} ({self.how})", self.units)
+        return named(own if self.how == "global" else f"{own} ({self.how})", self.units)
 
     def select(self, run: Trajectory, data: Data | None = None) -> Neurons:
         """The mask; ``data`` are prompts of the damaged domain, with responses or without."""
@@ -222,13 +223,13 @@ class RandomSelector:
     units: Units | None = None
 
     def __post_init__(self) -> None:
-        _check_budget(self.budget)
+        check_budget(self.budget)
         kinds_of(self.units or "mlp")
 
     @property
     def name(self) -> str:
         """What a table calls it."""
-        return _of("random", self.units)
+        return named("random", self.units)
 
     def select(self, run: Trajectory, data: Data | None = None) -> Neurons:
         """The mask; ``data`` is not used."""
@@ -243,7 +244,8 @@ class RandomSelector:
         return _signed(top(drawn, counts), self, run)
 
 
-def _check_budget(budget: Any) -> None:
+def check_budget(budget: Any) -> None:
+    """Raise ``ValueError`` unless a budget is a fraction."""
     if isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 <= budget <= 1:
         raise ValueError(f"budget={budget!r}: expected a fraction of the model's neurons in [0, 1] (0.02 is 2 %)")
 
@@ -255,18 +257,21 @@ def _check_how(how: Any) -> None:
 
 def _signed(mask: Neurons, selector: Any, run: Trajectory) -> Neurons:
     """The mask with a record of what made it."""
+    return Neurons(mask, made_by={**mask.made_by, **record(selector, run)})
+
+
+def record(selector: Any, run: Trajectory) -> dict[str, Any]:
+    """What a mask's ``made_by`` says of the selector that made it, of the checkpoints and of the versions."""
     settings = {f.name: getattr(selector, f.name) for f in fields(selector)}
     told: dict[str, Any] = {name: value for name, value in settings.items() if isinstance(value, str | int | float)}
     if getattr(selector, "protect", None):
         told["protect"] = sorted(selector.protect)
     names = [name for name in ("base", "earlier", "later") if getattr(run, name) is not None]
     (later,) = run.weights("later")
-    made_by = {
-        **mask.made_by,
+    return {
         "units": list(later.layout.units),
         **({"not_covered": list(later.layout.notes)} if later.layout.notes else {}),
         "selector": {"class": type(selector).__name__, **told},
         "checkpoints": {name: fingerprint(weights) for name, weights in zip(names, run.weights(*names), strict=True)},
         "versions": versions(),
     }
-    return Neurons(mask, made_by=made_by)

@@ -102,6 +102,11 @@ class Slot:
         """Numbers per neuron."""
         return self._rows.numel() // max(self.neurons, 1)
 
+    @property
+    def span(self) -> tuple[int, int]:
+        """The positions of the slot's numbers in the part, neuron · width + offset: the first, and the one after."""
+        return self.start * self.width, self.stop * self.width
+
     def _at(self, index: Tensor) -> tuple[Tensor, ...]:
         found: list[Tensor] = []
         for size in reversed(self._rows[1 : 1 + self.stacked]):
@@ -115,6 +120,14 @@ class Slot:
     def put(self, tensor: Tensor, index: Tensor, rows: Tensor) -> None:
         """Write ``rows`` (``[len(index), ...]``, the tensor's dtype and device) at ``index``, in place."""
         self.view(tensor)[self._at(index.to(tensor.device))] = rows
+
+    def take_entries(self, tensor: Tensor, positions: Tensor) -> Tensor:
+        """A copy of single numbers: ``[len(positions)]``; position = neuron · width + offset in the neuron's row."""
+        return self.view(tensor)[torch.unravel_index(positions.to(tensor.device), self._rows)]
+
+    def put_entries(self, tensor: Tensor, positions: Tensor, values: Tensor) -> None:
+        """Write single numbers (the tensor's dtype and device) at those positions, in place."""
+        self.view(tensor)[torch.unravel_index(positions.to(tensor.device), self._rows)] = values
 
 
 @dataclass(frozen=True)
@@ -173,6 +186,16 @@ class Block:
             low, high = torch.searchsorted(index, torch.tensor([slot.start, slot.stop])).tolist()
             if low < high:
                 pieces.append(slot.take(tensors[slot.tensor], index[low:high] - slot.start))
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def entries(self, tensors: Mapping[str, Tensor], part: str, positions: Tensor) -> Tensor:
+        """A copy of single numbers of one part, at sorted positions neuron · width + offset: ``[len(positions)]``."""
+        pieces = []
+        for slot in self.of(part):
+            low, high = torch.searchsorted(positions, torch.tensor(slot.span)).tolist()
+            if low < high:
+                local = positions[low:high] - slot.span[0]
+                pieces.append(slot.take_entries(tensors[slot.tensor], local))
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 

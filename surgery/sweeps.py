@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from surgery.bench import Bench
+from surgery.bench import Bench, units_of
 from surgery.prompts import Batch
 from surgery.rows import Evaluate, Row, Sweep, judged
 from surgery.scores import remembered
@@ -58,8 +58,8 @@ def sweep(
     later, earlier = bench.later(), bench.earlier()
     metric = metric_of(earlier, later, metric)
     with remembered():
-        asked = [getattr(one, "units", None) or run.units for one in selectors] or [run.units]
-        rows = [bench.ceiling(units) for units in dict.fromkeys(map(kinds_of, asked))]
+        asked = [units_of(one, bench.run) for one in selectors] or [kinds_of(run.units)]
+        rows = [bench.ceiling(units) for units in dict.fromkeys(asked)]
         rows += [bench.row(selector, budget) for selector in selectors for budget in budgets]
     return Sweep(metric, tuple(judged([earlier, later, *rows], earlier, later, metric)))
 

@@ -193,10 +193,11 @@ class Trajectory:
 
     def weights(self, *names: str) -> list[Weights]:
         """The checkpoints of those names ("base", "earlier", "later"), opened and found to be of one model."""
-        later = open_weights(self._source("later"), self.layout, units=self.units)
-        return [later if n == "later" else open_weights(self._source(n), self.layout, later) for n in names]
+        later = open_weights(self.source("later"), self.layout, units=self.units)
+        return [later if n == "later" else open_weights(self.source(n), self.layout, later) for n in names]
 
-    def _source(self, name: str) -> Source:
+    def source(self, name: str) -> Source:
+        """The checkpoint of that name, as it was given; ValueError where it was not."""
         source: Source | None = getattr(self, name)
         if source is None:
             raise ValueError(f"this needs the {name} checkpoint: pass Trajectory({name}=...)")

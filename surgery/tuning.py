@@ -9,8 +9,8 @@ from pathlib import Path
 
 from torch import nn
 
-from surgery.bench import Bench
-from surgery.neurons import Neurons
+from surgery.bench import Bench, units_of
+from surgery.entries import Mask
 from surgery.prompts import Batch
 from surgery.rows import Evaluate, Row, Sweep, compared, judged, points
 from surgery.scores import remembered
@@ -29,9 +29,10 @@ class Tuning:
 
     ``chosen``: the row of the smallest measured budget that reaches the ``wanted`` recovery of ``metric`` within the
     ``limits``, None if none does; ``best``: that row, or else the one of the highest recovery within the limits, None
-    if none keeps them; ``ceiling``: all MLP neurons; ``sweep``: every row measured, by budget; ``evaluations``: the
-    models evaluated now; ``nested``: whether each measured mask contains the smaller ones; ``monotone``: whether
-    recovery never fell and no limit was met again as the measured budgets grew; ``notes``: what to beware of.
+    if none keeps them; ``ceiling``: all units of the selector's kinds; ``sweep``: every row measured, by budget;
+    ``evaluations``: the models evaluated now; ``nested``: whether each measured mask contains the smaller ones;
+    ``monotone``: whether recovery never fell and no limit was met again as the measured budgets grew; ``notes``: what
+    to beware of.
 
     Source: ours.
     """
@@ -58,7 +59,8 @@ class Tuning:
 
     def _verdict(self) -> str:
         asked = f"{100 * self.wanted:g} % recovery of {self.metric}" + _within(self.limits)
-        ceiling = f"ceiling: {_recovery(self.ceiling)} with all MLP neurons"
+        whole = self.ceiling.selector.removeprefix("ceiling (").removesuffix(")")
+        ceiling = f"ceiling: {_recovery(self.ceiling)} with {whole}"
         if self.chosen is not None:
             least = "the smallest" if self.nested and self.monotone else "perhaps not the smallest"
             return f"budget {self.chosen.budget:g} gives {asked}, {least} that does: {_result(self.chosen)}. {ceiling}"
@@ -130,7 +132,7 @@ def recommend(
         return rows[budget]
 
     with remembered():
-        ceiling = bench.ceiling()
+        ceiling = bench.ceiling(units_of(selector, bench.run))
         reached = _first(len(grid), lambda at: _recovers(row(at), recovery))
         if reached == len(grid) or not _keeps(row(reached), limits):
             _first(min(reached, len(grid)), lambda at: not _keeps(row(at), limits))
@@ -170,8 +172,8 @@ def _keeps(row: Row, limits: Mapping[str, float]) -> bool:
     return all(row.delta[name] >= least for name, least in limits.items())
 
 
-def _inside(smaller: Neurons, larger: Neurons) -> bool:
-    return not any((smaller & ~larger).count().values())
+def _inside(smaller: Mask, larger: Mask) -> bool:
+    return (smaller & larger).equal(smaller)  # type: ignore[operator, arg-type]
 
 
 def _tuning(

@@ -10,9 +10,11 @@ import families
 import pytest
 import torch
 from safetensors.torch import save_file
+from test_docs import three_stages
 
-from surgery import AMCSelector, Checkpoint, Neurons, RandomSelector, Trajectory, rolled_back
+from surgery import AMCSelector, Checkpoint, Entries, Neurons, RandomSelector, Trajectory, rolled_back
 from surgery.cli import main
+from surgery.entries import load_mask
 
 
 @pytest.fixture(scope="module")
@@ -156,3 +158,28 @@ def test_a_layout_of_ones_own(surgery, runs: Path, tmp_path: Path) -> None:
     code, out, _ = surgery(f"inspect odd --layout {tmp_path}/layout.json")
     assert code == 0
     assert "6 neurons in 1 blocks" in out
+
+
+def test_single_weights_from_the_shell(surgery, tmp_path: Path) -> None:
+    three_stages(tmp_path, "qwen3")  # with a tokenizer
+    (tmp_path / "data.jsonl").write_text('{"prompt": "12+13=", "response": "25"}\n' * 3)
+    words = f"select {tmp_path}/math {tmp_path}/qa --data {tmp_path}/data.jsonl --selector D --units weight"
+    code, out, err = surgery(f"{words} --budget 0.01 -o {tmp_path}/m")
+    assert not code, err
+    mask = load_mask(tmp_path / "m")
+    assert isinstance(mask, Entries)
+    allowed, taken = round(0.01 * mask.total), sum(mask.count().values())
+    assert 0 < taken <= allowed
+    assert f"{allowed} weights allowed, {taken} taken" in out
+    assert out.count("(kept)") == 1
+    assert f"{allowed} taken" in surgery(f"{words} --budget 0.01 --no-stop --dry-run")[1]
+    assert f"mask of {taken} of {mask.total} weights" in surgery(f"inspect {tmp_path}/m")[1]
+    code, out, _ = surgery(f"rollback {tmp_path}/qa --to {tmp_path}/math --mask {tmp_path}/m -o {tmp_path}/healed")
+    assert code == 0
+    assert f"{taken} of {mask.total} weights" in out
+    want = rolled_back(tmp_path / "qa", to=tmp_path / "math", mask=mask)
+    healed = Checkpoint(tmp_path / "healed")
+    assert all(torch.equal(healed[name], want[name]) for name in want)
+    assert "has one selector, D" in surgery(f"select earlier later --units weight --selector M -o {tmp_path}/x")[2]
+    assert "takes the best of the whole model" in surgery(f"{words} --how uniform -o {tmp_path}/x")[2]
+    assert not (tmp_path / "x").exists()

@@ -403,17 +403,17 @@ def no_undo_on_exit(patch: pytest.MonkeyPatch) -> None:
 
 
 def down_forgotten(patch: pytest.MonkeyPatch) -> None:
-    def mutant(layout, mask, whose, original=operators._edits):
+    def mutant(layout, mask, whose, original=operators.edits_of):
         return (edit for edit in original(layout, mask, whose) if edit.slot.part != "down")
 
-    patch.setattr(operators, "_edits", mutant)
+    patch.setattr(operators, "edits_of", mutant)
 
 
 def blended(patch: pytest.MonkeyPatch) -> None:
-    def mutant(self, source, old, strength, original=operators._Edit.new):
-        return original(self, source, old, 0.999 if strength == 1 else strength)
+    def mutant(edit, source, old, strength, original=operators.new_values):
+        return original(edit, source, old, 0.999 if strength == 1 else strength)
 
-    patch.setattr(operators._Edit, "new", mutant)
+    patch.setattr(operators, "new_values", mutant)
 
 
 def new_seed_per_budget(patch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from benchmarks.lab.evaluate import evaluator
 from surgery import DamageSelector, Trajectory, load_prompts, rollback
 from surgery.scores import remembered
 
-BUDGETS, WEIGHTS = (0.08, 0.32, 0.64, 0.8), (0.0, 0.3, 1.0, 3.0, 10.0, 100.0)
+BUDGETS, WEIGHTS = (0.08, 0.32, 0.64, 0.8), (0.0, 0.1, 0.3, 1.0, 3.0)
 OTHERS = ("qa", "code", "cw")
 Found = dict[tuple[float, float], tuple[float, dict[str, float]]]
 
@@ -73,8 +73,8 @@ def main() -> None:
     found = [measure(folder) for folder in asked.seeds]
     text = (
         f"# What protecting the other domains buys, and costs\n\nRecovery of Math in % (mean ± standard deviation over "
-        f"{len(found)} seeds) and the worst mean Δ among QA, Code and CW in points, by the weight of what reverting would "
-        f"cost them (0: plain D) and the budget of MLP neurons. {statement()}\n\n{table(found)}\n"
+        f"{len(found)} seeds) and the worst mean Δ among QA, Code and CW in points, by the weight of what reverting "
+        f"costs them (0: plain D) and the budget of MLP neurons. {statement()}\n\n{table(found)}\n"
     )
     (asked.out / "protect.md").write_text(text, encoding="utf-8")
     print(text)

@@ -28,10 +28,10 @@ from surgery import (
     distillation,
     earlier_model,
     load_prompts,
-    reversal_cost,
     rollback,
     top,
 )  # fmt: skip
+from surgery.predictions import positions, predicting
 from surgery.prompts import Batch
 
 BUDGETS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32)
@@ -47,14 +47,30 @@ class Scorer:
             self.loss = distillation(earlier, data)
         self.plain = damage(run, data, loss=self.loss)
         self.integrated = {nodes: damage(run, data, loss=self.loss, nodes=nodes) for nodes in (2, 4)}
-        self.cost = reversal_cost(run, data)
+        self.curvature = self._curvature(samples=4)
+
+    def _curvature(self, samples: int) -> Neurons:
+        """½ ⟨δB,n, F δB,n⟩, F the Fisher information: (∇ log p(y) · δ_n)² over labels y that the model draws itself."""
+
+        def drawn(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+            logits = predicting(model, batch)
+            labels = torch.distributions.Categorical(logits=logits.detach()).sample()
+            return torch.nn.functional.cross_entropy(logits, labels)
+
+        torch.manual_seed(0)
+        squares = {name: torch.zeros_like(value) for name, value in self.plain.items()}
+        tokens = [int(positions(batch).sum()) for batch in self.data]
+        for batch, count in [*zip(self.data, tokens, strict=True)] * samples:
+            for name, dots in damage(self.run, [batch], loss=drawn).items():
+                squares[name] += (count * dots).square()
+        return Neurons({name: value / (2 * samples * sum(tokens)) for name, value in squares.items()})
 
     def best(self, scores: Neurons, budget: float) -> Neurons:
         return top(scores, allocate(scores, budget, how="global"))
 
     def curved(self, sign: float) -> Neurons:
-        """The gain of reverting one neuron alone to second order is D − cost; plus is the control."""
-        return Neurons({name: self.plain[name] + sign * self.cost[name] for name in self.plain})
+        """The gain of reverting one neuron alone to second order is D less its curvature; plus is the control."""
+        return Neurons({name: self.plain[name] + sign * self.curvature[name] for name in self.plain})
 
     def rounds(self, budget: float, count: int) -> Neurons:
         """Spend the budget in equal parts; each sees the model with the parts before it reverted."""

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from surgery.gradients import as_live, collecting, in_runs
 from surgery.neurons import Neurons
 from surgery.operators import rollback
-from surgery.predictions import Loss, distillation, positions, predicting
+from surgery.predictions import Loss, distillation, positions
 from surgery.prompts import Batch
 from surgery.responses import respond
 from surgery.scores import dot, remember
@@ -60,7 +59,6 @@ def damage(run: Trajectory, data: Iterable[Batch], *, loss: Loss | None = None, 
             for batch in batches:
                 one = loss(model, batch) * int(positions(batch).sum())
                 (one * (weight / t)).backward()  # what is left of δ at t is t · δ
-                total.take()
                 value += weight * float(one.detach())
     found = {name: (sums / tokens).float() for name, sums in total.sums.items()}
     gain = sum(float(sums.sum()) for sums in total.sums.values()) / tokens
@@ -98,49 +96,42 @@ def _moved(model: nn.Module, run: Trajectory, t: float) -> Iterator[None]:
     if t == 1:
         yield
         return
-    sizes = open_weights(model, run.layout, units=run.units).layout.sizes
-    everything = Neurons({name: torch.ones(size, dtype=torch.bool) for name, size in sizes.items()})
+    everything = _everything(open_weights(model, run.layout, units=run.units))
     with rollback(model, to=run.source("earlier"), mask=everything, strength=1 - t, layout=run.layout):
         yield
 
 
 @remember
-def reversal_cost(run: Trajectory, data: Iterable[Batch], *, samples: int = 4, seed: int = 0) -> Neurons:
-    """What reverting a neuron would cost a domain that the later model answers well: ½ ⟨δB,n, F δB,n⟩.
+def reversal_cost(run: Trajectory, data: Iterable[Batch]) -> Neurons:
+    """What reverting a neuron costs a domain that the later model answers well: D of that domain, from the other end.
 
-    F is the Fisher information of the later model's predictions on the data, so this is the leading term of
-    KL(p_later ‖ p_reverted); the first-order term is zero. It is estimated without bias from labels that the later
-    model samples itself: (∇ log p(y) · δ_n)² over batches.
+    cost_n = ⟨∇L(θR), θR,n − θB,n⟩ with θR the later model with all neurons reverted and L = KL(p_later ‖ p). At θB
+    itself that loss is flat, so its slope there says nothing; at θR it is steep, and has what neurons cost together.
 
     Args:
         run: a trajectory with ``earlier`` and ``later``.
         data: batches of the domain to protect; without labels the later model answers first.
-        samples: how often labels are drawn for each batch.
-        seed: of the drawing; torch's own random state stays as it was.
 
     Returns:
-        Scores ≥ 0 in nats per response token, the unit of ``damage``.
+        Scores of either sign in nats per response token, the unit of ``damage``; positive where reverting hurts.
 
     Raises:
         ValueError: as ``damage``.
 
-    Source: ours, from Assumption 2 (a KL's Hessian at its minimum is the Fisher information).
+    Source: ours, from Proposition 1.
     """
-    total, model = _total(run)
-    batches = respond(model, _some(data), seed=seed)
-    squares = {name: torch.zeros_like(sums) for name, sums in total.sums.items()}
+    model = run.load()
+    batches = respond(model, _some(data))
+    loss = distillation(model, batches)
+    live = open_weights(model, run.layout, units=run.units)
     tokens = sum(int(positions(batch).sum()) for batch in batches)
-    cuda = [p.device for p in model.parameters() if p.device.type == "cuda"][:1]
-    with torch.random.fork_rng(devices=cuda), total.collecting(model):
-        torch.manual_seed(seed)
-        for batch in batches * samples:
-            logits = predicting(model, batch)
-            drawn = torch.distributions.Categorical(logits=logits.detach().float(), validate_args=False).sample()
-            functional.cross_entropy(logits.float(), drawn, reduction="sum").backward()
-            for name, dots in total.take().items():
-                squares[name] += dots.square()
-    scale = 2 * samples * tokens
-    return Neurons({name: (value / scale).float() for name, value in squares.items()}, made_by={"reversal_cost": {}})
+    with rollback(model, to=run.source("earlier"), mask=_everything(live), layout=run.layout) as done:
+        total = _Total(live, done.before)
+        with total.collecting(model):
+            for batch in batches:
+                (loss(model, batch) * int(positions(batch).sum())).backward()
+    found = {name: (sums / tokens).float() for name, sums in total.sums.items()}
+    return Neurons(found, made_by={"reversal_cost": {"tokens": tokens}})
 
 
 def _some(data: Iterable[Batch]) -> list[Batch]:
@@ -154,30 +145,26 @@ def _total(run: Trajectory) -> tuple[_Total, nn.Module]:
     model = run.load()
     live = open_weights(model, run.layout, units=run.units)
     (earlier,) = replace(run, later=model).weights("earlier")
-    return _Total(live, earlier), model
+    return _Total(live, lambda block, slot: as_live(earlier, live, block, slot)), model
+
+
+def _everything(weights: Weights) -> Neurons:
+    return Neurons({name: torch.ones(size, dtype=torch.bool) for name, size in weights.layout.sizes.items()})
 
 
 @dataclass
 class _Total:
-    """Σ over backward passes of ⟨∇, θ − θ_earlier⟩ per neuron; every gradient is reduced and freed as it comes."""
+    """Σ over backward passes of ⟨∇, θ − θ'⟩ per neuron; every gradient is reduced and freed as it comes.
+
+    ``other`` gives a slot's rows of θ', shaped as the live ones.
+    """
 
     live: Weights
-    source: Weights
+    other: Callable[[Block, Slot], Tensor]
     sums: dict[str, Tensor] = field(init=False)
-    last: dict[str, Tensor] = field(init=False)  # of the backward pass that runs now
 
     def __post_init__(self) -> None:
-        self.sums, self.last = self._zeros(), self._zeros()
-
-    def _zeros(self) -> dict[str, Tensor]:
-        return {block.name: torch.zeros(block.neurons, dtype=torch.float64) for block in self.live.layout.blocks}
-
-    def take(self) -> dict[str, Tensor]:
-        """Add what the last backward pass gave to the sums, and return it."""
-        last, self.last = self.last, self._zeros()
-        for name, value in last.items():
-            self.sums[name] += value
-        return last
+        self.sums = {block.name: torch.zeros(block.neurons, dtype=torch.float64) for block in self.live.layout.blocks}
 
     def collecting(self, model: nn.Module) -> AbstractContextManager[None]:
         """While the body runs, the weights of the neurons take gradients, and nothing else does."""
@@ -185,6 +172,7 @@ class _Total:
 
     def add(self, block: Block, slot: Slot, grad: Tensor, now: Tensor) -> None:
         """Reduce one slot of one tensor's gradient."""
-        views = slot.view(grad), slot.view(now), as_live(self.source, self.live, block, slot)
-        for first, (g, weight, earlier) in in_runs(slot, *views):
-            self.last[block.name][first : first + len(g)] += dot(g, weight - earlier).cpu()
+        there = slot.view(now)
+        views = slot.view(grad), there, self.other(block, slot).reshape(there.shape)
+        for first, (g, weight, other) in in_runs(slot, *views):
+            self.sums[block.name][first : first + len(g)] += dot(g, weight - other).cpu()

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from surgery.checkpoint import Checkpoint, Source, State
-from surgery.edits import Edit, edits_of, new_values
+from surgery.edits import Edit, Rows, edits_of, new_values
 from surgery.entries import Mask, noun_of, units_of_mask
 from surgery.papers import papers, warn_if_made_for_others
-from surgery.slots import Layout
+from surgery.slots import Block, Layout, Slot
 from surgery.trajectory import Weights, open_weights
 
 _REAL = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -53,6 +53,17 @@ class Rollback:
             for tensor, edit, rows in reversed(self._old):
                 _write(tensor, edit, rows.to(tensor.device))
             self._old.clear()
+
+    def before(self, block: Block, slot: Slot) -> Tensor:
+        """What the reverted rows of a live slot held before: ``[neuron, ...]``, in their order.
+
+        Raises:
+            LookupError: none of its neurons was reverted, or the rollback was undone.
+        """
+        for _, edit, rows in self._old:
+            if isinstance(edit, Rows) and (edit.block.name, edit.slot) == (block.name, slot):
+                return rows
+        raise LookupError(f"no neuron of {slot.tensor} ({slot.part}) is reverted")
 
     def __enter__(self) -> Rollback:
         return self

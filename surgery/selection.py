@@ -165,7 +165,8 @@ class DamageSelector:
             scores, neurons that the damaged domain is better off with, count as zero where a share is computed.
         protect: prompts of domains that should keep what they won, by name: D is reduced by ``weight`` times what
             reverting would cost them (``reversal_cost``).
-        weight: how much a nat lost there counts beside a nat won here.
+        weight: how much a nat lost there counts beside a nat won here; what 0.3 keeps and costs in the lab is in
+            benchmarks/results/protect.md.
         loss: another loss than the divergence from the earlier model (see ``damage``).
         units: as in ``AMCSelector``; several kinds share a budget of parameters, spent by D per parameter.
 
@@ -175,7 +176,7 @@ class DamageSelector:
     budget: float
     how: Allocation = "global"
     protect: Mapping[str, Data] | None = field(default=None, repr=False, compare=False)
-    weight: float = 1.0
+    weight: float = 0.3
     loss: Loss | None = field(default=None, repr=False, compare=False)
     units: Units | None = None
 
@@ -189,7 +190,7 @@ class DamageSelector:
     @property
     def name(self) -> str:
         """What a table calls it."""
-        guard = f", protecting {' and '.join(self.protect)} × {self.weight:g}" if self.protect else ""
+        guard = f" protecting {', '.join(self.protect)} × {self.weight:g}" if self.protect else ""
         own = f"D{guard}" if self.loss is None else f"D (own loss){guard}"
         return named(own if self.how == "global" else f"{own} ({self.how})", self.units)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import time
@@ -13,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from surgery.checkpoint import Checkpoint, State
 from surgery.entries import Mask
 from surgery.evaluators import evaluator
 from surgery.neurons import Neurons
@@ -22,6 +20,7 @@ from surgery.papers import fingerprint
 from surgery.prompts import Batch
 from surgery.rows import CEILING, EARLIER, LATER, Evaluate, Row, Score, scored
 from surgery.singles import EntrySelector
+from surgery.swap import earlier_model
 from surgery.trajectory import Trajectory
 from surgery.units import Units, kinds_of, noun
 
@@ -67,8 +66,8 @@ class Bench:
         return self._measured(LATER, 0.0, lambda: (0, self._evaluate(self.model)))
 
     def earlier(self) -> Row:
-        """The earlier model, in memory beside the later one for as long as its evaluation takes."""
-        return self._measured(EARLIER, 0.0, lambda: (0, self._evaluate(self._load_earlier())))
+        """The earlier model, in the later one's place for as long as its evaluation takes."""
+        return self._measured(EARLIER, 0.0, lambda: (0, self._earlier_scores()))
 
     def ceiling(self, units: Units | None = None) -> Row:
         """All units of those kinds (default: the trajectory's) rolled back."""
@@ -105,13 +104,9 @@ class Bench:
         (later,) = dataclasses.replace(self.run, later=self.model, units=units).weights("later")
         return Neurons({name: torch.zeros(size, dtype=torch.bool) for name, size in later.layout.sizes.items()})
 
-    def _load_earlier(self) -> nn.Module:
-        first = next(self.model.parameters())
-        if isinstance(self.run.earlier, Mapping) and not isinstance(self.run.earlier, Checkpoint):
-            other = copy.deepcopy(self.model)
-            other.load_state_dict({**State(self.model), **self.run.earlier})
-            return other
-        return Trajectory(later=self.run.earlier).load(device=first.device, dtype=first.dtype)
+    def _earlier_scores(self) -> Mapping[str, Score]:
+        with earlier_model(self.run) as model:
+            return self._evaluate(model)
 
     def _measured(self, name: str, budget: float, measure: Callable[[], tuple[int, Mapping[str, Score]]]) -> Row:
         key = name, float(budget)

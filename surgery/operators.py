@@ -49,7 +49,7 @@ class Rollback:
 
         Rollbacks that overlap are undone in the reverse order in which they were made.
         """
-        with _uninterrupted():
+        with uninterrupted():
             for tensor, edit, rows in reversed(self._old):
                 _write(tensor, edit, rows.to(tensor.device))
             self._old.clear()
@@ -130,7 +130,7 @@ def rollback(
     old: list[tuple[Tensor, Edit, Tensor]] = []
     finite: list[Tensor] = []  # read at the end: a GPU is waited for once, not once an edit
     changed: list[Tensor] = []
-    with _uninterrupted() as pending:
+    with uninterrupted() as pending:
         try:
             for edit in edits:
                 tensor = live.tensors[edit.slot.tensor]
@@ -223,7 +223,7 @@ def _span(tensor: Tensor) -> int:
 
 
 @contextmanager
-def _uninterrupted() -> Iterator[list[int]]:
+def uninterrupted() -> Iterator[list[int]]:
     """Hold Ctrl-C back while the body runs; the list that it yields is filled by one. Raised again at the end."""
     pending: list[int] = []
     if threading.current_thread() is not threading.main_thread():

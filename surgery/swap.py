@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.checkpoint import Checkpoint, Source, State
+from surgery.operators import uninterrupted
 from surgery.slots import Block, Slot
 from surgery.stored import name_on_disk
 from surgery.trajectory import Trajectory, Weights, open_weights
@@ -21,8 +22,8 @@ def earlier_model(run: Trajectory) -> Iterator[nn.Module]:
     """The earlier model, live, while the body runs, with one model in memory at a time.
 
     If the later model is live already, its weights are swapped in place; those that ``run.later`` does not hold on
-    disk bit for bit are kept in the CPU's memory meanwhile. If the two name their weights differently on disk and in
-    memory (outside the MLPs), the earlier model is loaded beside it instead.
+    disk bit for bit are kept in the CPU's memory meanwhile. If a folder's names can't be told from those in memory, the
+    earlier model is loaded beside it instead; a bare mapping replaces the tensors that it has.
 
     Raises:
         ValueError: there is no earlier checkpoint, or it is of another model.
@@ -38,12 +39,13 @@ def earlier_model(run: Trajectory) -> Iterator[nn.Module]:
         return
     live = open_weights(model, run.layout)
     source = _opened(run, "earlier", live)
-    if any(_found(source, live, name) is None for name in _names(model)):
+    names = [name for name in _names(model) if _found(source, live, name) is not None]
+    if len(names) < len(_names(model)) and (isinstance(run.earlier, str | Path | Checkpoint)):
         first = next(model.parameters())
         yield Trajectory(later=run.earlier).load(device=first.device, dtype=first.dtype)
         return
     on_disk = isinstance(run.later, str | Path | Checkpoint)
-    with _swapped(model, live, source, _opened(run, "later", live) if on_disk else None):
+    with _swapped(names, live, source, _opened(run, "later", live) if on_disk else None):
         yield model
 
 
@@ -55,10 +57,10 @@ def _opened(run: Trajectory, name: str, live: Weights) -> Weights:
 
 
 @contextmanager
-def _swapped(model: nn.Module, live: Weights, to: Weights, back: Weights | None) -> Iterator[None]:
+def _swapped(names: list[str], live: Weights, to: Weights, back: Weights | None) -> Iterator[None]:
     kept: dict[str, Tensor | None] = {}  # None: what the disk holds is the same, bit for bit
     try:
-        for name in _names(model):
+        for name in names:
             tensor = live.tensors[name]
             there = _as_live(back, live, name) if back is not None and _found(back, live, name) is not None else None
             kept[name] = None if there is not None and _same_bits(tensor, there) else tensor.to("cpu", copy=True)
@@ -66,13 +68,14 @@ def _swapped(model: nn.Module, live: Weights, to: Weights, back: Weights | None)
                 tensor.copy_(_as_live(to, live, name))
         yield
     finally:
-        for name, old in kept.items():
-            before = old
-            if before is None and back is not None:
-                before = _as_live(back, live, name)
-            assert before is not None
-            with torch.no_grad():
-                live.tensors[name].copy_(before)
+        with uninterrupted():
+            for name, old in kept.items():
+                before = old
+                if before is None and back is not None:
+                    before = _as_live(back, live, name)
+                assert before is not None
+                with torch.no_grad():
+                    live.tensors[name].copy_(before)
 
 
 def _same_bits(tensor: Tensor, other: Tensor) -> bool:

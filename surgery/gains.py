@@ -19,7 +19,7 @@ from surgery.prompts import Batch
 from surgery.slots import Block, Slot
 from surgery.trajectory import Trajectory, Weights, open_weights
 
-CHUNK = 1 << 20  # scores that are looked at at a time
+CHUNK = 1 << 18  # scores that are looked at at a time
 _LAST = (1 << 16) - 1
 _HIGHEST = (1 << 31) - 1
 

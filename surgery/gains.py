@@ -19,7 +19,7 @@ from surgery.prompts import Batch
 from surgery.slots import Block, Slot
 from surgery.trajectory import Trajectory, Weights, open_weights
 
-CHUNK = 1 << 20  # scores that are looked at at a time
+CHUNK = 1 << 18  # scores that are looked at at a time
 _LAST = (1 << 16) - 1
 _HIGHEST = (1 << 31) - 1
 
@@ -45,16 +45,19 @@ class Gains:
         Ties: the lower block, part and position first. So the first m of them are the best m.
         """
         threshold, equal = _threshold(self.flat, count)
-        found, held = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0)]
+        count = min(count, len(self.flat))
+        found, held, have = torch.empty(count, dtype=torch.int64), torch.empty(count), 0
         for start, chunk, bits in _chunks(self.flat):
             taken = bits > threshold
             if equal and threshold:
                 ties = (bits == threshold).nonzero().flatten()[:equal]
                 taken[ties] = True
                 equal -= len(ties)
-            found.append(taken.nonzero().flatten() + start)
-            held.append(chunk[taken])
-        return torch.cat(found)[torch.cat(held).sort(descending=True, stable=True).indices]
+            places = taken.nonzero().flatten()
+            found[have : have + len(places)] = places + start
+            held[have : have + len(places)] = chunk[places]
+            have += len(places)
+        return found[:have][held[:have].sort(descending=True, stable=True).indices]
 
     def worth(self, limit: float) -> int:
         """How many of the highest positive numbers add up to at most ``limit``."""

@@ -498,11 +498,12 @@ def anonymous():
     lines = Path("/proc/self/status").read_text().split("\\n")
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
 
-count = 1 << 26  # 256 MB
+count = 1 << 26  # 256 MB; a boolean per weight would be 64
 flat = _file(count)
 for at in range(0, count, 1 << 20):
     flat[at : at + (1 << 20)] = torch.randn(1 << 20)
 scores = Gains(flat, {"a/up": (count, 1)}, torch.nn.Linear(1, 1), None, [], 1, 0.0)
+Gains(torch.randn(1000), {"a/up": (1000, 1)}, torch.nn.Linear(1, 1), None, [], 1, 0.0).best(10)  # what torch loads late
 start, peak, done = anonymous(), [0.0], threading.Event()
 def watch():
     while not done.wait(0.002):
@@ -520,7 +521,7 @@ def test_anonymous_memory_is_bounded_by_a_chunk():
     found = subprocess.run(
         [sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]
     )
-    assert float(found.stdout) < 60, f"{found.stdout} MB"
+    assert float(found.stdout) < 32, f"{found.stdout} MB"
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])

@@ -362,7 +362,7 @@ def wrong_rows_saved(patch: pytest.MonkeyPatch) -> None:
 def new_rows_saved(patch: pytest.MonkeyPatch) -> None:
     def mutant(*args, original=operators.rollback, **kwargs):
         done = original(*args, **kwargs)
-        done._old = [(tensor, edit, edit.slot.take(tensor, edit.local)) for tensor, edit, _ in done._old]
+        done._old = [(tensor, edit, edit.take(tensor)) for tensor, edit, _ in done._old]
         return done
 
     patch.setattr(operators, "rollback", mutant)

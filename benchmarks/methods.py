@@ -119,8 +119,6 @@ def selectors(setting: Setting) -> list[Any]:
         DamageSelector(0.01, units=("mlp", "kv_group")),
         AMCSelector(0.01, units=("mlp", "kv_group")),
         EntrySelector(0.01),
-        EntrySelector(0.01, stop=False),
-        EntrySelector(0.01, stop=False, rounds=1),
     )
     return [*SELECTORS, *(one for one in own if one.name not in {each.name for each in SELECTORS})]
 

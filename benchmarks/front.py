@@ -64,9 +64,9 @@ def against_size(found: Mapping[str, Sequence[Point]]) -> Figure:
 
     def prepare(ax: Axes) -> None:
         ax.set_xscale("log")
-        ax.set_xlim(0.5, 130)
-        ticks = [1, 2, 4, 8, 16, 32, 64, 100]
-        ax.set_xticks(ticks, map(str, ticks))
+        ax.set_xlim(0.03, 130)
+        ticks = [0.05, 0.2, 1, 4, 16, 64]
+        ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         ax.minorticks_off()
         ax.set_xlabel("parameters touched (%)")
 

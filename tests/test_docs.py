@@ -76,7 +76,7 @@ def three_stages(folder: Path, family: str) -> None:
 
 
 @pytest.fixture(scope="session")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the pages find where they run: checkpoints in ``runs/`` and ``moe/``, prompts, an evaluation, the lab."""
     place = tmp_path_factory.mktemp("docs")
     three_stages(place / "runs", "qwen3")
@@ -91,9 +91,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def here(workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A copy of the workplace as the working directory; modules that a page imports from it are forgotten after."""
-    shutil.copytree(workplace, tmp_path, dirs_exist_ok=True)
+def here(desk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A copy of the desk as the working directory; modules that a page imports from it are forgotten after."""
+    shutil.copytree(desk, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     path = list(sys.path)
     yield tmp_path

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from surgery.gradients import as_live, collecting, in_runs
+from surgery.backward import as_live, collecting, in_runs
 from surgery.neurons import Neurons
 from surgery.operators import rollback
 from surgery.predictions import Loss, distillation, positions

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from surgery.attribution import answered
+from surgery.backward import as_live, collecting, in_runs
 from surgery.entries import Entries, shapes_of
-from surgery.gradients import as_live, collecting, in_runs
 from surgery.predictions import Loss, positions
 from surgery.prompts import Batch
 from surgery.slots import Block, Slot

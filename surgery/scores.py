@@ -12,12 +12,13 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
+from surgery.deltas import check_finite, displacements
 from surgery.hooks import Routing, listening
 from surgery.layout import find_layout
 from surgery.neurons import Neurons
 from surgery.prompts import Batch, response_mask
 from surgery.slots import Block, Layout
-from surgery.trajectory import Trajectory, check_finite, displacements
+from surgery.trajectory import Trajectory
 from surgery.units import Units
 
 P = ParamSpec("P")

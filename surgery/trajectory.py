@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from surgery.checkpoint import Checkpoint, Source, State, tensors_of
@@ -20,8 +19,6 @@ from surgery.layout import find_layout
 from surgery.slots import Block, Layout
 from surgery.stored import folder_layout
 from surgery.units import Units, kinds_of, noun
-
-CHUNK = 1 << 20  # bytes of float32 that one chunk of a part may take: it stays in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -171,6 +168,7 @@ class Trajectory:
         model: the later model, if it is live already; ``load`` returns it instead of reading the folder again.
         units: what scores and masks of this trajectory are over: "mlp" (default), "kv_group", "query_head",
             "value_channel", or a tuple of "mlp" and one of the others (see ``find_layout``).
+        stages: every checkpoint in training order by name, where there are more than three (see ``through``).
 
     Each checkpoint is a folder, a hub id in the local cache, an ``nn.Module`` or a mapping of tensors.
 
@@ -183,6 +181,7 @@ class Trajectory:
     layout: Layout | None = field(default=None, repr=False)
     model: nn.Module | None = field(default=None, repr=False)
     units: Units = "mlp"
+    stages: Mapping[str, Source] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         kinds = kinds_of(self.units)
@@ -191,17 +190,73 @@ class Trajectory:
                 f"units={self.units!r}, and the layout given has {noun(self.layout.units)}: pass one of both"
             )
 
+    @classmethod
+    def through(
+        cls, stages: Mapping[str, Source], *, earlier: str | None = None, later: str | None = None, **settings: Any
+    ) -> Trajectory:
+        """A trajectory of any number of checkpoints, by name in training order.
+
+        Args:
+            stages: name → checkpoint, like {"base": ..., "code": ..., "math": ..., "qa": ..., "cw": ...}. A stage's
+                update is its checkpoint less the one before.
+            earlier: which of them a rollback goes back to (default: the one before ``later``).
+            later: which of them is rolled back (default: the last).
+            settings: ``layout``, ``model`` and ``units``, as in ``Trajectory``.
+
+        Raises:
+            ValueError: fewer than two stages, a name that is not among them, or ``later`` not after ``earlier``.
+
+        >>> Trajectory.through({"base": "runs/base", "math": "runs/math", "qa": "runs/qa"})
+        Trajectory(base='runs/base', earlier='runs/math', later='runs/qa', units='mlp')
+        """
+        names = list(stages)
+        if len(names) < 2:
+            raise ValueError(f"a trajectory has two or more checkpoints, got {names}")
+        if unknown := {earlier, later} - {None, *names}:
+            raise ValueError(f"no stage is called {unknown.pop()!r}: expected one of {', '.join(names)}")
+        last = names.index(later) if later is not None else len(names) - 1
+        first = names.index(earlier) if earlier is not None else last - 1
+        if not 0 <= first < last:
+            raise ValueError(f"{later or names[last]!r} has to come after {earlier or 'another'!r} in {names}")
+        base = stages[names[first - 1]] if first else None
+        return cls(base, stages[names[first]], stages[names[last]], stages=dict(stages), **settings)
+
+    @property
+    def checkpoints(self) -> dict[str, Source]:
+        """Every checkpoint by name, in training order: the stages, or what there is of base, earlier and later."""
+        if self.stages is not None:
+            return dict(self.stages)
+        given = {"base": self.base, "earlier": self.earlier, "later": self.later}
+        return {name: source for name, source in given.items() if source is not None}
+
+    def steps(self) -> dict[str, Trajectory]:
+        """Each stage as a trajectory of its own, by the name of the checkpoint it led to: earlier is the one before."""
+        found = self.checkpoints
+        bases = [None, *found.values()]
+        return {
+            after: Trajectory(base, found[before], found[after], layout=self.layout, units=self.units)
+            for base, (before, after) in zip(bases, pairwise(found), strict=False)
+        }
+
     def weights(self, *names: str) -> list[Weights]:
-        """The checkpoints of those names ("base", "earlier", "later"), opened and found to be of one model."""
+        """The checkpoints of those names ("base", "earlier", "later", stages), opened and found to be of one model."""
         later = open_weights(self.source("later"), self.layout, units=self.units)
         return [later if n == "later" else open_weights(self.source(n), self.layout, later) for n in names]
 
     def source(self, name: str) -> Source:
         """The checkpoint of that name, as it was given; ValueError where it was not."""
+        if name not in ("base", "earlier", "later"):
+            return self._stage(name)
         source: Source | None = getattr(self, name)
         if source is None:
             raise ValueError(f"this needs the {name} checkpoint: pass Trajectory({name}=...)")
         return source
+
+    def _stage(self, name: str) -> Source:
+        if name not in (self.stages or {}):
+            raise ValueError(f"no stage is called {name!r}: expected one of {', '.join(self.checkpoints)}")
+        assert self.stages is not None
+        return self.stages[name]
 
     def load(self, device: Any = None, dtype: Any = None) -> nn.Module:
         """The later model, live and in eval mode.
@@ -222,77 +277,3 @@ class Trajectory:
         folder = found.folder if isinstance(found, Checkpoint) else Checkpoint(found).folder
         model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True)
         return (model.to(device) if device else model).eval()
-
-
-def pieces(block: Block, part: str, others: list[Block], chunk: int = CHUNK) -> Iterator[tuple[int, int]]:
-    """Runs of neurons of one part that every layout holds in one tensor, each at most ``chunk`` bytes of float32."""
-    slots = [slot for one in (block, *others) for slot in one.of(part)]
-    cuts = sorted({edge for slot in slots for edge in (slot.start, slot.stop)})
-    step = max(1, chunk // (4 * max(slots[0].width, 1)))
-    for low, high in pairwise(cuts):
-        for start in range(low, high, step):
-            yield start, min(start + step, high)
-
-
-def reading(weights: Weights, name: str, part: str) -> Callable[[int, int], Tensor]:
-    """A function that reads neurons start…stop of one part as float32 ``[neuron, width]`` on the CPU."""
-    views: dict[int, Tensor] = {}  # of the slot that was read last: making a view takes longer than reading a chunk
-
-    def read(start: int, stop: int) -> Tensor:
-        slot = next(s for s in weights.layout[name].of(part) if s.start <= start < s.stop)
-        if slot.start not in views:
-            views.clear()
-            view = slot.view(weights.tensors[slot.tensor]).detach()
-            views[slot.start] = view.flatten(1, slot.stacked) if slot.stacked else view
-        view, first, last = views[slot.start], start - slot.start, stop - slot.start
-        if slot.stacked:
-            rows = view.shape[1]
-            one, other = divmod(first, rows)[0], (last - 1) // rows
-            view = view[one : other + 1].flatten(0, 1)[first - one * rows : last - one * rows]
-        else:
-            view = view[first:last]
-        return view.to("cpu", torch.float32).reshape(stop - start, -1)
-
-    return read
-
-
-def _check_finite(weights: Weights, name: str, part: str, start: int, read: Tensor) -> None:
-    if bad := int((~read.isfinite()).sum()):
-        slot = next(s for s in weights.layout[name].of(part) if s.start <= start < s.stop)
-        raise ValueError(f"{slot.tensor!r} of {weights.name} holds {bad} NaN or infinite numbers")
-
-
-def displacements(run: Trajectory, *names: str) -> Iterator[tuple[str, int, int, tuple[Tensor, ...]]]:
-    """What each step of training changed, chunk by chunk: ``(block, start, stop, (δ, ...))``.
-
-    Args:
-        run: the trajectory.
-        names: the checkpoints in order: ("earlier", "later") gives δB, ("base", "earlier", "later") gives δA and δB.
-
-    Yields:
-        For one part of neurons start…stop of a block: the differences, float32 ``[neuron, width]``. Every part of
-        every neuron comes exactly once, its row contiguous; memory is bounded by ``CHUNK`` per checkpoint. NaN and
-        infinite weights come as they are (``check_finite``).
-    """
-    opened = run.weights(*names)
-    for name, block in opened[-1].layout.items():
-        others = [one.layout[name] for one in opened[:-1]]
-        for part in block.parts:
-            readers = [reading(one, name, part) for one in opened]
-            for start, stop in pieces(block, part, others):
-                read = [reader(start, stop) for reader in readers]
-                yield name, start, stop, tuple((b - a).contiguous() for a, b in pairwise(read))
-
-
-def check_finite(run: Trajectory, *names: str) -> None:
-    """Find the NaN or infinite numbers that made a score so: costs a second reading, so it is asked for only then.
-
-    Raises:
-        ValueError: there are some among the units' weights; the message names the first tensor.
-    """
-    for one in run.weights(*names):
-        for name, block in one.layout.items():
-            for part in block.parts:
-                read = reading(one, name, part)
-                for start, stop in pieces(block, part, []):
-                    _check_finite(one, name, part, start, read(start, stop))

@@ -15,6 +15,7 @@ PACKAGE = Path(surgery.__file__).parent
 # each module may import those before it
 ORDER = (
     "significance",
+    "evidence",
     "units",
     "vectors",
     "neurons",
@@ -31,6 +32,7 @@ ORDER = (
     "saving",
     "prompts",
     "trajectory",
+    "deltas",
     "budget",
     "scores",
     "predictions",
@@ -39,7 +41,7 @@ ORDER = (
     "edits",
     "operators",
     "swap",
-    "gradients",
+    "backward",
     "attribution",
     "gains",
     "selection",

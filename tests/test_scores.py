@@ -20,12 +20,12 @@ from surgery import (
     activation,
     allocate,
     conflict,
+    deltas,
     find_layout,
     magnitude,
     rollback,
     scores,
     top,
-    trajectory,
 )
 from surgery.checkpoint import State
 from surgery.slots import Layout
@@ -296,13 +296,13 @@ def test_scores_do_not_depend_on_where_or_how_much_is_read(family, tmp_path, mon
         model.save_pretrained(tmp_path / name)
     live, folder = Trajectory(**models), Trajectory(**{name: str(tmp_path / name) for name in models})
     M, C = magnitude(live), conflict(live)
-    for run, chunk in ((folder, trajectory.CHUNK), (folder, 700), (live, 1 << 12)):
-        monkeypatch.setattr(trajectory, "pieces", partial(pieces, chunk=chunk))
+    for run, chunk in ((folder, deltas.CHUNK), (folder, 700), (live, 1 << 12)):
+        monkeypatch.setattr(deltas, "pieces", partial(pieces, chunk=chunk))
         assert magnitude(run).equal(M)
         assert conflict(run).equal(C)
 
 
-pieces = trajectory.pieces
+pieces = deltas.pieces
 
 
 @pytest.mark.parametrize("width", [7, 64, 333, 2560])

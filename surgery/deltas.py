@@ -1,0 +1,113 @@
+"""What training changed, read chunk by chunk: no checkpoint is ever in memory, whatever its size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from surgery.slots import Block
+from surgery.trajectory import Trajectory, Weights
+
+CHUNK = 1 << 20  # bytes of float32 that one chunk of a part may take: it stays in the processor's cache
+
+
+def pieces(block: Block, part: str, others: list[Block], chunk: int = CHUNK) -> Iterator[tuple[int, int]]:
+    """Runs of neurons of one part that every layout holds in one tensor, each at most ``chunk`` bytes of float32."""
+    slots = [slot for one in (block, *others) for slot in one.of(part)]
+    cuts = sorted({edge for slot in slots for edge in (slot.start, slot.stop)})
+    step = max(1, chunk // (4 * max(slots[0].width, 1)))
+    for low, high in pairwise(cuts):
+        for start in range(low, high, step):
+            yield start, min(start + step, high)
+
+
+def reading(weights: Weights, name: str, part: str) -> Callable[[int, int], Tensor]:
+    """A function that gives neurons start…stop of one part as they lie: ``[neuron, width]``, a view where it can be."""
+    views: dict[int, Tensor] = {}  # of the slot that was read last: making a view takes longer than reading a chunk
+
+    def read(start: int, stop: int) -> Tensor:
+        slot = next(s for s in weights.layout[name].of(part) if s.start <= start < s.stop)
+        if slot.start not in views:
+            views.clear()
+            view = slot.view(weights.tensors[slot.tensor]).detach()
+            views[slot.start] = view.flatten(1, slot.stacked) if slot.stacked else view
+        view, first, last = views[slot.start], start - slot.start, stop - slot.start
+        if slot.stacked:
+            rows = view.shape[1]
+            one, other = divmod(first, rows)[0], (last - 1) // rows
+            view = view[one : other + 1].flatten(0, 1)[first - one * rows : last - one * rows]
+        else:
+            view = view[first:last]
+        return view.reshape(stop - start, -1)
+
+    return read
+
+
+class _Rooms:
+    """Float32 memory on the CPU that every chunk uses again: fresh memory would cost as much as the arithmetic."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[str, int], Tensor] = {}
+
+    def __call__(self, what: str, at: int, shape: torch.Size, columns: bool) -> Tensor:
+        """A ``[neuron, width]`` whose columns, or else whose rows, are contiguous."""
+        held = self._held.get((what, at))
+        if held is None or held.numel() < shape.numel():
+            held = self._held[what, at] = torch.empty(shape.numel())
+        flat = held[: shape.numel()]
+        return flat.view(shape[1], shape[0]).T if columns else flat.view(shape)
+
+
+def displacements(run: Trajectory, *names: str) -> Iterator[tuple[str, int, int, tuple[Tensor, ...]]]:
+    """What each step of training changed, chunk by chunk: ``(block, start, stop, (δ, ...))``.
+
+    Args:
+        run: the trajectory.
+        names: the checkpoints in order: ("earlier", "later") gives δB, ("base", "earlier", "later") gives δA and δB.
+
+    Yields:
+        For one part of neurons start…stop of a block: the differences, float32 ``[neuron, width]``. Every part of
+        every neuron comes exactly once, its row contiguous; memory is bounded by ``CHUNK`` per checkpoint, and used
+        again for the next chunk. NaN and infinite weights come as they are (``check_finite``).
+    """
+    opened, rooms = run.weights(*names), _Rooms()
+    for name, block in opened[-1].layout.items():
+        others = [one.layout[name] for one in opened[:-1]]
+        for part in block.parts:
+            readers = [reading(one, name, part) for one in opened]
+            for start, stop in pieces(block, part, others):
+                yield name, start, stop, _steps([reader(start, stop) for reader in readers], rooms)
+
+
+def _steps(read: list[Tensor], rooms: _Rooms) -> tuple[Tensor, ...]:
+    """The differences of consecutive tensors, in float32 and row by row, in rooms of their own."""
+    shape, columns = read[0].shape, read[0].stride(0) == 1 and read[0].shape[1] > 1
+    wide = [rooms("read", at, shape, columns).copy_(one) for at, one in enumerate(read)]
+    steps = []
+    for at, (before, after) in enumerate(pairwise(wide)):
+        step = torch.sub(after, before, out=rooms("step", at, shape, columns))
+        steps.append(rooms("rows", at, shape, False).copy_(step) if columns else step)
+    return tuple(steps)
+
+
+def _check_finite(weights: Weights, name: str, part: str, start: int, read: Tensor) -> None:
+    if bad := int((~read.isfinite()).sum()):
+        slot = next(s for s in weights.layout[name].of(part) if s.start <= start < s.stop)
+        raise ValueError(f"{slot.tensor!r} of {weights.name} holds {bad} NaN or infinite numbers")
+
+
+def check_finite(run: Trajectory, *names: str) -> None:
+    """Find the NaN or infinite numbers that made a score so: costs a second reading, so it is asked for only then.
+
+    Raises:
+        ValueError: there are some among the units' weights; the message names the first tensor.
+    """
+    for one in run.weights(*names):
+        for name, block in one.layout.items():
+            for part in block.parts:
+                read = reading(one, name, part)
+                for start, stop in pieces(block, part, []):
+                    _check_finite(one, name, part, start, read(start, stop))

@@ -48,11 +48,13 @@ ORDER = (
     "singles",
     "rows",
     "evaluators",
+    "histories",
     "bench",
     "sweeps",
     "tuning",
     "resampling",
     "plots",
+    "report",
     "cli",
 )
 

@@ -72,8 +72,9 @@ def read(text: str, folder: Path, width: int) -> dict[str, object]:
 def sample() -> str:
     table = Table("numbers", ("name", "size"), (("b", 10), ("a", 9), ("c", None), ("d", -2.5)))
     long = Table("words", ("n", "name"), tuple((at, f"x{at % 5}") for at in range(30)))
+    wide = Table("wide", tuple(f"column {at}" for at in range(20)), (tuple(range(20)),))
     section = Section(
-        "Sizes", "They differ.", "How large.", {"size": "how large it is"}, (drawn(), drawn("y")), (table, long)
+        "Sizes", "They differ.", "How large.", {"size": "how large it is"}, (drawn(), drawn("y")), (table, long, wide)
     )
     return page(
         "A page", ["All is well."], [section], {"theory": "would need --data"}, {"command": "surgery " + "x" * 300}
@@ -91,7 +92,7 @@ def test_the_page_is_read_without_an_error_and_fits(tmp_path, width):
 
 
 def test_columns_sort_as_numbers_and_empty_cells_stay_last(tmp_path):
-    numbers, words = read(sample(), tmp_path, 1280)["tables"]
+    numbers, words, _ = read(sample(), tmp_path, 1280)["tables"]
     assert numbers["before"] == ["10", "9", "", "-2.5"]
     assert numbers["up"] == ["-2.5", "9", "10", ""]
     assert numbers["down"] == ["10", "9", "-2.5", ""]

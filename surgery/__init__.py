@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from surgery.budget import allocate, top
     from surgery.checkpoint import Checkpoint
     from surgery.entries import Entries
-    from surgery.evaluators import harness
+    from surgery.evaluators import harness, likelihood
+    from surgery.histories import History, history
     from surgery.layout import find_layout
     from surgery.neurons import Neurons
     from surgery.operators import Rollback, RolledBack, rollback, rolled_back
@@ -41,7 +42,8 @@ _HOME = {
     "budget": ("allocate", "top"),
     "checkpoint": ("Checkpoint",),
     "entries": ("Entries",),
-    "evaluators": ("harness",),
+    "evaluators": ("harness", "likelihood"),
+    "histories": ("History", "history"),
     "layout": ("find_layout",),
     "neurons": ("Neurons",),
     "operators": ("Rollback", "RolledBack", "rollback", "rolled_back"),
@@ -73,6 +75,7 @@ __all__ = [
     "Distillation",
     "Entries",
     "EntrySelector",
+    "History",
     "Layout",
     "Neurons",
     "Paired",
@@ -94,7 +97,9 @@ __all__ = [
     "earlier_model",
     "find_layout",
     "harness",
+    "history",
     "jaccard",
+    "likelihood",
     "load_prompts",
     "magnitude",
     "probe",

@@ -50,11 +50,13 @@ ORDER = (
     "singles",
     "rows",
     "evaluators",
+    "histories",
     "bench",
     "sweeps",
     "tuning",
     "resampling",
     "plots",
+    "report",
     "cli",
 )
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from surgery.checkpoint import Checkpoint
     from surgery.entries import Entries
     from surgery.evaluators import harness, likelihood
+    from surgery.geometry import Gradients, GradientSeries, gradients, gradients_along
     from surgery.histories import History, history
     from surgery.layout import find_layout
     from surgery.neurons import Neurons
@@ -42,6 +43,7 @@ _HOME = {
     "checkpoint": ("Checkpoint",),
     "entries": ("Entries",),
     "evaluators": ("harness", "likelihood"),
+    "geometry": ("GradientSeries", "Gradients", "gradients", "gradients_along"),
     "histories": ("History", "history"),
     "layout": ("find_layout",),
     "neurons": ("Neurons",),
@@ -73,6 +75,8 @@ __all__ = [
     "Distillation",
     "Entries",
     "EntrySelector",
+    "GradientSeries",
+    "Gradients",
     "History",
     "Layout",
     "Neurons",
@@ -94,6 +98,8 @@ __all__ = [
     "distillation",
     "earlier_model",
     "find_layout",
+    "gradients",
+    "gradients_along",
     "harness",
     "history",
     "jaccard",

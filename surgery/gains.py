@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from surgery.attribution import answered
-from surgery.backward import as_live, collecting, in_runs
+from surgery.backward import as_live, collecting, in_runs, zeros_on_disk
 from surgery.entries import Entries, shapes_of
 from surgery.predictions import Loss, positions
 from surgery.prompts import Batch
@@ -107,7 +104,7 @@ def entry_gains(run: Trajectory, data: Iterable[Batch], *, loss: Loss | None = N
     (earlier,) = replace(run, later=model).weights("earlier")
     shapes = shapes_of(live.layout)
     starts = _starts(shapes)
-    flat = _file(sum(neurons * width for neurons, width in shapes.values()))
+    flat = zeros_on_disk(sum(neurons * width for neurons, width in shapes.values()))
 
     def add(block: Block, slot: Slot, grad: Tensor, _: Tensor) -> None:
         for first, (g,) in in_runs(slot, slot.view(grad)):
@@ -127,21 +124,6 @@ def entry_gains(run: Trajectory, data: Iterable[Batch], *, loss: Loss | None = N
 def _starts(shapes: dict[str, tuple[int, int]]) -> dict[str, int]:
     sizes = [neurons * width for neurons, width in shapes.values()]
     return dict(zip(shapes, torch.tensor([0, *sizes]).cumsum(0).tolist(), strict=False))
-
-
-def _file(count: int) -> Tensor:
-    """Zeros, float32 ``[count]``, in a file whose name is gone already: its room goes with the tensor.
-
-    The room is taken now: where the disk is full that is an error here, and no crash at some later write.
-    """
-    with tempfile.TemporaryDirectory(prefix="surgery-") as folder:
-        path = Path(folder) / "gains"
-        with open(path, "wb") as file:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, 4 * max(count, 1))
-            else:
-                file.truncate(4 * max(count, 1))
-        return torch.from_file(str(path), shared=True, size=count, dtype=torch.float32)
 
 
 def _times_change(flat: Tensor, starts: dict[str, int], live: Weights, earlier: Weights, tokens: int) -> None:

@@ -492,14 +492,15 @@ def test_sweep_and_recommend_measure_single_weights():
 MEMORY = """
 import sys, threading, torch
 from pathlib import Path
-from surgery.gains import Gains, _file
+from surgery.backward import zeros_on_disk
+from surgery.gains import Gains
 
 def anonymous():
     lines = Path("/proc/self/status").read_text().split("\\n")
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
 
 count = 1 << 26  # 256 MB; a boolean per weight would be 64
-flat = _file(count)
+flat = zeros_on_disk(count)
 for at in range(0, count, 1 << 20):
     flat[at : at + (1 << 20)] = torch.randn(1 << 20)
 scores = Gains(flat, {"a/up": (count, 1)}, torch.nn.Linear(1, 1), None, [], 1, 0.0)

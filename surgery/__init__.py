@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from surgery.predictions import Distillation, distillation
     from surgery.probing import probe
     from surgery.prompts import load_prompts
+    from surgery.refreshing import Refresh, refresh
     from surgery.resampling import Agreement, Stability, jaccard, stability
     from surgery.responses import respond
     from surgery.rows import Row, Sweep
@@ -47,6 +48,7 @@ _HOME = {
     "predictions": ("Distillation", "distillation"),
     "probing": ("probe",),
     "prompts": ("load_prompts",),
+    "refreshing": ("Refresh", "refresh"),
     "resampling": ("Agreement", "Stability", "jaccard", "stability"),
     "responses": ("respond",),
     "rows": ("Row", "Sweep"),
@@ -75,6 +77,7 @@ __all__ = [
     "Neurons",
     "Paired",
     "RandomSelector",
+    "Refresh",
     "Rollback",
     "RolledBack",
     "Row",
@@ -97,6 +100,7 @@ __all__ = [
     "magnitude",
     "probe",
     "recommend",
+    "refresh",
     "respond",
     "reversal_cost",
     "rollback",

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from surgery.predictions import Distillation, distillation
     from surgery.probing import probe
     from surgery.prompts import load_prompts
+    from surgery.refreshing import Refresh, refresh
     from surgery.resampling import Agreement, Stability, jaccard, stability
     from surgery.responses import respond
     from surgery.rows import Row, Sweep
@@ -51,6 +52,7 @@ _HOME = {
     "predictions": ("Distillation", "distillation"),
     "probing": ("probe",),
     "prompts": ("load_prompts",),
+    "refreshing": ("Refresh", "refresh"),
     "resampling": ("Agreement", "Stability", "jaccard", "stability"),
     "responses": ("respond",),
     "rows": ("Row", "Sweep"),
@@ -82,6 +84,7 @@ __all__ = [
     "Neurons",
     "Paired",
     "RandomSelector",
+    "Refresh",
     "Rollback",
     "RolledBack",
     "Row",
@@ -108,6 +111,7 @@ __all__ = [
     "magnitude",
     "probe",
     "recommend",
+    "refresh",
     "respond",
     "reversal_cost",
     "rollback",

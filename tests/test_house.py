@@ -33,6 +33,9 @@ ORDER = (
     "prompts",
     "trajectory",
     "deltas",
+    "places",
+    "alike",
+    "drift",
     "budget",
     "scores",
     "predictions",
@@ -52,7 +55,10 @@ ORDER = (
     "sweeps",
     "tuning",
     "resampling",
+    "analysis",
+    "alignment",
     "plots",
+    "evidence_plots",
     "cli",
 )
 

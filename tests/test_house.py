@@ -33,6 +33,9 @@ ORDER = (
     "prompts",
     "trajectory",
     "deltas",
+    "places",
+    "alike",
+    "drift",
     "budget",
     "scores",
     "predictions",
@@ -58,8 +61,11 @@ ORDER = (
     "sweeps",
     "tuning",
     "resampling",
+    "analysis",
+    "alignment",
     "plots",
     "report",
+    "evidence_plots",
     "cli",
 )
 

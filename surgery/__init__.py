@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from surgery.layout import find_layout
     from surgery.neurons import Neurons
     from surgery.operators import Rollback, RolledBack, rollback, rolled_back
+    from surgery.optimum import strengths
     from surgery.predictions import Distillation, distillation
     from surgery.probing import probe
     from surgery.prompts import load_prompts
@@ -49,6 +50,7 @@ _HOME = {
     "layout": ("find_layout",),
     "neurons": ("Neurons",),
     "operators": ("Rollback", "RolledBack", "rollback", "rolled_back"),
+    "optimum": ("strengths",),
     "predictions": ("Distillation", "distillation"),
     "probing": ("probe",),
     "prompts": ("load_prompts",),
@@ -118,6 +120,7 @@ __all__ = [
     "rolled_back",
     "save",
     "stability",
+    "strengths",
     "sweep",
     "top",
 ]

@@ -19,6 +19,7 @@ from rich.console import Console
 from surgery.units import kinds_of, noun
 
 if TYPE_CHECKING:
+    from surgery.reach import Strength
     from surgery.selection import Selector
     from surgery.slots import Block, Layout, Slot
     from surgery.trajectory import Trajectory
@@ -123,7 +124,9 @@ def rollback(
     to: Annotated[str, typer.Option(help="The earlier checkpoint's folder.")],
     mask: Annotated[Path, typer.Option(help="A mask file, as select writes it.")],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="The folder to write.")] = None,
-    strength: Annotated[float, typer.Option(help="How far back, 0 to 1; 1 copies bits.")] = 1.0,
+    strength: Annotated[
+        str, typer.Option(help="How far back, 0 to 3; 1 copies bits. Or a file, as strengths writes it.")
+    ] = "1",
     layout: LayoutFile = None,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
@@ -131,6 +134,7 @@ def rollback(
     """Write the later checkpoint with the masked neurons set back; every other byte stays as it was."""
     from surgery.entries import load_mask, noun_of
     from surgery.operators import rolled_back
+    from surgery.reach import recorded, spoken
     from surgery.saving import save
 
     if output is None and not dry_run:
@@ -139,9 +143,11 @@ def rollback(
         raise LookupError(f"there is no mask file {mask}")
     chosen = load_mask(mask)
     own = _layout(layout, later)
-    view = rolled_back(later, to=to, mask=chosen, strength=strength, layout=own)
+    view = rolled_back(later, to=to, mask=chosen, strength=_strength(strength), layout=own)
     counted = f"{sum(chosen.count().values())} of {chosen.total} {noun_of(chosen)} ({chosen.fraction:.2%})"
     out.print(f"{counted}, {view.parameters} parameters")
+    if view.strength != 1:
+        out.print(spoken(recorded(view.strength, chosen)))
     for file in view.headers:
         out.print(f"  {file}: {len(view.touched(file))} of {len(view.headers[file])} tensors touched")
     if dry_run or output is None:
@@ -149,6 +155,46 @@ def rollback(
         return
     with _working(f"writing {output}"):
         save(view, output, overwrite=overwrite)
+    out.print(f"wrote {output}")
+
+
+@app.command()
+def strengths(
+    earlier: Annotated[str, typer.Argument(help="The earlier checkpoint's folder.")],
+    later: Annotated[str, typer.Argument(help="The later checkpoint's folder.")],
+    mask: Annotated[Path, typer.Option(help="A mask file, as select writes it.")],
+    data: Annotated[Path, typer.Option(help="JSON lines of the damaged domain.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The file to write, for rollback --strength.")],
+    most: Annotated[float, typer.Option(help="The furthest a neuron may go, up to 3; 1 is the earlier value.")] = 2.0,
+    joint: Annotated[bool, typer.Option("--joint", help="One strength for all.")] = False,
+    passes: Annotated[int, typer.Option(help="Forward and backward passes over the data.")] = 16,
+    batch_size: int = 16,
+    device: Device = None,
+    layout: LayoutFile = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Find how far back each masked neuron should go and write it as a file; the model is loaded in float32."""
+    from surgery.entries import load_mask
+    from surgery.optimum import strengths as find
+    from surgery.prompts import load_prompts
+    from surgery.reach import recorded, spoken
+
+    if output.exists() and not overwrite:
+        raise ValueError(f"{output} exists: choose another file, or pass --overwrite")
+    if not mask.is_file():
+        raise LookupError(f"there is no mask file {mask}")
+    chosen = load_mask(mask)
+    run = _trajectory([earlier, later], layout, "mlp")
+    with _working("finding strengths"):
+        batches = load_prompts(data, _folder(later), batch_size=batch_size)
+        run = _live(run, device, "float32")
+        found = find(run, batches, chosen, most=most, joint=joint, passes=passes)
+    told = found.made_by["strengths"]
+    none, full = told["loss"][:2]
+    out.print(f"loss {none:.5g} in the later model, {full:.5g} at strength {min(1.0, most):g}, {told['least']:.5g} now")
+    out.print(spoken(recorded(found, chosen)))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    found.save(output)
     out.print(f"wrote {output}")
 
 
@@ -403,6 +449,17 @@ def _fraction(text: str) -> float:
         return float(text)
     except ValueError:
         raise ValueError(f"--budgets: {text!r} is not a number") from None
+
+
+def _strength(text: str) -> Strength:
+    from surgery.neurons import Neurons
+
+    try:
+        return float(text)
+    except ValueError:
+        if not Path(text).is_file():
+            raise ValueError(f"--strength {text!r}: expected a number, or a file as strengths writes it") from None
+    return Neurons.load(text)
 
 
 def _limit(text: str) -> tuple[str, float]:

@@ -26,11 +26,11 @@ from surgery import (
     EntrySelector,
     Neurons,
     Trajectory,
+    backward,
     damage,
     edits,
     find_layout,
     gains,
-    gradients,
     jaccard,
     operators,
     recommend,
@@ -531,7 +531,7 @@ def test_long_parts_are_read_and_written_in_pieces(family, monkeypatch):
     data, before = batches(labels=True), snapshot(later)
     whole = EntrySelector(0.05).select(run, data)
     want = expected(before, dict(State(earlier)), finest(later), whole)
-    for module, name, size in ((edits, "_RUN", 7), (gradients, "CHUNK", 100), (gains, "CHUNK", 13)):
+    for module, name, size in ((edits, "_RUN", 7), (backward, "CHUNK", 100), (gains, "CHUNK", 13)):
         monkeypatch.setattr(module, name, size)
     assert EntrySelector(0.05).select(run, data).equal(whole)
     with operators.rollback(later, to=earlier, mask=whole) as done:

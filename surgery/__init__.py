@@ -10,9 +10,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from surgery.alignment import Directions, directions
+    from surgery.analysis import Overlap, overlap
     from surgery.attribution import damage, reversal_cost
     from surgery.budget import allocate, top
     from surgery.checkpoint import Checkpoint
+    from surgery.drift import Changes, changes
     from surgery.entries import Entries
     from surgery.evaluators import harness, likelihood
     from surgery.geometry import Gradients, GradientSeries, gradients, gradients_along
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
     from surgery.saving import save
     from surgery.scores import activation, conflict, magnitude
     from surgery.selection import AMCSelector, DamageSelector, RandomSelector, Selector
+    from surgery.shares import Profile, profile
     from surgery.significance import Paired
     from surgery.singles import EntrySelector
     from surgery.slots import Block, Layout, Slot
@@ -40,9 +44,12 @@ if TYPE_CHECKING:
     from surgery.tuning import Tuning, recommend
 
 _HOME = {
+    "alignment": ("Directions", "directions"),
+    "analysis": ("Overlap", "overlap"),
     "attribution": ("damage", "reversal_cost"),
     "budget": ("allocate", "top"),
     "checkpoint": ("Checkpoint",),
+    "drift": ("Changes", "changes"),
     "entries": ("Entries",),
     "evaluators": ("harness", "likelihood"),
     "geometry": ("GradientSeries", "Gradients", "gradients", "gradients_along"),
@@ -61,6 +68,7 @@ _HOME = {
     "saving": ("save",),
     "scores": ("activation", "conflict", "magnitude"),
     "selection": ("AMCSelector", "DamageSelector", "RandomSelector", "Selector"),
+    "shares": ("Profile", "profile"),
     "significance": ("Paired",),
     "singles": ("EntrySelector",),
     "slots": ("Block", "Layout", "Slot"),
@@ -74,8 +82,10 @@ __all__ = [
     "AMCSelector",
     "Agreement",
     "Block",
+    "Changes",
     "Checkpoint",
     "DamageSelector",
+    "Directions",
     "Distillation",
     "Entries",
     "EntrySelector",
@@ -84,7 +94,9 @@ __all__ = [
     "History",
     "Layout",
     "Neurons",
+    "Overlap",
     "Paired",
+    "Profile",
     "RandomSelector",
     "Refresh",
     "Rollback",
@@ -98,8 +110,10 @@ __all__ = [
     "Tuning",
     "activation",
     "allocate",
+    "changes",
     "conflict",
     "damage",
+    "directions",
     "distillation",
     "earlier_model",
     "find_layout",
@@ -111,7 +125,9 @@ __all__ = [
     "likelihood",
     "load_prompts",
     "magnitude",
+    "overlap",
     "probe",
+    "profile",
     "recommend",
     "refresh",
     "respond",

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from surgery.alike import alike
 from surgery.checkpoint import tensors_of
 from surgery.evidence import Cell, Table, write_json
-from surgery.places import KINDS, layer_order, place_of
+from surgery.meter import Meter, Place, Sums
+from surgery.places import KINDS, layer_order
 from surgery.trajectory import Trajectory
-
-CHUNK = 1 << 18  # numbers per checkpoint that are in memory at a time
-_BINS = 257
 
 
 @dataclass(frozen=True)
@@ -158,7 +154,7 @@ def changes(run: Trajectory, *, absolute: float = 1e-7, relative: float = 1e-3) 
 
     Args:
         run: a trajectory of two or more checkpoints: folders, live modules, mappings. Every tensor of each is read
-            once, ``CHUNK`` numbers at a time. Tensors that share memory (tied embeddings) count once.
+            once, a chunk of each at a time. Tensors that share memory (tied embeddings) count once.
         absolute: a change is near zero where abs(Δ) is below it; in the unit of the weights.
         relative: ... and where abs(Δ) / abs(θ_reference) is below it; a change from exactly 0 is not.
 
@@ -179,10 +175,10 @@ def changes(run: Trajectory, *, absolute: float = 1e-7, relative: float = 1e-3) 
     tensors, left_out = alike(dict(zip(names, opened, strict=True)))
     last = range(1, len(names))
     pairs = list(dict.fromkeys([*((0, at) for at in last), *((at - 1, at) for at in last)]))
-    meter = _Meter(units, pairs, names)
+    meter = Meter(units, pairs, names)
     for tensor in tensors:
         meter.read(tensor, opened)
-    steps = {pair: meter.step(pair) for pair in pairs}
+    steps = {pair: _step(names, pair, meter.sums[pair], units) for pair in pairs}
     return Changes(
         absolute,
         relative,
@@ -199,124 +195,40 @@ def _unit(name: str, threshold: float) -> int:
     return int(struct.unpack("<i", struct.pack("<f", threshold))[0])
 
 
-@dataclass
-class _Sums:
-    """What adds up over the chunks of a group, for one comparison."""
+def _step(names: Sequence[str], pair: tuple[int, int], groups: Mapping[Place, Sums], units: tuple[int, int]) -> Step:
+    """One comparison, from the sums of each kind of each layer."""
+    groups = dict(sorted(groups.items(), key=lambda item: layer_order(item[0])))
 
-    parameters: int = 0
-    unchanged: int = 0
-    from_zero: int = 0
-    square: float = 0.0
-    reference_square: float = 0.0
-    bins: Tensor = field(default_factory=lambda: torch.zeros(2, _BINS, dtype=torch.int64))
+    def total(some: Iterable[Place]) -> Sums:
+        return sum((groups[place] for place in some), Sums())
 
-    def __add__(self, other: _Sums) -> _Sums:
-        return _Sums(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
+    kinds = [kind for kind in KINDS if any(kind == one for _, one in groups)]
+    layers = dict.fromkeys(layer for layer, _ in groups)
+    return Step(
+        names[pair[1]],
+        names[pair[0]],
+        _change(None, None, total(groups), units),
+        tuple(_change(None, kind, total(p for p in groups if p[1] == kind), units) for kind in kinds),
+        tuple(_change(layer, None, total(p for p in groups if p[0] == layer), units) for layer in layers),
+        tuple(_change(*place, sums, units) for place, sums in groups.items()),
+    )
 
 
-class _Meter:
-    """Reads tensors of all checkpoints side by side, in float32 rooms that every chunk uses again."""
-
-    def __init__(self, units: tuple[int, int], pairs: list[tuple[int, int]], names: list[str]) -> None:
-        self.units, self.pairs, self.names = units, pairs, names
-        self.sums: dict[tuple[int, int], dict[tuple[str | None, str], _Sums]] = {pair: {} for pair in pairs}
-        self.wide, self.size = torch.empty(len(names), CHUNK), torch.empty(CHUNK)
-        self.delta, self.ratio = torch.empty(CHUNK), torch.empty(CHUNK)
-        self.key = torch.empty(CHUNK, dtype=torch.int32)
-
-    def read(self, name: str, opened: list[Mapping[str, Tensor]]) -> None:
-        """Add one tensor to its group."""
-        place = place_of(name)
-        held = {pair: self.sums[pair].setdefault(place, _Sums()) for pair in self.pairs}
-        for chunk in _chunks([tensors[name].detach() for tensors in opened]):
-            wide = [room[: len(one)].copy_(one) for room, one in zip(self.wide, chunk, strict=True)]
-            for reference in dict.fromkeys(first for first, _ in self.pairs):
-                before = torch.abs(wide[reference], out=self.size[: len(wide[reference])])
-                square, zeros = float(torch.dot(before, before)), not bool(before.min())
-                for pair in (pair for pair in self.pairs if pair[0] == reference):
-                    sums = held[pair]
-                    same = torch.equal(chunk[reference], chunk[pair[1]])  # bit by bit: what is frozen costs no more
-                    self._compare(sums, wide[reference], before, wide[pair[1]], zeros, same)
-                    sums.reference_square += square
-                    if not math.isfinite(sums.square + square):
-                        self._refuse(name, chunk)
-
-    def _compare(self, sums: _Sums, old: Tensor, size: Tensor, new: Tensor, zeros: bool, same: bool) -> None:
-        """Add one chunk of one comparison: ``old`` with its absolute values ``size``, and ``new``."""
-        count = len(old)
-        sums.parameters += count
-        if same:
-            sums.unchanged += count
-            return
-        delta, ratio = torch.sub(new, old, out=self.delta[:count]).abs_(), self.ratio[:count]
-        square = float(torch.dot(delta, delta))
-        sums.square += square
-        if not math.isfinite(square):
-            return
-        torch.div(delta, size, out=ratio)
-        from_zero = 0
-        if zeros:
-            zero = size == 0
-            from_zero = int(torch.count_nonzero(delta[zero]))
-            ratio.masked_fill_(zero, 0)
-        bins = self._bins(delta, 0), self._bins(ratio.clamp_max_(1e38), 1)
-        unchanged = count - int(torch.count_nonzero(delta)) if int(bins[0][0]) else 0
-        bins[0][0] -= unchanged
-        bins[1][0] -= unchanged + from_zero
-        sums.unchanged += unchanged
-        sums.from_zero += from_zero
-        for at in (0, 1):
-            sums.bins[at] += bins[at]
-
-    def _bins(self, values: Tensor, which: int) -> Tensor:
-        """How many float32 numbers ≥ 0 lie in each octave.
-
-        The bits of a positive float are a number whose upper part is the exponent: shifted so that the unit falls on
-        an edge, it is the bin, exactly, at a tenth of what a logarithm and a search would take.
-        """
-        mantissa = self.units[which] & 0x7FFFFF
-        key = torch.add(values.view(torch.int32), (1 << 23) - mantissa, out=self.key[: len(values)])
-        return torch.bincount(key.bitwise_right_shift_(23), minlength=_BINS)
-
-    def _refuse(self, name: str, chunk: list[Tensor]) -> None:
-        for whose, one in zip(self.names, chunk, strict=True):
-            if bad := int((~one.isfinite()).sum()):
-                raise ValueError(f"{name!r} of {whose!r} holds {bad} or more NaN or infinite numbers")
-        raise ValueError(f"{name!r} holds numbers whose squares are no float32: they can't be weights")
-
-    def step(self, pair: tuple[int, int]) -> Step:
-        """What was read, of one comparison."""
-        groups = dict(sorted(self.sums[pair].items(), key=lambda item: layer_order(item[0])))
-
-        def total(where: Callable[[str | None, str], bool]) -> _Sums:
-            return sum((sums for place, sums in groups.items() if where(*place)), _Sums())
-
-        kinds = [kind for kind in KINDS if any(kind == one for _, one in groups)]
-        return Step(
-            self.names[pair[1]],
-            self.names[pair[0]],
-            self._change(None, None, total(lambda *_: True)),
-            tuple(self._change(None, kind, total(lambda _, one, kind=kind: one == kind)) for kind in kinds),
-            tuple(
-                self._change(layer, None, total(lambda one, _, layer=layer: one == layer))
-                for layer in dict.fromkeys(layer for layer, _ in groups)
-            ),
-            tuple(self._change(*place, sums) for place, sums in groups.items()),
-        )
-
-    def _change(self, layer: str | None, kind: str | None, sums: _Sums) -> Change:
-        near = [int(sums.bins[at][: (self.units[at] >> 23) + 1].sum()) + sums.unchanged for at in (0, 1)]
-        return Change(
-            layer,
-            kind,
-            sums.parameters,
-            sums.unchanged,
-            sums.from_zero,
-            *near,
-            math.sqrt(sums.square),
-            math.sqrt(sums.reference_square),
-            *(_histogram(sums.bins[at], self.units[at]) for at in (0, 1)),
-        )
+def _change(layer: str | None, kind: str | None, sums: Sums, units: tuple[int, int]) -> Change:
+    near, far = (int(sums.bins[at][: (unit >> 23) + 1].sum()) + sums.unchanged for at, unit in enumerate(units))
+    return Change(
+        layer,
+        kind,
+        sums.parameters,
+        sums.unchanged,
+        sums.from_zero,
+        near,
+        far,
+        math.sqrt(sums.square),
+        math.sqrt(sums.reference_square),
+        _histogram(sums.bins[0], units[0]),
+        _histogram(sums.bins[1], units[1]),
+    )
 
 
 def _histogram(bins: Tensor, unit: int) -> Histogram:
@@ -324,18 +236,3 @@ def _histogram(bins: Tensor, unit: int) -> Histogram:
     low, high = (filled[0], filled[-1] + 1) if filled else (0, 0)
     value = float(struct.unpack("<f", struct.pack("<i", unit))[0])
     return Histogram(value, low - (unit >> 23) - 1, tuple(bins[low:high].tolist()))
-
-
-def _chunks(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    """The same run of numbers of each tensor, at most ``CHUNK`` of them, one after the other."""
-    first = tensors[0]
-    if all(one.is_contiguous() for one in tensors):
-        flat = [one.reshape(-1) for one in tensors]
-        for at in range(0, first.numel(), CHUNK):
-            yield [one[at : at + CHUNK] for one in flat]
-    elif first.numel() <= CHUNK:
-        yield [one.reshape(-1) for one in tensors]
-    else:  # a transposed view: making it contiguous would copy all of it
-        rows = CHUNK // first[0].numel()
-        for low, high in pairwise([*range(0, len(first), max(rows, 1)), len(first)]):
-            yield from _chunks([one[low:high] if rows else one[low] for one in tensors])

@@ -13,11 +13,21 @@ if TYPE_CHECKING:
     from surgery.attribution import damage, reversal_cost
     from surgery.budget import allocate, top
     from surgery.checkpoint import Checkpoint
+    from surgery.contracting import Contraction, Neighbour, contraction
     from surgery.entries import Entries
     from surgery.evaluators import harness
+    from surgery.landscape import Landscape
     from surgery.layout import find_layout
     from surgery.neurons import Neurons
     from surgery.operators import Rollback, RolledBack, rollback, rolled_back
+    from surgery.perturbation import (
+        CurvatureBounds,
+        DamageSplit,
+        DamageTerms,
+        curvature_bounds,
+        damage_split,
+        damage_terms,
+    )
     from surgery.predictions import Distillation, distillation
     from surgery.probing import probe
     from surgery.prompts import load_prompts
@@ -30,8 +40,11 @@ if TYPE_CHECKING:
     from surgery.significance import Paired
     from surgery.singles import EntrySelector
     from surgery.slots import Block, Layout, Slot
+    from surgery.spectrum import DamageSpectrum, damage_spectrum
+    from surgery.subspaces import Span, eigenspace
     from surgery.swap import earlier_model
     from surgery.sweeps import sweep
+    from surgery.theory import curvature, fisher
     from surgery.trajectory import Trajectory
     from surgery.tuning import Tuning, recommend
 
@@ -39,11 +52,21 @@ _HOME = {
     "attribution": ("damage", "reversal_cost"),
     "budget": ("allocate", "top"),
     "checkpoint": ("Checkpoint",),
+    "contracting": ("Contraction", "Neighbour", "contraction"),
     "entries": ("Entries",),
     "evaluators": ("harness",),
+    "landscape": ("Landscape",),
     "layout": ("find_layout",),
     "neurons": ("Neurons",),
     "operators": ("Rollback", "RolledBack", "rollback", "rolled_back"),
+    "perturbation": (
+        "CurvatureBounds",
+        "DamageSplit",
+        "DamageTerms",
+        "curvature_bounds",
+        "damage_split",
+        "damage_terms",
+    ),
     "predictions": ("Distillation", "distillation"),
     "probing": ("probe",),
     "prompts": ("load_prompts",),
@@ -56,8 +79,11 @@ _HOME = {
     "significance": ("Paired",),
     "singles": ("EntrySelector",),
     "slots": ("Block", "Layout", "Slot"),
+    "spectrum": ("DamageSpectrum", "damage_spectrum"),
+    "subspaces": ("Span", "eigenspace"),
     "swap": ("earlier_model",),
     "sweeps": ("sweep",),
+    "theory": ("curvature", "fisher"),
     "trajectory": ("Trajectory",),
     "tuning": ("Tuning", "recommend"),
 }
@@ -67,11 +93,18 @@ __all__ = [
     "Agreement",
     "Block",
     "Checkpoint",
+    "Contraction",
+    "CurvatureBounds",
     "DamageSelector",
+    "DamageSpectrum",
+    "DamageSplit",
+    "DamageTerms",
     "Distillation",
     "Entries",
     "EntrySelector",
+    "Landscape",
     "Layout",
+    "Neighbour",
     "Neurons",
     "Paired",
     "RandomSelector",
@@ -80,6 +113,7 @@ __all__ = [
     "Row",
     "Selector",
     "Slot",
+    "Span",
     "Stability",
     "Sweep",
     "Trajectory",
@@ -87,10 +121,18 @@ __all__ = [
     "activation",
     "allocate",
     "conflict",
+    "contraction",
+    "curvature",
+    "curvature_bounds",
     "damage",
+    "damage_spectrum",
+    "damage_split",
+    "damage_terms",
     "distillation",
     "earlier_model",
+    "eigenspace",
     "find_layout",
+    "fisher",
     "harness",
     "jaccard",
     "load_prompts",

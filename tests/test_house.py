@@ -16,6 +16,8 @@ PACKAGE = Path(surgery.__file__).parent
 ORDER = (
     "significance",
     "evidence",
+    "theory",
+    "krylov",
     "units",
     "vectors",
     "neurons",
@@ -41,6 +43,11 @@ ORDER = (
     "edits",
     "operators",
     "swap",
+    "landscape",
+    "subspaces",
+    "perturbation",
+    "spectrum",
+    "contracting",
     "backward",
     "attribution",
     "gains",
@@ -53,6 +60,7 @@ ORDER = (
     "tuning",
     "resampling",
     "plots",
+    "theory_plots",
     "cli",
 )
 

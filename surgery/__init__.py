@@ -24,6 +24,21 @@ if TYPE_CHECKING:
     from surgery.neurons import Neurons
     from surgery.operators import Rollback, RolledBack, rollback, rolled_back
     from surgery.optimum import strengths
+    from surgery.contracting import Contraction, Neighbour, contraction
+    from surgery.entries import Entries
+    from surgery.evaluators import harness
+    from surgery.landscape import Landscape
+    from surgery.layout import find_layout
+    from surgery.neurons import Neurons
+    from surgery.operators import Rollback, RolledBack, rollback, rolled_back
+    from surgery.perturbation import (
+        CurvatureBounds,
+        DamageSplit,
+        DamageTerms,
+        curvature_bounds,
+        damage_split,
+        damage_terms,
+    )
     from surgery.predictions import Distillation, distillation
     from surgery.probing import probe
     from surgery.prompts import load_prompts
@@ -38,8 +53,11 @@ if TYPE_CHECKING:
     from surgery.significance import Paired
     from surgery.singles import EntrySelector
     from surgery.slots import Block, Layout, Slot
+    from surgery.spectrum import DamageSpectrum, damage_spectrum
+    from surgery.subspaces import Span, eigenspace
     from surgery.swap import earlier_model
     from surgery.sweeps import sweep
+    from surgery.theory import curvature, fisher
     from surgery.trajectory import Trajectory
     from surgery.tuning import Tuning, recommend
 
@@ -58,6 +76,21 @@ _HOME = {
     "neurons": ("Neurons",),
     "operators": ("Rollback", "RolledBack", "rollback", "rolled_back"),
     "optimum": ("strengths",),
+    "contracting": ("Contraction", "Neighbour", "contraction"),
+    "entries": ("Entries",),
+    "evaluators": ("harness",),
+    "landscape": ("Landscape",),
+    "layout": ("find_layout",),
+    "neurons": ("Neurons",),
+    "operators": ("Rollback", "RolledBack", "rollback", "rolled_back"),
+    "perturbation": (
+        "CurvatureBounds",
+        "DamageSplit",
+        "DamageTerms",
+        "curvature_bounds",
+        "damage_split",
+        "damage_terms",
+    ),
     "predictions": ("Distillation", "distillation"),
     "probing": ("probe",),
     "prompts": ("load_prompts",),
@@ -72,8 +105,11 @@ _HOME = {
     "significance": ("Paired",),
     "singles": ("EntrySelector",),
     "slots": ("Block", "Layout", "Slot"),
+    "spectrum": ("DamageSpectrum", "damage_spectrum"),
+    "subspaces": ("Span", "eigenspace"),
     "swap": ("earlier_model",),
     "sweeps": ("sweep",),
+    "theory": ("curvature", "fisher"),
     "trajectory": ("Trajectory",),
     "tuning": ("Tuning", "recommend"),
 }
@@ -84,6 +120,8 @@ __all__ = [
     "Block",
     "Changes",
     "Checkpoint",
+    "Contraction",
+    "CurvatureBounds",
     "DamageSelector",
     "Directions",
     "Distillation",
@@ -92,7 +130,15 @@ __all__ = [
     "GradientSeries",
     "Gradients",
     "History",
+    "DamageSpectrum",
+    "DamageSplit",
+    "DamageTerms",
+    "Distillation",
+    "Entries",
+    "EntrySelector",
+    "Landscape",
     "Layout",
+    "Neighbour",
     "Neurons",
     "Overlap",
     "Paired",
@@ -104,6 +150,7 @@ __all__ = [
     "Row",
     "Selector",
     "Slot",
+    "Span",
     "Stability",
     "Sweep",
     "Trajectory",
@@ -112,13 +159,21 @@ __all__ = [
     "allocate",
     "changes",
     "conflict",
+    "contraction",
+    "curvature",
+    "curvature_bounds",
     "damage",
     "directions",
+    "damage_spectrum",
+    "damage_split",
+    "damage_terms",
     "distillation",
     "earlier_model",
+    "eigenspace",
     "find_layout",
     "gradients",
     "gradients_along",
+    "fisher",
     "harness",
     "history",
     "jaccard",

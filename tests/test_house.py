@@ -16,6 +16,8 @@ PACKAGE = Path(surgery.__file__).parent
 ORDER = (
     "significance",
     "evidence",
+    "theory",
+    "krylov",
     "units",
     "vectors",
     "neurons",
@@ -47,6 +49,11 @@ ORDER = (
     "operators",
     "leaves",
     "swap",
+    "landscape",
+    "subspaces",
+    "perturbation",
+    "spectrum",
+    "contracting",
     "backward",
     "parts",
     "grams",
@@ -70,6 +77,7 @@ ORDER = (
     "plots",
     "report",
     "evidence_plots",
+    "theory_plots",
     "cli",
 )
 

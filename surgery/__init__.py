@@ -15,22 +15,17 @@ if TYPE_CHECKING:
     from surgery.attribution import damage, reversal_cost
     from surgery.budget import allocate, top
     from surgery.checkpoint import Checkpoint
+    from surgery.contracting import Contraction, Neighbour, contraction
     from surgery.drift import Changes, changes
     from surgery.entries import Entries
     from surgery.evaluators import harness, likelihood
     from surgery.geometry import Gradients, GradientSeries, gradients, gradients_along
     from surgery.histories import History, history
-    from surgery.layout import find_layout
-    from surgery.neurons import Neurons
-    from surgery.operators import Rollback, RolledBack, rollback, rolled_back
-    from surgery.optimum import strengths
-    from surgery.contracting import Contraction, Neighbour, contraction
-    from surgery.entries import Entries
-    from surgery.evaluators import harness
     from surgery.landscape import Landscape
     from surgery.layout import find_layout
     from surgery.neurons import Neurons
     from surgery.operators import Rollback, RolledBack, rollback, rolled_back
+    from surgery.optimum import strengths
     from surgery.perturbation import (
         CurvatureBounds,
         DamageSplit,
@@ -67,22 +62,17 @@ _HOME = {
     "attribution": ("damage", "reversal_cost"),
     "budget": ("allocate", "top"),
     "checkpoint": ("Checkpoint",),
+    "contracting": ("Contraction", "Neighbour", "contraction"),
     "drift": ("Changes", "changes"),
     "entries": ("Entries",),
     "evaluators": ("harness", "likelihood"),
     "geometry": ("GradientSeries", "Gradients", "gradients", "gradients_along"),
     "histories": ("History", "history"),
-    "layout": ("find_layout",),
-    "neurons": ("Neurons",),
-    "operators": ("Rollback", "RolledBack", "rollback", "rolled_back"),
-    "optimum": ("strengths",),
-    "contracting": ("Contraction", "Neighbour", "contraction"),
-    "entries": ("Entries",),
-    "evaluators": ("harness",),
     "landscape": ("Landscape",),
     "layout": ("find_layout",),
     "neurons": ("Neurons",),
     "operators": ("Rollback", "RolledBack", "rollback", "rolled_back"),
+    "optimum": ("strengths",),
     "perturbation": (
         "CurvatureBounds",
         "DamageSplit",
@@ -123,6 +113,9 @@ __all__ = [
     "Contraction",
     "CurvatureBounds",
     "DamageSelector",
+    "DamageSpectrum",
+    "DamageSplit",
+    "DamageTerms",
     "Directions",
     "Distillation",
     "Entries",
@@ -130,12 +123,6 @@ __all__ = [
     "GradientSeries",
     "Gradients",
     "History",
-    "DamageSpectrum",
-    "DamageSplit",
-    "DamageTerms",
-    "Distillation",
-    "Entries",
-    "EntrySelector",
     "Landscape",
     "Layout",
     "Neighbour",
@@ -163,17 +150,17 @@ __all__ = [
     "curvature",
     "curvature_bounds",
     "damage",
-    "directions",
     "damage_spectrum",
     "damage_split",
     "damage_terms",
+    "directions",
     "distillation",
     "earlier_model",
     "eigenspace",
     "find_layout",
+    "fisher",
     "gradients",
     "gradients_along",
-    "fisher",
     "harness",
     "history",
     "jaccard",

@@ -71,7 +71,7 @@ def read(text: str, folder: Path, width: int) -> dict[str, object]:
 
 def sample() -> str:
     table = Table("numbers", ("name", "size"), (("b", 10), ("a", 9), ("c", None), ("d", -2.5)))
-    long = Table("words", ("n", "name"), tuple((at, f"x{at % 5}") for at in range(30)))
+    long = Table("words", ("n", "name"), tuple((at, f"x{at % 5}") for at in range(40)))
     wide = Table("wide", tuple(f"column {at}" for at in range(20)), (tuple(range(20)),))
     section = Section(
         "Sizes", "They differ.", "How large.", {"size": "how large it is"}, (drawn(), drawn("y")), (table, long, wide)

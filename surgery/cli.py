@@ -59,9 +59,10 @@ LayoutFile = Annotated[
 Units = Annotated[
     str, typer.Option(help='"mlp", "kv_group", "query_head", "value_channel", or two like "mlp,kv_group".')
 ]
-Selected = Annotated[str, typer.Option("--units", help='As in inspect; or "weight": single weights, chosen by D.')]
+Selected = Annotated[str, typer.Option("--units", help='As in inspect; or "weight": single weights.')]
 NoStop = Annotated[
-    bool, typer.Option("--no-stop", help="Of single weights take the whole budget, also where fewer lower the loss.")
+    bool,
+    typer.Option("--no-stop", help="Of single weights by D take the whole budget, also where fewer lower the loss."),
 ]
 
 
@@ -520,11 +521,10 @@ def _selector(text: str, budget: float, how: Any, seed: int, units: str, no_stop
     from surgery.singles import EntrySelector
 
     if units == _WEIGHT:
-        if text.strip() != "D":
-            raise ValueError(f"--units {_WEIGHT} has one selector, D, and {text.strip()!r} was asked for: say D")
-        if how not in (None, "global"):
-            raise ValueError(f"--units {_WEIGHT} takes the best of the whole model: leave out --how {how}")
-        return EntrySelector(budget, stop=not no_stop)
+        rank = text.strip()
+        if rank == "random" or "/" in rank:
+            raise ValueError(f"--units {_WEIGHT} are ranked by D or by letters of A, M, C, and {rank!r} was asked for")
+        return EntrySelector(budget, rank, how or "global", stop=not no_stop)
     if text.strip() == "random":
         return RandomSelector(budget, seed)
     if text.strip() == "D":

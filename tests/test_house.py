@@ -16,6 +16,7 @@ PACKAGE = Path(surgery.__file__).parent
 ORDER = (
     "significance",
     "evidence",
+    "scratch",
     "theory",
     "krylov",
     "units",
@@ -24,6 +25,7 @@ ORDER = (
     "slots",
     "entries",
     "reach",
+    "ranking",
     "hooks",
     "heads",
     "attention",
@@ -60,6 +62,7 @@ ORDER = (
     "geometry",
     "attribution",
     "gains",
+    "traits",
     "optimum",
     "selection",
     "singles",

@@ -32,7 +32,7 @@ def alike(opened: Mapping[str, Opened]) -> tuple[list[str], tuple[str, ...]]:
         for name in dict.fromkeys(name for who in names for name in names[who] if name not in tied[who])
         if name not in common
     ]
-    known = [tied[who] for who in tied if isinstance(opened[who], State) or type(opened[who]) is dict]
+    known = [tied[who] for who in tied if isinstance(opened[who], State | dict)]
     kept = []
     for name in common:
         if known and all(one.get(name) in common for one in known):
@@ -59,7 +59,7 @@ def _names(tensors: Opened) -> list[str]:
 
 def _tied(tensors: Opened, names: list[str]) -> dict[str, str]:
     """Names of tensors that are the very memory of one before, with that one's name, where that can be told."""
-    if not isinstance(tensors, State) and type(tensors) is not dict:
+    if not isinstance(tensors, State | dict):
         return {}
     first: dict[object, str] = {}
     found = {}

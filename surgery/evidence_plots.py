@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from surgery.alignment import Directions
 from surgery.analysis import Matrix, Overlap
@@ -55,7 +55,7 @@ def change_histogram(
     return ax
 
 
-def _line(at: int) -> dict[str, object]:
+def _line(at: int) -> dict[str, Any]:
     return {key: value for key, value in _style(at).items() if key in ("color", "linewidth")}
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from surgery.attribution import damage, reversal_cost
     from surgery.budget import allocate, top
+    from surgery.callbacks import GradientCosines
     from surgery.checkpoint import Checkpoint
     from surgery.entries import Entries
     from surgery.evaluators import harness, likelihood
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 _HOME = {
     "attribution": ("damage", "reversal_cost"),
     "budget": ("allocate", "top"),
+    "callbacks": ("GradientCosines",),
     "checkpoint": ("Checkpoint",),
     "entries": ("Entries",),
     "evaluators": ("harness", "likelihood"),
@@ -75,6 +77,7 @@ __all__ = [
     "Distillation",
     "Entries",
     "EntrySelector",
+    "GradientCosines",
     "GradientSeries",
     "Gradients",
     "History",

@@ -45,6 +45,7 @@ ORDER = (
     "parts",
     "grams",
     "geometry",
+    "callbacks",
     "attribution",
     "gains",
     "selection",
@@ -57,6 +58,7 @@ ORDER = (
     "tuning",
     "resampling",
     "plots",
+    "gradient_plots",
     "report",
     "cli",
 )

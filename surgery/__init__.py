@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from surgery.analysis import Overlap, overlap
     from surgery.attribution import damage, reversal_cost
     from surgery.budget import allocate, top
+    from surgery.callbacks import GradientCosines
     from surgery.checkpoint import Checkpoint
     from surgery.contracting import Contraction, Neighbour, contraction
     from surgery.drift import Changes, changes
@@ -61,6 +62,7 @@ _HOME = {
     "analysis": ("Overlap", "overlap"),
     "attribution": ("damage", "reversal_cost"),
     "budget": ("allocate", "top"),
+    "callbacks": ("GradientCosines",),
     "checkpoint": ("Checkpoint",),
     "contracting": ("Contraction", "Neighbour", "contraction"),
     "drift": ("Changes", "changes"),
@@ -120,6 +122,7 @@ __all__ = [
     "Distillation",
     "Entries",
     "EntrySelector",
+    "GradientCosines",
     "GradientSeries",
     "Gradients",
     "History",

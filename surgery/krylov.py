@@ -47,8 +47,9 @@ def eigenpairs(
     basis: list[Vector] = []
     diagonal: list[float] = []
     beside: list[float] = []  # of the diagonal; 0 where a new start was needed
-    new, limit = noise(like, seed), min(steps, dimension)
-    for at in range(limit):
+    kth = 0.0
+    new, limit, first = noise(like, seed), min(steps, dimension), 0
+    while len(basis) < limit:
         _orthogonalise(new, basis)
         basis.append(_scaled(new))
         image = operator(basis[-1])
@@ -57,14 +58,15 @@ def eigenpairs(
         _orthogonalise(new, basis)
         left = norm(new)
         values, mixes = _tridiagonal(diagonal, beside)
-        scale = float(values.abs().max())
-        closed = left <= 1e-6 * max(scale, 1e-300)
-        if len(basis) >= k and not closed and bool((left * mixes[-1, :k].abs() <= tolerance * values[:k].abs()).all()):
+        closed = left <= 1e-6 * max(float(values.abs().max()), 1e-300)
+        if closed:  # what this start reaches is known; another may reach further copies of an eigenvalue
+            left, enough = 0.0, first >= k and _top(diagonal[first:], beside[first:]) <= kth * (1 + 1e-9) + 1e-300
+            first, kth, new = len(basis), float(values[min(k, len(values)) - 1]), noise(like, seed + len(basis))
+        else:
+            enough = not first and len(basis) >= k and _settled(left * mixes[-1, :k], tolerance * values[:k])
+        if enough:
             break
-        if closed:
-            new, left = noise(like, seed + at + 1), 0.0
-        if len(basis) < limit:
-            beside.append(left)
+        beside.append(left)
     chosen = range(min(k, len(basis)))
     return Eigenpairs(
         tuple(float(values[i]) for i in chosen),
@@ -104,6 +106,14 @@ def _tridiagonal(diagonal: list[float], beside: list[float]) -> tuple[Tensor, Te
         raise ValueError("the operator gave NaN or infinite numbers: look for them in the weights, or use float32")
     values, vectors = torch.linalg.eigh(matrix)
     return values.flip(0), vectors.flip(1)
+
+
+def _top(diagonal: list[float], beside: list[float]) -> float:
+    return float(_tridiagonal(diagonal, beside)[0][0])
+
+
+def _settled(residuals: Tensor, allowed: Tensor) -> bool:
+    return bool((residuals.abs() <= allowed.abs()).all())
 
 
 def _orthogonalise(vector: Vector, basis: list[Vector]) -> None:

@@ -12,7 +12,7 @@ from surgery.krylov import largest
 from surgery.landscape import Landscape
 from surgery.neurons import Neurons
 from surgery.subspaces import Span, coordinates, whole
-from surgery.theory import Point, Vector, along, inner, norm, parts
+from surgery.theory import Point, Vector, along, inner, noise, norm, parts
 
 FRACTIONS = (0.125, 0.25, 0.5, 0.75, 1.0)
 
@@ -23,7 +23,8 @@ class DamageTerms:
 
     Along θA + t·δB the loss rises by ``true``; ``first`` = t⟨∇L, δB⟩ and ``second`` = ½ t² δBᵀHδB are what its
     derivatives at θA say; ``remainder`` = true − first − second is what the theory leaves out. All in nats per
-    response token, one number per fraction t. ``gradient`` is ‖∇L_A(θA)‖, ``displacement`` ‖δB‖.
+    response token, one number per fraction t. ``gradient`` is ‖∇L_A(θA)‖, ``displacement`` ‖δB‖. ``random``: the second
+    order at t = 1 of random displacements that move each tensor as far as δB does.
     """
 
     fractions: tuple[float, ...]
@@ -31,6 +32,7 @@ class DamageTerms:
     first: tuple[float, ...]
     second: tuple[float, ...]
     remainder: tuple[float, ...]
+    random: tuple[float, ...]
     gradient: float
     displacement: float
     tokens: int
@@ -40,10 +42,14 @@ class DamageTerms:
         rows = zip(self.fractions, self.true, self.first, self.second, self.remainder, strict=True)
         return Table(
             f"Proposition 1: rise of L_A along θA + t·δB (nats a response token; {self.tokens} tokens, "
-            f"‖∇L_A(θA)‖ = {self.gradient:.2g}, ‖δB‖ = {self.displacement:.4g})",
+            f"‖∇L_A(θA)‖ = {self.gradient:.2g}, ‖δB‖ = {self.displacement:.4g}{self._chance()})",
             ("t", "true", "first order", "second order", "remainder", "second / true"),
             tuple((*row, row[3] / row[1] if row[1] else None) for row in rows),
         )
+
+    def _chance(self) -> str:
+        mean = sum(self.random) / max(len(self.random), 1)
+        return f"; second order of random displacements as large: {mean:.3g}" if self.random else ""
 
     def __str__(self) -> str:
         return str(self.table())
@@ -53,16 +59,20 @@ class DamageTerms:
         write_json(self, path)
 
 
-def damage_terms(land: Landscape, fractions: tuple[float, ...] = FRACTIONS) -> DamageTerms:
+def damage_terms(
+    land: Landscape, fractions: tuple[float, ...] = FRACTIONS, *, draws: int = 3, seed: int = 0
+) -> DamageTerms:
     """Proposition 1: L_A(θA + t δB) − L_A(θA) beside t⟨∇L_A, δB⟩ + ½ t² δBᵀHδB, and what remains.
 
     Args:
         land: the earlier domain's loss around the earlier checkpoint.
         fractions: where along δB, each t in (0, 1].
+        draws: random displacements to compare with.
+        seed: of these.
 
     Returns:
-        ``DamageTerms``. One backward pass, two forward passes for the curvature, one for each t; memory: one mapping
-        as large as the model beside the landscape's own.
+        ``DamageTerms``. One backward pass, a forward pass with tangents for the curvature of δB and of each draw, a
+        forward pass for each t; memory: one mapping as large as the model beside the landscape's own.
 
     Raises:
         ValueError: a fraction outside (0, 1].
@@ -80,7 +90,17 @@ def damage_terms(land: Landscape, fractions: tuple[float, ...] = FRACTIONS) -> D
     first = tuple(t * slope for t in fractions)
     second = tuple(t * t * curved / 2 for t in fractions)
     rest = tuple(a - b - c for a, b, c in zip(true, first, second, strict=True))
-    return DamageTerms(tuple(fractions), true, first, second, rest, flat, norm(land.delta), land.tokens)
+    chance = tuple(land.quadratic(_shuffled(land.delta, seed + draw)) / 2 for draw in range(draws))
+    size = norm(land.delta)
+    return DamageTerms(tuple(fractions), true, first, second, rest, chance, flat, size, land.tokens)
+
+
+def _shuffled(delta: Point, seed: int) -> Vector:
+    """A random vector, each tensor as long as that of δ."""
+    random = noise(delta, seed)
+    for name, tensor in random.items():
+        tensor.mul_(delta[name].norm() / tensor.norm().clamp(min=1e-30))
+    return random
 
 
 @dataclass(frozen=True)
@@ -112,8 +132,8 @@ class DamageSplit:
             ("all", self.total),
         )
         return Table(
-            f"Proposition 2: the quadratic damage over S ({self.dimension:,} of {self.parameters:,} dimensions, "
-            f"{100 * self.motion:.3g} % of ‖δB‖²)",
+            f"Proposition 2: the quadratic damage over S ({self.dimension:,} of {self.parameters:,} dimensions are "
+            f"{100 * self.dimension / self.parameters:.3g} %, and hold {100 * self.motion:.3g} % of ‖δB‖²)",
             ("term", "nats a token", "share"),
             tuple((name, value, value / self.total if self.total else None) for name, value in named),
         )

@@ -21,27 +21,23 @@ class DamageSpectrum:
     """In how few dimensions the damage lies: ½ Σ λ_i ⟨u_i, δB⟩² over the directions of largest curvature.
 
     ``curvatures`` λ_i and ``coefficients`` ⟨u_i, δB⟩ belong to the eigenvectors u_i of H on some coordinates;
-    ``cumulative`` adds them up. ``random`` holds, for each size in ``sizes``, what random subspaces of as many
-    dimensions among the same coordinates hold (one number a draw). ``ranked`` is the same for the best neurons by a
-    score: (dimensions, damage held). ``home`` = ½ δᵀHδ of all the coordinates together, ``total`` = ½ δBᵀHδB.
+    ``cumulative`` is ½ Σ_{i ≤ d} λ_i ⟨u_i, δB⟩² for d = 1, 2, ... ``random`` holds, for each size in ``sizes``, what
+    random subspaces of as many dimensions among the same coordinates hold (one number a draw). ``ranked`` is the same
+    for the best neurons by a score: (dimensions, damage held). ``home`` = ½ δᵀHδ of all the coordinates together,
+    ``total`` = ½ δBᵀHδB.
     The one direction δB itself would hold everything: the question is what directions hold that don't know δB.
     """
 
     curvatures: tuple[float, ...]
     residuals: tuple[float, ...]
     coefficients: tuple[float, ...]
+    cumulative: tuple[float, ...]
     sizes: tuple[int, ...]
     random: tuple[tuple[float, ...], ...]
     ranked: dict[str, tuple[tuple[int, float], ...]]
     dimension: int
     home: float
     total: float
-
-    @property
-    def cumulative(self) -> tuple[float, ...]:
-        """½ Σ_{i ≤ d} λ_i ⟨u_i, δB⟩² for d = 1, 2, ... in nats per response token."""
-        pairs = zip(self.curvatures, self.coefficients, strict=True)
-        return tuple(accumulate(value * c * c / 2 for value, c in pairs))
 
     def tables(self) -> tuple[Table, ...]:
         """The eigenvectors beside random subspaces; and the neurons that a score ranks first."""
@@ -102,11 +98,13 @@ def damage_spectrum(
         basis = orthonormal(rows, span.dimension, seed + draw)
         weights = [inner(one, rows) for one in basis]
         for found, size in zip(random, sizes, strict=True):
-            held = combined(zip(weights[:size], basis[:size], strict=True))
-            found.append(land.quadratic(span.home.put(held)) / 2)
+            inside = combined(zip(weights[:size], basis[:size], strict=True))
+            found.append(land.quadratic(span.home.put(inside)) / 2)
     curves = {name: _curve(land, scores) for name, scores in (ranked or {}).items()}
+    coefficients = span.coefficients(land.delta)
+    held = tuple(accumulate(value * c * c / 2 for value, c in zip(span.values, coefficients, strict=True)))
     return DamageSpectrum(
-        span.values, span.residuals, span.coefficients(land.delta), sizes, tuple(map(tuple, random)), curves,
+        span.values, span.residuals, coefficients, held, sizes, tuple(map(tuple, random)), curves,
         span.home.dimension, land.quadratic(span.home.put(rows)) / 2, land.quadratic(land.delta) / 2,
     )  # fmt: skip
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from surgery.entries import Entries
     from surgery.evaluators import harness
     from surgery.layout import find_layout
+    from surgery.masking import Masked
     from surgery.neurons import Neurons
     from surgery.operators import Rollback, RolledBack, rollback, rolled_back
     from surgery.predictions import Distillation, distillation
@@ -43,6 +44,7 @@ _HOME = {
     "entries": ("Entries",),
     "evaluators": ("harness",),
     "layout": ("find_layout",),
+    "masking": ("Masked",),
     "neurons": ("Neurons",),
     "operators": ("Rollback", "RolledBack", "rollback", "rolled_back"),
     "predictions": ("Distillation", "distillation"),
@@ -74,6 +76,7 @@ __all__ = [
     "Entries",
     "EntrySelector",
     "Layout",
+    "Masked",
     "Neurons",
     "Paired",
     "RandomSelector",

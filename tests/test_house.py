@@ -41,6 +41,7 @@ ORDER = (
     "edits",
     "operators",
     "leaves",
+    "masking",
     "swap",
     "backward",
     "attribution",

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from surgery.histories import History, history
     from surgery.landscape import Landscape
     from surgery.layout import find_layout
+    from surgery.masking import Masked
     from surgery.neurons import Neurons
     from surgery.operators import Rollback, RolledBack, rollback, rolled_back
     from surgery.optimum import strengths
@@ -72,6 +73,7 @@ _HOME = {
     "histories": ("History", "history"),
     "landscape": ("Landscape",),
     "layout": ("find_layout",),
+    "masking": ("Masked",),
     "neurons": ("Neurons",),
     "operators": ("Rollback", "RolledBack", "rollback", "rolled_back"),
     "optimum": ("strengths",),
@@ -129,6 +131,7 @@ __all__ = [
     "Landscape",
     "Layout",
     "Neighbour",
+    "Masked",
     "Neurons",
     "Overlap",
     "Paired",

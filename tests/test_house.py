@@ -50,6 +50,7 @@ ORDER = (
     "edits",
     "operators",
     "leaves",
+    "masking",
     "swap",
     "landscape",
     "subspaces",

@@ -215,7 +215,7 @@ def law_atomic(model: nn.Module, mask: Neurons) -> None:
         (MemoryError, "", {"after_step": raised}),
         (RuntimeError, "no", {"validate": lambda model: broken(model).item()}),
         (ValueError, "NaN after step 2", {"validate": lambda model: next(told)}),
-        (ValueError, "NaN or infinite", {"lr": 1e300}),
+        (ValueError, "NaN or infinite", {"loss": lambda m, b: likelihood(m, b) * 1e30, "lr": 1e30}),
     )
     for kind, message, how in cases:
         with pytest.raises(kind, match=message or None):

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from surgery.evaluators import harness, likelihood
     from surgery.geometry import Gradients, GradientSeries, gradients, gradients_along
     from surgery.histories import History, history
+    from surgery.inquiry import Inquiry, analyse
     from surgery.landscape import Landscape
     from surgery.layout import find_layout
     from surgery.masking import Masked
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from surgery.rows import Row, Sweep
     from surgery.saving import save
     from surgery.scores import activation, conflict, magnitude
+    from surgery.sections import write_report
     from surgery.selection import AMCSelector, DamageSelector, RandomSelector, Selector
     from surgery.shares import Profile, profile
     from surgery.significance import Paired
@@ -71,6 +73,7 @@ _HOME = {
     "evaluators": ("harness", "likelihood"),
     "geometry": ("GradientSeries", "Gradients", "gradients", "gradients_along"),
     "histories": ("History", "history"),
+    "inquiry": ("Inquiry", "analyse"),
     "landscape": ("Landscape",),
     "layout": ("find_layout",),
     "masking": ("Masked",),
@@ -94,6 +97,7 @@ _HOME = {
     "rows": ("Row", "Sweep"),
     "saving": ("save",),
     "scores": ("activation", "conflict", "magnitude"),
+    "sections": ("write_report",),
     "selection": ("AMCSelector", "DamageSelector", "RandomSelector", "Selector"),
     "shares": ("Profile", "profile"),
     "significance": ("Paired",),
@@ -128,6 +132,7 @@ __all__ = [
     "GradientSeries",
     "Gradients",
     "History",
+    "Inquiry",
     "Landscape",
     "Layout",
     "Masked",
@@ -150,6 +155,7 @@ __all__ = [
     "Tuning",
     "activation",
     "allocate",
+    "analyse",
     "changes",
     "conflict",
     "contraction",
@@ -187,6 +193,7 @@ __all__ = [
     "strengths",
     "sweep",
     "top",
+    "write_report",
 ]
 
 

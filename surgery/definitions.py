@@ -47,6 +47,7 @@ DIRECTIONS = (
 )
 CHANGE = "Score less that of the last checkpoint as it is; below zero something is lost."
 CHANGED_LAYER = "‖Δ‖ of that stage in that layer, in percent of ‖θ‖ before it; or the score after that stage."
+NEAR = "Parameters whose change stays below the threshold, in percent; those that did not change at all count too."
 COLUMNS = {
     "domain": "A set of prompts, as named by --data.",
     "from": "The checkpoint that the loss counts from: the domain's own stage, or its best.",
@@ -61,6 +62,7 @@ COLUMNS = {
     "recovery (%)": "The part of the loss that came back, in percent; 100 is all of it.",
     "recovery, low (%)": "Lower end of the recovery's 95 % interval (paired bootstrap over prompts).",
     "recovery, high (%)": "Upper end of the recovery's 95 % interval (paired bootstrap over prompts).",
+    "score": "Less the loss on all prompts that choose; the weights with the highest are kept.",
     "step": "Of the refresh; 0 is before the first.",
     "loss": "On the step's own batch, in nats per response token, before the step; of gradients: over all batches.",
     "gradient": "L2 norm of the gradient over what is trained.",

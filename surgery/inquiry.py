@@ -121,8 +121,7 @@ def analyse(
                 if name == "changes":
                     raise  # the checkpoints themselves are wrong
                 skipped[name] = f"not possible here: {error}"
-    weights = run.weights(*run.checkpoints)
-    hashes = {name: fingerprint(one) for name, one in zip(run.checkpoints, weights, strict=True)}
+    hashes = {name: fingerprint(weights) for name, weights in run.opened().items()}
     made = {"versions": versions(), "checkpoints": hashes}
     lost = study.lost if "history" in study.found else None
     score = LIKELIHOOD if evaluate is None else "score"

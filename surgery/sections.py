@@ -20,6 +20,7 @@ from surgery.definitions import (
     COLUMNS,
     DIRECTIONS,
     HISTORY,
+    NEAR,
     ROLLBACK,
     SCORE,
     SITES,
@@ -195,7 +196,8 @@ def _changes(found: Inquiry) -> Section | None:
         Figure(change_histogram(changes, "absolute", "base"), "Absolute change, against the first checkpoint."),
         Figure(change_histogram(changes, "relative", "before"), "Relative change, against the checkpoint before."),
     )
-    meant = {**COLUMNS, **dict.fromkeys(found.stages, CHANGED_LAYER)}
+    near = [head for table in changes.tables() for head in table.head if head.startswith("abs(")]
+    meant = {**COLUMNS, **dict.fromkeys(found.stages, CHANGED_LAYER), **dict.fromkeys(near, NEAR)}
     return Section("How far parameters moved", finding + told, CHANGES, meant, figures, changes.tables())
 
 

@@ -104,7 +104,7 @@ class Study:
 
     def half(self, which: int) -> dict[str, list[Batch]]:
         """Every other prompt of each domain: 0 those that choose, 1 those that measure."""
-        found = {domain: _half(batches, which) for domain, batches in self.answered.items()}
+        found = {domain: halved(batches, which) for domain, batches in self.answered.items()}
         if short := [domain for domain, batches in found.items() if not batches]:
             raise Missing(f"two prompts or more of {short[0]}: half of them choose, the other half measures")
         return found
@@ -138,7 +138,8 @@ class Study:
         return self.lost.domain, run
 
 
-def _half(batches: list[Batch], which: int) -> list[Batch]:
+def halved(batches: list[Batch], which: int) -> list[Batch]:
+    """Every other prompt of each batch, from the first (0) or the second (1) on."""
     rows = [{name: value[which::2] for name, value in batch.items()} for batch in batches]
     return [batch for batch in rows if len(batch["input_ids"])]
 

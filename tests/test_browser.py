@@ -21,6 +21,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this ma
 READER = """<script>
 const errors = [];
 addEventListener("error", (event) => errors.push(event.message));
+addEventListener("load", () => {
 const tables = [...document.querySelectorAll("table")].map((table) => {
   const heads = table.tHead.rows[0], at = heads.cells.length - 1;
   const column = () => [...table.tBodies[0].rows].map((row) => row.cells[at].textContent);
@@ -40,6 +41,7 @@ document.querySelectorAll("details").forEach((one) => (one.open = true));
 const images = [...document.images].map((image) => image.complete && image.naturalWidth > 0);
 const told = { errors, tables, shown, images, wide: document.documentElement.scrollWidth, room: innerWidth };
 document.body.innerHTML = ""; document.body.dataset.told = JSON.stringify(told);
+});
 </script>"""
 
 
@@ -50,8 +52,8 @@ def read(text: str, folder: Path, width: int) -> dict[str, object]:
     frame = folder / f"frame{width}.html"  # a headless window is never narrower than about 500 pixels; a frame is
     frame.write_text(
         f'<iframe src="{file.name}" width="{width}" height="800" style="border:0"></iframe><script>'
-        "addEventListener('load', () => { document.body.dataset.told ="
-        " document.querySelector('iframe').contentDocument.body.dataset.told; });</script>"
+        "setInterval(() => { const { told } = document.querySelector('iframe').contentDocument.body.dataset;"
+        " if (told) document.body.dataset.told = told; }, 50);</script>"
     )
     done = subprocess.run(
         [

@@ -88,8 +88,6 @@ ORDER = (
     "evidence_plots",
     "gradient_plots",
     "theory_plots",
-    "refresh_plots",
-    "gradient_plots",
     "report",
     "sections",
     "cli",

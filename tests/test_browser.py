@@ -52,7 +52,7 @@ def read(text: str, folder: Path, width: int) -> dict[str, object]:
     frame = folder / f"frame{width}.html"  # a headless window is never narrower than about 500 pixels; a frame is
     frame.write_text(
         f'<iframe src="{file.name}" width="{width}" height="800" style="border:0"></iframe><script>'
-        "setInterval(() => { const { told } = document.querySelector('iframe').contentDocument.body.dataset;"
+        "setInterval(() => { const told = document.querySelector('iframe').contentDocument?.body?.dataset.told;"
         " if (told) document.body.dataset.told = told; }, 50);</script>"
     )
     done = subprocess.run(

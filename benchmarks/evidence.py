@@ -3,7 +3,8 @@
 Three checkpoints of a Qwen3-0.6B shape (random weights, bfloat16; ``--layers`` shrinks them) are made in a temporary
 folder: two stages, three comparisons. Every analysis is a process of its own; CPU seconds are of user and system
 together, after the imports; memory is the peak of anonymous memory above what the imports took. "One subtraction" is
-the least arithmetic that the question needs: both checkpoints in float32, their difference and its norm, chunk by chunk.
+the least arithmetic that a norm of every change needs: the checkpoints in float32, each difference and its norm, chunk
+by chunk.
 """
 
 from __future__ import annotations
@@ -38,9 +39,10 @@ def subtraction():
     for name in held[0]:
         flat = [one[name].reshape(-1) for one in held]
         for at in range(0, len(flat[0]), 1 << 18):
-            some = [room[: len(one[at : at + (1 << 18)])].copy_(one[at : at + (1 << 18)]) for room, one in zip(wide, flat)]
+            size = min(1 << 18, len(flat[0]) - at)
+            some = [room[:size].copy_(one[at : at + size]) for room, one in zip(wide, flat)]
             for i, j in ((0, 1), (0, 2), (1, 2)):
-                torch.linalg.vector_norm(torch.sub(some[j], some[i], out=step[: len(some[0])]))
+                torch.linalg.vector_norm(torch.sub(some[j], some[i], out=step[:size]))
 
 def one_of_all():
     changes(run)

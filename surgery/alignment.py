@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from surgery import budget
 from surgery.deltas import check_finite, displacements
@@ -157,9 +157,10 @@ def directions(
     pairs = list(combinations(range(len(sets)), 2))
     opened = numbered.weights(*numbers)
     found: dict[tuple[int, int], list[_Found]] = {pair: [] for pair in pairs}
-    generator = torch.Generator().manual_seed(seed)
+    # each pair draws by itself, so that a further stage changes nothing about those before it
+    generators = {pair: Generator().manual_seed(seed) for pair in pairs}
     for block in opened[-1].layout:
-        for pair, one in _block(opened, block, sets, pairs, permutations, generator).items():
+        for pair, one in _block(opened, block, sets, permutations, generators).items():
             found[pair].append(one)
     sizes = [sum(mask.count().values()) for mask in sets]
     return Directions(
@@ -195,6 +196,8 @@ def _magnitudes(run: Trajectory, names: Sequence[str]) -> list[Neurons]:
 
 def _most(scores: Neurons, top: float, how: Ranking) -> Neurons:
     """The mask of the most changed neurons, without those that did not change."""
+    if round(top * scores.total) < 1:
+        raise ValueError(f"top={top!r} of {scores.total} neurons is none: expected {1 / scores.total:.2g} or more")
     counts = budget.allocate(scores, top, how)
     return budget.top(scores, {name: min(counts[name], int((scores[name] > 0).sum())) for name in scores})
 
@@ -237,26 +240,22 @@ class _Found:
 
 
 def _block(
-    opened: list[Weights], block: str, sets: list[Neurons], pairs: list[tuple[int, int]], draws: int,
-    generator: torch.Generator,
-) -> dict[tuple[int, int], _Found]:  # fmt: skip
+    opened: list[Weights], block: str, sets: list[Neurons], draws: int, generators: Mapping[tuple[int, int], Generator]
+) -> dict[tuple[int, int], _Found]:
     """What is found of one block, for every pair."""
-    found: dict[tuple[int, int], list[_Found]] = {pair: [] for pair in pairs}
-    for i, j in pairs:
+    found = {}
+    for (i, j), generator in generators.items():
         shared = (sets[i][block] & sets[j][block]).nonzero().flatten()
-        found[i, j].append(_Found(torch.zeros(0, dtype=torch.float64), torch.zeros(draws, dtype=torch.float64), 0))
-        for index in shared.split(GROUP):
-            gram = _gram(opened, block, index, i, j) if len(index) else None
-            if gram is not None:
-                found[i, j].append(_permuted(gram, draws, generator))
-    return {pair: _Found.joined(some) for pair, some in found.items()}
+        some = [_permuted(_gram(opened, block, index, i, j), draws, generator) for index in shared.split(GROUP)]
+        found[i, j] = _Found.joined(some)
+    return found
 
 
 def _gram(opened: list[Weights], block: str, index: Tensor, i: int, j: int) -> Tensor:
     """The cosine of every neuron's update in stage i with every neuron's in stage j: float64 ``[neuron, neuron]``."""
     products = torch.zeros(len(index), len(index), dtype=torch.float64)
     squares = torch.zeros(2, len(index), dtype=torch.float64)
-    for part in opened[-1].layout[block].parts:
+    for part in opened[-1].layout[block].parts if len(index) else ():
         a, b = (_update(opened[at], opened[at + 1], block, part, index) for at in (i, j))
         products += (a @ b.T).double()
         for row, one in enumerate((a, b)):
@@ -272,14 +271,14 @@ def _update(before: Weights, after: Weights, block: str, part: str, index: Tenso
     return new - old
 
 
-def _permuted(gram: Tensor, draws: int, generator: torch.Generator) -> _Found:
+def _permuted(gram: Tensor, draws: int, generator: Generator) -> _Found:
     """The neurons' own cosines, the diagonal, and the sums over random permutations of the columns."""
     gram = gram.clamp(-1, 1)
     order = gram.diagonal().argsort()  # so that what is drawn does not depend on how the model numbers its neurons
     gram = gram[order][:, order]
     cosines, count = gram.diagonal().clone(), len(gram)
-    if count == 1:
-        return _Found(cosines, cosines.expand(draws).clone(), 0)
+    if count < 2:
+        return _Found(cosines, cosines.sum().expand(draws), 0)
     null = []
     for some in _runs(draws, max(1, (1 << 20) // count)):
         columns = torch.rand(some, count, generator=generator).argsort(1)

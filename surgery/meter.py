@@ -13,7 +13,7 @@ from torch import Tensor
 from surgery.places import place_of
 
 CHUNK = 1 << 18  # numbers per checkpoint that are in memory at a time
-BINS = 257
+BINS = 256  # the exponents of float32
 Place = tuple[str | None, str]
 
 
@@ -40,7 +40,7 @@ class Meter:
         self.sums: dict[tuple[int, int], dict[Place, Sums]] = {pair: {} for pair in pairs}
         self.wide, self.size = torch.empty(len(names), CHUNK), torch.empty(CHUNK)
         self.delta, self.ratio = torch.empty(CHUNK), torch.empty(CHUNK)
-        self.key = torch.empty(CHUNK, dtype=torch.int32)
+        self.keys = torch.empty(2, CHUNK, dtype=torch.int32)
 
     def read(self, name: str, opened: list[Mapping[str, Tensor]]) -> None:
         """Add one tensor to its group."""
@@ -53,22 +53,21 @@ class Meter:
                 square, zeros = float(torch.dot(before, before)), not bool(before.min())
                 for pair in (pair for pair in self.pairs if pair[0] == reference):
                     sums = held[pair]
-                    same = torch.equal(chunk[reference], chunk[pair[1]])  # bit by bit: what is frozen costs no more
-                    self._compare(sums, wide[reference], before, wide[pair[1]], zeros, same)
+                    self._compare(sums, wide[reference], before, wide[pair[1]], zeros)
                     sums.reference_square += square
                     if not math.isfinite(sums.square + square):
                         self._refuse(name, chunk)
 
-    def _compare(self, sums: Sums, old: Tensor, size: Tensor, new: Tensor, zeros: bool, same: bool) -> None:
+    def _compare(self, sums: Sums, old: Tensor, size: Tensor, new: Tensor, zeros: bool) -> None:
         """Add one chunk of one comparison: ``old`` with its absolute values ``size``, and ``new``."""
         count = len(old)
         sums.parameters += count
-        if same:
-            sums.unchanged += count
-            return
         delta, ratio = torch.sub(new, old, out=self.delta[:count]).abs_(), self.ratio[:count]
         square = float(torch.dot(delta, delta))
         sums.square += square
+        if square == 0 and not bool(delta.max()):  # frozen; a square alone may be 0 by underflow
+            sums.unchanged += count
+            return
         if not math.isfinite(square):
             return
         torch.div(delta, size, out=ratio)
@@ -77,8 +76,9 @@ class Meter:
             zero = size == 0
             from_zero = int(torch.count_nonzero(delta[zero]))
             ratio.masked_fill_(zero, 0)
-        bins = self._bins(delta, 0), self._bins(ratio.clamp_max_(1e38), 1)
-        unchanged = count - int(torch.count_nonzero(delta)) if int(bins[0][0]) else 0
+        both = self._bins(delta, ratio.clamp_max_(1e38))
+        bins = both.sum(1), both.sum(0)
+        unchanged = count - int(torch.count_nonzero(delta.view(torch.int32))) if int(bins[0][0]) else 0
         bins[0][0] -= unchanged
         bins[1][0] -= unchanged + from_zero
         sums.unchanged += unchanged
@@ -86,15 +86,20 @@ class Meter:
         for at in (0, 1):
             sums.bins[at] += bins[at]
 
-    def _bins(self, values: Tensor, which: int) -> Tensor:
-        """How many float32 numbers ≥ 0 lie in each octave.
+    def _bins(self, *values: Tensor) -> Tensor:
+        """How many pairs of float32 numbers ≥ 0 lie in each octave of the one and the other: ``[octave, octave]``.
 
         The bits of a positive float are a number whose upper part is the exponent: shifted so that the unit falls on
-        an edge, it is the bin, exactly, at a tenth of what a logarithm and a search would take.
+        an edge, it is the bin, exactly, at a tenth of what a logarithm and a search would take. Counting is the larger
+        part of the work, so both are counted at once.
         """
-        mantissa = self.units[which] & 0x7FFFFF
-        key = torch.add(values.view(torch.int32), (1 << 23) - mantissa, out=self.key[: len(values)])
-        return torch.bincount(key.bitwise_right_shift_(23), minlength=BINS)
+        one, other = (
+            torch.add(value.view(torch.int32), (1 << 23) - (unit & 0x7FFFFF), out=key[: len(value)])
+            for value, unit, key in zip(values, self.units, self.keys, strict=True)
+        )
+        one.bitwise_right_shift_(23)
+        key = torch.add(other.bitwise_right_shift_(23), one, alpha=BINS, out=one)
+        return torch.bincount(key, minlength=BINS * BINS).view(BINS, BINS)
 
     def _refuse(self, name: str, chunk: list[Tensor]) -> None:
         for whose, one in zip(self.names, chunk, strict=True):

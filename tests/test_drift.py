@@ -335,7 +335,7 @@ def test_what_is_printed_and_saved(tmp_path):
     assert [row[:2] for row in whole.rows] == [("s1", "s0"), ("s2", "s0"), ("s2", "s1")]
     one = found.cumulative[1].whole
     shares = [100 * count / one.parameters for count in (one.near_absolute, one.near_relative, one.unchanged)]
-    assert whole.rows[1][2:] == (*shares, one.norm, 100 * one.norm / one.reference_norm)
+    assert whole.rows[1][2:] == pytest.approx((*shares, one.norm, 100 * one.norm / one.reference_norm))
     assert {row[1] for row in kinds.rows} == {"mlp", "attention", "norm", "embedding/head"}
     assert [row[0] for row in layers.rows] == ["model.layers.0", "model.layers.1", "outside the layers"]
     found.save(tmp_path / "changes.json")

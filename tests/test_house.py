@@ -56,6 +56,7 @@ ORDER = (
     "tuning",
     "resampling",
     "plots",
+    "refresh_plots",
     "cli",
 )
 

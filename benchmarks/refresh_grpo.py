@@ -4,9 +4,6 @@
 the damage score, refreshes Math after QA on them alone, and shows every domain before and after. Under a mask it is
 TRL's own ``GRPOTrainer``: with an optimiser made of the masked slices, and with ``surgery.Masked`` as a callback.
 
-``refreshed`` is the trained reference of ``benchmarks.pareto``. It has two kinds of prompts: the 128 calibration prompts
-that the selectors are given (what the same data buys by training), and the domain's training prompts (what a refresh
-with everything at hand gives).
 """
 
 from __future__ import annotations

@@ -90,6 +90,7 @@ ORDER = (
     "theory_plots",
     "report",
     "sections",
+    "refresh_plots",
     "cli",
 )
 

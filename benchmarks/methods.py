@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from benchmarks import baselines
 from benchmarks.lab.domains import read_items
-from benchmarks.refresh import STEPS, refreshed, training_items
+from benchmarks.refresh_grpo import STEPS, refreshed, training_items
 from benchmarks.table6 import SELECTORS
 from surgery import AMCSelector, DamageSelector, Entries, EntrySelector, Neurons, RandomSelector, Trajectory, rollback
 from surgery.prompts import Batch

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from surgery.slots import Block, Layout, Slot
     from surgery.trajectory import Trajectory
 
+_BUDGETS = "0.01,0.02,0.04,0.08,0.16,0.32"
 _WEIGHT = "weight"  # --units of single weights; not a kind of unit
 
 app = typer.Typer(
@@ -301,6 +302,94 @@ def tune(
     words += ["--units", units] if units != "mlp" else []
     words += ["--no-stop"] if no_stop else []
     out.print(f"\nsurgery select {shlex.join(words)} --budget {found.budget:g} -o mask.safetensors", markup=False)
+
+
+@app.command()
+def analyse(
+    checkpoints: Annotated[
+        list[str], typer.Argument(metavar="CKPT...", help="Folders in training order, or name=folder.")
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
+    data: Annotated[
+        list[str] | None, typer.Option(help='Prompts of a domain, "domain=file"; repeat for each domain.')
+    ] = None,
+    evaluate: Annotated[
+        str | None, typer.Option(help="As in sweep, per domain (default: how likely the responses are).")
+    ] = None,
+    budgets: Annotated[str, typer.Option(help="Of the rollbacks: fractions, separated by commas.")] = _BUDGETS,
+    refresh_steps: Annotated[int, typer.Option(help="Of the refresh; 0 leaves it out.")] = 10,
+    skip: Annotated[
+        str | None, typer.Option(help='Parts to leave out, separated by commas, like "terms,refreshed".')
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Read only so many prompts of each file.")] = None,
+    batch_size: int = 16,
+    device: Device = None,
+    dtype: Dtype = None,
+    layout: LayoutFile = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Is a later stage hurting an earlier one? Write a page with all the evidence, and what a repair would bring."""
+    import torch
+
+    from surgery.inquiry import analyse as run_analysis
+    from surgery.prompts import load_prompts
+    from surgery.sections import write_report
+    from surgery.trajectory import Trajectory
+    from surgery.verdict import verdict
+
+    if output.exists() and not overwrite:
+        raise ValueError(f"{output} exists: choose another folder, or pass --overwrite")
+    stages = _named(checkpoints)
+    files = _domains(data or [])
+    run = Trajectory.through(stages, layout=_layout(layout, list(stages.values())[-1]))
+    prompts = {
+        domain: load_prompts(file, _folder(run.later), batch_size=batch_size, limit=limit)
+        for domain, file in files.items()
+    }
+    with _working("reading") as say:
+        found = run_analysis(
+            run,
+            prompts,
+            evaluate=None if evaluate is None else _function(evaluate),
+            budgets=[_fraction(text) for text in budgets.split(",")],
+            refresh_steps=refresh_steps,
+            skip=[part.strip() for part in skip.split(",")] if skip else (),
+            device=device,
+            dtype=getattr(torch, dtype) if dtype else None,
+            progress=say,
+        )
+        say("drawing")
+        page = write_report(
+            found, output, command=shlex.join(["surgery", *sys.argv[1:]]), data=files, overwrite=overwrite
+        )
+    for paragraph in verdict(found):
+        out.print(f"{paragraph}\n", markup=False)
+    for name, why in found.skipped.items():
+        out.print(f"not computed: {name}: {why}", markup=False)
+    out.print(f"wrote {page}")
+
+
+def _named(checkpoints: list[str]) -> dict[str, str]:
+    """Stages by name: as given, or the folders' own names; the same name twice gets its place."""
+    found: dict[str, str] = {}
+    for at, text in enumerate(checkpoints):
+        name, equals, folder = text.partition("=")
+        if not equals or "/" in name:
+            name, folder = Path(text).name or text, text
+        found[name if name not in found else f"{name} ({at + 1})"] = folder
+    return found
+
+
+def _domains(data: list[str]) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for text in data:
+        domain, equals, file = text.partition("=")
+        if not equals or not domain or not file:
+            raise ValueError(f'--data {text!r}: expected a domain and its file, like "math=math.jsonl"')
+        if domain in found:
+            raise ValueError(f"--data names {domain!r} twice: put its prompts into one file")
+        found[domain] = Path(file)
+    return found
 
 
 @app.command()

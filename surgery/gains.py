@@ -13,7 +13,8 @@ from surgery.backward import as_live, collecting, in_runs
 from surgery.entries import Entries, shapes_of
 from surgery.predictions import Loss, positions
 from surgery.prompts import Batch
-from surgery.ranking import LAST, best, entries_of, histogram, in_file, starts_of
+from surgery.ranking import LAST, best, entries_of, histogram, starts_of
+from surgery.scratch import zeros_on_disk
 from surgery.slots import Block, Slot
 from surgery.trajectory import Trajectory, Weights, open_weights
 
@@ -80,7 +81,7 @@ def entry_gains(run: Trajectory, data: Iterable[Batch], *, loss: Loss | None = N
     (earlier,) = replace(run, later=model).weights("earlier")
     shapes = shapes_of(live.layout)
     starts = starts_of(shapes)
-    flat = in_file(sum(neurons * width for neurons, width in shapes.values()))
+    flat = zeros_on_disk(sum(neurons * width for neurons, width in shapes.values()))
 
     def add(block: Block, slot: Slot, grad: Tensor, _: Tensor) -> None:
         for first, (g,) in in_runs(slot, slot.view(grad)):

@@ -22,7 +22,7 @@ from surgery.reach import Strength, check_strength, recorded, spoken
 from surgery.slots import Block, Layout, Slot
 from surgery.trajectory import Weights, open_weights
 
-_REAL = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+REAL = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass
@@ -131,7 +131,7 @@ def rollback(
     source = open_weights(to, layout if layout is None or layout.fits(_tensors(to)) else None, live)
     edits = list(edits_of(live.layout, mask, "the model"))
     warn_if_made_for_others(mask, earlier=source)
-    _check_writable(model, live, edits)
+    check_writable(live, edits)
     old: list[tuple[Tensor, Edit, Tensor]] = []
     finite: list[Tensor] = []  # read at the end: a GPU is waited for once, not once an edit
     changed: list[Tensor] = []
@@ -142,12 +142,12 @@ def rollback(
                 before = edit.take(tensor)
                 after = new_values(edit, source, before, strength)
                 finite.append(after.isfinite().all())
-                changed.append((_bits(before) != _bits(after)).sum())
+                changed.append((bits(before) != bits(after)).sum())
                 old.append((tensor, edit, before.to(keep_on) if keep_on else before))
                 _write(tensor, edit, after)
                 if pending:
                     raise KeyboardInterrupt
-            for edit, fine in zip(edits, _numbers(finite), strict=True):
+            for edit, fine in zip(edits, numbers(finite), strict=True):
                 if not fine:
                     raise ValueError(_not_finite(edit, source, strength))
         except BaseException:
@@ -157,7 +157,7 @@ def rollback(
     written = dict.fromkeys(live.layout, 0)
     for edit in edits:
         written[edit.block.name] += edit.numbers
-    touched, differing = len({edit.slot.tensor for edit in edits}), sum(_numbers(changed))
+    touched, differing = len({edit.slot.tensor for edit in edits}), sum(numbers(changed))
     return Rollback(mask.count(), written, touched, differing, recorded(strength, mask), noun_of(mask), old)
 
 
@@ -179,11 +179,12 @@ def _write(tensor: Tensor, edit: Edit, rows: Tensor) -> None:
 _WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def _bits(tensor: Tensor) -> Tensor:
+def bits(tensor: Tensor) -> Tensor:
+    """A tensor's bits as integers."""
     return tensor.contiguous().view(_WIDTH[tensor.element_size()])
 
 
-def _numbers(scalars: list[Tensor]) -> list[int]:
+def numbers(scalars: list[Tensor]) -> list[int]:
     """The values of scalars, read with one wait per device."""
     found: dict[int, int] = {}
     for device in {scalar.device for scalar in scalars}:
@@ -197,7 +198,8 @@ def _not_finite(edit: Edit, source: Weights, strength: Strength) -> str:
     return said if strength == 1 else f"{said}, or with this strength they leave the range of their dtype"
 
 
-def _check_writable(model: nn.Module, live: Weights, edits: list[Edit]) -> None:
+def check_writable(live: Weights, edits: list[Edit]) -> None:
+    """Refuse weights that are offloaded, quantised, or share their storage with others (``ValueError``)."""
     names = {edit.slot.tensor for edit in edits}
     owners: dict[tuple[torch.device, int], set[str]] = {}
     for name, tensor in live.tensors.items():
@@ -210,7 +212,7 @@ def _check_writable(model: nn.Module, live: Weights, edits: list[Edit]) -> None:
                 f"{name} is on the meta device: its weights are offloaded, and an edit would be lost. Load the model "
                 f"whole, or roll the folder back with rolled_back() and save()"
             )
-        if tensor.dtype not in _REAL:
+        if tensor.dtype not in REAL:
             raise ValueError(f"{name} is stored as {tensor.dtype}: quantised weights can't be reverted exactly")
         ours, storage = name, owners[tensor.device, tensor.untyped_storage().data_ptr()]
         if shared := sorted(other for other in storage - {ours} if _overlap(live.tensors[other], tensor)):
@@ -340,6 +342,6 @@ def rolled_back(
     view = RolledBack(opened, open_weights(to, None, opened), mask, strength)
     warn_if_made_for_others(mask, earlier=view.source, later=opened)
     for name in view._edits:
-        if opened.tensors[name].dtype not in _REAL:
+        if opened.tensors[name].dtype not in REAL:
             raise ValueError(f"{name} is stored as {opened.tensors[name].dtype}: quantised weights can't be reverted")
     return view

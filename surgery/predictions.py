@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from surgery.prompts import Batch, response_mask
 from surgery.shards import header_of, mapped
@@ -116,6 +117,21 @@ def predicting(model: nn.Module, batch: Batch) -> Tensor:
     return rows
 
 
+def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
+    """−log p(response token | what comes before it), the mean over the batch's response tokens, in nats: a ``Loss``.
+
+    Raises:
+        ValueError: the batch has no labels, or no response token.
+    """
+    if "labels" not in batch:
+        raise ValueError(
+            "these batches are prompts without responses (labels): let a model answer them (respond), or pass loss="
+        )
+    logits = predicting(model, batch)
+    targets = batch["labels"][:, 1:][positions(batch)].to(logits.device)
+    return torch.nn.functional.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets)
+
+
 def _keeps(kind: type[nn.Module]) -> bool:
     return "logits_to_keep" in inspect.signature(kind.forward).parameters
 
@@ -130,7 +146,10 @@ def _key(batch: Batch) -> str:
 
 
 class _KL(torch.autograd.Function):
-    """Σ over rows of KL(softmax(target) ‖ softmax(logits)) and its gradient, a few rows in float32 at a time."""
+    """Σ over rows of KL(softmax(target) ‖ softmax(logits)) and its gradient, a few rows in float32 at a time.
+
+    Once differentiable: the gradient is kept as numbers. Twice: ``surgery.landscape.divergence``.
+    """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor) -> Tensor:
@@ -147,6 +166,7 @@ class _KL(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         (grad,) = ctx.saved_tensors
         return (grad * outer).to(grad.dtype), None

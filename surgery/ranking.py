@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -61,21 +58,6 @@ def starts_of(shapes: dict[str, tuple[int, int]]) -> dict[str, int]:
     """Where the numbers of each part begin, part after part."""
     sizes = [neurons * width for neurons, width in shapes.values()]
     return dict(zip(shapes, torch.tensor([0, *sizes]).cumsum(0).tolist(), strict=False))
-
-
-def in_file(count: int) -> Tensor:
-    """Zeros, float32 ``[count]``, in a file whose name is gone already: its room goes with the tensor.
-
-    The room is taken now: where the disk is full that is an error here, and no crash at some later write.
-    """
-    with tempfile.TemporaryDirectory(prefix="surgery-") as folder:
-        path = Path(folder) / "scores"
-        with open(path, "wb") as file:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, 4 * max(count, 1))
-            else:
-                file.truncate(4 * max(count, 1))
-        return torch.from_file(str(path), shared=True, size=count, dtype=torch.float32)
 
 
 def _chunks(flat: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:

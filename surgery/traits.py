@@ -14,8 +14,9 @@ from surgery.budget import Allocation, share
 from surgery.deltas import check_finite, pieces, reading
 from surgery.entries import Entries, shapes_of
 from surgery.prompts import Batch
-from surgery.ranking import best, entries_of, in_file, positive, starts_of
+from surgery.ranking import best, entries_of, positive, starts_of
 from surgery.scores import activation, remember
+from surgery.scratch import zeros_on_disk
 from surgery.trajectory import Trajectory
 
 
@@ -101,7 +102,7 @@ def entry_traits(run: Trajectory, data: Iterable[Batch] | None, rank: str) -> Tr
         A.require(later.layout.sizes, later.name)
     M = _means(run) if level and "M" in rank else {}
     shapes = shapes_of(later.layout)
-    flat, starts = in_file(sum(neurons * width for neurons, width in shapes.values())), starts_of(shapes)
+    flat, starts = zeros_on_disk(sum(neurons * width for neurons, width in shapes.values())), starts_of(shapes)
     factor = A.relative() if A is not None and level else A
     for name, part, start, stop, steps in _steps(run, "C" in rank):
         score = torch.ones_like(steps[-1])

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this ma
 READER = """<script>
 const errors = [];
 addEventListener("error", (event) => errors.push(event.message));
+addEventListener("load", () => {
 const tables = [...document.querySelectorAll("table")].map((table) => {
   const heads = table.tHead.rows[0], at = heads.cells.length - 1;
   const column = () => [...table.tBodies[0].rows].map((row) => row.cells[at].textContent);
@@ -40,6 +41,7 @@ document.querySelectorAll("details").forEach((one) => (one.open = true));
 const images = [...document.images].map((image) => image.complete && image.naturalWidth > 0);
 const told = { errors, tables, shown, images, wide: document.documentElement.scrollWidth, room: innerWidth };
 document.body.innerHTML = ""; document.body.dataset.told = JSON.stringify(told);
+});
 </script>"""
 
 
@@ -50,8 +52,8 @@ def read(text: str, folder: Path, width: int) -> dict[str, object]:
     frame = folder / f"frame{width}.html"  # a headless window is never narrower than about 500 pixels; a frame is
     frame.write_text(
         f'<iframe src="{file.name}" width="{width}" height="800" style="border:0"></iframe><script>'
-        "addEventListener('load', () => { document.body.dataset.told ="
-        " document.querySelector('iframe').contentDocument.body.dataset.told; });</script>"
+        "setInterval(() => { const told = document.querySelector('iframe').contentDocument?.body?.dataset.told;"
+        " if (told) document.body.dataset.told = told; }, 50);</script>"
     )
     done = subprocess.run(
         [
@@ -71,7 +73,7 @@ def read(text: str, folder: Path, width: int) -> dict[str, object]:
 
 def sample() -> str:
     table = Table("numbers", ("name", "size"), (("b", 10), ("a", 9), ("c", None), ("d", -2.5)))
-    long = Table("words", ("n", "name"), tuple((at, f"x{at % 5}") for at in range(30)))
+    long = Table("words", ("n", "name"), tuple((at, f"x{at % 5}") for at in range(40)))
     wide = Table("wide", tuple(f"column {at}" for at in range(20)), (tuple(range(20)),))
     section = Section(
         "Sizes", "They differ.", "How large.", {"size": "how large it is"}, (drawn(), drawn("y")), (table, long, wide)

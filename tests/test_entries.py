@@ -494,14 +494,14 @@ MEMORY = """
 import sys, threading, torch
 from pathlib import Path
 from surgery.gains import Gains
-from surgery.ranking import in_file
+from surgery.scratch import zeros_on_disk
 
 def anonymous():
     lines = Path("/proc/self/status").read_text().split("\\n")
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
 
 count = 1 << 26  # 256 MB; a boolean per weight would be 64
-flat = in_file(count)
+flat = zeros_on_disk(count)
 for at in range(0, count, 1 << 20):
     flat[at : at + (1 << 20)] = torch.randn(1 << 20)
 scores = Gains(flat, {"a/up": (count, 1)}, torch.nn.Linear(1, 1), None, [], 1, 0.0)

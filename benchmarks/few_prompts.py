@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -55,7 +56,11 @@ def measure(folder: Path) -> list[Stability]:
     prompts = unlabelled(training_items(folder, "math")[:POOL], folder / "qa")
     with earlier_model(run) as earlier:
         data = respond(earlier, prompts, max_new_tokens=8)
-    return [stability(run, data, one, SIZES, DRAWS, evaluate=score, metric="math") for one in SELECTORS]
+    found = []
+    for one in SELECTORS:
+        print(f"{folder.name}: {one.name}", flush=True)
+        found.append(stability(run, data, one, SIZES, DRAWS, evaluate=score, metric="math"))
+    return found
 
 
 def table(seeds: list[list[Stability]]) -> str:
@@ -72,8 +77,22 @@ def table(seeds: list[list[Stability]]) -> str:
     return "\n".join(lines)
 
 
+def picture(found: list[Stability]) -> Figure:
+    """One seed: how much D's masks agree, and what D, D over two kinds of unit and A×M×C recover."""
+    figure = Figure(figsize=(10, 6.4), dpi=150, layout="constrained")
+    axes = figure.subplots(2, 2).flatten()
+    prompt_stability(found[0], axes[0])
+    axes[0].set_title(f"{found[0].selector}: agreement", fontsize="medium")
+    top = max(max(one.recovery) for each in found for one in each.agreements)
+    for ax, one in zip(axes[1:], found, strict=True):
+        prompt_stability(one, ax, of="recovery")
+        ax.set_ylim(0, 100 * top * 1.05)
+        ax.set_title(f"{one.selector}: recovery", fontsize="medium")
+    return figure
+
+
 def main() -> None:
-    """Measure every seed, write the table and seed 0's picture."""
+    """Measure every seed, write the table and the first seed's picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("seeds", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
@@ -87,7 +106,7 @@ def main() -> None:
         f"{statement()}\n\n{table(found)}\n"
     )
     (asked.out / "few-prompts.md").write_text(text, encoding="utf-8")
-    prompt_stability(found[0][0]).figure.savefig(asked.out / "few-prompts.png")
+    picture(found[0]).savefig(asked.out / "few-prompts.png")
     print(text)
 
 

@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 from benchmarks.hardware import statement
 from benchmarks.lab.domains import Item
 from benchmarks.lab.evaluate import evaluator
-from benchmarks.refresh import training_items
+from benchmarks.refresh_grpo import training_items
 from surgery import (
     AMCSelector,
     DamageSelector,

@@ -58,5 +58,6 @@ def recorded(strength: Strength, mask: Mask) -> Any:
 def spoken(strength: Any) -> str:
     """What ``recorded`` gave, in words."""
     if not isinstance(strength, dict):
-        return f"strength {strength}"
-    return f"strengths from {strength['least']:.3g} to {strength['most']:.3g}, {strength['mean']:.3g} on average"
+        return f"strength {strength}" + (", past the earlier values" if strength > 1 else "")
+    past = f", {strength['beyond']} of them past the earlier values" if strength["beyond"] else ""
+    return f"strengths from {strength['least']:.3g} to {strength['most']:.3g}, {strength['mean']:.3g} on average{past}"

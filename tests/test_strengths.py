@@ -136,7 +136,8 @@ def test_a_folder_and_its_papers(family, tmp_path):
     assert same(ours, {name: tensor.to(ours[name].dtype) for name, tensor in theirs.items()})
     assert Neurons.load(out / STRENGTH).equal(strength)
     assert json.loads((out / RECORD).read_text())["strength"] == done.strength
-    assert "strengths from 0 to 1.75" in (out / CARD).read_text()
+    past = f"{done.strength['beyond']} of them past the earlier values"
+    assert f"strengths from 0 to 1.75, {done.strength['mean']:.3g} on average, {past}" in (out / CARD).read_text()
     assert "strengths from 0 to 1.75" in repr(view)
 
 

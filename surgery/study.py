@@ -157,7 +157,7 @@ def _changed(study: Study) -> Overlap:
 
 def _directions(study: Study) -> Directions:
     _several(study)
-    return directions(study.run, top=CHANGED)
+    return directions(study.run, top=CHANGED, how="uniform")
 
 
 def _history(study: Study) -> History:

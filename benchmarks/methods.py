@@ -119,6 +119,8 @@ def selectors(setting: Setting) -> list[Any]:
         DamageSelector(0.01, units=("mlp", "kv_group")),
         AMCSelector(0.01, units=("mlp", "kv_group")),
         EntrySelector(0.01),
+        EntrySelector(0.01, "AMC"),
+        EntrySelector(0.01, "M"),
     )
     return [*SELECTORS, *(one for one in own if one.name not in {each.name for each in SELECTORS})]
 

@@ -58,6 +58,7 @@ ORDER = (
     "resampling",
     "shares",
     "analysis",
+    "cosines",
     "alignment",
     "plots",
     "evidence_plots",

@@ -78,6 +78,7 @@ ORDER = (
     "resampling",
     "shares",
     "analysis",
+    "cosines",
     "alignment",
     "study",
     "inquiry",

@@ -39,7 +39,7 @@ def gradient_heatmap(found: Gradients, kind: str = "mlp", ax: Axes | None = None
     known = [abs(value) for row in rows for value in row if value == value]
     limit = limit or max(known, default=0.0) or 1.0
     image = ax.imshow(rows, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
-    image.cmap.set_bad("0.8")
+    ax.set_facecolor("0.8")  # where a cosine is not defined
     if len(parts) * len(rows) <= _WRITTEN:
         for y, row in enumerate(rows):
             for x, value in enumerate(row):

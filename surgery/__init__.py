@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from surgery.predictions import Distillation, distillation
     from surgery.probing import probe
     from surgery.prompts import load_prompts
-    from surgery.refreshing import Refresh, refresh
+    from surgery.refreshing import refresh
     from surgery.resampling import Agreement, Stability, jaccard, stability
     from surgery.responses import respond
     from surgery.rows import Row, Sweep
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from surgery.significance import Paired
     from surgery.singles import EntrySelector
     from surgery.slots import Block, Layout, Slot
+    from surgery.steps import Refresh
     from surgery.swap import earlier_model
     from surgery.sweeps import sweep
     from surgery.trajectory import Trajectory
@@ -50,7 +51,7 @@ _HOME = {
     "predictions": ("Distillation", "distillation"),
     "probing": ("probe",),
     "prompts": ("load_prompts",),
-    "refreshing": ("Refresh", "refresh"),
+    "refreshing": ("refresh",),
     "resampling": ("Agreement", "Stability", "jaccard", "stability"),
     "responses": ("respond",),
     "rows": ("Row", "Sweep"),
@@ -60,6 +61,7 @@ _HOME = {
     "significance": ("Paired",),
     "singles": ("EntrySelector",),
     "slots": ("Block", "Layout", "Slot"),
+    "steps": ("Refresh",),
     "swap": ("earlier_model",),
     "sweeps": ("sweep",),
     "trajectory": ("Trajectory",),

@@ -49,6 +49,7 @@ ORDER = (
     "selection",
     "singles",
     "rows",
+    "steps",
     "refreshing",
     "evaluators",
     "bench",

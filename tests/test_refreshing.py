@@ -16,7 +16,7 @@ from test_laws import Tensors, all_neurons, expected, same, snapshot, some_neuro
 from test_scores import Batch, batches
 from torch import nn
 
-from surgery import Entries, Neurons, distillation, find_layout, leaves, refreshing
+from surgery import Entries, Neurons, Refresh, distillation, find_layout, leaves, refreshing
 from surgery.edits import Rows
 from surgery.entries import shapes_of
 from surgery.leaves import Leaves
@@ -32,7 +32,7 @@ def likelihood(model: nn.Module, batch: Batch) -> torch.Tensor:
     return found
 
 
-def refresh(model: nn.Module, **how: Any) -> refreshing.Refresh:
+def refresh(model: nn.Module, **how: Any) -> Refresh:
     """A refresh with everything defaulted: two batches, two steps of SGD."""
     given: dict[str, Any] = {"steps": 2, "lr": 0.1, "optimizer": SGD}
     return refreshing.refresh(model, how.pop("loss", likelihood), how.pop("data", batches(True)), **(given | how))

@@ -69,6 +69,7 @@ ORDER = (
     "selection",
     "singles",
     "rows",
+    "steps",
     "refreshing",
     "evaluators",
     "histories",

@@ -53,8 +53,8 @@ if TYPE_CHECKING:
     from surgery.singles import EntrySelector
     from surgery.slots import Block, Layout, Slot
     from surgery.spectrum import DamageSpectrum, damage_spectrum
-    from surgery.subspaces import Span, eigenspace
     from surgery.steps import Refresh
+    from surgery.subspaces import Span, eigenspace
     from surgery.swap import earlier_model
     from surgery.sweeps import sweep
     from surgery.theory import curvature, fisher
@@ -105,8 +105,8 @@ _HOME = {
     "singles": ("EntrySelector",),
     "slots": ("Block", "Layout", "Slot"),
     "spectrum": ("DamageSpectrum", "damage_spectrum"),
-    "subspaces": ("Span", "eigenspace"),
     "steps": ("Refresh",),
+    "subspaces": ("Span", "eigenspace"),
     "swap": ("earlier_model",),
     "sweeps": ("sweep",),
     "theory": ("curvature", "fisher"),

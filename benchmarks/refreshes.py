@@ -183,13 +183,13 @@ def orders(folder: Path) -> Iterator[tuple[str, Callable[[Curve], None]]]:
     reverse = folder.name.startswith("reverse")
     before, domain = ("qa", "math") if reverse else ("math", "qa")
     desk = Desk(folder, "code", before, domain)
-    yield f"{domain} after {before}", lambda curve: trained(desk, curve, domain, THIRD, every=2)
+    yield f"{domain} after {before}", lambda curve: trained(desk, curve, domain, THIRD, every=4)
 
 
 def re_code(folder: Path) -> Iterator[tuple[str, Callable[[Curve], None]]]:
     """Code again after Math, for longer than it needs."""
     desk = Desk(folder, "code", "math", "code")
-    yield "GRPO", lambda curve: trained(desk, curve, "code", replace(GRPO["code"], steps=60), every=2)
+    yield "GRPO", lambda curve: trained(desk, curve, "code", replace(GRPO["code"], steps=60), every=4)
 
 
 def at_equal_cost(folder: Path) -> Iterator[tuple[str, Callable[[Curve], None]]]:

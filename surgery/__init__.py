@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from surgery.predictions import Distillation, distillation
     from surgery.probing import probe
     from surgery.prompts import load_prompts
-    from surgery.refreshing import Refresh, refresh
+    from surgery.refreshing import refresh
     from surgery.resampling import Agreement, Stability, jaccard, stability
     from surgery.responses import respond
     from surgery.rows import Row, Sweep
@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from surgery.singles import EntrySelector
     from surgery.slots import Block, Layout, Slot
     from surgery.spectrum import DamageSpectrum, damage_spectrum
+    from surgery.steps import Refresh
     from surgery.subspaces import Span, eigenspace
     from surgery.swap import earlier_model
     from surgery.sweeps import sweep
@@ -91,7 +92,7 @@ _HOME = {
     "predictions": ("Distillation", "distillation"),
     "probing": ("probe",),
     "prompts": ("load_prompts",),
-    "refreshing": ("Refresh", "refresh"),
+    "refreshing": ("refresh",),
     "resampling": ("Agreement", "Stability", "jaccard", "stability"),
     "responses": ("respond",),
     "rows": ("Row", "Sweep"),
@@ -104,6 +105,7 @@ _HOME = {
     "singles": ("EntrySelector",),
     "slots": ("Block", "Layout", "Slot"),
     "spectrum": ("DamageSpectrum", "damage_spectrum"),
+    "steps": ("Refresh",),
     "subspaces": ("Span", "eigenspace"),
     "swap": ("earlier_model",),
     "sweeps": ("sweep",),

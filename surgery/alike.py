@@ -79,7 +79,7 @@ def _check_names(names: Mapping[str, list[str]], tied: Mapping[str, Mapping[str,
             missing = [other for other in names if name not in names[other]]
             if not missing or name in tied[who]:
                 continue
-            if _stack(name) in stacks or not common:
+            if _stack(name) in stacks or (_stack(name) and not stacks):
                 raise ValueError(
                     f"{who} has {name!r}, and {missing[0]} has not: they are different models, or one of them has it "
                     f"under another name (experts have others in memory than on disk). Compare folders with folders "

@@ -41,9 +41,9 @@ ACTIVE = (
     "4."
 )
 DIRECTIONS = (
-    "On the neurons that are among the 10 % most changed of both stages, the cosine of the two updates of each neuron "
-    "(gate, up and down end to end): −1 they undo each other, +1 they agree. Band: where the mean lies if each update "
-    "is paired with another neuron's. Source: the paper's Figure 4; the null is ours."
+    "On the neurons that are among the 10 % most changed of their layer in both stages, the cosine of the two "
+    "updates of each neuron (gate, up and down end to end): −1 they undo each other, +1 they agree. Band: where the "
+    "mean lies if each update is paired with another neuron's. Source: the paper's Figure 4; the null is ours."
 )
 CHANGE = "Score less that of the last checkpoint as it is; below zero something is lost."
 CHANGED_LAYER = "‖Δ‖ of that stage in that layer, in percent of ‖θ‖ before it; or the score after that stage."

@@ -38,8 +38,8 @@ def gradient_heatmap(found: Gradients, kind: str = "mlp", ax: Axes | None = None
     rows = [[math.nan if c is None else c for c in (part.cosines[a][b] for part in parts)] for a, b in found.pairs]
     known = [abs(value) for row in rows for value in row if value == value]
     limit = limit or max(known, default=0.0) or 1.0
-    ax.set_facecolor("0.8")  # shows where a cosine is NaN
     image = ax.imshow(rows, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
+    ax.set_facecolor("0.8")  # where a cosine is not defined
     if len(parts) * len(rows) <= _WRITTEN:
         for y, row in enumerate(rows):
             for x, value in enumerate(row):

@@ -122,23 +122,24 @@ class Leaves:
 
     def norm(self) -> float:
         """The L2 norm of the gradient over all leaves (NaN or infinite if one number of it is)."""
-        squares = [torch.linalg.vector_norm(v.grad, dtype=torch.float64).square() for v in self.values]  # type: ignore[arg-type]
-        return float(torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt())
+        norms = [torch.linalg.vector_norm(value.grad) for value in self.values if value.grad is not None]
+        return float(torch.linalg.vector_norm(torch.stack([one.to(norms[0]) for one in norms])))
 
     def write(self) -> None:
         """Round the leaves into the model.
 
         Raises:
-            ValueError: a number is NaN or infinite, or is in the weights' dtype.
+            ValueError: a number is NaN or infinite, or is in the weights' dtype (it is written all the same).
         """
-        rounded = [leaf.value.detach().to(leaf.parameter.dtype) for leaf in self.leaves]
-        for leaf, values, fine in zip(
-            self.leaves, rounded, numbers([v.isfinite().all() for v in rounded]), strict=True
-        ):
+        finite = []
+        with torch.no_grad():
+            for leaf in self.leaves:
+                values = leaf.value.to(leaf.parameter.dtype)
+                finite.append(values.isfinite().all())
+                leaf.part.put(leaf.parameter.detach(), values)
+        for leaf, fine in zip(self.leaves, numbers(finite), strict=True):
             if not fine:
                 raise ValueError(f"{name_of(leaf)} would hold NaN or infinite numbers")
-            with torch.no_grad():
-                leaf.part.put(leaf.parameter.detach(), values)
 
     def copy(self) -> list[Tensor]:
         """A copy of what the model holds in the trained slices, kept where the old bits are."""

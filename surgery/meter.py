@@ -40,7 +40,6 @@ class Meter:
         self.sums: dict[tuple[int, int], dict[Place, Sums]] = {pair: {} for pair in pairs}
         self.wide, self.size = torch.empty(len(names), CHUNK), torch.empty(CHUNK)
         self.delta, self.ratio = torch.empty(CHUNK), torch.empty(CHUNK)
-        self.keys = torch.empty(2, CHUNK, dtype=torch.int32)
 
     def read(self, name: str, opened: list[Mapping[str, Tensor]]) -> None:
         """Add one tensor to its group."""
@@ -76,9 +75,9 @@ class Meter:
             zero = size == 0
             from_zero = int(torch.count_nonzero(delta[zero]))
             ratio.masked_fill_(zero, 0)
+        unchanged = count - int(torch.count_nonzero(delta.view(torch.int32)))
         both = self._bins(delta, ratio.clamp_max_(1e38))
         bins = both.sum(1), both.sum(0)
-        unchanged = count - int(torch.count_nonzero(delta.view(torch.int32))) if int(bins[0][0]) else 0
         bins[0][0] -= unchanged
         bins[1][0] -= unchanged + from_zero
         sums.unchanged += unchanged
@@ -91,15 +90,13 @@ class Meter:
 
         The bits of a positive float are a number whose upper part is the exponent: shifted so that the unit falls on
         an edge, it is the bin, exactly, at a tenth of what a logarithm and a search would take. Counting is the larger
-        part of the work, so both are counted at once.
+        part of the work, so both are counted at once. The numbers are gone afterwards: their room is used.
         """
         one, other = (
-            torch.add(value.view(torch.int32), (1 << 23) - (unit & 0x7FFFFF), out=key[: len(value)])
-            for value, unit, key in zip(values, self.units, self.keys, strict=True)
+            value.view(torch.int32).add_((1 << 23) - (unit & 0x7FFFFF)).bitwise_right_shift_(23)
+            for value, unit in zip(values, self.units, strict=True)
         )
-        one.bitwise_right_shift_(23)
-        key = torch.add(other.bitwise_right_shift_(23), one, alpha=BINS, out=one)
-        return torch.bincount(key, minlength=BINS * BINS).view(BINS, BINS)
+        return torch.bincount(other.add_(one, alpha=BINS), minlength=BINS * BINS).view(BINS, BINS)
 
     def _refuse(self, name: str, chunk: list[Tensor]) -> None:
         for whose, one in zip(self.names, chunk, strict=True):

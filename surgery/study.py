@@ -25,12 +25,13 @@ from surgery.neurons import Neurons
 from surgery.perturbation import DamageTerms, damage_terms
 from surgery.predictions import distillation, positions
 from surgery.prompts import Batch
-from surgery.refreshing import Refresh, refresh
+from surgery.refreshing import refresh
 from surgery.responses import respond
 from surgery.rows import EARLIER, LATER, Evaluate, Row, Sweep, judged, scored
 from surgery.scores import activation, magnitude
 from surgery.selection import AMCSelector, DamageSelector, RandomSelector, Selector
 from surgery.shares import Profile, profile
+from surgery.steps import Refresh
 from surgery.swap import earlier_model
 from surgery.sweeps import sweep
 from surgery.trajectory import Trajectory
@@ -157,7 +158,7 @@ def _changed(study: Study) -> Overlap:
 
 def _directions(study: Study) -> Directions:
     _several(study)
-    return directions(study.run, top=CHANGED)
+    return directions(study.run, top=CHANGED, how="uniform")
 
 
 def _history(study: Study) -> History:

@@ -14,8 +14,8 @@ from families import build
 from test_drift import run_of, spoilt
 from torch import Tensor, nn
 
-from surgery import Directions, Trajectory, alignment, directions, find_layout
-from surgery.alignment import Cosines
+from surgery import Directions, Trajectory, alignment, cosines, directions, find_layout
+from surgery.cosines import Cosines
 
 SOME = ["qwen3", "gpt2", "phi3", "bloom", "mixtral", "qwen3_moe", "gpt_oss"]
 LAYER = "model.layers.0.mlp"
@@ -68,7 +68,7 @@ def plain(models: list[nn.Module], i: int, j: int, top: float) -> dict[str, Tens
 @pytest.mark.parametrize("family", SOME)
 def test_streamed_is_what_the_definition_says(family, dtype, group, monkeypatch):
     if group:
-        monkeypatch.setattr(alignment, "GROUP", group)
+        monkeypatch.setattr(cosines, "GROUP", group)
     models, top = stages(family, dtype), 0.4
     found = directions(run_of(models), top=top, permutations=20)
     assert [(pair.first, pair.second) for pair in found.pairs] == [("s1", "s2"), ("s1", "s3"), ("s2", "s3")]
@@ -87,13 +87,11 @@ def same(found: Cosines, want: Tensor) -> None:
         assert (found.mean, found.quantiles, found.histogram, found.null, found.p) == (None,) * 5
         return
     assert found.mean == pytest.approx(float(want.mean()), abs=1e-5)
-    assert found.quantiles == pytest.approx(
-        want.quantile(torch.tensor(alignment.QUANTILES).double()).tolist(), abs=1e-5
-    )
+    assert found.quantiles == pytest.approx(want.quantile(torch.tensor(cosines.QUANTILES).double()).tolist(), abs=1e-5)
     assert found.opposed == pytest.approx(float((want < 0).double().mean()))
     assert found.histogram is not None
     assert sum(found.histogram) == len(want)
-    edges = torch.linspace(-1, 1, alignment.BINS + 1).double()
+    edges = torch.linspace(-1, 1, cosines.BINS + 1).double()
     if not bool(((want[:, None] - edges).abs() < 1e-5).any()):
         assert list(found.histogram) == torch.histogram(want, edges).hist.int().tolist()
 
@@ -110,7 +108,7 @@ def test_an_update_along_itself_is_one_and_against_itself_minus_one(family, sign
     for one in (found.pairs[0].whole, *found.pairs[0].blocks):
         if one.neurons:
             assert one.mean == pytest.approx(sign, abs=1e-5)
-            assert one.quantiles == pytest.approx([sign] * len(alignment.QUANTILES), abs=1e-5)
+            assert one.quantiles == pytest.approx([sign] * len(cosines.QUANTILES), abs=1e-5)
             assert one.opposed == (sign < 0)
             assert sum(one.histogram or ()) == (one.histogram or ())[-1 if sign > 0 else 0] == one.neurons
     assert found.pairs[0].whole.neurons == found.changed["s1"] == found.changed["s2"]
@@ -161,7 +159,7 @@ def test_how_a_model_numbers_its_neurons_does_not_matter(family):
 def test_the_null_is_the_mean_over_all_pairings():
     gram = torch.rand(5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2 - 1
     every = sorted(float(gram[torch.arange(5), torch.tensor(order)].sum()) for order in orders(range(5)))
-    found = alignment._permuted(gram, 6000, torch.Generator().manual_seed(1))
+    found = cosines.permuted(gram, 6000, torch.Generator().manual_seed(1))
     assert sorted(set(found.null.tolist())) == pytest.approx(every, abs=1e-12)
     assert torch.equal(found.cosines, gram.diagonal().sort().values)
     counts = torch.tensor([int((found.null - one).abs().lt(1e-12).sum()) for one in every])
@@ -174,7 +172,7 @@ def test_unrelated_updates_are_within_the_null_and_the_p_value_is_fair():
         random = torch.Generator().manual_seed(seed)
         a, b = (torch.randn(12, 6, generator=random, dtype=torch.float64) for _ in range(2))
         gram = (a @ b.T) / (a.norm(dim=1)[:, None] * b.norm(dim=1))
-        values.append(alignment._permuted(gram, 199, random).told("x").p)
+        values.append(cosines.permuted(gram, 199, random).told("x").p)
     held = torch.tensor(values)
     assert 0.01 < float((held <= 0.1).double().mean()) < 0.18
     assert 0.35 < float((held <= 0.5).double().mean()) < 0.65
@@ -187,7 +185,7 @@ def test_a_direction_that_all_neurons_share_is_in_the_null():
     )
     noise = torch.randn(2, 20, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 0.3
     a, b = one + noise[0], one + noise[1]
-    found = alignment._permuted((a @ b.T) / (a.norm(dim=1)[:, None] * b.norm(dim=1)), 999, torch.Generator()).told("x")
+    found = cosines.permuted((a @ b.T) / (a.norm(dim=1)[:, None] * b.norm(dim=1)), 999, torch.Generator()).told("x")
     assert found.mean is not None
     assert found.null is not None
     assert found.mean > 0.7
@@ -197,14 +195,14 @@ def test_a_direction_that_all_neurons_share_is_in_the_null():
 
 
 def test_only_shared_rows_are_read_and_a_group_at_a_time(monkeypatch):
-    monkeypatch.setattr(alignment, "GROUP", 5)
-    read, real = [], alignment._update
+    monkeypatch.setattr(cosines, "GROUP", 5)
+    read, real = [], cosines._update
 
     def watched(before: Any, after: Any, block: str, part: str, index: Tensor) -> Tensor:
         read.append((block, part, tuple(index.tolist())))
         return real(before, after, block, part, index)
 
-    monkeypatch.setattr(alignment, "_update", watched)
+    monkeypatch.setattr(cosines, "_update", watched)
     models = stages("qwen3", count=3)
     found = directions(run_of(models), top=0.4, permutations=3)
     assert max(len(index) for *_, index in read) <= 5
@@ -315,13 +313,13 @@ def test_what_is_printed_and_saved(tmp_path):
 @pytest.mark.parametrize("mutant", ["later", "whole", "unscaled"])
 def test_mutants_die(mutant, monkeypatch):
     if mutant == "later":  # what a stage changed is taken from the first checkpoint
-        real = alignment._gram
-        monkeypatch.setattr(alignment, "_gram", lambda o, b, n, i, j: real([o[0], *o[1:]], b, n, 0, j))
+        real = cosines.gram_of
+        monkeypatch.setattr(cosines, "gram_of", lambda o, b, n, i, j: real([o[0], *o[1:]], b, n, 0, j))
     elif mutant == "whole":  # the largest updates of either stage
         most = alignment._most
         monkeypatch.setattr(alignment, "_most", lambda s, top, how: most(s, min(1, 2 * top), how))
     else:
-        real_gram = alignment._gram
-        monkeypatch.setattr(alignment, "_gram", lambda *a: real_gram(*a).tanh())
+        real_gram = cosines.gram_of
+        monkeypatch.setattr(cosines, "gram_of", lambda *a: real_gram(*a).tanh())
     with pytest.raises(AssertionError):
         test_streamed_is_what_the_definition_says("qwen3", torch.float32, None, monkeypatch)

@@ -365,7 +365,7 @@ def other_depth() -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     deep = config("qwen3")
-    deep.num_hidden_layers, deep.layer_types = 3, None
+    deep.num_hidden_layers, deep.layer_types = 3, ["full_attention"] * 3
     return AutoModelForCausalLM.from_config(deep)
 
 

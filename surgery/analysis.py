@@ -80,7 +80,7 @@ class Overlap:
                 mean([one.chance[i][j] for one in self.layers]),
             )
             rows.append((f"{one}–{other}", *whole, *inside))
-        head = ("pair", "whole model", "chance", "chance, layers kept", "mean over layers", "chance")
+        head = ("pair", "whole model", "chance", "chance, layers kept", "mean over layers", "chance in a layer")
         title = f"Jaccard of the top {100 * self.top:g} % of {self.neurons:,} neurons"
         short = [f"{name} {size:,}" for name, size in self.sizes.items() if size < round(self.top * self.neurons)]
         told = f" (scores above zero: {', '.join(short)})" if short else ""
@@ -208,8 +208,8 @@ def chance_jaccard(neurons: int, a: int, b: int) -> float:
     Raises:
         ValueError: more are drawn than there are.
 
-    >>> round(chance_jaccard(1000, 100, 100), 4)
-    0.0528
+    >>> round(chance_jaccard(1000, 100, 100), 3)
+    0.053
     """
     if not 0 <= min(a, b) <= max(a, b) <= neurons:
         raise ValueError(f"{a} and {b} of {neurons} neurons: expected draws of 0 to {neurons}")

@@ -48,7 +48,7 @@ def change_histogram(
     threshold = changes.absolute if what == "absolute" else changes.relative
     ax.axvline(threshold, color="0.5", linestyle="--", linewidth=1, label=f"near zero: below {threshold:g}")
     ax.set_xscale("log")
-    ax.set_xlabel("abs(Δ), in the unit of the weights" if what == "absolute" else "abs(Δ) / abs(θ before)")
+    ax.set_xlabel("abs(Δ), in the unit of the weights" if what == "absolute" else "abs(Δ) / abs(θ of the reference)")
     ax.set_ylabel("parameters per octave (%)")
     ax.set_ylim(bottom=0)
     ax.legend(frameon=False, fontsize="small")
@@ -78,7 +78,7 @@ def _matrix(ax: Axes, values: Matrix, chance: Matrix, names: tuple[str, ...]) ->
     for i, row in enumerate(values):
         for j, value in enumerate(row):
             text = f"{value:.2f}" if i == j else f"{value:.2f}\n({chance[i][j]:.2f})"
-            ax.text(j, i, text, ha="center", va="center", fontsize=8, color="black" if value > 0.5 else "white")
+            ax.text(j, i, text, ha="center", va="center", fontsize=9, color="black" if value > 0.45 else "white")
     ax.set_xticks(range(len(names)), names)
     ax.set_yticks(range(len(names)), names)
     ax.figure.colorbar(image, ax=ax, label="Jaccard (chance in brackets)", shrink=0.8)
@@ -92,7 +92,8 @@ def directional_cosine(
     Args:
         directions: what ``surgery.directions`` returned.
         pairs: which pairs of stages (default: all).
-        ax: where to draw (default: a new figure). A block without shared neurons leaves a gap.
+        ax: where to draw (default: a new figure). A block without shared neurons leaves a gap; a hollow mark is
+            a single neuron, which has no null.
     """
     ax = ax or _axes()
     chosen = [directions.of(*pair) for pair in pairs] if pairs else list(directions.pairs)
@@ -103,8 +104,11 @@ def directional_cosine(
         bands = [(float("nan"),) * 3 if one.null is None else one.null for one in pair.blocks]
         lows, highs = ([band[end] for band in bands] for end in (0, 2))
         ax.fill_between(range(len(means)), lows, highs, color=style["color"], alpha=0.12, linewidth=0)
+        single = [(x, one.mean) for x, one in enumerate(pair.blocks) if one.mean is not None and one.null is None]
+        hollow = {**style, "linestyle": "none", "markerfacecolor": "white"}
+        ax.plot([x for x, _ in single], [y for _, y in single], **hollow)
     ax.axhline(0, color="0.6", linewidth=1)
-    ax.set_xticks(range(len(chosen[0].blocks) if chosen else 0))
+    _whole_numbers(ax)
     ax.set_xlabel("block, in layer order")
     ax.set_ylabel("mean cosine of the updates")
     ax.legend(frameon=False, fontsize="small")
@@ -122,8 +126,15 @@ def profile_bars(profile: Profile, ax: Axes | None = None) -> Axes:
     for at, kind in enumerate(one.kind for one in profile.kinds):
         rows = [(x, 100 * one.share) for x, one in enumerate(profile.blocks) if one.kind == kind]
         ax.bar([x for x, _ in rows], [share for _, share in rows], color=_style(at)["color"], label=kind)
-    ax.set_xticks(range(len(profile.blocks)))
+    _whole_numbers(ax)
     ax.set_xlabel("block, in layer order")
     ax.set_ylabel(f"share of the {profile.what} (%)")
     ax.legend(frameon=False, fontsize="small")
     return ax
+
+
+def _whole_numbers(ax: Axes) -> None:
+    """Blocks are numbered, as many of them as there is room for."""
+    from matplotlib.ticker import MaxNLocator
+
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))

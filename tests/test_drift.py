@@ -272,6 +272,10 @@ def test_zeros_have_no_relative_change():
     assert found.relative.edges[-1] > 1e37  # a quotient beyond float32 is in the top bin
     assert found.norm == pytest.approx(math.sqrt(0.25 + 1 + 64))
     assert found.relative_norm == pytest.approx(found.norm / math.sqrt(1 + 4 + 16))
+    power = changes(run_of([{"a": old}, {"a": new}]), relative=2.0**-10).cumulative[0].whole  # a mantissa of zero
+    assert (power.unchanged, power.near_relative, sum(power.relative.counts)) == (3, 3, 3)
+    tiny = changes(run_of([{"a": torch.zeros(3)}, {"a": torch.full((3,), 1e-30)}])).cumulative[0].whole
+    assert (tiny.unchanged, tiny.from_zero, sum(tiny.absolute.counts)) == (0, 3, 3)  # though its square is 0
     nothing = changes(run_of([{"a": torch.zeros(3)}, {"a": torch.zeros(3)}])).cumulative[0].whole
     assert nothing.relative_norm is None
     assert (nothing.near_absolute, nothing.near_relative, nothing.unchanged) == (3, 3, 3)

@@ -1,7 +1,8 @@
 """From how few unlabelled prompts? ``python -m benchmarks.few_prompts SEED_FOLDER... [--out FOLDER]``
 
-Math was damaged by QA. The calibration prompts lose their answers, the earlier model writes its own; then D selects 2 %
-from a few of them, drawn several times: how much the masks agree, and how much each recovers.
+Math was damaged by QA. Prompts are drawn from a pool of training prompts (none of them is an evaluation prompt), which
+the lab generates again from the seed. They lose their answers, and the earlier model writes its own; then D selects 2 %
+by some of them, drawn several times: how much the masks agree, and how much each recovers.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +19,9 @@ from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.hardware import statement
+from benchmarks.lab.domains import Item
 from benchmarks.lab.evaluate import evaluator
+from benchmarks.refresh import training_items
 from surgery import (
     AMCSelector,
     DamageSelector,
@@ -31,16 +35,15 @@ from surgery import (
 from surgery.plots import prompt_stability
 from surgery.prompts import Batch
 
-SIZES, DRAWS = (4, 8, 16, 32, 64), 5
+SIZES, DRAWS, POOL = (4, 8, 16, 32, 64, 128, 256), 5, 512
 SELECTORS = (DamageSelector(0.02), DamageSelector(0.02, units=("mlp", "value_channel")), AMCSelector(0.02))
 
 
-def unlabelled(path: Path, tokenizer: Path) -> list[Batch]:
-    """The prompts of a file, without their responses."""
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def unlabelled(items: Sequence[Item], tokenizer: Path) -> list[Batch]:
+    """The prompts of items, without their responses."""
     with tempfile.TemporaryDirectory() as folder:
         bare = Path(folder) / "prompts.jsonl"
-        bare.write_text("".join(json.dumps({"prompt": line["prompt"]}) + "\n" for line in lines), encoding="utf-8")
+        bare.write_text("".join(json.dumps({"prompt": item["prompt"]}) + "\n" for item in items), encoding="utf-8")
         return load_prompts(bare, tokenizer)
 
 
@@ -49,8 +52,9 @@ def measure(folder: Path) -> list[Stability]:
     run = Trajectory(folder / "code", folder / "math", folder / "qa")
     run = replace(run, model=run.load())
     score = evaluator(folder / "data", AutoTokenizer.from_pretrained(folder / "qa"))
+    prompts = unlabelled(training_items(folder, "math")[:POOL], folder / "qa")
     with earlier_model(run) as earlier:
-        data = respond(earlier, unlabelled(folder / "data" / "math.calibration.jsonl", folder / "qa"), max_new_tokens=8)
+        data = respond(earlier, prompts, max_new_tokens=8)
     return [stability(run, data, one, SIZES, DRAWS, evaluate=score, metric="math") for one in SELECTORS]
 
 
@@ -78,7 +82,8 @@ def main() -> None:
     found = [measure(folder) for folder in asked.seeds]
     text = (
         f"# From how few unlabelled prompts?\n\nRecovery of Math (damaged by QA) at a budget of 2 %, by number of "
-        f"prompts without responses: mean (least … most) over {len(found)} seeds × {DRAWS} draws; 128 prompts in all. "
+        f"prompts without responses: mean (least … most) over {len(found)} seeds × {DRAWS} draws from a pool of {POOL} "
+        f"training prompts, none of which is evaluated on (all: the whole pool). The picture: {asked.seeds[0].name}. "
         f"{statement()}\n\n{table(found)}\n"
     )
     (asked.out / "few-prompts.md").write_text(text, encoding="utf-8")

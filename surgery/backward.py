@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -75,23 +72,6 @@ def collecting_from(
             p.grad = grad
         for module, mode in modes:
             module.training = mode
-
-
-def zeros_on_disk(count: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Zeros ``[count]`` in a file (in ``TMPDIR``) whose name is gone already: its room goes with the tensor.
-
-    They lie in the page cache, not in anonymous memory. The room is taken now: where the disk is full that is an error
-    here, and no crash at some later write.
-    """
-    size = max(count, 1) * dtype.itemsize
-    with tempfile.TemporaryDirectory(prefix="surgery-") as folder:
-        path = Path(folder) / "numbers"
-        with open(path, "wb") as file:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, size)
-            else:
-                file.truncate(size)
-        return torch.from_file(str(path), shared=True, size=count, dtype=dtype)
 
 
 def in_runs(slot: Slot, *views: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...]]]:

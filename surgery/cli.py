@@ -19,10 +19,12 @@ from rich.console import Console
 from surgery.units import kinds_of, noun
 
 if TYPE_CHECKING:
+    from surgery.reach import Strength
     from surgery.selection import Selector
     from surgery.slots import Block, Layout, Slot
     from surgery.trajectory import Trajectory
 
+_BUDGETS = "0.01,0.02,0.04,0.08,0.16,0.32"
 _WEIGHT = "weight"  # --units of single weights; not a kind of unit
 
 app = typer.Typer(
@@ -57,9 +59,10 @@ LayoutFile = Annotated[
 Units = Annotated[
     str, typer.Option(help='"mlp", "kv_group", "query_head", "value_channel", or two like "mlp,kv_group".')
 ]
-Selected = Annotated[str, typer.Option("--units", help='As in inspect; or "weight": single weights, chosen by D.')]
+Selected = Annotated[str, typer.Option("--units", help='As in inspect; or "weight": single weights.')]
 NoStop = Annotated[
-    bool, typer.Option("--no-stop", help="Of single weights take the whole budget, also where fewer lower the loss.")
+    bool,
+    typer.Option("--no-stop", help="Of single weights by D take the whole budget, also where fewer lower the loss."),
 ]
 
 
@@ -123,7 +126,9 @@ def rollback(
     to: Annotated[str, typer.Option(help="The earlier checkpoint's folder.")],
     mask: Annotated[Path, typer.Option(help="A mask file, as select writes it.")],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="The folder to write.")] = None,
-    strength: Annotated[float, typer.Option(help="How far back, 0 to 1; 1 copies bits.")] = 1.0,
+    strength: Annotated[
+        str, typer.Option(help="How far back, 0 to 3; 1 copies bits. Or a file, as strengths writes it.")
+    ] = "1",
     layout: LayoutFile = None,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
@@ -131,6 +136,7 @@ def rollback(
     """Write the later checkpoint with the masked neurons set back; every other byte stays as it was."""
     from surgery.entries import load_mask, noun_of
     from surgery.operators import rolled_back
+    from surgery.reach import recorded, spoken
     from surgery.saving import save
 
     if output is None and not dry_run:
@@ -139,9 +145,11 @@ def rollback(
         raise LookupError(f"there is no mask file {mask}")
     chosen = load_mask(mask)
     own = _layout(layout, later)
-    view = rolled_back(later, to=to, mask=chosen, strength=strength, layout=own)
+    view = rolled_back(later, to=to, mask=chosen, strength=_strength(strength), layout=own)
     counted = f"{sum(chosen.count().values())} of {chosen.total} {noun_of(chosen)} ({chosen.fraction:.2%})"
     out.print(f"{counted}, {view.parameters} parameters")
+    if view.strength != 1:
+        out.print(spoken(recorded(view.strength, chosen)))
     for file in view.headers:
         out.print(f"  {file}: {len(view.touched(file))} of {len(view.headers[file])} tensors touched")
     if dry_run or output is None:
@@ -149,6 +157,46 @@ def rollback(
         return
     with _working(f"writing {output}"):
         save(view, output, overwrite=overwrite)
+    out.print(f"wrote {output}")
+
+
+@app.command()
+def strengths(
+    earlier: Annotated[str, typer.Argument(help="The earlier checkpoint's folder.")],
+    later: Annotated[str, typer.Argument(help="The later checkpoint's folder.")],
+    mask: Annotated[Path, typer.Option(help="A mask file, as select writes it.")],
+    data: Annotated[Path, typer.Option(help="JSON lines of the damaged domain.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The file to write, for rollback --strength.")],
+    most: Annotated[float, typer.Option(help="The furthest a neuron may go, up to 3; 1 is the earlier value.")] = 2.0,
+    joint: Annotated[bool, typer.Option("--joint", help="One strength for all.")] = False,
+    passes: Annotated[int, typer.Option(help="Forward and backward passes over the data.")] = 16,
+    batch_size: int = 16,
+    device: Device = None,
+    layout: LayoutFile = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Find how far back each masked neuron should go and write it as a file; the model is loaded in float32."""
+    from surgery.entries import load_mask
+    from surgery.optimum import strengths as find
+    from surgery.prompts import load_prompts
+    from surgery.reach import recorded, spoken
+
+    if output.exists() and not overwrite:
+        raise ValueError(f"{output} exists: choose another file, or pass --overwrite")
+    if not mask.is_file():
+        raise LookupError(f"there is no mask file {mask}")
+    chosen = load_mask(mask)
+    run = _trajectory([earlier, later], layout, "mlp")
+    with _working("finding strengths"):
+        batches = load_prompts(data, _folder(later), batch_size=batch_size)
+        run = _live(run, device, "float32")
+        found = find(run, batches, chosen, most=most, joint=joint, passes=passes)
+    told = found.made_by["strengths"]
+    none, full = told["loss"][:2]
+    out.print(f"loss {none:.5g} in the later model, {full:.5g} at strength {min(1.0, most):g}, {told['least']:.5g} now")
+    out.print(spoken(recorded(found, chosen)))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    found.save(output)
     out.print(f"wrote {output}")
 
 
@@ -254,6 +302,94 @@ def tune(
     words += ["--units", units] if units != "mlp" else []
     words += ["--no-stop"] if no_stop else []
     out.print(f"\nsurgery select {shlex.join(words)} --budget {found.budget:g} -o mask.safetensors", markup=False)
+
+
+@app.command()
+def analyse(
+    checkpoints: Annotated[
+        list[str], typer.Argument(metavar="CKPT...", help="Folders in training order, or name=folder.")
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
+    data: Annotated[
+        list[str] | None, typer.Option(help='Prompts of a domain, "domain=file"; repeat for each domain.')
+    ] = None,
+    evaluate: Annotated[
+        str | None, typer.Option(help="As in sweep, per domain (default: how likely the responses are).")
+    ] = None,
+    budgets: Annotated[str, typer.Option(help="Of the rollbacks: fractions, separated by commas.")] = _BUDGETS,
+    refresh_steps: Annotated[int, typer.Option(help="Of the refresh; 0 leaves it out.")] = 10,
+    skip: Annotated[
+        str | None, typer.Option(help='Parts to leave out, separated by commas, like "terms,refreshed".')
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Read only so many prompts of each file.")] = None,
+    batch_size: int = 16,
+    device: Device = None,
+    dtype: Dtype = None,
+    layout: LayoutFile = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Is a later stage hurting an earlier one? Write a page with all the evidence, and what a repair would bring."""
+    import torch
+
+    from surgery.inquiry import analyse as run_analysis
+    from surgery.prompts import load_prompts
+    from surgery.sections import write_report
+    from surgery.trajectory import Trajectory
+    from surgery.verdict import verdict
+
+    if output.exists() and not overwrite:
+        raise ValueError(f"{output} exists: choose another folder, or pass --overwrite")
+    stages = _named(checkpoints)
+    files = _domains(data or [])
+    run = Trajectory.through(stages, layout=_layout(layout, list(stages.values())[-1]))
+    prompts = {
+        domain: load_prompts(file, _folder(run.later), batch_size=batch_size, limit=limit)
+        for domain, file in files.items()
+    }
+    with _working("reading") as say:
+        found = run_analysis(
+            run,
+            prompts,
+            evaluate=None if evaluate is None else _function(evaluate),
+            budgets=[_fraction(text) for text in budgets.split(",")],
+            refresh_steps=refresh_steps,
+            skip=[part.strip() for part in skip.split(",")] if skip else (),
+            device=device,
+            dtype=getattr(torch, dtype) if dtype else None,
+            progress=say,
+        )
+        say("drawing")
+        page = write_report(
+            found, output, command=shlex.join(["surgery", *sys.argv[1:]]), data=files, overwrite=overwrite
+        )
+    for paragraph in verdict(found):
+        out.print(f"{paragraph}\n", markup=False)
+    for name, why in found.skipped.items():
+        out.print(f"not computed: {name}: {why}", markup=False)
+    out.print(f"wrote {page}")
+
+
+def _named(checkpoints: list[str]) -> dict[str, str]:
+    """Stages by name: as given, or the folders' own names; the same name twice gets its place."""
+    found: dict[str, str] = {}
+    for at, text in enumerate(checkpoints):
+        name, equals, folder = text.partition("=")
+        if not equals or "/" in name:
+            name, folder = Path(text).name or text, text
+        found[name if name not in found else f"{name} ({at + 1})"] = folder
+    return found
+
+
+def _domains(data: list[str]) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for text in data:
+        domain, equals, file = text.partition("=")
+        if not equals or not domain or not file:
+            raise ValueError(f'--data {text!r}: expected a domain and its file, like "math=math.jsonl"')
+        if domain in found:
+            raise ValueError(f"--data names {domain!r} twice: put its prompts into one file")
+        found[domain] = Path(file)
+    return found
 
 
 @app.command()
@@ -385,11 +521,10 @@ def _selector(text: str, budget: float, how: Any, seed: int, units: str, no_stop
     from surgery.singles import EntrySelector
 
     if units == _WEIGHT:
-        if text.strip() != "D":
-            raise ValueError(f"--units {_WEIGHT} has one selector, D, and {text.strip()!r} was asked for: say D")
-        if how not in (None, "global"):
-            raise ValueError(f"--units {_WEIGHT} takes the best of the whole model: leave out --how {how}")
-        return EntrySelector(budget, stop=not no_stop)
+        rank = text.strip()
+        if rank == "random" or "/" in rank:
+            raise ValueError(f"--units {_WEIGHT} are ranked by D or by letters of A, M, C, and {rank!r} was asked for")
+        return EntrySelector(budget, rank, how or "global", stop=not no_stop)
     if text.strip() == "random":
         return RandomSelector(budget, seed)
     if text.strip() == "D":
@@ -403,6 +538,17 @@ def _fraction(text: str) -> float:
         return float(text)
     except ValueError:
         raise ValueError(f"--budgets: {text!r} is not a number") from None
+
+
+def _strength(text: str) -> Strength:
+    from surgery.neurons import Neurons
+
+    try:
+        return float(text)
+    except ValueError:
+        if not Path(text).is_file():
+            raise ValueError(f"--strength {text!r}: expected a number, or a file as strengths writes it") from None
+    return Neurons.load(text)
 
 
 def _limit(text: str) -> tuple[str, float]:

@@ -8,10 +8,11 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from surgery.backward import collecting_from, zeros_on_disk
+from surgery.backward import collecting_from
 from surgery.parts import Products
 from surgery.predictions import Loss, cross_entropy, positions
 from surgery.prompts import Batch
+from surgery.scratch import zeros_on_disk
 
 CHUNK = 1 << 16  # numbers of a gradient at a time: what fits the cache, and a run of the file, at once
 Data = Mapping[str, Iterable[Batch]]

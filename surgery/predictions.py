@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from surgery.prompts import Batch, response_mask
 from surgery.shards import header_of, mapped
@@ -145,7 +146,10 @@ def _key(batch: Batch) -> str:
 
 
 class _KL(torch.autograd.Function):
-    """Σ over rows of KL(softmax(target) ‖ softmax(logits)) and its gradient, a few rows in float32 at a time."""
+    """Σ over rows of KL(softmax(target) ‖ softmax(logits)) and its gradient, a few rows in float32 at a time.
+
+    Once differentiable: the gradient is kept as numbers. Twice: ``surgery.landscape.divergence``.
+    """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor) -> Tensor:
@@ -162,6 +166,7 @@ class _KL(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         (grad,) = ctx.saved_tensors
         return (grad * outer).to(grad.dtype), None

@@ -127,7 +127,7 @@ def _table(anchor: str, table: Table, columns: Mapping[str, str]) -> str:
         f'<div class="scroll"><table><caption>{escape(table.title)}</caption>'
         f"<thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>"
     )
-    if len(table.rows) <= 12:
+    if len(table.rows) <= _SHOWN:
         return shown
     return f"<details><summary>{escape(table.title)}: {len(table.rows)} rows</summary>{shown}</details>"
 
@@ -156,6 +156,7 @@ def _made(made: Mapping[str, str]) -> str:
     return f'<section id="made"><h2>How this page was made</h2><dl>{rows}</dl></section>'
 
 
+_SHOWN = 30  # rows of a table up to which it is not folded
 _STYLE = """
 :root{font:16px/1.5 system-ui,sans-serif;color:#1a1a1a;background:#fff}
 body{margin:0 auto;padding:1rem;max-width:62rem}
@@ -163,7 +164,7 @@ h1{font-size:1.6rem;line-height:1.25;overflow-wrap:anywhere}h2{font-size:1.2rem;
 .verdict{border-left:4px solid #0072b2;background:#f2f7fb;padding:.6rem 1rem}.verdict p{margin:.5rem 0}
 nav ol{columns:2 14rem;padding-left:1.4rem}a{color:#005a8f}
 .figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));gap:1rem}
-figure{margin:0}figure img{width:100%;height:auto;display:block}figcaption{font-size:.85rem;color:#444}
+figure{margin:0;max-width:38rem}figure img{width:100%;height:auto;display:block}figcaption{font-size:.85rem;color:#444}
 .scroll{overflow-x:auto;margin:1rem 0}table{border-collapse:collapse;font-size:.875rem}
 caption{text-align:left;font-weight:600;padding:.25rem 0;white-space:nowrap}
 th,td{padding:.2rem .6rem;text-align:left;border-bottom:1px solid #ddd;white-space:nowrap}

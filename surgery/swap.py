@@ -62,17 +62,17 @@ def _swapped(names: list[str], live: Weights, to: Weights, back: Weights | None)
     try:
         for name in names:
             tensor = live.tensors[name]
-            there = _as_live(back, live, name) if back is not None and _found(back, live, name) is not None else None
+            there = live_tensor(back, live, name) if back is not None and _found(back, live, name) is not None else None
             kept[name] = None if there is not None and _same_bits(tensor, there) else tensor.to("cpu", copy=True)
             with torch.no_grad():
-                tensor.copy_(_as_live(to, live, name))
+                tensor.copy_(live_tensor(to, live, name))
         yield
     finally:
         with uninterrupted():
             for name, old in kept.items():
                 before = old
                 if before is None and back is not None:
-                    before = _as_live(back, live, name)
+                    before = live_tensor(back, live, name)
                 assert before is not None
                 with torch.no_grad():
                     live.tensors[name].copy_(before)
@@ -104,10 +104,11 @@ def _found(source: Weights, live: Weights, name: str) -> str | list[tuple[Block,
     return other if other in source.tensors and source.tensors[other].shape == shape else None
 
 
-def _as_live(source: Weights, live: Weights, name: str) -> Tensor:
-    """A live tensor as another source holds it, in the live one's shape."""
+def live_tensor(source: Weights, live: Weights, name: str) -> Tensor:
+    """A live tensor as another source holds it, in the live one's shape; ValueError where it does not hold it."""
     found = _found(source, live, name)
-    assert found is not None
+    if found is None:
+        raise ValueError(f"{source.name} holds no {name!r} of the shape that {live.name} has: are they one model's?")
     if isinstance(found, str):
         return source.tensors[found]
     built = torch.empty(live.tensors[name].shape, dtype=live.tensors[name].dtype)

@@ -144,7 +144,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=150)
     asked = parser.parse_args()
     print(f"{statement()}\n\n## Beside plain backward passes\n")
     print(beside_plain_passes(asked.layers, asked.tokens), flush=True)

@@ -14,7 +14,7 @@ from surgery.predictions import Loss, cross_entropy, positions
 from surgery.prompts import Batch
 from surgery.scratch import zeros_on_disk
 
-CHUNK = 1 << 18  # numbers of each domain's gradient that are turned into float64 at a time
+CHUNK = 1 << 16  # numbers of a gradient at a time: what fits the cache, and a run of the file, at once
 Data = Mapping[str, Iterable[Batch]]
 
 

@@ -157,11 +157,18 @@ def functional(model: nn.Module, at: Point, function: Any, batch: Batch) -> Tens
 
 @contextmanager
 def differentiable(model: Any) -> Iterator[None]:
-    """While the body runs, a model in eval mode whose attention and experts can be differentiated twice."""
+    """While the body runs, a model in eval mode whose attention and experts can be differentiated twice.
+
+    Embeddings forget their padding token meanwhile: backward passes leave its row out, also where it is attended (as
+    end of sequence, say), and forward ones do not.
+    """
     experts = model.get_experts_implementation() if getattr(model, "_can_set_experts_implementation", bool)() else None
+    padding = {one: one.padding_idx for one in model.modules() if isinstance(one, nn.Embedding)}
     training = model.training
     model.eval()
     try:
+        for one in padding:
+            one.padding_idx = None
         if experts is not None:
             model.set_experts_implementation("eager")
         with sdpa_kernel(SDPBackend.MATH):
@@ -169,6 +176,8 @@ def differentiable(model: Any) -> Iterator[None]:
     finally:
         if experts is not None:
             model.set_experts_implementation(experts)
+        for one, index in padding.items():
+            one.padding_idx = index
         model.train(training)
 
 

@@ -35,8 +35,7 @@ Cost is counted in sequences: a prompt with its answer once through the model is
 1. So the earlier model's answers and logits on the calibration prompts cost 256, choosing by D another 384 (a rollback:
 640 in all), a step of KL 96, of KL on fresh training prompts 160 (they have to be answered as well), and a step of GRPO
 1024 (256 samples written and trained on). A cell is the last evaluated step that costs no more than the column; "–":
-none does, and a quotation mark: the same as before it. The seconds are those of a loaded machine, in which a step of
-GRPO pays for many small calls: they compare only roughly.
+none does, and a quotation mark: the same as before it.
 """
 
 
@@ -116,7 +115,7 @@ class Costs:
         return [(pairs[0][0], float(np.mean([r for _, r in pairs]))) for pairs in steps.values()]
 
     def table(self) -> str:
-        head = "| | " + " | ".join(f"{cost:,}" for cost in COSTS) + " | seconds at the end |\n|---|" + "---|" * 8
+        head = "| | " + " | ".join(f"{cost:,}" for cost in COSTS) + " |\n|---|" + "---|" * 7
         lines = []
         for method in self.methods:
             cells, last = [], 0
@@ -131,8 +130,7 @@ class Costs:
                     recovered = percent([self.recovery(*one) for one in found])
                     cells.append(f"{recovered} [{100 * np.mean([self.worst(*one) for one in found]):+.1f}]")
                 last = spent
-            seconds = [curve["points"][-1]["seconds"] for curve in of(self.found, "equal cost", method)]
-            lines.append(f"| {method} | " + " | ".join(cells) + f" | {np.mean(seconds):.1f} |")
+            lines.append(f"| {method} | " + " | ".join(cells) + " |")
         return "\n".join([head, *lines]) + "\n"
 
     def best(self) -> str:

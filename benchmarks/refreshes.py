@@ -17,7 +17,6 @@ import argparse
 import json
 import os
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
@@ -62,17 +61,16 @@ ANSWERS = 2 * CALIBRATION  # the earlier model answers the calibration prompts, 
 CHOICE = 3 * CALIBRATION  # D: forward and backward over the answered prompts
 STEP = {"KL": 3 * BATCH, "KL, fresh prompts": 5 * BATCH, "GRPO": 4 * 32 * 8}
 LENGTH = {"KL": 32, "KL, fresh prompts": 32, "GRPO": 16}
-SEEN = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 32)
+SEEN = (1, 2, 4, 8, 16, 32)
 
 
 @dataclass
 class Point:
-    """One evaluated model; ``cost`` in sequences, ``seconds`` without evaluation, ``scores`` per domain."""
+    """One evaluated model: ``scores`` per domain, ``cost`` in sequences."""
 
     step: int
     scores: dict[str, float]
     cost: int = 0
-    seconds: float = 0.0
 
 
 @dataclass
@@ -93,6 +91,7 @@ class Desk:
     earlier: str
     later: str
     domain: str
+    _masks: dict[Any, Neurons] = field(default_factory=dict)
 
     @cached_property
     def run(self) -> Trajectory:
@@ -112,51 +111,52 @@ class Desk:
         return training_items(self.folder, self.domain)
 
     @cached_property
-    def answered(self) -> tuple[list[Batch], Distillation, float]:
-        """The calibration prompts with the earlier model's own answers, its logits, and the seconds that took."""
+    def answered(self) -> tuple[list[Batch], Distillation]:
+        """The calibration prompts with the earlier model's own answers, and its logits."""
         return self._answered(read_items(self.folder / "data" / f"{self.domain}.calibration.jsonl"))
 
     @cached_property
-    def fresh(self) -> tuple[list[Batch], Distillation, float]:
+    def fresh(self) -> tuple[list[Batch], Distillation]:
         """The same for as many training prompts as a run of fresh prompts takes."""
         return self._answered(self.items[: BATCH * LENGTH["KL, fresh prompts"]])
 
-    def _answered(self, items: list[Item]) -> tuple[list[Batch], Distillation, float]:
+    def _answered(self, items: list[Item]) -> tuple[list[Batch], Distillation]:
         earlier = Trajectory(later=self.run.earlier).load(dtype=torch.float32)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "prompts.jsonl"
             path.write_text("".join(json.dumps({"prompt": item["prompt"]}) + "\n" for item in items), encoding="utf-8")
             prompts = load_prompts(path, self.folder / self.later, batch_size=BATCH)
-        start = time.perf_counter()
         data = respond(earlier, prompts)
-        return data, distillation(earlier, data), time.perf_counter() - start
+        return data, distillation(earlier, data)
 
-    def mask(self, budget: float, units: Any) -> tuple[Neurons, float]:
-        """What D chooses on the calibration prompts, and the seconds that took."""
-        data, _, _ = self.answered
-        start = time.perf_counter()
-        mask: Neurons = DamageSelector(budget, units=units).select(replace(self.run, units=units), data)
-        return mask, time.perf_counter() - start
+    def mask(self, budget: float, units: Any) -> Neurons:
+        """What D chooses on the calibration prompts."""
+        if (budget, units) not in self._masks:
+            data, _ = self.answered
+            self._masks[budget, units] = DamageSelector(budget, units=units).select(
+                replace(self.run, units=units), data
+            )
+        return self._masks[budget, units]
 
 
+@dataclass
 class Recorder:
-    """Evaluates at some steps, and does not count the time that it takes itself."""
+    """Evaluates at some steps; a step costs ``each``, and what went before ``cost``."""
 
-    def __init__(self, desk: Desk, curve: Curve, at: Callable[[int], bool], cost: int, step: int, spent: float) -> None:
-        self._desk, self._curve, self._at, self._cost, self._step = desk, curve, at, cost, step
-        self._spent, self._clock = spent, time.perf_counter()
+    desk: Desk
+    curve: Curve
+    at: Callable[[int], bool]
+    cost: int
+    each: int
 
     def __call__(self, step: int, model: nn.Module) -> None:
-        self._spent += time.perf_counter() - self._clock
-        if step == 0 or self._at(step):
-            cost = self._cost + self._step * step
-            self._curve.points.append(Point(step, self._desk.evaluate(model), cost, self._spent))
-        self._clock = time.perf_counter()
+        if self.at(step):
+            self.curve.points.append(Point(step, self.desk.evaluate(model), self.cost + self.each * step))
 
 
 def trained(desk: Desk, curve: Curve, domain: str, plan: Stage, mask: Neurons | None = None, every: int = 1) -> None:
     """GRPO from the later checkpoint, evaluated every so many steps."""
-    recorder = Recorder(desk, curve, lambda step: step % every == 0, 0, STEP["GRPO"], 0.0)
+    recorder = Recorder(desk, curve, lambda step: step % every == 0, 0, STEP["GRPO"])
     whole = Leaves(desk.model)
     recorder(0, desk.model)
     grpo(desk.model, desk.folder, domain, training_items(desk.folder, domain), plan, mask, recorder)
@@ -170,8 +170,7 @@ def re_math(folder: Path) -> Iterator[tuple[str, Callable[[Curve], None]]]:
     yield "GRPO", lambda curve: trained(desk, curve, "math", plan)
 
     def masked(curve: Curve) -> None:
-        mask, _ = desk.mask(0.16, ("mlp", "value_channel"))
-        trained(desk, curve, "math", plan, mask)
+        trained(desk, curve, "math", plan, desk.mask(0.16, ("mlp", "value_channel")))
 
     yield "GRPO on D 16 % neurons + value channels", masked
     yield "KL", lambda curve: costed(desk, curve, "KL", None, None, False, lambda step: True)
@@ -221,11 +220,10 @@ def reference(desk: Desk, curve: Curve) -> None:
 
 def rolled(desk: Desk, budget: float, units: Any, curve: Curve) -> None:
     """D's rollback alone: the model before it, and after."""
-    _, _, seconds = desk.answered
-    mask, choosing = desk.mask(budget, units)
+    mask = desk.mask(budget, units)
     curve.points.append(Point(0, desk.evaluate(desk.model)))
     with rollback(desk.model, to=desk.run.earlier, mask=mask):
-        curve.points.append(Point(1, desk.evaluate(desk.model), ANSWERS + CHOICE, seconds + choosing))
+        curve.points.append(Point(1, desk.evaluate(desk.model), ANSWERS + CHOICE))
 
 
 def costed(
@@ -233,34 +231,26 @@ def costed(
     at: Callable[[int], bool] = SEEN.__contains__, everywhere: bool = False,
 ) -> None:  # fmt: skip
     """A refresh by ``kind``, on D's units or on everything, maybe after a rollback of D's units (``first``)."""
-    cost, spent, mask = 0, 0.0, None
-    data, loss, seconds = desk.fresh if kind == "KL, fresh prompts" else desk.answered
+    data, loss = desk.fresh if kind == "KL, fresh prompts" else desk.answered
+    mask = None
     if units == "random":
         mask = RandomSelector(budget or 0, seed=0).select(desk.run)
     elif budget is not None:
-        mask, choosing = desk.mask(budget, units)
-        cost, spent = ANSWERS + CHOICE, seconds + choosing
-    if kind == "KL" and not cost:
-        cost, spent = ANSWERS, seconds
-    if kind == "KL, fresh prompts":
-        spent = 0.0
+        mask = desk.mask(budget, units)
+    chosen = mask is not None and units != "random"
+    cost = ANSWERS + CHOICE if chosen else ANSWERS if kind == "KL" else 0
     whole = Leaves(desk.model)
-    if not first:
-        curve.points.append(Point(0, desk.evaluate(desk.model)))
-    elif mask is not None:
+    if first and mask is not None:
         rollback(desk.model, to=desk.run.earlier, mask=mask)
-        curve.points.append(Point(0, desk.evaluate(desk.model), cost, spent))
+    curve.points.append(Point(0, desk.evaluate(desk.model), cost if first else 0))
     rate = RATES[kind.split(",")[0], None if everywhere else budget]
     trains = None if everywhere else mask
-    recorder = Recorder(desk, curve, at, cost, STEP[kind], spent)
+    recorder = Recorder(desk, curve, at, cost, STEP[kind])
     if kind == "GRPO":
         plan = replace(GRPO[desk.domain], steps=LENGTH[kind], learning_rate=rate)
         grpo(desk.model, desk.folder, desk.domain, desk.items, plan, trains, recorder)
     else:
         refresh(desk.model, loss, data, LENGTH[kind], rate, trains, after_step=recorder)
-    if kind == "KL, fresh prompts":  # every step's prompts had to be answered
-        for point in curve.points:
-            point.seconds += seconds * point.step / LENGTH[kind]
     whole.back()
 
 
@@ -304,7 +294,7 @@ def write(path: Path, found: dict[str, Any]) -> None:
 def rounded(point: dict[str, Any]) -> dict[str, Any]:
     """A point as it is written."""
     scores = {domain: round(score, 5) for domain, score in point["scores"].items()}
-    return {**point, "scores": scores, "seconds": round(point["seconds"], 2)}
+    return {"step": point["step"], "cost": point["cost"], "scores": scores}
 
 
 def main() -> None:

@@ -56,7 +56,7 @@ def test_recovery_at_cost() -> None:
 
 def curve(question: str, method: str, seed: str, points: list[tuple[int, int, float, float]]) -> dict[str, Any]:
     made = [
-        {"step": step, "cost": cost, "seconds": 1.0, "scores": {"math": math, "code": 0.9, "qa": qa, "cw": 0.7}}
+        {"step": step, "cost": cost, "scores": {"math": math, "code": 0.9, "qa": qa, "cw": 0.7}}
         for step, cost, math, qa in points
     ]
     return {"question": question, "method": method, "seed": seed, "points": made}

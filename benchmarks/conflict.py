@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks.hardware import statement
 from surgery import Gradients, GradientSeries, Trajectory, gradients_along, load_prompts
+from surgery.gradient_plots import gradient_courses, gradient_extremes, gradient_heatmap
 
 DOMAINS, STAGES = ("math", "code", "qa", "cw"), ("base", "code", "math", "qa", "cw")
 
@@ -78,6 +79,14 @@ def report(found: dict[str, tuple[GradientSeries, GradientSeries]]) -> str:
     )
 
 
+def draw(series: GradientSeries, folder: Path) -> None:
+    """The figures of one seed: the modules after Math, and the strongest over the checkpoints."""
+    after = series.stages["math"]
+    drawn = {kind: gradient_heatmap(after, kind) for kind in ("attention", "mlp")}
+    for name, ax in {**drawn, "extremes": gradient_extremes(after), "stages": gradient_courses(series)}.items():
+        ax.figure.savefig(folder / f"conflict-{name}.png")  # type: ignore[union-attr]
+
+
 def main() -> None:
     """Measure every seed and print or write the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -91,6 +100,7 @@ def main() -> None:
         print(text)
     else:
         (asked.out / "conflict.md").write_text(text, encoding="utf-8")
+        draw(next(iter(found.values()))[0], asked.out)
 
 
 if __name__ == "__main__":

@@ -123,6 +123,14 @@ def test_a_liking_for_the_same_layers_is_not_taken_for_the_same_neurons():
     assert abs(float((values - chance).mean())) < 4 * error + 0.005  # a ratio of means: an approximation
 
 
+def test_chance_in_layers_by_hand():
+    one = Neurons({"a": torch.tensor([9.0, 8.0, 0.0, 0.0]), "b": torch.tensor([7.0, 0.0])})
+    other = Neurons({"a": torch.tensor([0.0, 9.0, 8.0, 0.0]), "b": torch.zeros(2)})
+    found = overlap({"one": one, "other": other}, 0.5)
+    expected = 2 * 2 / 4 + 1 * 0 / 2  # neurons in common, over the layers
+    assert found.chance_in_layers[0][1] == pytest.approx(expected / (3 + 2 - expected))
+
+
 def test_what_did_not_change_is_in_no_set():
     held = Neurons({"a": torch.tensor([0.0, 0.0, 0.0, 5.0, 0.0, 0.0]), "b": torch.zeros(4)})
     other = Neurons({"a": torch.tensor([0.0, 0.0, 0.0, 0.0, 7.0, 0.0]), "b": torch.tensor([1.0, 0, 0, 0])})

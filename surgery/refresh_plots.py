@@ -26,7 +26,7 @@ def refresh_dynamics(curves: Refresh | Curves, ax: Axes | None = None) -> Axes:
         ValueError: there is no score.
     """
     found = _of(curves) if isinstance(curves, Refresh) else curves
-    if not found:
+    if not found or not all(found.values()):
         raise ValueError("no score to draw: pass validate= to refresh, a function from the model to named scores")
     ax = ax or _axes()
     last = max(max(steps) for steps in found.values())
@@ -59,6 +59,8 @@ def recovery_at_cost(curves: Mapping[str, Sequence[tuple[float, float]]], ax: Ax
             ``ax.set_xlabel``.
         ax: where to draw (default: a new figure).
     """
+    from matplotlib.ticker import LogLocator
+
     ax = ax or _axes()
     for at, (name, points) in enumerate(curves.items()):
         costs, values = [cost for cost, _ in points], [100 * value for _, value in points]
@@ -70,6 +72,9 @@ def recovery_at_cost(curves: Mapping[str, Sequence[tuple[float, float]]], ax: Ax
     ax.axhline(0, color="0.8", linewidth=1, zorder=0)
     ax.axhline(100, color="0.5", linewidth=1, linestyle="--", zorder=0)
     ax.set_xscale("log")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_formatter("{x:,.6g}")
+    ax.minorticks_off()
     ax.set_xlabel("cost")
     ax.set_ylabel("recovery (%)")
     ax.legend(frameon=False, fontsize="small")

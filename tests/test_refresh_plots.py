@@ -40,8 +40,10 @@ def test_dynamics_of_a_refresh() -> None:
         found = lines(refresh_dynamics(done))
     assert found["math"] == [(0, 10), (1, 40), (2, 20)]
     assert found["qa"] == [(0, 50), (1, 50), (2, 50)]
-    with refresh(model) as done, pytest.raises(ValueError, match="validate="):
-        refresh_dynamics(done)
+    with refresh(model) as done:
+        for nothing in (done, {}, {"math": {}}):
+            with pytest.raises(ValueError, match="validate="):
+                refresh_dynamics(nothing)
 
 
 def test_recovery_at_cost() -> None:

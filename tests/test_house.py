@@ -93,21 +93,28 @@ ORDER = (
     "report",
     "sections",
     "refresh_plots",
-    "cli",
+    "cli.options",
+    "cli.repairing",
+    "cli.measuring",
+    "cli.looking",
+    "cli.entry",
+    "cli.__main__",
+    "cli.__init__",
 )
 
 
 def imports(module: str) -> set[str]:
     """The modules of the package that a module imports, at the top or inside a function."""
     found = set()
-    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):
+    for node in ast.walk(ast.parse((PACKAGE / f"{module.replace('.', '/')}.py").read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("surgery."):
-            found.add(str(node.module).split(".")[1])
+            found.add(str(node.module).removeprefix("surgery."))
     return found
 
 
 def test_every_module_has_its_place() -> None:
-    assert {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"} == set(ORDER)
+    paths = [path.relative_to(PACKAGE).with_suffix("") for path in PACKAGE.rglob("*.py")]
+    assert {".".join(path.parts) for path in paths} - {"__init__"} == set(ORDER)
 
 
 @pytest.mark.parametrize("module", ORDER)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from surgery.resampling import Stability
-from surgery.rows import CEILING, EARLIER, LATER, Sweep
+from surgery.rows import CEILING, EARLIER, LATER, Row, Sweep
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,6 +57,42 @@ def dose_response(sweep: Sweep, ax: Axes | None = None) -> Axes:
     ax.set_ylabel(f"recovery of {sweep.metric} (%)")
     ax.legend(frameon=False, fontsize="small")
     return ax
+
+
+def pareto_front(sweep: Sweep, ax: Axes | None = None) -> Axes:
+    """Recovery against the worst loss elsewhere, a mark per row; the front joins the rows that no other row beats.
+
+    A row beats another if it recovers as much for a smaller loss, or more for the same. The loss elsewhere is that of the
+    metric, among all but the damaged one, that fell most; a row where all rose has none.
+
+    Args:
+        sweep: what ``surgery.sweep`` returned, over two metrics or more.
+        ax: where to draw (default: a new figure).
+
+    Raises:
+        ValueError: no row has a recovery and a change elsewhere.
+    """
+    rows = [row for row in sweep if row.recovery is not None and row.delta]
+    if not rows:
+        raise ValueError(f"no row has a recovery of {sweep.metric} and a change of another metric: nothing to draw")
+    ax = ax or _axes()
+    for at, name in enumerate(dict.fromkeys(row.selector for row in rows)):
+        points = [_cost_and_gain(row) for row in rows if row.selector == name]
+        style = {**_style(at), "linestyle": "none", "markersize": 6}
+        ax.plot([cost for cost, _ in points], [gain for _, gain in points], label=name, **style)
+    front: list[tuple[float, float]] = []
+    for cost, gain in sorted(map(_cost_and_gain, rows), key=lambda point: (point[0], -point[1])):
+        if not front or gain > front[-1][1]:
+            front.append((cost, gain))
+    ax.step(*zip(*front, strict=True), where="post", color="0.4", linewidth=1, label="front", zorder=0)
+    ax.set_xlabel("worst loss of another metric (its own unit)")
+    ax.set_ylabel(f"recovery of {sweep.metric} (%)")
+    ax.legend(frameon=False, fontsize="small")
+    return ax
+
+
+def _cost_and_gain(row: Row) -> tuple[float, float]:
+    return max(0.0, -min(row.delta.values())), 100 * (row.recovery or 0.0)
 
 
 def prompt_stability(stability: Stability, ax: Axes | None = None, of: str = "jaccard") -> Axes:

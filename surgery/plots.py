@@ -62,7 +62,7 @@ def dose_response(sweep: Sweep, ax: Axes | None = None) -> Axes:
 def pareto_front(sweep: Sweep, ax: Axes | None = None) -> Axes:
     """Recovery against the worst loss elsewhere, a mark per row; the front joins the rows that no other row beats.
 
-    A row beats another if it recovers as much for a smaller loss, or more for the same. The loss elsewhere is that of the
+    A row beats another if it recovers as much for a smaller loss, or more for the same. The loss elsewhere is of the
     metric, among all but the damaged one, that fell most; a row where all rose has none.
 
     Args:

@@ -90,6 +90,7 @@ COLUMNS = {
     "whole model": "Jaccard of the two sets, taken from the whole model.",
     "chance": "Expected of two random sets of those sizes.",
     "chance, layers kept": "Expected of random sets that take as many neurons of each layer as these do.",
+    "chance in a layer": "Expected of two random sets of a layer's neurons, averaged over the layers.",
     "mean over layers": "Jaccard of the top shares of each layer by itself, averaged.",
     "by chance": "How many neurons two independent sets of those sizes would share.",
     "mean cosine": "Mean over the shared neurons; −1 to 1.",

@@ -83,10 +83,10 @@ def picture(found: list[Stability]) -> Figure:
     axes = figure.subplots(2, 2).flatten()
     prompt_stability(found[0], axes[0])
     axes[0].set_title(f"{found[0].selector}: agreement", fontsize="medium")
-    top = max(max(one.recovery) for each in found for one in each.agreements)
+    every = [100 * value for each in found for one in each.agreements for value in (*one.recovery, each.recovery or 0)]
     for ax, one in zip(axes[1:], found, strict=True):
         prompt_stability(one, ax, of="recovery")
-        ax.set_ylim(0, 100 * top * 1.05)
+        ax.set_ylim(min(0, *every), 1.05 * max(every))
         ax.set_title(f"{one.selector}: recovery", fontsize="medium")
     return figure
 

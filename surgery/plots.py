@@ -128,7 +128,8 @@ def prompt_stability(stability: Stability, ax: Axes | None = None, of: str = "ja
     ax.set_xticks(sizes, [str(size) for size in sizes])
     ax.set_xlabel(f"calibration prompts (of {stability.prompts})")
     ax.set_ylabel(label)
-    ax.set_ylim(0, 1.02 if of == "jaccard" else None)
+    lowest = min((scale * min(values) for every in curves.values() for values in every), default=0)
+    ax.set_ylim(min(0, lowest), 1.02 if of == "jaccard" else None)
     ax.legend(frameon=False, fontsize="small")
     return ax
 

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from surgery.prompts import Batch, response_mask
 from surgery.shards import header_of, mapped
@@ -166,7 +165,11 @@ class _KL(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        if torch.is_grad_enabled():  # create_graph=True: as a constant the gradient would have no derivative, silently
+            raise RuntimeError(
+                "this loss keeps its gradient as numbers, so it can't be differentiated twice: use "
+                "surgery.landscape.divergence, as Landscape does"
+            )
         (grad,) = ctx.saved_tensors
         return (grad * outer).to(grad.dtype), None

@@ -22,14 +22,13 @@ def expansion(terms: DamageTerms, ax: Axes | None = None) -> Axes:
     """
     ax = ax or _axes()
     at = (0.0, *terms.fractions)
-    both = (first + second for first, second in zip(terms.first, terms.second, strict=True))
+    first, second = terms.first[-1] / terms.fractions[-1], terms.second[-1] / terms.fractions[-1] ** 2
+    fine = [terms.fractions[-1] * step / 50 for step in range(51)]
+    told = [first * t + second * t * t for t in at]
     ax.plot(at, (0.0, *terms.true), label="true", **_style(0))
-    ax.plot(at, (0.0, *both), label="first + second order", **_style(1))
-    ax.plot(at, (0.0, *terms.first), label="first order", **_style(2))
-    ax.fill_between(
-        at, (0.0, *terms.true), [0.0, *(a - r for a, r in zip(terms.true, terms.remainder, strict=True))],
-        color="0.5", alpha=0.15, label="remainder",
-    )  # fmt: skip
+    ax.plot(fine, [first * t + second * t * t for t in fine], color=_COLOURS[1], label="first + second order")
+    ax.plot(fine, [first * t for t in fine], color=_COLOURS[2], linestyle="--", label="first order")
+    ax.fill_between(at, (0.0, *terms.true), told, color="0.5", alpha=0.15, label="remainder")
     ax.set_xlabel("t, fraction of δB (0 = earlier, 1 = later)")
     ax.set_ylabel("rise of the earlier domain's loss\n(nats per response token)")
     ax.set_xlim(0, None)
@@ -70,6 +69,8 @@ def contracting_distance(found: Contraction, ax: Axes | None = None) -> Axes:
         found: what ``surgery.contraction`` returned.
         ax: where to draw (default: a new figure).
     """
+    from matplotlib.ticker import MaxNLocator
+
     ax = ax or _axes()
     steps = range(len(found.inside))
     style = {**_style(0), "marker": "o" if len(steps) <= 40 else ""}
@@ -77,6 +78,7 @@ def contracting_distance(found: Contraction, ax: Axes | None = None) -> Axes:
     ax.plot(steps, found.bound, color=_COLOURS[1], linestyle="--", label="bound, (1 − αμ)$^t$ ‖P$_S$δ‖")
     ax.plot(steps, found.coupled, color=_COLOURS[2], linestyle=":", label="bound with coupling ξ")
     ax.set_yscale("log")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel("refresh step t")
     ax.set_ylabel("distance to the earlier checkpoint in S\n(units of the parameters)")
     ax.legend(frameon=False, fontsize="small")

@@ -264,7 +264,7 @@ def test_a_small_step_loses_half_its_square_times_the_curvature(family):
 def test_the_loss_that_is_trained_with_refuses_a_second_derivative():
     """Its gradient is kept as numbers, so that a second derivative would be silently wrong."""
     land = land_of("qwen3")
-    with differentiable(land.model), pytest.raises(RuntimeError, match="once_differentiable"):
+    with differentiable(land.model), pytest.raises(RuntimeError, match="differentiated twice"):
         curvature(lambda at: landscape.functional(land.model, at, land.loss, DATA[0]), land.theta, land.delta)
 
 
@@ -397,7 +397,8 @@ def test_points_of_ones_own_refresh_are_measured_as_the_descent_is():
             optimiser.step()
             yield dict(model.named_parameters())
 
-    given = contraction(land, span, points=refresh(), bounds=bounds)
+    with differentiable(model):  # the prompts hold padding tokens that are attended, and training leaves them out
+        given = contraction(land, span, points=refresh(), bounds=bounds)
     for name in ("inside", "outside", "bound", "coupled", "loss"):
         assert getattr(given, name) == pytest.approx(getattr(own, name), rel=1e-4)
 
@@ -438,7 +439,7 @@ def test_folders_in_bfloat16_are_read_in_float32(family, tmp_path):
     live = Landscape.around(Trajectory(earlier=earlier.float(), later=later), DATA)
     assert {tensor.dtype for tensor in land.theta.values()} == {torch.float32}
     assert all(torch.equal(tensor, live.delta[name]) for name, tensor in land.delta.items())
-    assert damage_terms(land).true == pytest.approx(damage_terms(live).true, rel=1e-4)
+    assert damage_terms(land).true == pytest.approx(damage_terms(live).true, rel=1e-3)
 
 
 def test_what_is_found_prints_and_is_saved(tmp_path):

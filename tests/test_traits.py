@@ -297,7 +297,7 @@ def test_anonymous_memory_is_bounded_by_a_chunk():
     found = subprocess.run(
         [sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]
     )
-    assert float(found.stdout) < 24, f"{found.stdout} MB"
+    assert float(found.stdout) < 28, f"{found.stdout} MB"
 
 
 # Mutants.

@@ -37,7 +37,7 @@ def shell(command: str) -> None:
 
 
 def main() -> None:
-    """Select, dry run, roll back to a folder, sweep, plot."""
+    """Select, dry run, roll back to a folder, sweep, plot, and the page about all stages."""
     shutil.rmtree(ROOT / OUT, ignore_errors=True)
     (ROOT / OUT).mkdir()
     three = f"{LAB}/code {LAB}/math {LAB}/qa"
@@ -53,8 +53,12 @@ def main() -> None:
         f"--selectors random,AMC,D --budgets 0.02,0.08,0.32 -o {OUT}/sweep.jsonl"
     )
     shell(f"python -m benchmarks.draw {OUT}/sweep.jsonl {OUT}/dose-response.png --metric math")
+    stages = " ".join(f"{LAB}/{name}" for name in ("base", "code", "math", "qa", "cw"))
+    files = " ".join(f"--data {name}={LAB}/data/{name}.calibration.jsonl" for name in ("math", "code", "qa"))
+    shell(f"surgery analyse {stages} {files} --skip terms --budgets 0.02,0.16 -o {OUT}/report")
     print(f"\nThe healed checkpoint is {OUT}/qa-healed (mask, provenance and model card beside the weights),")
-    print(f"the table's rows are {OUT}/sweep.jsonl, the picture is {OUT}/dose-response.png.")
+    print(f"the table's rows are {OUT}/sweep.jsonl, the picture is {OUT}/dose-response.png,")
+    print(f"and {OUT}/report/index.html is the page about all five checkpoints.")
 
 
 if __name__ == "__main__":

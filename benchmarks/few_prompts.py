@@ -1,7 +1,8 @@
 """From how few unlabelled prompts? ``python -m benchmarks.few_prompts SEED_FOLDER... [--out FOLDER]``
 
-Math was damaged by QA. The calibration prompts lose their answers, the earlier model writes its own; then D selects 2 %
-from a few of them, drawn several times: how much the masks agree, and how much each recovers.
+Math was damaged by QA. Prompts are drawn from a pool of training prompts (none of them is an evaluation prompt), which
+the lab generates again from the seed. They lose their answers, and the earlier model writes its own; then D selects 2 %
+by some of them, drawn several times: how much the masks agree, and how much each recovers.
 """
 
 from __future__ import annotations
@@ -9,15 +10,19 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.hardware import statement
+from benchmarks.lab.domains import Item
 from benchmarks.lab.evaluate import evaluator
+from benchmarks.refresh_grpo import training_items
 from surgery import (
     AMCSelector,
     DamageSelector,
@@ -31,16 +36,15 @@ from surgery import (
 from surgery.plots import prompt_stability
 from surgery.prompts import Batch
 
-SIZES, DRAWS = (4, 8, 16, 32, 64), 5
+SIZES, DRAWS, POOL = (4, 8, 16, 32, 64, 128, 256), 5, 512
 SELECTORS = (DamageSelector(0.02), DamageSelector(0.02, units=("mlp", "value_channel")), AMCSelector(0.02))
 
 
-def unlabelled(path: Path, tokenizer: Path) -> list[Batch]:
-    """The prompts of a file, without their responses."""
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def unlabelled(items: Sequence[Item], tokenizer: Path) -> list[Batch]:
+    """The prompts of items, without their responses."""
     with tempfile.TemporaryDirectory() as folder:
         bare = Path(folder) / "prompts.jsonl"
-        bare.write_text("".join(json.dumps({"prompt": line["prompt"]}) + "\n" for line in lines), encoding="utf-8")
+        bare.write_text("".join(json.dumps({"prompt": item["prompt"]}) + "\n" for item in items), encoding="utf-8")
         return load_prompts(bare, tokenizer)
 
 
@@ -49,9 +53,14 @@ def measure(folder: Path) -> list[Stability]:
     run = Trajectory(folder / "code", folder / "math", folder / "qa")
     run = replace(run, model=run.load())
     score = evaluator(folder / "data", AutoTokenizer.from_pretrained(folder / "qa"))
+    prompts = unlabelled(training_items(folder, "math")[:POOL], folder / "qa")
     with earlier_model(run) as earlier:
-        data = respond(earlier, unlabelled(folder / "data" / "math.calibration.jsonl", folder / "qa"), max_new_tokens=8)
-    return [stability(run, data, one, SIZES, DRAWS, evaluate=score, metric="math") for one in SELECTORS]
+        data = respond(earlier, prompts, max_new_tokens=8)
+    found = []
+    for one in SELECTORS:
+        print(f"{folder.name}: {one.name}", flush=True)
+        found.append(stability(run, data, one, SIZES, DRAWS, evaluate=score, metric="math"))
+    return found
 
 
 def table(seeds: list[list[Stability]]) -> str:
@@ -68,8 +77,22 @@ def table(seeds: list[list[Stability]]) -> str:
     return "\n".join(lines)
 
 
+def picture(found: list[Stability]) -> Figure:
+    """One seed: how much D's masks agree, and what D, D over two kinds of unit and A×M×C recover."""
+    figure = Figure(figsize=(10, 6.4), dpi=150, layout="constrained")
+    axes = figure.subplots(2, 2).flatten()
+    prompt_stability(found[0], axes[0])
+    axes[0].set_title(f"{found[0].selector}: agreement", fontsize="medium")
+    every = [100 * value for each in found for one in each.agreements for value in (*one.recovery, each.recovery or 0)]
+    for ax, one in zip(axes[1:], found, strict=True):
+        prompt_stability(one, ax, of="recovery")
+        ax.set_ylim(min(0, *every), 1.05 * max(every))
+        ax.set_title(f"{one.selector}: recovery", fontsize="medium")
+    return figure
+
+
 def main() -> None:
-    """Measure every seed, write the table and seed 0's picture."""
+    """Measure every seed, write the table and the first seed's picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("seeds", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
@@ -78,11 +101,12 @@ def main() -> None:
     found = [measure(folder) for folder in asked.seeds]
     text = (
         f"# From how few unlabelled prompts?\n\nRecovery of Math (damaged by QA) at a budget of 2 %, by number of "
-        f"prompts without responses: mean (least … most) over {len(found)} seeds × {DRAWS} draws; 128 prompts in all. "
+        f"prompts without responses: mean (least … most) over {len(found)} seeds × {DRAWS} draws from a pool of {POOL} "
+        f"training prompts, none of which is evaluated on (all: the whole pool). The picture: {asked.seeds[0].name}. "
         f"{statement()}\n\n{table(found)}\n"
     )
     (asked.out / "few-prompts.md").write_text(text, encoding="utf-8")
-    prompt_stability(found[0][0]).figure.savefig(asked.out / "few-prompts.png")
+    picture(found[0]).savefig(asked.out / "few-prompts.png")
     print(text)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from benchmarks import baselines
 from benchmarks.lab.domains import read_items
-from benchmarks.refresh import STEPS, refreshed, training_items
+from benchmarks.refresh_grpo import STEPS, refreshed, training_items
 from benchmarks.table6 import SELECTORS
 from surgery import AMCSelector, DamageSelector, Entries, EntrySelector, Neurons, RandomSelector, Trajectory, rollback
 from surgery.prompts import Batch
@@ -119,6 +119,8 @@ def selectors(setting: Setting) -> list[Any]:
         DamageSelector(0.01, units=("mlp", "kv_group")),
         AMCSelector(0.01, units=("mlp", "kv_group")),
         EntrySelector(0.01),
+        EntrySelector(0.01, "AMC"),
+        EntrySelector(0.01, "M"),
     )
     return [*SELECTORS, *(one for one in own if one.name not in {each.name for each in SELECTORS})]
 

@@ -1,14 +1,15 @@
 """Is there a better estimate than the gradient at the later model? ``python -m benchmarks.variants SEED_FOLDER...``
 
 Math was damaged by QA. Beside plain D: D integrated along the way back, D less or plus its own curvature, a few rounds
-of select – revert – rescore, and going further than the earlier values where a local quadratic model says so.
-Everything is in float32, where the way between two checkpoints has points; all choose the same number of neurons.
+of select – revert – rescore; and going less or more far back than to the earlier values, by one strength for all or by
+one for each neuron. Everything is in float32, where the way between two checkpoints has points, but for two rows that
+are rounded to bf16 afterwards; all choose the same number of neurons.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -29,13 +30,16 @@ from surgery import (
     earlier_model,
     load_prompts,
     rollback,
+    strengths,
     top,
 )  # fmt: skip
 from surgery.predictions import positions, predicting
 from surgery.prompts import Batch
+from surgery.reach import Strength, applied
 
 BUDGETS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32)
-Choice = tuple[Neurons, float]  # a mask, and how far back
+Choice = tuple[Neurons, Strength]  # a mask, and how far back
+ROUNDED = ", rounded to bf16"
 
 
 class Scorer:
@@ -83,7 +87,7 @@ class Scorer:
         return mask
 
     def predicted(self, budget: float) -> Choice:
-        """Plain D's choice, at the strength where the loss's parabola along its joint δ has its minimum, at most 3.
+        """Plain D's choice, at the strength where one parabola along its joint δ has its minimum, at most 3.
 
         The slope is known at the later model (−D) and half way back; a parabola goes through two slopes.
         """
@@ -93,6 +97,11 @@ class Scorer:
             now = damage(self.run, self.data, loss=self.loss)
         half = 2 * sum(float(now[name][mask[name]].sum()) for name in mask)  # half of δ is left there
         return mask, min(3.0, start / (2 * (start - half))) if start > half else 3.0
+
+    def optimal(self, budget: float, most: float, joint: bool = False) -> Choice:
+        """Plain D's choice, at the strengths with the least loss."""
+        mask = self.best(self.plain, budget)
+        return mask, strengths(self.run, self.data, mask, most=most, joint=joint, loss=self.loss)
 
     def variants(self) -> dict[str, Callable[[float], Choice]]:
         """Name → budget → what to revert, and how far."""
@@ -104,29 +113,32 @@ class Scorer:
             "D + own curvature": lambda b: (self.best(self.curved(1), b), 1.0),
             "2 rounds": lambda b: (self.rounds(b, 2), 1.0),
             "4 rounds": lambda b: (self.rounds(b, 4), 1.0),
-            "D, predicted strength": self.predicted,
+            "D, one strength, one parabola": self.predicted,
+            "D, one strength ≤ 3": lambda b: self.optimal(b, 3.0, joint=True),
+            "D, one strength ≤ 2": lambda b: self.optimal(b, 2.0, joint=True),
+            "D, each its own ≤ 1": lambda b: self.optimal(b, 1.0),
+            "D, each its own ≤ 2": lambda b: self.optimal(b, 2.0),
+            "D, each its own ≤ 3": lambda b: self.optimal(b, 3.0),
+            f"D, one strength ≤ 3{ROUNDED}": lambda b: self.optimal(b, 3.0, joint=True),
+            f"D, each its own ≤ 2{ROUNDED}": lambda b: self.optimal(b, 2.0),
         }
 
 
 @contextmanager
-def reverted(run: Trajectory, mask: Neurons, strength: float):  # type: ignore[no-untyped-def]
-    """A rollback whose strength may be more than 1: on the other side of the earlier values."""
-    model, earlier = run.load(), run.weights("earlier")[0].tensors
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    try:
-        with rollback(model, to=earlier, mask=mask), torch.no_grad():
-            back = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-            for name, parameter in model.named_parameters():
-                parameter.copy_(before[name].lerp(back[name], strength))
-            yield
-    finally:
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(before[name])
+def reverted(run: Trajectory, choice: Choice, rounded: bool) -> Iterator[None]:
+    """The model rolled back; if asked for, its weights are those that a bf16 folder would hold."""
+    model, (mask, strength) = run.load(), choice
+    with rollback(model, to=run.weights("earlier")[0].tensors, mask=mask, strength=strength), torch.no_grad():
+        kept = {name: p.detach().clone() for name, p in model.named_parameters()} if rounded else {}
+        for name, p in model.named_parameters() if rounded else ():
+            p.copy_(kept[name].bfloat16())
+        yield
+        for name, p in model.named_parameters() if rounded else ():
+            p.copy_(kept[name])
 
 
 def measure(folder: Path) -> dict[tuple[str, float], tuple[float, float, float]]:
-    """(variant, budget) → recovery, the worst change elsewhere, strength."""
+    """(variant, budget) → recovery, the worst change elsewhere, the mean strength."""
     run = Trajectory(earlier=folder / "math", later=folder / "qa")
     model = run.load(dtype=torch.float32)
     score = evaluator(folder / "data", AutoTokenizer.from_pretrained(folder / "qa"))
@@ -138,19 +150,19 @@ def measure(folder: Path) -> dict[tuple[str, float], tuple[float, float, float]]
         print(f"{folder.name}: {name}", flush=True)
         for budget in BUDGETS:
             mask, strength = choose(budget)
-            with reverted(live, mask, strength):
+            with reverted(live, (mask, strength), name.endswith(ROUNDED)):
                 now = score(model)
             recovery = (now["math"] - later["math"]) / (earlier["math"] - later["math"])
             worst = min(now[domain] - later[domain] for domain in now if domain != "math")
-            found[name, budget] = recovery, worst, strength
+            found[name, budget] = recovery, worst, float(applied(strength, mask).mean())
     return found
 
 
 def table(seeds: list[dict[tuple[str, float], tuple[float, float, float]]]) -> str:
     """Recovery in %, mean ± standard deviation over seeds; the strengths below where they are not 1."""
     names = dict.fromkeys(name for name, _ in seeds[0])
-    lines = ["| variant | " + " | ".join(f"{100 * b:g} %" for b in BUDGETS) + " | worst Δ elsewhere |"]
-    lines.append("|---|" + "---|" * (len(BUDGETS) + 1))
+    lines = ["| variant | " + " | ".join(f"{100 * b:g} %" for b in BUDGETS) + " | worst Δ elsewhere to 4 % | to 32 % |"]
+    lines.append("|---|" + "---|" * (len(BUDGETS) + 2))
     for name in names:
         cells = []
         for budget in BUDGETS:
@@ -159,8 +171,25 @@ def table(seeds: list[dict[tuple[str, float], tuple[float, float, float]]]) -> s
             cells.append(
                 f"{values.mean():.1f} ± {values.std():.1f}" + (f" (× {strength:.2f})" if strength != 1 else "")
             )
-        worst = 100 * min(seed[name, budget][1] for seed in seeds for budget in BUDGETS)
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | {worst:+.2f} |")
+        for end in (0.04, 0.32):
+            worst = min(seed[name, budget][1] for seed in seeds for budget in BUDGETS if budget <= end)
+            cells.append(f"{100 * worst:+.2f}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def gains(seeds: list[dict[tuple[str, float], tuple[float, float, float]]]) -> str:
+    """What each variant recovers more than plain D at the same budget, in points: mean (least … most over seeds)."""
+    names = dict.fromkeys(name for name, _ in seeds[0] if name != "D")
+    lines = ["| variant | " + " | ".join(f"{100 * b:g} %" for b in BUDGETS) + " | seeds × budgets above D |"]
+    lines.append("|---|" + "---|" * (len(BUDGETS) + 1))
+    for name in names:
+        cells, above = [], 0
+        for budget in BUDGETS:
+            values = 100 * np.array([seed[name, budget][0] - seed["D", budget][0] for seed in seeds])
+            cells.append(f"{values.mean():+.1f} ({values.min():+.1f} … {values.max():+.1f})")
+            above += int((values > 0).sum())
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {above} of {len(seeds) * len(BUDGETS)} |")
     return "\n".join(lines)
 
 
@@ -174,7 +203,10 @@ def main() -> None:
     found = [measure(folder) for folder in asked.seeds]
     text = (
         f"# Variants of the damage score\n\nRecovery of Math (damaged by QA) in %, mean ± standard deviation over "
-        f"{len(found)} seeds, by budget of MLP neurons; Δ in points; float32. {statement()}\n\n{table(found)}\n"
+        f"{len(found)} seeds, by budget of MLP neurons; Δ in points; float32 unless said; in brackets the mean "
+        f"strength where it is not 1. {statement()}\n\n{table(found)}\n\n"
+        f"## More than plain D at the same budget\n\n"
+        f"In points of recovery, seed by seed: mean (least … most).\n\n{gains(found)}\n"
     )
     (asked.out / "variants.md").write_text(text)
     print(text)

@@ -82,13 +82,18 @@ def _path(model: nn.Module, nodes: int | None) -> list[tuple[float, float]]:
         return [(1.0, 1.0)]
     if not isinstance(nodes, int) or nodes < 1:
         raise ValueError(f"nodes={nodes!r}: expected 1 or more, or None for the gradient at the later model")
+    check_wide(model)
+    places, weights = np.polynomial.legendre.leggauss(nodes)
+    return [((1 + float(x)) / 2, float(w) / 2) for x, w in zip(places, weights, strict=True)]
+
+
+def check_wide(model: nn.Module) -> None:
+    """Raise ``ValueError`` unless there are points between two checkpoints in the model's dtype."""
     if narrow := {p.dtype for p in model.parameters()} - {torch.float32, torch.float64}:
         raise ValueError(
             f"in {narrow.pop()} the way between two checkpoints has no points: most blends round to one of the ends. "
             f"Load the model wider: run.load(dtype=torch.float32)"
         )
-    places, weights = np.polynomial.legendre.leggauss(nodes)
-    return [((1 + float(x)) / 2, float(w) / 2) for x, w in zip(places, weights, strict=True)]
 
 
 @contextmanager

@@ -1,10 +1,11 @@
-"""Gradients of the neurons' weights, tensor by tensor: each is handed over as soon as it is there, and then freed."""
+"""Gradients, tensor by tensor: each is handed over as soon as it is there, and then freed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -27,34 +28,50 @@ def collecting(model: nn.Module, layout: Layout, take: Take) -> Iterator[None]:
         for slot in block.slots:
             slots.setdefault(slot.tensor, []).append((block, slot))
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    before = {name: (p.requires_grad, p.grad) for name, p in parameters.items()}
-    training, handles = model.training, []
+
+    def spread(name: str, grad: Tensor) -> None:
+        for block, slot in slots[name]:
+            take(block, slot, grad, parameters[name].detach())
+
+    with collecting_from(model, {name: p for name, p in parameters.items() if name in slots}, spread):
+        yield
+
+
+@contextmanager
+def collecting_from(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], take: Callable[[str, Tensor], None]
+) -> Iterator[None]:
+    """While the body runs, those parameters take gradients, nothing else does, and the model is in eval mode.
+
+    Every backward pass calls ``take(name, gradient)`` once for each that has one, when it is complete (a parameter used
+    in several places has one); then the gradient is freed. At the end all is as it was: gradients, flags, modes.
+    """
+    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    modes, handles = [(module, module.training) for module in model.modules()], []
+
+    def hook(name: str, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        take(name, parameter.grad)
+        parameter.grad = None
+
     try:
         model.eval()
-        for name, p in parameters.items():
+        for p, _, _ in before:
             p.grad = None
-            p.requires_grad_(name in slots)
-            if name in slots:
-                handles.append(p.register_post_accumulate_grad_hook(_hook(take, slots[name])))
+            p.requires_grad_(False)
+        for name, p in parameters.items():
+            p.requires_grad_(True)
+            handles.append(p.register_post_accumulate_grad_hook(partial(hook, name)))
         with torch.enable_grad():
             yield
     finally:
         for handle in handles:
             handle.remove()
-        for name, p in parameters.items():
-            p.requires_grad_(before[name][0])
-            p.grad = before[name][1]
-        model.train(training)
-
-
-def _hook(take: Take, slots: list[tuple[Block, Slot]]) -> Callable[[Tensor], None]:
-    def hook(parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        for block, slot in slots:
-            take(block, slot, parameter.grad, parameter.detach())
-        parameter.grad = None
-
-    return hook
+        for p, required, grad in before:
+            p.requires_grad_(required)
+            p.grad = grad
+        for module, mode in modes:
+            module.training = mode
 
 
 def in_runs(slot: Slot, *views: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...]]]:

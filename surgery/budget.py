@@ -63,8 +63,8 @@ def allocate(
     if how == "global":
         return _per_block(scores, _ranking(scores, scores)[:k])
     if how == "uniform":
-        return _share(k, {name: float(size) for name, size in scores.sizes.items()}, room)
-    return _share(k, _sums(scores, 0 < k < scores.total), room)
+        return share(k, {name: float(size) for name, size in scores.sizes.items()}, room)
+    return share(k, _sums(scores, 0 < k < scores.total), room)
 
 
 def _too_few(budget: float, asked: str, there: str) -> str:
@@ -175,7 +175,7 @@ def _best(name: str, scores: Neurons, count: int) -> Tensor:
     return mask
 
 
-def _share(k: int, weights: dict[str, float], room: Mapping[str, int]) -> dict[str, int]:
+def share(k: int, weights: dict[str, float], room: Mapping[str, int]) -> dict[str, int]:
     """Split k in proportion to the weights, largest remainder first, no part above its room; k ≤ Σ room."""
     exact = _shares(k, weights, {name: float(size) for name, size in room.items()})
     counts = {name: math.floor(share) for name, share in exact.items()}

@@ -25,7 +25,7 @@ def pieces(block: Block, part: str, others: list[Block], chunk: int = CHUNK) -> 
 
 
 def reading(weights: Weights, name: str, part: str) -> Callable[[int, int], Tensor]:
-    """A function that gives neurons start…stop of one part as they lie: ``[neuron, width]``, a view where it can be."""
+    """A function that reads neurons start…stop of one part as float32 ``[neuron, width]`` on the CPU."""
     views: dict[int, Tensor] = {}  # of the slot that was read last: making a view takes longer than reading a chunk
 
     def read(start: int, stop: int) -> Tensor:
@@ -41,24 +41,9 @@ def reading(weights: Weights, name: str, part: str) -> Callable[[int, int], Tens
             view = view[one : other + 1].flatten(0, 1)[first - one * rows : last - one * rows]
         else:
             view = view[first:last]
-        return view.reshape(stop - start, -1)
+        return view.to("cpu", torch.float32).reshape(stop - start, -1)
 
     return read
-
-
-class _Rooms:
-    """Float32 memory on the CPU that every chunk uses again: fresh memory would cost as much as the arithmetic."""
-
-    def __init__(self) -> None:
-        self._held: dict[tuple[str, int], Tensor] = {}
-
-    def __call__(self, what: str, at: int, shape: torch.Size, columns: bool) -> Tensor:
-        """A ``[neuron, width]`` whose columns, or else whose rows, are contiguous."""
-        held = self._held.get((what, at))
-        if held is None or held.numel() < shape.numel():
-            held = self._held[what, at] = torch.empty(shape.numel())
-        flat = held[: shape.numel()]
-        return flat.view(shape[1], shape[0]).T if columns else flat.view(shape)
 
 
 def displacements(run: Trajectory, *names: str) -> Iterator[tuple[str, int, int, tuple[Tensor, ...]]]:
@@ -70,27 +55,17 @@ def displacements(run: Trajectory, *names: str) -> Iterator[tuple[str, int, int,
 
     Yields:
         For one part of neurons start…stop of a block: the differences, float32 ``[neuron, width]``. Every part of
-        every neuron comes exactly once, its row contiguous; memory is bounded by ``CHUNK`` per checkpoint, and used
-        again for the next chunk. NaN and infinite weights come as they are (``check_finite``).
+        every neuron comes exactly once, its row contiguous; memory is bounded by ``CHUNK`` per checkpoint. NaN and
+        infinite weights come as they are (``check_finite``).
     """
-    opened, rooms = run.weights(*names), _Rooms()
+    opened = run.weights(*names)
     for name, block in opened[-1].layout.items():
         others = [one.layout[name] for one in opened[:-1]]
         for part in block.parts:
             readers = [reading(one, name, part) for one in opened]
             for start, stop in pieces(block, part, others):
-                yield name, start, stop, _steps([reader(start, stop) for reader in readers], rooms)
-
-
-def _steps(read: list[Tensor], rooms: _Rooms) -> tuple[Tensor, ...]:
-    """The differences of consecutive tensors, in float32 and row by row, in rooms of their own."""
-    shape, columns = read[0].shape, read[0].stride(0) == 1 and read[0].shape[1] > 1
-    wide = [rooms("read", at, shape, columns).copy_(one) for at, one in enumerate(read)]
-    steps = []
-    for at, (before, after) in enumerate(pairwise(wide)):
-        step = torch.sub(after, before, out=rooms("step", at, shape, columns))
-        steps.append(rooms("rows", at, shape, False).copy_(step) if columns else step)
-    return tuple(steps)
+                read = [reader(start, stop) for reader in readers]
+                yield name, start, stop, tuple((b - a).contiguous() for a, b in pairwise(read))
 
 
 def _check_finite(weights: Weights, name: str, part: str, start: int, read: Tensor) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from surgery.entries import Entries, Mask, shapes_of
 from surgery.neurons import Neurons
+from surgery.reach import Strength
 from surgery.slots import Block, Layout, Slot
 from surgery.trajectory import Weights
 
@@ -23,6 +24,11 @@ class Rows:
     block: Block
     slot: Slot
     index: Tensor  # of the neurons in the block, int64, ascending
+
+    @property
+    def neurons(self) -> Tensor:
+        """The neuron of each row."""
+        return self.index
 
     @property
     def numbers(self) -> int:
@@ -49,6 +55,10 @@ class Numbers:
     block: Block
     slot: Slot
     index: Tensor  # positions in the part, int64, ascending
+
+    @property
+    def neurons(self) -> Tensor:
+        return self.index // self.slot.width
 
     @property
     def numbers(self) -> int:
@@ -101,10 +111,22 @@ def _numbers(layout: Layout, mask: Entries) -> Iterator[Numbers]:
                 yield Numbers(block, slot, run)
 
 
-def new_values(edit: Edit, source: Weights, old: Tensor, strength: float) -> Tensor:
-    """What the numbers become, in ``old``'s dtype and on its device; strength 1 copies the source's bits."""
+def new_values(edit: Edit, source: Weights, old: Tensor, strength: Strength) -> Tensor:
+    """What the numbers become, in ``old``'s dtype and on its device.
+
+    Strength 1 copies the source's bits and 0 leaves the old ones, also where it is that of some neurons only.
+    """
     found = edit.read(source)
-    if strength == 1:
-        return found.to(old.device, old.dtype)
+    there = found.to(old.device, old.dtype)
+    if not isinstance(strength, Neurons) and strength in (0, 1):
+        return there if strength else old
     wide = torch.promote_types(old.dtype, torch.float32)
-    return old.to(wide).lerp(found.to(old.device, wide), strength).to(old.dtype)
+    each = torch.tensor(strength, dtype=wide) if not isinstance(strength, Neurons) else _each(edit, strength, old)
+    each = each.to(old.device, wide)
+    blend = old.to(wide).lerp(found.to(old.device, wide), each).to(old.dtype)
+    return torch.where(each == 1, there, torch.where(each == 0, old, blend))
+
+
+def _each(edit: Edit, strength: Neurons, rows: Tensor) -> Tensor:
+    """The strength of each row, shaped so that it goes with ``rows``."""
+    return strength[edit.block.name][edit.neurons].reshape(-1, *[1] * (rows.ndim - 1))

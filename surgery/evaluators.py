@@ -8,11 +8,73 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from surgery.predictions import positions, predicting
+from surgery.prompts import Batch
 from surgery.rows import Evaluate, Score
 
+_ROWS = 1 << 24  # numbers of logits that are turned into float32 at a time
 PREFIX = "lm_eval:"
+
+
+@dataclass(frozen=True)
+class _Likelihood:
+    data: dict[str, list[Batch]]
+
+    def __call__(self, model: nn.Module) -> dict[str, Score]:
+        training = model.training
+        model.eval()
+        try:
+            with torch.no_grad():
+                return {
+                    domain: [value for batch in batches for value in _per_prompt(model, batch)]
+                    for domain, batches in self.data.items()
+                }
+        finally:
+            model.train(training)
+
+
+def likelihood(data: Mapping[str, Iterable[Batch]]) -> Evaluate:
+    """An ``evaluate`` that needs no generation: how likely a model finds the responses, prompt by prompt.
+
+    score_i = 1/T_i · Σ_t log p(token t of response i | what comes before it), in nats per token, ≤ 0, larger = better.
+
+    Args:
+        data: domain → batches with labels on the response tokens (without labels all attended tokens count).
+
+    Returns:
+        A function for ``sweep``, ``recommend`` and ``history``: model → {domain: one score per prompt}.
+
+    Raises:
+        ValueError: there is no domain, or one without a prompt; called: a prompt has no response token.
+
+    Source: ours.
+    """
+    found = {domain: list(batches) for domain, batches in data.items()}
+    if empty := [domain for domain, batches in found.items() if not batches]:
+        raise ValueError(f"the data of {empty[0]!r} is empty: expected batches of prompts with responses")
+    if not found:
+        raise ValueError('expected data by domain, like {"math": load_prompts(...)}')
+    return _Likelihood(found)
+
+
+def _per_prompt(model: nn.Module, batch: Batch) -> list[float]:
+    where = positions(batch)
+    counts = where.sum(1)
+    if bool((counts == 0).any()):
+        raise ValueError(f"{int((counts == 0).sum())} prompts of a batch have no response token to score")
+    logits = predicting(model, batch)
+    tokens = batch["input_ids"][:, 1:][where].to(logits.device)
+    step = max(1, _ROWS // logits.shape[1])
+    parts = [
+        torch.nn.functional.cross_entropy(logits[at : at + step].float(), tokens[at : at + step], reduction="none")
+        for at in range(0, len(tokens), step)
+    ]
+    losses: Tensor = torch.cat(parts).double().cpu()
+    sums = torch.zeros(len(counts), dtype=torch.float64).index_add_(0, where.nonzero()[:, 0].cpu(), -losses)
+    return (sums / counts.cpu()).tolist()
 
 
 @dataclass(frozen=True)

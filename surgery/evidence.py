@@ -62,9 +62,12 @@ def cell_text(cell: Cell) -> str:
 
 
 def as_json(evidence: Any) -> Any:
-    """Frozen dataclasses, mappings and sequences as plain JSON values; NaN and infinite numbers as None."""
+    """Frozen dataclasses, mappings and sequences as plain JSON values; NaN and infinite numbers as None.
+
+    Fields whose names begin with an underscore are no evidence, and are left out.
+    """
     if is_dataclass(evidence) and not isinstance(evidence, type):
-        return {one.name: as_json(getattr(evidence, one.name)) for one in fields(evidence)}
+        return {one.name: as_json(getattr(evidence, one.name)) for one in fields(evidence) if one.name[0] != "_"}
     if isinstance(evidence, Mapping):
         return {str(key): as_json(value) for key, value in evidence.items()}
     if isinstance(evidence, tuple | list):

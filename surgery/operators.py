@@ -18,15 +18,11 @@ from surgery.checkpoint import Checkpoint, Source, State
 from surgery.edits import Edit, Rows, edits_of, new_values
 from surgery.entries import Mask, noun_of, units_of_mask
 from surgery.papers import papers, warn_if_made_for_others
+from surgery.reach import Strength, check_strength, recorded, spoken
 from surgery.slots import Block, Layout, Slot
 from surgery.trajectory import Weights, open_weights
 
-_REAL = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
-
-def _check_strength(strength: float) -> None:
-    if not (isinstance(strength, int | float) and 0 <= strength <= 1):
-        raise ValueError(f"strength={strength!r}: expected a number in [0, 1] (1 copies the earlier bits)")
+REAL = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass
@@ -40,7 +36,7 @@ class Rollback:
     parameters: dict[str, int]  # written, per block
     tensors: int  # touched
     changed: int  # entries whose bits really differ now
-    strength: float
+    strength: Any  # the number, or of many what ``reach.recorded`` gives
     noun: str  # what ``neurons`` counts
     _old: list[tuple[Tensor, Edit, Tensor]] = field(repr=False)
 
@@ -65,6 +61,11 @@ class Rollback:
                 return rows
         raise LookupError(f"no neuron of {slot.tensor} ({slot.part}) is reverted")
 
+    def _beyond(self) -> int:
+        if isinstance(self.strength, dict):
+            return int(self.strength["beyond"])
+        return sum(self.neurons.values()) if self.strength > 1 else 0
+
     def __enter__(self) -> Rollback:
         return self
 
@@ -80,11 +81,13 @@ class Rollback:
             f"rolled back {sum(self.neurons.values())} {self.noun} in {sum(n > 0 for n in self.neurons.values())} of "
             f"{homes}: {written} parameters in {self.tensors} tensors, {self.changed} really changed"
         ]
-        if 0 < self.strength < 1 and written:
+        if self.strength not in (0, 1) and written:
             lines.append(
-                f"strength {self.strength}: {self.changed / written:.1%} of the entries moved; "
+                f"{spoken(self.strength)}: {self.changed / written:.1%} of the entries moved; "
                 f"in 16-bit dtypes a small partial step rounds back to where it was"
             )
+        if beyond := self._beyond():
+            lines.append(f"{beyond} {self.noun} went beyond the earlier values, to numbers that no checkpoint held")
         return "\n".join(lines)
 
 
@@ -93,7 +96,7 @@ def rollback(
     *,
     to: Source,
     mask: Mask,
-    strength: float = 1.0,
+    strength: Strength = 1.0,
     keep_on: torch.device | str | None = None,
     layout: Layout | None = None,
 ) -> Rollback:
@@ -106,7 +109,9 @@ def rollback(
         model: the later model; weights float32, bfloat16, float16 or float64, on any device.
         to: the earlier checkpoint: a folder, hub id, module or mapping, on any device, of any floating dtype.
         mask: bool Neurons or Entries, as a selector gives it; its blocks' names say which units it is over.
-        strength: in [0, 1]; 1 copies bits. Below 1 the blend is computed in float32 and rounded to the weights' dtype.
+        strength: in [0, 3], or Neurons with one for each neuron (``strengths`` finds good ones). 1 copies bits and 0
+            leaves them; else the blend is computed in float32 and rounded to the weights' dtype. Beyond 1 it goes on
+            past the earlier values, and writes numbers that no checkpoint had.
         keep_on: where the originals are kept (default: beside the weights).
         layout: where the neurons lie (default: found).
 
@@ -121,12 +126,12 @@ def rollback(
 
     >>> # with rollback(model, to="runs/math", mask=mask): print(evaluate(model))
     """
-    _check_strength(strength)
     live = open_weights(model, layout, units=units_of_mask(mask))
+    check_strength(strength, live.layout)
     source = open_weights(to, layout if layout is None or layout.fits(_tensors(to)) else None, live)
     edits = list(edits_of(live.layout, mask, "the model"))
     warn_if_made_for_others(mask, earlier=source)
-    _check_writable(model, live, edits)
+    check_writable(live, edits)
     old: list[tuple[Tensor, Edit, Tensor]] = []
     finite: list[Tensor] = []  # read at the end: a GPU is waited for once, not once an edit
     changed: list[Tensor] = []
@@ -137,14 +142,14 @@ def rollback(
                 before = edit.take(tensor)
                 after = new_values(edit, source, before, strength)
                 finite.append(after.isfinite().all())
-                changed.append((_bits(before) != _bits(after)).sum())
+                changed.append((bits(before) != bits(after)).sum())
                 old.append((tensor, edit, before.to(keep_on) if keep_on else before))
                 _write(tensor, edit, after)
                 if pending:
                     raise KeyboardInterrupt
-            for edit, fine in zip(edits, _numbers(finite), strict=True):
+            for edit, fine in zip(edits, numbers(finite), strict=True):
                 if not fine:
-                    raise ValueError(_not_finite(edit, source))
+                    raise ValueError(_not_finite(edit, source, strength))
         except BaseException:
             for tensor, edit, rows in reversed(old):
                 _write(tensor, edit, rows.to(tensor.device))
@@ -152,8 +157,8 @@ def rollback(
     written = dict.fromkeys(live.layout, 0)
     for edit in edits:
         written[edit.block.name] += edit.numbers
-    touched, differing = len({edit.slot.tensor for edit in edits}), sum(_numbers(changed))
-    return Rollback(mask.count(), written, touched, differing, float(strength), noun_of(mask), old)
+    touched, differing = len({edit.slot.tensor for edit in edits}), sum(numbers(changed))
+    return Rollback(mask.count(), written, touched, differing, recorded(strength, mask), noun_of(mask), old)
 
 
 def _tensors(source: Source) -> Mapping[str, Tensor]:
@@ -174,11 +179,12 @@ def _write(tensor: Tensor, edit: Edit, rows: Tensor) -> None:
 _WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def _bits(tensor: Tensor) -> Tensor:
+def bits(tensor: Tensor) -> Tensor:
+    """A tensor's bits as integers."""
     return tensor.contiguous().view(_WIDTH[tensor.element_size()])
 
 
-def _numbers(scalars: list[Tensor]) -> list[int]:
+def numbers(scalars: list[Tensor]) -> list[int]:
     """The values of scalars, read with one wait per device."""
     found: dict[int, int] = {}
     for device in {scalar.device for scalar in scalars}:
@@ -187,11 +193,13 @@ def _numbers(scalars: list[Tensor]) -> list[int]:
     return [found[at] for at in range(len(scalars))]
 
 
-def _not_finite(edit: Edit, source: Weights) -> str:
-    return f"{edit.slot.tensor} of {source.name} holds NaN or infinite numbers in the masked neurons"
+def _not_finite(edit: Edit, source: Weights, strength: Strength) -> str:
+    said = f"{edit.slot.tensor} of {source.name} holds NaN or infinite numbers in the masked neurons"
+    return said if strength == 1 else f"{said}, or with this strength they leave the range of their dtype"
 
 
-def _check_writable(model: nn.Module, live: Weights, edits: list[Edit]) -> None:
+def check_writable(live: Weights, edits: list[Edit]) -> None:
+    """Refuse weights that are offloaded, quantised, or share their storage with others (``ValueError``)."""
     names = {edit.slot.tensor for edit in edits}
     owners: dict[tuple[torch.device, int], set[str]] = {}
     for name, tensor in live.tensors.items():
@@ -204,7 +212,7 @@ def _check_writable(model: nn.Module, live: Weights, edits: list[Edit]) -> None:
                 f"{name} is on the meta device: its weights are offloaded, and an edit would be lost. Load the model "
                 f"whole, or roll the folder back with rolled_back() and save()"
             )
-        if tensor.dtype not in _REAL:
+        if tensor.dtype not in REAL:
             raise ValueError(f"{name} is stored as {tensor.dtype}: quantised weights can't be reverted exactly")
         ours, storage = name, owners[tensor.device, tensor.untyped_storage().data_ptr()]
         if shared := sorted(other for other in storage - {ours} if _overlap(live.tensors[other], tensor)):
@@ -241,7 +249,7 @@ def uninterrupted() -> Iterator[list[int]]:
 class RolledBack(Mapping[str, Tensor]):
     """A checkpoint seen with some neurons set back: a lazy mapping that reads, and never writes, its two parents."""
 
-    def __init__(self, later: Weights, source: Weights, mask: Mask, strength: float) -> None:
+    def __init__(self, later: Weights, source: Weights, mask: Mask, strength: Strength) -> None:
         self.later, self.source, self.mask, self.strength = later, source, mask, strength
         self._edits: dict[str, list[Edit]] = {}
         for edit in edits_of(later.layout, mask, later.name):
@@ -297,7 +305,7 @@ class RolledBack(Mapping[str, Tensor]):
             before = edit.take(tensor)
             after = new_values(edit, self.source, before, self.strength)
             if not bool(after.isfinite().all()):
-                raise ValueError(_not_finite(edit, self.source))
+                raise ValueError(_not_finite(edit, self.source, self.strength))
             _write(tensor, edit, after)
 
     def papers(self) -> dict[str, bytes]:
@@ -306,11 +314,12 @@ class RolledBack(Mapping[str, Tensor]):
 
     def __repr__(self) -> str:
         units = f"{sum(self.mask.count().values())} {noun_of(self.mask)}"
-        return f"RolledBack({self.later.name} with {units} of {self.source.name}, strength {self.strength})"
+        how_far = spoken(recorded(self.strength, self.mask))
+        return f"RolledBack({self.later.name} with {units} of {self.source.name}, {how_far})"
 
 
 def rolled_back(
-    later: Source, *, to: Source, mask: Mask, strength: float = 1.0, layout: Layout | None = None
+    later: Source, *, to: Source, mask: Mask, strength: Strength = 1.0, layout: Layout | None = None
 ) -> RolledBack:
     """The later checkpoint with the masked neurons set back to ``to``, as a lazy new mapping; nothing is written.
 
@@ -328,11 +337,11 @@ def rolled_back(
 
     Source: ours.
     """
-    _check_strength(strength)
     opened = open_weights(later, layout, units=units_of_mask(mask))
-    view = RolledBack(opened, open_weights(to, None, opened), mask, float(strength))
+    check_strength(strength, opened.layout)
+    view = RolledBack(opened, open_weights(to, None, opened), mask, strength)
     warn_if_made_for_others(mask, earlier=view.source, later=opened)
     for name in view._edits:
-        if opened.tensors[name].dtype not in _REAL:
+        if opened.tensors[name].dtype not in REAL:
             raise ValueError(f"{name} is stored as {opened.tensors[name].dtype}: quantised weights can't be reverted")
     return view

@@ -12,11 +12,14 @@ from typing import Any
 
 from surgery.checkpoint import Checkpoint
 from surgery.entries import Entries, Mask
+from surgery.neurons import Neurons
+from surgery.reach import Strength, recorded, spoken
 from surgery.trajectory import Weights
 from surgery.units import noun
 
 # The mask lies in a folder of its own: a server that globs *.safetensors must not take it for weights.
 MASK, RECORD, CARD = "surgery/mask.safetensors", "surgery.json", "README.md"
+STRENGTH = "surgery/strength.safetensors"  # where each neuron has its own
 
 
 def versions() -> dict[str, str]:
@@ -69,24 +72,31 @@ def warn_if_made_for_others(mask: Mask, **used: Weights) -> None:
             )
 
 
-def papers(later: Weights, source: Weights, mask: Mask, strength: float, edited: int, tensors: int) -> dict[str, bytes]:
+def papers(
+    later: Weights, source: Weights, mask: Mask, strength: Strength, edited: int, tensors: int
+) -> dict[str, bytes]:
     """File name → content of everything that a saved rollback adds to the later folder."""
     record = {
         "versions": versions(),
         "later": fingerprint(later),
         "to": fingerprint(source),
         "selector": mask.made_by,
-        "strength": strength,
+        "strength": recorded(strength, mask),
         "units": list(later.layout.units),
         **_counts(mask),
         "parameters": edited,
         "tensors": tensors,
     }
-    with tempfile.TemporaryDirectory() as folder:
-        mask.save(Path(folder) / "mask")
-        saved = (Path(folder) / "mask").read_bytes()
-    found = {MASK: saved, RECORD: json.dumps(record, indent=2).encode() + b"\n"}
+    found = {MASK: _saved(mask), RECORD: json.dumps(record, indent=2).encode() + b"\n"}
+    if isinstance(strength, Neurons):
+        found[STRENGTH] = _saved(strength)
     return {**found, CARD: _card(record, later).encode(errors="surrogateescape")}
+
+
+def _saved(what: Mask) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        what.save(Path(folder) / "file")
+        return (Path(folder) / "file").read_bytes()
 
 
 def _counts(mask: Mask) -> dict[str, Any]:
@@ -106,7 +116,7 @@ def _card(record: dict[str, Any], later: Weights) -> str:
 
 This checkpoint is **{later_name}** in which {neurons["reverted"]} of {neurons["of"]} {every}
 ({neurons["reverted"] / max(neurons["of"], 1):.2%}) were set back to their values in **{earlier_name}**
-(strength {record["strength"]}). Nothing was trained. Every other byte of the weights is {later_name}'s.
+({spoken(record["strength"])}). Nothing was trained. Every other byte of the weights is {later_name}'s.
 
 - selected by: `{json.dumps(record["selector"].get("selector", record["selector"]))}`
 - parameters written: {record["parameters"]} in {record["tensors"]} tensors

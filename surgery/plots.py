@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from surgery.resampling import Stability
-from surgery.rows import CEILING, EARLIER, LATER, Sweep
+from surgery.rows import CEILING, EARLIER, LATER, Row, Sweep
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,30 +59,77 @@ def dose_response(sweep: Sweep, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def prompt_stability(stability: Stability, ax: Axes | None = None) -> Axes:
-    """Agreement of masks against the number of calibration prompts: mean and range of Jaccard, and chance.
+def pareto_front(sweep: Sweep, ax: Axes | None = None) -> Axes:
+    """Recovery against the worst loss elsewhere, a mark per row; the front joins the rows that no other row beats.
+
+    A row beats another if it recovers as much for a smaller loss, or more for the same. The loss elsewhere is of the
+    metric, among all but the damaged one, that fell most; a row where all rose has none.
+
+    Args:
+        sweep: what ``surgery.sweep`` returned, over two metrics or more.
+        ax: where to draw (default: a new figure).
+
+    Raises:
+        ValueError: no row has a recovery and a change elsewhere.
+    """
+    rows = [row for row in sweep if row.recovery is not None and row.delta]
+    if not rows:
+        raise ValueError(f"no row has a recovery of {sweep.metric} and a change of another metric: nothing to draw")
+    ax = ax or _axes()
+    for at, name in enumerate(dict.fromkeys(row.selector for row in rows)):
+        points = [_cost_and_gain(row) for row in rows if row.selector == name]
+        style = {**_style(at), "linestyle": "none", "markersize": 6}
+        ax.plot([cost for cost, _ in points], [gain for _, gain in points], label=name, **style)
+    front: list[tuple[float, float]] = []
+    for cost, gain in sorted(map(_cost_and_gain, rows), key=lambda point: (point[0], -point[1])):
+        if not front or gain > front[-1][1]:
+            front.append((cost, gain))
+    ax.step(*zip(*front, strict=True), where="post", color="0.4", linewidth=1, label="front", zorder=0)
+    ax.set_xlabel("worst loss of another metric (its own unit)")
+    ax.set_ylabel(f"recovery of {sweep.metric} (%)")
+    ax.legend(frameon=False, fontsize="small")
+    return ax
+
+
+def _cost_and_gain(row: Row) -> tuple[float, float]:
+    return max(0.0, -min(row.delta.values())), 100 * (row.recovery or 0.0)
+
+
+def prompt_stability(stability: Stability, ax: Axes | None = None, of: str = "jaccard") -> Axes:
+    """How much depends on the calibration prompts, against their number: mean and range of every draw of that many.
 
     Args:
         stability: what ``surgery.stability`` returned.
         ax: where to draw (default: a new figure).
+        of: "jaccard", the agreement of masks beside chance, or "recovery", beside that of all prompts together.
+
+    Raises:
+        ValueError: another ``of``, or recovery where none was measured (``evaluate=`` was not passed).
     """
-    ax = ax or _axes()
-    sizes = [one.size for one in stability.agreements]
-    for at, (label, every) in enumerate(
-        (
-            ("two draws", [one.jaccard for one in stability.agreements]),
-            ("a draw and all prompts", [one.to_all for one in stability.agreements]),
+    sizes, found = [one.size for one in stability.agreements], stability.agreements
+    if of == "jaccard":
+        curves = {"two draws": [one.jaccard for one in found], "a draw and all prompts": [one.to_all for one in found]}
+        label, scale, level, name = "Jaccard of the masks", 1, stability.chance, "unrelated masks"
+    elif of == "recovery" and stability.recovery is not None:
+        curves = {f"draws, {stability.selector}": [one.recovery for one in found]}
+        label, scale, level = f"recovery of {stability.metric} (%)", 100, stability.recovery
+        name = f"all {stability.prompts} prompts"
+    else:
+        raise ValueError(
+            f'of={of!r}: expected "jaccard", or "recovery" of a stability that was measured with evaluate='
         )
-    ):
-        means = [sum(values) / len(values) for values in every]
-        ax.plot(sizes, means, label=label, **_style(at))
-        ax.fill_between(sizes, list(map(min, every)), list(map(max, every)), color=_COLOURS[at], alpha=0.15)
-    ax.axhline(stability.chance, color="0.5", linestyle="--", linewidth=1, label="unrelated masks")
+    ax = ax or _axes()
+    for at, (curve, every) in enumerate(curves.items()):
+        ax.plot(sizes, [scale * sum(values) / len(values) for values in every], label=curve, **_style(at))
+        low, high = ([scale * end(values) for values in every] for end in (min, max))
+        ax.fill_between(sizes, low, high, color=_COLOURS[at], alpha=0.15)
+    ax.axhline(scale * level, color="0.5", linestyle="--", linewidth=1, label=name)
     ax.set_xscale("log", base=2)
     ax.set_xticks(sizes, [str(size) for size in sizes])
     ax.set_xlabel(f"calibration prompts (of {stability.prompts})")
-    ax.set_ylabel("Jaccard of the masks")
-    ax.set_ylim(0, 1.02)
+    ax.set_ylabel(label)
+    lowest = min((scale * min(values) for every in curves.values() for values in every), default=0)
+    ax.set_ylim(min(0, lowest), 1.02 if of == "jaccard" else None)
     ax.legend(frameon=False, fontsize="small")
     return ax
 

@@ -116,6 +116,21 @@ def predicting(model: nn.Module, batch: Batch) -> Tensor:
     return rows
 
 
+def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
+    """−log p(response token | what comes before it), the mean over the batch's response tokens, in nats: a ``Loss``.
+
+    Raises:
+        ValueError: the batch has no labels, or no response token.
+    """
+    if "labels" not in batch:
+        raise ValueError(
+            "these batches are prompts without responses (labels): let a model answer them (respond), or pass loss="
+        )
+    logits = predicting(model, batch)
+    targets = batch["labels"][:, 1:][positions(batch)].to(logits.device)
+    return torch.nn.functional.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets)
+
+
 def _keeps(kind: type[nn.Module]) -> bool:
     return "logits_to_keep" in inspect.signature(kind.forward).parameters
 

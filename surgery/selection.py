@@ -69,10 +69,9 @@ class AMCSelector:
 
     def __post_init__(self) -> None:
         check_budget(self.budget)
-        for name, letters in (("rank", self.rank), ("allocate", self.allocate)):
-            if not letters or set(letters) - set("AMC") or len(set(letters)) != len(letters):
-                raise ValueError(f'{name}={letters!r}: expected some of the letters A, M and C, each once, like "AMC"')
-        _check_how(self.how)
+        check_letters("rank", self.rank)
+        check_letters("allocate", self.allocate)
+        check_how(self.how)
         kinds_of(self.units or "mlp")
 
     @property
@@ -182,7 +181,7 @@ class DamageSelector:
 
     def __post_init__(self) -> None:
         check_budget(self.budget)
-        _check_how(self.how)
+        check_how(self.how)
         kinds_of(self.units or "mlp")
         if not self.weight >= 0:
             raise ValueError(f"weight={self.weight!r}: expected a number ≥ 0")
@@ -251,7 +250,14 @@ def check_budget(budget: Any) -> None:
         raise ValueError(f"budget={budget!r}: expected a fraction of the model's neurons in [0, 1] (0.02 is 2 %)")
 
 
-def _check_how(how: Any) -> None:
+def check_letters(name: str, letters: str) -> None:
+    """Raise ``ValueError`` unless letters are some of A, M and C."""
+    if not letters or set(letters) - set("AMC") or len(set(letters)) != len(letters):
+        raise ValueError(f'{name}={letters!r}: expected some of the letters A, M and C, each once, like "AMC"')
+
+
+def check_how(how: Any) -> None:
+    """Raise ``ValueError`` unless an allocation is known."""
     if how not in ("proportional", "global", "uniform"):
         raise ValueError(f'how={how!r}: expected "proportional", "global" or "uniform"')
 

@@ -1,4 +1,4 @@
-"""EntrySelector: single weights in the order of D, and only as far as going on still helps."""
+"""EntrySelector: single weights in the order of D, as far as going on still helps, or of the paper's A, M and C."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from surgery.budget import Allocation
 from surgery.entries import Entries
 from surgery.gains import Gains, entry_gains
 from surgery.operators import rollback
 from surgery.predictions import Loss, positions
 from surgery.scores import remember
-from surgery.selection import Data, check_budget, named, over, record
+from surgery.selection import Data, check_budget, check_how, check_letters, named, over, record
+from surgery.traits import entry_traits
 from surgery.trajectory import Trajectory
 from surgery.units import Units, kinds_of
 
@@ -26,11 +28,14 @@ Point = tuple[int, float]  # how many weights are reverted, and the loss then
 class EntrySelector:
     """Revert single weights, ranked by D of each: D_w = g_w · δB,w, the first-order gain of going back in w alone.
 
+    Or by a product of A, M and C of each: M_w = abs(δB,w), C_w = 1 where δA,w and δB,w have opposite signs and else 0,
+    A_w that of the weight's neuron; A and M relative to their layer's mean. Those look at no loss: the whole budget is
+    taken, and what follows is about D. A weight whose score is not positive is never taken, so there may be fewer.
+
     Gains of single weights do not add up: each was measured with all others in place. So they are taken in rounds. A
     round takes the best until their gains add up to the loss that is left, which is more than they can give, and then
-    D is measured again with all that was taken reverted. The last round takes what is left of the budget. Weights
-    whose gain is not positive are never taken, so there may be fewer than the budget allows. The rounds do not depend
-    on the budget: a bigger one contains the smaller (without ``stop``).
+    D is measured again with all that was taken reverted. The last round takes what is left of the budget. The rounds do
+    not depend on the budget: a bigger one contains the smaller (without ``stop``).
 
     Some number of weights is best, and more of them do harm. With ``stop`` the loss is looked at after each round, and
     with 1/64, 1/32, ... 1/2 and all of the last one reverted; the number with the least loss is kept, none if the later
@@ -39,18 +44,22 @@ class EntrySelector:
 
     Args:
         budget: β, the fraction of the candidate weights, in [0, 1]; with ``stop`` the most that may be taken.
-        stop: keep only as many as lower the loss (see above).
+        rank: "D", or which of the letters A, M, C make the score, as a product ("AMC", "MC", "A", ...).
+        how: "global", or for A, M, C also "proportional" or "uniform": what each layer gives (see ``allocate``).
+        stop: of D keep only as many as lower the loss (see above).
         rounds: how often D is measured, at least 1.
-        loss: another loss than the divergence from the earlier model (see ``damage``); ≥ 0, where 0 is nothing lost.
+        loss: for D another loss than the divergence from the earlier model (see ``damage``); ≥ 0, 0 is nothing lost.
         units: whose weights are candidates (see ``find_layout``); None: those of the MLPs and of KV groups, of the
             MLPs alone where a model's attention can't be told for certain or the trajectory has a layout of its own.
 
-    ``select`` raises ValueError without data, and as ``damage``.
+    ``select`` raises ValueError where D or A is asked for without data, or C without a base; and as ``damage``.
 
-    Source: ours, from Proposition 1.
+    Source: ours; D from Proposition 1, A, M and C after the paper's of a neuron.
     """
 
     budget: float
+    rank: str = "D"
+    how: Allocation = "global"
     stop: bool = True
     rounds: int = _ROUNDS
     loss: Loss | None = field(default=None, repr=False, compare=False)
@@ -58,6 +67,11 @@ class EntrySelector:
 
     def __post_init__(self) -> None:
         check_budget(self.budget)
+        check_how(self.how)
+        if self.rank != "D":
+            check_letters("rank", self.rank)
+        elif self.how != "global":
+            raise ValueError(f"how={self.how!r}: D takes the best single weights of the whole model, in rounds")
         kinds_of(self.units or "mlp")
         if isinstance(self.rounds, bool) or not isinstance(self.rounds, int) or self.rounds < 1:
             raise ValueError(f"rounds={self.rounds!r}: expected how often D is measured, 1 or more")
@@ -65,6 +79,9 @@ class EntrySelector:
     @property
     def name(self) -> str:
         """What a table calls it."""
+        if self.rank != "D":
+            own = f"{'×'.join(self.rank)} of single weights"
+            return named(own if self.how == "global" else f"{own} ({self.how})", self.units)
         own = "D of single weights" if self.loss is None else "D (own loss) of single weights"
         if self.rounds != _ROUNDS:
             own += f", {self.rounds} round{'s' if self.rounds > 1 else ''}"
@@ -82,7 +99,9 @@ class EntrySelector:
         return finest
 
     def select(self, run: Trajectory, data: Data | None = None) -> Entries:
-        """The mask; ``data`` are prompts of the damaged domain, with responses or without."""
+        """The mask; ``data`` are prompts of the damaged domain, with responses or without (for M and C none)."""
+        if self.rank != "D":
+            return self._by_traits(self.over(run), data)
         if data is None:
             raise ValueError("D is measured on prompts of the damaged domain: pass data=load_prompts(file, tokenizer)")
         run = self.over(run)
@@ -99,6 +118,14 @@ class EntrySelector:
         told["curve"] = [list(point) for point in curve]
         mask = path.gains.entries(order)
         return Entries(mask, shapes=mask.shapes, made_by={"entries": told, **record(self, run)})
+
+    def _by_traits(self, run: Trajectory, data: Data | None) -> Entries:
+        traits = entry_traits(run, data if "A" in self.rank else None, self.rank)
+        allowed = round(self.budget * len(traits.flat))
+        mask = traits.entries(traits.best(allowed, self.how))
+        taken = sum(mask.count().values())
+        told = {"allowed": allowed, **({"positive": taken} if taken < allowed else {})}
+        return Entries(mask, shapes=mask.shapes, made_by={"entries": told, **traits.told, **record(self, run)})
 
 
 @dataclass(frozen=True)

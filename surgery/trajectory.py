@@ -238,8 +238,14 @@ class Trajectory:
             for base, (before, after) in zip(bases, pairwise(found), strict=False)
         }
 
+    def opened(self) -> dict[str, Weights]:
+        """Every checkpoint by name, in training order, opened and found to be of one model."""
+        names, sources = list(self.checkpoints), list(self.checkpoints.values())
+        last = open_weights(sources[-1], self.layout, units=self.units)
+        return dict(zip(names, [*(open_weights(one, self.layout, last) for one in sources[:-1]), last], strict=True))
+
     def weights(self, *names: str) -> list[Weights]:
-        """The checkpoints of those names ("base", "earlier", "later", stages), opened and found to be of one model."""
+        """The checkpoints of those names, opened: "base", "earlier" and "later" are roles, all others stages."""
         later = open_weights(self.source("later"), self.layout, units=self.units)
         return [later if n == "later" else open_weights(self.source(n), self.layout, later) for n in names]
 

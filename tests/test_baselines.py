@@ -330,7 +330,7 @@ def test_differing_counts_bits_not_values() -> None:
 @pytest.mark.skipif(not (SEED0 / "qa").is_dir(), reason="seed 0 has not been trained here")
 def test_a_refresh_changes_a_copy_and_is_repeatable() -> None:
     from benchmarks.lab.domains import read_items
-    from benchmarks.refresh import refreshed
+    from benchmarks.refresh_grpo import refreshed
     from surgery import Trajectory
 
     later = Trajectory(later=SEED0 / "qa").load()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import families
@@ -12,7 +13,18 @@ import torch
 from safetensors.torch import save_file
 from test_docs import three_stages
 
-from surgery import AMCSelector, Checkpoint, Entries, Neurons, RandomSelector, Trajectory, rolled_back
+from surgery import (
+    AMCSelector,
+    Checkpoint,
+    Entries,
+    EntrySelector,
+    Neurons,
+    RandomSelector,
+    Trajectory,
+    load_prompts,
+    rolled_back,
+    strengths,
+)
 from surgery.cli import main
 from surgery.entries import load_mask
 
@@ -180,6 +192,64 @@ def test_single_weights_from_the_shell(surgery, tmp_path: Path) -> None:
     want = rolled_back(tmp_path / "qa", to=tmp_path / "math", mask=mask)
     healed = Checkpoint(tmp_path / "healed")
     assert all(torch.equal(healed[name], want[name]) for name in want)
-    assert "has one selector, D" in surgery(f"select earlier later --units weight --selector M -o {tmp_path}/x")[2]
-    assert "takes the best of the whole model" in surgery(f"{words} --how uniform -o {tmp_path}/x")[2]
+    assert "D takes the best single weights of the whole model" in surgery(f"{words} --how uniform -o {tmp_path}/x")[2]
     assert not (tmp_path / "x").exists()
+
+
+def test_single_weights_by_letters_from_the_shell(surgery, tmp_path: Path) -> None:
+    three_stages(tmp_path, "qwen3")
+    (tmp_path / "data.jsonl").write_text('{"prompt": "12+13=", "response": "25"}\n' * 3)
+    (tmp_path / "letters_score.py").write_text(
+        "from surgery import Trajectory\n"
+        "def score(model):\n"
+        f"    w = Trajectory(later='{tmp_path}/math').load().model.layers[0].mlp.up_proj.weight\n"
+        "    return {'sum': (model.model.layers[0].mlp.up_proj.weight == w).float().mean().item(), 'other': 0.0}\n"
+    )
+    runs = f"{tmp_path}/base {tmp_path}/math {tmp_path}/qa --data {tmp_path}/data.jsonl --units weight"
+    run, data = Trajectory(*(tmp_path / name for name in ("base", "math", "qa"))), tmp_path / "data.jsonl"
+    for how in ("", " --how proportional"):
+        code, out, err = surgery(f"select {runs} --selector AMC --budget 0.01 -o {tmp_path}/m --overwrite{how}")
+        assert not code, err
+        chosen = EntrySelector(0.01, "AMC", how.rpartition(" ")[2] or "global")
+        want = chosen.select(run, load_prompts(data, tmp_path / "qa"))
+        assert load_mask(tmp_path / "m").equal(want)
+        allowed = round(0.01 * want.total)
+        assert f"{allowed} weights allowed, {allowed} taken" in out
+    score = f"--evaluate {tmp_path}/letters_score.py:score --metric sum --budgets 0.01,0.1"
+    table = surgery(f"sweep {runs} {score} --selectors AMC,M,D")[1]
+    assert "A×M×C of single weights" in table
+    assert "D of single weights" in table
+    code, out, _ = surgery(f"tune {runs} {score} --selector M --recovery 0.01")
+    assert not code
+    assert "M of single weights" in out
+    assert "--selector M --how global --units weight --budget 0.01 -o" in out
+    for wrong in ("random", "A/AMC"):
+        assert "are ranked by D or by letters" in surgery(f"select {runs} --selector {wrong} -o {tmp_path}/x")[2]
+
+
+def test_strengths_from_the_shell(surgery, tmp_path: Path) -> None:
+    three_stages(tmp_path, "qwen3")
+    (tmp_path / "data.jsonl").write_text('{"prompt": "12+13=", "response": "25"}\n' * 3)
+    run = Trajectory(earlier=tmp_path / "math", later=tmp_path / "qa")
+    mask = RandomSelector(0.1).select(run)
+    mask.save(tmp_path / "m")
+    words = f"strengths {tmp_path}/math {tmp_path}/qa --mask {tmp_path}/m --data {tmp_path}/data.jsonl -o {tmp_path}/s"
+    code, out, err = surgery(f"{words} --passes 4")
+    assert not code, err
+    wide = replace(run, model=run.load(dtype=torch.float32))
+    found = strengths(wide, load_prompts(tmp_path / "data.jsonl", tmp_path / "qa"), mask, passes=4)
+    assert Neurons.load(tmp_path / "s").equal(found)
+    assert f"{found.made_by['strengths']['least']:.5g} now" in out
+    assert "exists: choose another file" in surgery(words)[2]
+    for strength, value in ((tmp_path / "s", found), ("1.5", 1.5)):
+        healing = f"rollback {tmp_path}/qa --to {tmp_path}/math --mask {tmp_path}/m -o {tmp_path}/healed --overwrite"
+        code, out, err = surgery(f"{healing} --strength {strength}")
+        assert not code, err
+        assert "strength" in out
+        want, healed = (
+            rolled_back(run.later, to=run.earlier, mask=mask, strength=value),
+            Checkpoint(tmp_path / "healed"),
+        )
+        assert all(torch.equal(healed[name], want[name]) for name in want)
+    assert "expected a number, or a file" in surgery(f"{healing} --strength much")[2]
+    assert "expected a number in [0, 3]" in surgery(f"{healing} --strength 4")[2]

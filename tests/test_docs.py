@@ -181,7 +181,7 @@ def test_every_command_and_option_is_documented() -> None:
 
 
 def test_quoted_messages_exist() -> None:
-    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "surgery").glob("*.py"))
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "surgery").rglob("*.py"))
     source = re.sub(r'"\n\s*f?"', "", source)  # a message may go over several lines
     quoted = re.findall(r"^\| `([^`]+)`", (ROOT / "docs/reference/errors.md").read_text(encoding="utf-8"), re.M)
     assert len(quoted) > 10

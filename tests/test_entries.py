@@ -26,13 +26,14 @@ from surgery import (
     EntrySelector,
     Neurons,
     Trajectory,
+    backward,
     damage,
     edits,
     find_layout,
     gains,
-    gradients,
     jaccard,
     operators,
+    ranking,
     recommend,
     rolled_back,
     save,
@@ -284,7 +285,7 @@ def test_the_best_are_those_of_a_sort(values, count, chunk):
     order = flat.sort(descending=True, stable=True).indices
     want = order[flat[order] > 0][:count]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gains, "CHUNK", chunk)
+        patch.setattr(ranking, "CHUNK", chunk)
         assert Gains(flat, {"a/up": (len(flat), 1)}, nn.Module(), None, [], 1, 0.0).best(count).equal(want)  # type: ignore[arg-type]
 
 
@@ -295,7 +296,7 @@ def test_how_many_a_limit_buys(values, limit, chunk):
     flat = torch.tensor(values, dtype=torch.float32) / 8
     sums = flat[flat > 0].sort(descending=True).values.double().cumsum(0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gains, "CHUNK", chunk)
+        patch.setattr(ranking, "CHUNK", chunk)
         found = Gains(flat, {"a/up": (len(flat), 1)}, nn.Module(), None, [], 1, 0.0)  # type: ignore[arg-type]
         assert found.worth(limit / 8) == int((sums <= limit / 8).sum())
 
@@ -492,14 +493,15 @@ def test_sweep_and_recommend_measure_single_weights():
 MEMORY = """
 import sys, threading, torch
 from pathlib import Path
-from surgery.gains import Gains, _file
+from surgery.gains import Gains
+from surgery.scratch import zeros_on_disk
 
 def anonymous():
     lines = Path("/proc/self/status").read_text().split("\\n")
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
 
 count = 1 << 26  # 256 MB; a boolean per weight would be 64
-flat = _file(count)
+flat = zeros_on_disk(count)
 for at in range(0, count, 1 << 20):
     flat[at : at + (1 << 20)] = torch.randn(1 << 20)
 scores = Gains(flat, {"a/up": (count, 1)}, torch.nn.Linear(1, 1), None, [], 1, 0.0)
@@ -530,7 +532,7 @@ def test_long_parts_are_read_and_written_in_pieces(family, monkeypatch):
     data, before = batches(labels=True), snapshot(later)
     whole = EntrySelector(0.05).select(run, data)
     want = expected(before, dict(State(earlier)), finest(later), whole)
-    for module, name, size in ((edits, "_RUN", 7), (gradients, "CHUNK", 100), (gains, "CHUNK", 13)):
+    for module, name, size in ((edits, "_RUN", 7), (backward, "CHUNK", 100), (ranking, "CHUNK", 13)):
         monkeypatch.setattr(module, name, size)
     assert EntrySelector(0.05).select(run, data).equal(whole)
     with operators.rollback(later, to=earlier, mask=whole) as done:
@@ -579,15 +581,15 @@ def first_run_only(patch: pytest.MonkeyPatch) -> None:
 
 
 def one_too_many(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(gains, "_threshold", lambda flat, count, original=gains._threshold: original(flat, count + 1))
+    patch.setattr(ranking, "_threshold", lambda flat, count, original=ranking._threshold: original(flat, count + 1))
 
 
 def every_tie(patch: pytest.MonkeyPatch) -> None:
-    def mutant(flat, count, original=gains._threshold):
+    def mutant(flat, count, original=ranking._threshold):
         bits, _ = original(flat, count)
         return bits, 10**9
 
-    patch.setattr(gains, "_threshold", mutant)
+    patch.setattr(ranking, "_threshold", mutant)
 
 
 def lowest_first(patch: pytest.MonkeyPatch) -> None:
@@ -606,7 +608,7 @@ def gradient_alone(patch: pytest.MonkeyPatch) -> None:
 
 
 def parts_from_zero(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(gains, "_starts", lambda shapes: dict.fromkeys(shapes, 0))
+    patch.setattr(gains, "starts_of", lambda shapes: dict.fromkeys(shapes, 0))
 
 
 def last_batch_only(patch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ PACKAGE = Path(surgery.__file__).parent
 ORDER = (
     "significance",
     "evidence",
+    "scratch",
     "theory",
     "krylov",
     "units",
@@ -23,6 +24,8 @@ ORDER = (
     "neurons",
     "slots",
     "entries",
+    "reach",
+    "ranking",
     "hooks",
     "heads",
     "attention",
@@ -35,6 +38,10 @@ ORDER = (
     "prompts",
     "trajectory",
     "deltas",
+    "places",
+    "alike",
+    "meter",
+    "drift",
     "budget",
     "scores",
     "predictions",
@@ -42,6 +49,8 @@ ORDER = (
     "papers",
     "edits",
     "operators",
+    "leaves",
+    "masking",
     "swap",
     "landscape",
     "subspaces",
@@ -49,33 +58,63 @@ ORDER = (
     "spectrum",
     "contracting",
     "backward",
+    "parts",
+    "grams",
+    "geometry",
+    "callbacks",
     "attribution",
     "gains",
+    "traits",
+    "optimum",
     "selection",
     "singles",
     "rows",
+    "steps",
+    "refreshing",
     "evaluators",
+    "histories",
     "bench",
     "sweeps",
     "tuning",
     "resampling",
+    "shares",
+    "analysis",
+    "cosines",
+    "alignment",
+    "study",
+    "inquiry",
+    "verdict",
+    "definitions",
     "plots",
+    "history_plots",
+    "evidence_plots",
+    "gradient_plots",
     "theory_plots",
-    "cli",
+    "report",
+    "sections",
+    "refresh_plots",
+    "cli.options",
+    "cli.repairing",
+    "cli.measuring",
+    "cli.looking",
+    "cli.entry",
+    "cli.__main__",
+    "cli.__init__",
 )
 
 
 def imports(module: str) -> set[str]:
     """The modules of the package that a module imports, at the top or inside a function."""
     found = set()
-    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):
+    for node in ast.walk(ast.parse((PACKAGE / f"{module.replace('.', '/')}.py").read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("surgery."):
-            found.add(str(node.module).split(".")[1])
+            found.add(str(node.module).removeprefix("surgery."))
     return found
 
 
 def test_every_module_has_its_place() -> None:
-    assert {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"} == set(ORDER)
+    paths = [path.relative_to(PACKAGE).with_suffix("") for path in PACKAGE.rglob("*.py")]
+    assert {".".join(path.parts) for path in paths} - {"__init__"} == set(ORDER)
 
 
 @pytest.mark.parametrize("module", ORDER)

@@ -320,8 +320,8 @@ def test_a_small_step_in_16_bits_is_reported():
         assert "rounds back" in str(done)
 
 
-@pytest.mark.parametrize("strength", [-0.1, 1.1, float("nan"), "1", None])
-def test_a_strength_is_a_fraction(strength):
+@pytest.mark.parametrize("strength", [-0.1, 3.1, float("nan"), "1", None])
+def test_a_strength_is_a_number_from_0_to_3(strength):
     """Refused before anything is read or written."""
     earlier, later = pair("llama")
     mask = all_neurons(find_layout(later))

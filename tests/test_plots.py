@@ -9,7 +9,7 @@ import pytest
 from surgery.rows import CEILING, EARLIER, LATER, Row, Sweep
 
 pytest.importorskip("matplotlib")
-from surgery.plots import dose_response, layer_budgets
+from surgery.plots import dose_response, layer_budgets, pareto_front
 
 
 def test_dose_response_draws_recovery_in_percent(tmp_path: Path) -> None:
@@ -27,3 +27,24 @@ def test_dose_response_draws_recovery_in_percent(tmp_path: Path) -> None:
 def test_layer_budgets_draws_counts() -> None:
     ax = layer_budgets({"A": {"layers.0": 1, "layers.1": 5}, "M": {"layers.0": 3, "layers.1": 3}})
     assert [list(line.get_ydata()) for line in ax.get_lines()] == [[1, 5], [3, 3]]
+
+
+def ranked(name: str, recovery: float | None, **delta: float) -> Row:
+    return Row(name, 0.02, 5, {"math": 0.5, **delta}, 0.0, recovery=recovery, delta=delta)
+
+
+def test_the_front_joins_the_rows_that_no_other_beats():
+    rows = (
+        ranked("earlier", None),
+        ranked("D", 0.3, qa=0.1, code=0.2),  # loses nothing
+        ranked("D", 0.8, qa=-0.02, code=0.1),
+        ranked("random", 0.2, qa=0.0, code=0.0),  # beaten by the first
+        ranked("ceiling", 0.7, qa=-0.5, code=-0.1),  # beaten by the second
+        ranked("WiSE-FT", 0.9, qa=-0.1, code=-0.4),
+    )
+    ax = pareto_front(Sweep("math", rows))
+    (front,) = (line for line in ax.lines if line.get_label() == "front")
+    assert [tuple(point) for point in front.get_xydata().round(6).tolist()] == [(0.0, 30.0), (0.02, 80.0), (0.4, 90.0)]
+    assert {line.get_label() for line in ax.lines} == {"D", "random", "ceiling", "WiSE-FT", "front"}
+    with pytest.raises(ValueError, match="nothing to draw"):
+        pareto_front(Sweep("math", rows[:1]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -138,6 +138,15 @@ def test_it_prints_a_table_and_is_drawn(models):
     assert drawn["two draws"] == [pytest.approx(np.mean(one.jaccard)) for one in found.agreements]
     assert drawn["a draw and all prompts"] == [pytest.approx(np.mean(one.to_all)) for one in found.agreements]
     assert drawn["unrelated masks"] == [found.chance] * 2
+    ax = prompt_stability(found, of="recovery")
+    drawn = {line.get_label(): list(line.get_ydata()) for line in ax.get_lines()}
+    assert drawn["draws, A×M×C"] == [pytest.approx(100 * np.mean(one.recovery)) for one in found.agreements]
+    assert drawn["all 18 prompts"] == [pytest.approx(100 * found.recovery)] * 2
+    assert ax.get_ylabel() == "recovery of math (%)"
+    with pytest.raises(ValueError, match="measured with evaluate="):
+        prompt_stability(replace(found, recovery=None), of="recovery")
+    with pytest.raises(ValueError, match="of='chance'"):
+        prompt_stability(found, of="chance")
 
 
 def test_what_cannot_be_asked(models):

@@ -43,6 +43,16 @@ def test_weights_are_opened_by_stage():
     assert torch.equal(math.tensors[name], models["math"].state_dict()[name])
 
 
+def test_every_checkpoint_is_opened_by_its_own_name_whatever_role_the_name_has():
+    models = {name: build("qwen3", seed=seed) for seed, name in enumerate(NAMES)}
+    run = Trajectory.through(models)
+    for name, weights in run.opened().items():
+        tensor = next(iter(weights.tensors))
+        assert torch.equal(weights.tensors[tensor], models[name].state_dict()[tensor])
+    tensor = next(iter(models["base"].state_dict()))
+    assert torch.equal(run.weights("base")[0].tensors[tensor], models["code"].state_dict()[tensor])  # the role
+
+
 @pytest.mark.parametrize(
     ("chosen", "said"),
     [({"earlier": "qa"}, "come after"), ({"later": "law"}, "no stage is called 'law'"), ({"later": "base"}, "after")],

@@ -149,8 +149,13 @@ def train_stage(
     seed: int,
     scores: Evaluator,
     log: Log,
+    callbacks: Sequence[Any] = (),
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> None:
-    """GRPO on one domain: the reward is 1 if the completion is the right answer and 0 if not."""
+    """GRPO on one domain: the reward is 1 if the completion is the right answer and 0 if not.
+
+    ``callbacks`` and ``optimizer`` (default: TRL's own) are the trainer's.
+    """
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
@@ -190,7 +195,8 @@ def train_stage(
             args=arguments,
             train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer,
-            callbacks=[Progress()],
+            callbacks=[Progress(), *callbacks],
+            optimizers=(optimizer, None),
         )
         trainer.train()
 

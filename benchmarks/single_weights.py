@@ -1,0 +1,110 @@
+"""Which single weights? ``python -m benchmarks.single_weights SEED_FOLDER... [--out FOLDER]``
+
+Math was damaged by QA. D of each weight, the paper's A, M and C of each, and weights drawn at random, at equal numbers
+of weights of the MLPs and KV groups.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from benchmarks.hardware import statement
+from benchmarks.lab.evaluate import evaluator
+from surgery import Entries, EntrySelector, Trajectory, load_prompts, rollback
+from surgery.entries import shapes_of
+from surgery.ranking import entries_of
+from surgery.scores import remembered
+
+BUDGETS, DRAWS = (0.002, 0.01, 0.02, 0.04), 3
+Found = dict[tuple[str, float], tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The control: weights drawn uniformly from those that the others choose from."""
+
+    budget: float
+    seed: int = 0
+    name: str = "random"
+
+    def select(self, run: Trajectory, data: Any = None) -> Entries:
+        (later,) = EntrySelector(self.budget).over(run).weights("later")
+        shapes = shapes_of(later.layout)
+        total = sum(neurons * width for neurons, width in shapes.values())
+        order = torch.randperm(total, generator=torch.Generator().manual_seed(self.seed))
+        return entries_of(order[: round(self.budget * total)], shapes)
+
+
+SELECTORS: tuple[Any, ...] = (
+    EntrySelector(0.01, stop=False),
+    EntrySelector(0.01),
+    EntrySelector(0.01, stop=False, rounds=1),
+    *(EntrySelector(0.01, rank) for rank in ("AMC", "AM", "MC", "AC", "A", "M", "C")),
+    EntrySelector(0.01, "AMC", "proportional"),
+    EntrySelector(0.01, "MC", "proportional"),
+    *(Drawn(0.01, seed) for seed in range(DRAWS)),
+)
+
+
+def measure(folder: Path) -> list[Found]:
+    """Per draw: (selector, budget) → recovery of Math, the worst change elsewhere."""
+    run = Trajectory(folder / "code", folder / "math", folder / "qa")
+    model = run.load()
+    live = replace(run, model=model)
+    score = evaluator(folder / "data", AutoTokenizer.from_pretrained(folder / "qa"))
+    later, earlier = score(model), score(Trajectory(later=run.earlier).load())
+    data = load_prompts(folder / "data" / "math.calibration.jsonl", folder / "qa")
+    found: list[Found] = [{} for _ in range(DRAWS)]
+    with remembered():
+        for selector in SELECTORS:
+            for budget in BUDGETS:
+                mask = replace(selector, budget=budget).select(live, data)
+                with rollback(model, to=run.earlier, mask=mask):
+                    now = score(model)
+                recovery = (now["math"] - later["math"]) / (earlier["math"] - later["math"])
+                worst = min(now[domain] - later[domain] for domain in now if domain != "math")
+                found[getattr(selector, "seed", 0)][selector.name, budget] = recovery, worst
+    return found
+
+
+def table(runs: list[Found]) -> str:
+    """Recovery in %, mean ± standard deviation over seeds (random: and draws); the worst mean Δ elsewhere in points."""
+    lines = ["| selector | " + " | ".join(f"{100 * b:g} %" for b in BUDGETS) + " | worst Δ elsewhere |"]
+    lines.append("|---|" + "---|" * (len(BUDGETS) + 1))
+    for name in dict.fromkeys(selector.name for selector in SELECTORS):
+        rows = [[run[name, budget] for run in runs if (name, budget) in run] for budget in BUDGETS]
+        each = [100 * np.array([recovery for recovery, _ in row]) for row in rows]
+        worst = 100 * min(float(np.mean([worst for _, worst in row])) for row in rows)
+        cells = [f"{values.mean():.1f} ± {values.std():.1f}" for values in each]
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {worst:+.2f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure every seed and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("seeds", nargs="+", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    asked = parser.parse_args()
+    transformers_logging.disable_progress_bar()
+    found = [run for folder in asked.seeds for run in measure(folder)]
+    text = (
+        f"# Which single weights?\n\nRecovery of Math (damaged by QA) in %, mean ± standard deviation over "
+        f"{len(asked.seeds)} seeds, by fraction of the weights of MLPs and KV groups that may be reverted; all but the "
+        f"default D take as many as they may. Δ: the worst of the other domains in points, mean over seeds, at the "
+        f"budget where it is worst. {statement()}\n\n{table(found)}\n"
+    )
+    (asked.out / "single-weights.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""Which tensors several checkpoints have in common, and what is said where they have not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from surgery.checkpoint import Checkpoint, State
+
+_REAL = ("float64", "float32", "float16", "bfloat16", "F64", "F32", "F16", "BF16")
+Opened = Mapping[str, Tensor]
+
+
+def alike(opened: Mapping[str, Opened]) -> tuple[list[str], tuple[str, ...]]:
+    """The names of the parameters that all checkpoints have, tied ones once, and what is left out and why.
+
+    Left out are tensors outside the layers that only some have, or that have another number of rows there (a padded
+    vocabulary), and those that hold no real numbers. Buffers that are never saved are no parameters.
+
+    Raises:
+        ValueError: a tensor in the layers is not the same in all: they are different models, or one of them calls it
+            by another name.
+    """
+    names = {who: _names(tensors) for who, tensors in opened.items()}
+    tied = {who: _tied(opened[who], names[who]) for who in opened}
+    common = [name for name in next(iter(names.values())) if all(name in one for one in names.values())]
+    _check_names(names, tied, common)
+    left_out = [
+        f"{name}: only in {', '.join(w for w in names if name in names[w])}"
+        for name in dict.fromkeys(name for who in names for name in names[who] if name not in tied[who])
+        if name not in common
+    ]
+    known = [tied[who] for who in tied if isinstance(opened[who], State | dict)]
+    kept = []
+    for name in common:
+        if known and all(one.get(name) in common for one in known):
+            continue  # the same memory as another that is read
+        if why := _why_not(name, opened):
+            left_out.append(f"{name}: {why}")
+        else:
+            kept.append(name)
+    if not kept:
+        raise ValueError(f"{', '.join(opened)} have no tensor of real numbers in common: they are different models")
+    return kept, tuple(left_out)
+
+
+def _names(tensors: Opened) -> list[str]:
+    if not isinstance(tensors, State):
+        return list(tensors)
+    passing = {
+        f"{path}.{name}".removeprefix(".")
+        for path, module in tensors.module.named_modules(remove_duplicate=False)
+        for name in module._non_persistent_buffers_set
+    }
+    return [name for name in tensors if name not in passing]
+
+
+def _tied(tensors: Opened, names: list[str]) -> dict[str, str]:
+    """Names of tensors that are the very memory of one before, with that one's name, where that can be told."""
+    if not isinstance(tensors, State | dict):
+        return {}
+    first: dict[object, str] = {}
+    found = {}
+    for name in names:
+        one = tensors[name]
+        if one.numel() and not one.is_meta:
+            owner = first.setdefault((one.data_ptr(), one.device, one.dtype, one.shape, one.stride()), name)
+            if owner != name:
+                found[name] = owner
+    return found
+
+
+def _check_names(names: Mapping[str, list[str]], tied: Mapping[str, Mapping[str, str]], common: list[str]) -> None:
+    stacks = {_stack(name) for name in common} - {None}
+    for who, found in names.items():
+        for name in found:
+            missing = [other for other in names if name not in names[other]]
+            if not missing or name in tied[who]:
+                continue
+            if _stack(name) in stacks or (_stack(name) and not stacks):
+                raise ValueError(
+                    f"{who} has {name!r}, and {missing[0]} has not: they are different models, or one of them has it "
+                    f"under another name (experts have others in memory than on disk). Compare folders with folders "
+                    f"and live models with live models: model.save_pretrained(folder) makes the one of the other"
+                )
+
+
+def _stack(name: str) -> str | None:
+    """The path of the list of layers that a tensor lies in."""
+    found = re.match(r"(.*?(^|\.))\d+\.", name)
+    return found[1] if found else None
+
+
+def _why_not(name: str, opened: Mapping[str, Opened]) -> str | None:
+    told = {who: _told(tensors, name) for who, tensors in opened.items()}
+    (one, (shape, _)), *others = told.items()
+    for who, (other, _) in others:
+        if other != shape:
+            if _stack(name) is not None or other[1:] != shape[1:]:
+                what = f"{name!r} has the shape {shape} in {one}, {other} in {who}"
+                raise ValueError(f"{what}: they are different models")
+            return f"{shape[0]} rows in {one}, {other[0]} in {who}"
+    odd = [(who, dtype) for who, (_, dtype) in told.items() if dtype not in _REAL]
+    return f"{odd[0][1]} in {odd[0][0]}, no real numbers" if odd else None
+
+
+def _told(tensors: Opened, name: str) -> tuple[tuple[int, ...], str]:
+    """The shape and the dtype of a tensor, from the header alone where there is one."""
+    if isinstance(tensors, Checkpoint):
+        header = tensors.headers[tensors.where[name]][name]
+        return tuple(header["shape"]), header["dtype"]
+    one = tensors[name]
+    if one.is_meta:
+        raise ValueError(f"{name!r} is on the meta device (offloaded or empty): load it first")
+    return tuple(one.shape), str(one.dtype).removeprefix("torch.")

@@ -1,0 +1,9 @@
+"""The command line: the library's own functions under the same words. Importing it imports no torch.
+
+options.py has the options and how they are read; repairing.py, measuring.py and looking.py the commands; entry.py the
+command ``surgery`` itself.
+"""
+
+from surgery.cli.entry import app, main
+
+__all__ = ["app", "main"]

@@ -1,0 +1,38 @@
+"""The command ``surgery``."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+import typer
+
+from surgery.cli.looking import analyse, inspect
+from surgery.cli.measuring import sweep, tune
+from surgery.cli.options import err
+from surgery.cli.repairing import rollback, select, strengths
+
+app = typer.Typer(
+    help="git revert for LLM post-training: put back the neurons through which a later stage hurt an earlier skill.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+for command in (select, rollback, strengths, sweep, tune, analyse, inspect):
+    app.command()(command)
+
+
+def main() -> None:
+    """The command ``surgery``: exit code 0, 1 for what the user can mend (said in one line), 2 for wrong usage."""
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: err.print(f"warning: {message}", markup=False)
+            app()
+    except (ValueError, LookupError, OSError) as error:
+        text = error.args[0] if isinstance(error, KeyError) and error.args else error
+        err.print(f"error: {text}", markup=False)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        err.print("interrupted: nothing was changed", markup=False)
+        sys.exit(130)

@@ -1,0 +1,201 @@
+"""Commands that look: analyse, inspect."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from surgery.cli.options import (
+    Device,
+    Dtype,
+    LayoutFile,
+    Overwrite,
+    Units,
+    dtype_of,
+    folder_of,
+    fraction,
+    function_of,
+    kinds_in,
+    layout_of,
+    out,
+    working,
+)
+from surgery.units import noun
+
+if TYPE_CHECKING:
+    from surgery.slots import Block, Slot
+
+BUDGETS = "0.01,0.02,0.04,0.08,0.16,0.32"
+
+
+def analyse(
+    checkpoints: Annotated[
+        list[str], typer.Argument(metavar="CKPT...", help="Folders in training order, or name=folder.")
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
+    data: Annotated[
+        list[str] | None, typer.Option(help='Prompts of a domain, "domain=file"; repeat for each domain.')
+    ] = None,
+    evaluate: Annotated[
+        str | None, typer.Option(help="As in sweep, per domain (default: how likely the responses are).")
+    ] = None,
+    budgets: Annotated[str, typer.Option(help="Of the rollbacks: fractions, separated by commas.")] = BUDGETS,
+    refresh_steps: Annotated[int, typer.Option(help="Of the refresh; 0 leaves it out.")] = 10,
+    skip: Annotated[
+        str | None, typer.Option(help='Parts to leave out, separated by commas, like "terms,refreshed".')
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Read only so many prompts of each file.")] = None,
+    batch_size: int = 16,
+    device: Device = None,
+    dtype: Dtype = None,
+    layout: LayoutFile = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Is a later stage hurting an earlier one? Write a page with all the evidence, and what a repair would bring."""
+    from surgery.inquiry import analyse as run_analysis
+    from surgery.prompts import load_prompts
+    from surgery.sections import write_report
+    from surgery.trajectory import Trajectory
+    from surgery.verdict import verdict
+
+    if output.exists() and not overwrite:
+        raise ValueError(f"{output} exists: choose another folder, or pass --overwrite")
+    stages = _named(checkpoints)
+    files = _domains(data or [])
+    run = Trajectory.through(stages, layout=layout_of(layout, list(stages.values())[-1]))
+    prompts = {
+        domain: load_prompts(file, folder_of(run.later), batch_size=batch_size, limit=limit)
+        for domain, file in files.items()
+    }
+    with working("reading") as say:
+        found = run_analysis(
+            run,
+            prompts,
+            evaluate=None if evaluate is None else function_of(evaluate),
+            budgets=[fraction(text) for text in budgets.split(",")],
+            refresh_steps=refresh_steps,
+            skip=[part.strip() for part in skip.split(",")] if skip else (),
+            device=device,
+            dtype=dtype_of(dtype),
+            progress=say,
+        )
+        say("drawing")
+        page = write_report(
+            found, output, command=shlex.join(["surgery", *sys.argv[1:]]), data=files, overwrite=overwrite
+        )
+    for paragraph in verdict(found):
+        out.print(f"{paragraph}\n", markup=False)
+    for name, why in found.skipped.items():
+        out.print(f"not computed: {name}: {why}", markup=False)
+    out.print(f"wrote {page}")
+
+
+def _named(checkpoints: list[str]) -> dict[str, str]:
+    """Stages by name: as given, or the folders' own names; the same name twice gets its place."""
+    found: dict[str, str] = {}
+    for at, text in enumerate(checkpoints):
+        name, equals, folder = text.partition("=")
+        if not equals or "/" in name:
+            name, folder = Path(text).name or text, text
+        found[name if name not in found else f"{name} ({at + 1})"] = folder
+    return found
+
+
+def _domains(data: list[str]) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for text in data:
+        domain, equals, file = text.partition("=")
+        if not equals or not domain or not file:
+            raise ValueError(f'--data {text!r}: expected a domain and its file, like "math=math.jsonl"')
+        if domain in found:
+            raise ValueError(f"--data names {domain!r} twice: put its prompts into one file")
+        found[domain] = Path(file)
+    return found
+
+
+def inspect(
+    source: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint's folder, or a mask file.")],
+    probe: Annotated[bool, typer.Option("--probe", help="Verify one block of each kind by autograd.")] = False,
+    units: Units = "mlp",
+    layout: LayoutFile = None,
+) -> None:
+    """Print where the neurons (or other units) lie and how that was found."""
+    from surgery.trajectory import open_weights
+
+    if Path(source).is_file():
+        from surgery.entries import load_mask
+
+        mask = load_mask(source)
+        out.print(repr(mask), markup=False)
+        out.print(json.dumps(mask.made_by, indent=2), markup=False)
+        return
+    weights = open_weights(source, layout_of(layout, source), units=kinds_in(units))
+    kinds: dict[Any, list[Block]] = {}
+    for block in weights.layout.blocks:
+        kinds.setdefault(_kind(block), []).append(block)
+    total = sum(weights.layout.sizes.values())
+    what = noun(weights.layout.units)
+    out.print(f"{source}: {total} {what} in {len(weights.layout)} blocks of {len(kinds)} kinds")
+    for blocks in kinds.values():
+        _print_kind(blocks)
+    for note in weights.layout.notes:
+        out.print(f"\n{note}", markup=False)
+    if probe and not _probed(source, layout, kinds_in(units), [blocks[0].name for blocks in kinds.values()]):
+        raise typer.Exit(1)
+
+
+def _kind(block: Block) -> Any:
+    slots = tuple(
+        (slot.part, slot.pattern, slot.sizes, slot.shape) for slot in block.slots[: 8 if block.experts else None]
+    )
+    return block.neurons, block.experts, block.found, slots
+
+
+def _print_kind(blocks: list[Block]) -> None:
+    first = blocks[0]
+    names = first.name if len(blocks) == 1 else f"{first.name} … {blocks[-1].name} ({len(blocks)} blocks)"
+    experts = f", {first.experts} experts" if first.experts else ""
+    what = noun((first.kind,))
+    out.print(f"\n{names}", markup=False)
+    out.print(f"  {first.neurons} {what}{experts}, {first.width} parameters each; found by {first.found}", markup=False)
+    shown = first.slots if len(first.slots) <= 8 else [first.of(part)[0] for part in first.parts]
+    width = max(len(slot.tensor) for slot in shown)
+    for slot in shown:
+        pattern = f"{slot.pattern}{_which(slot)}"
+        out.print(f"  {slot.part:<9} {slot.tensor:<{width}}  {list(slot.shape)}  {pattern}", markup=False)
+    if len(shown) < len(first.slots):
+        out.print(f"  … and the same for the other experts: {len(first.slots)} tensors in all")
+
+
+def _which(slot: Slot) -> str:
+    """What a slot's pattern leaves open: the sizes of its axes, which part, which rows."""
+    said = [f"{axis} = {size}" for axis, size in slot.sizes]
+    if slot.g is not None:
+        said.append(f"g = {slot.g}" if isinstance(slot.g, int) else f"g = {slot.g[0]} … {slot.g[1] - 1}")
+    if slot.rows is not None:
+        said.append(f"of {slot.rows[0]} … {slot.rows[1] - 1}")
+    return f" ({', '.join(said)})" if said else ""
+
+
+def _probed(source: str, layout: Path | None, kinds: tuple[str, ...], names: list[str]) -> bool:
+    """Whether autograd confirms the named blocks; prints what it finds."""
+    from surgery.layout import find_layout
+    from surgery.probing import probe as verify
+    from surgery.trajectory import Trajectory
+
+    with working("loading the model to probe it"):
+        model = Trajectory(later=source).load()
+    live = layout_of(layout, source) or find_layout(model, units=kinds)
+    right = True
+    for name in names:
+        problems = verify(model, live, live[name])
+        right &= not problems
+        whose = "neuron" if live[name].kind == "mlp" else "unit"
+        said = "; ".join(problems) or f"gradient lies on exactly the {whose}'s slices"
+        out.print(f"probe {name}: {said}", markup=False)
+    return right

@@ -1,0 +1,133 @@
+"""Commands that evaluate: sweep, tune."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Annotated
+
+import typer
+
+from surgery.cli.options import (
+    Checkpoints,
+    Data,
+    Device,
+    DryRun,
+    Dtype,
+    Evaluation,
+    LayoutFile,
+    Metric,
+    NoStop,
+    Rows,
+    Selected,
+    folder_of,
+    fraction,
+    function_of,
+    limit_of,
+    live,
+    out,
+    selector_of,
+    trajectory_of,
+    working,
+)
+
+
+def sweep(
+    checkpoints: Checkpoints,
+    evaluate: Evaluation,
+    data: Data = None,
+    budgets: Annotated[str, typer.Option(help="Fractions, separated by commas.")] = "0.01,0.02,0.04",
+    selectors: Annotated[str, typer.Option(help='Like "D,AMC,MC,A/AMC,A,random".')] = "AMC,random",
+    units: Selected = "mlp",
+    no_stop: NoStop = False,
+    metric: Metric = None,
+    output: Rows = None,
+    batch_size: int = 16,
+    device: Device = None,
+    dtype: Dtype = None,
+    layout: LayoutFile = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Evaluate selectors at budgets on one live model, beside earlier, later and the ceiling."""
+    from surgery.prompts import load_prompts
+    from surgery.sweeps import sweep as run_sweep
+
+    fractions = [fraction(text) for text in budgets.split(",")]
+    chosen = [selector_of(text, fractions[0], None, 0, units, no_stop) for text in selectors.split(",")]
+    run = trajectory_of(checkpoints, layout, units)
+    if dry_run:
+        rows = len(chosen) * len(fractions) + 3
+        out.print(f"{len(chosen)} selectors × {len(fractions)} budgets + 3 references = {rows} rows")
+        return
+    batches = load_prompts(data, folder_of(run.later), batch_size=batch_size) if data else None
+    function = function_of(evaluate)
+    with working("loading") as say:
+        run = live(run, device, dtype)
+        model = run.load()
+        found = run_sweep(
+            model,
+            run,
+            batches,
+            selectors=chosen,
+            budgets=fractions,
+            evaluate=function,
+            metric=metric,
+            path=output,
+            progress=say,
+        )
+    out.print(str(found), markup=False)
+
+
+def tune(
+    checkpoints: Checkpoints,
+    evaluate: Evaluation,
+    data: Data = None,
+    selector: Annotated[str, typer.Option(help="As in select.")] = "AMC",
+    how: Annotated[str, typer.Option(help="As in select; only the masks of global are nested.")] = "global",
+    recovery: Annotated[float, typer.Option(help="The wanted part of what was lost.")] = 0.8,
+    limit: Annotated[
+        list[str] | None, typer.Option(help='The least change allowed elsewhere, like "qa=-0.002"; repeat for more.')
+    ] = None,
+    budgets: Annotated[
+        str | None, typer.Option(help="Fractions to choose among (default: 19 from 0.001 to 1).")
+    ] = None,
+    units: Selected = "mlp",
+    no_stop: NoStop = False,
+    metric: Metric = None,
+    output: Rows = None,
+    batch_size: int = 16,
+    device: Device = None,
+    dtype: Dtype = None,
+    layout: LayoutFile = None,
+) -> None:
+    """Find the smallest budget that reaches a wanted recovery under limits elsewhere; exit code 1 if none does."""
+    from surgery.prompts import load_prompts
+    from surgery.tuning import BUDGETS, recommend
+
+    fractions = [fraction(text) for text in budgets.split(",")] if budgets else list(BUDGETS)
+    chosen = selector_of(selector, fractions[0], how, 0, units, no_stop)
+    limits = dict(map(limit_of, limit or ()))
+    run = trajectory_of(checkpoints, layout, units)
+    batches = load_prompts(data, folder_of(run.later), batch_size=batch_size) if data else None
+    function = function_of(evaluate)
+    with working("loading") as say:
+        run = live(run, device, dtype)
+        found = recommend(
+            run.load(),
+            run,
+            batches,
+            selector=chosen,
+            evaluate=function,
+            recovery=recovery,
+            limits=limits,
+            budgets=fractions,
+            metric=metric,
+            path=output,
+            progress=say,
+        )
+    out.print(str(found), markup=False)
+    if found.budget is None:
+        raise typer.Exit(1)
+    words = [*checkpoints, *(["--data", str(data)] if data else []), "--selector", selector, "--how", how]
+    words += ["--units", units] if units != "mlp" else []
+    words += ["--no-stop"] if no_stop else []
+    out.print(f"\nsurgery select {shlex.join(words)} --budget {found.budget:g} -o mask.safetensors", markup=False)

@@ -1,0 +1,174 @@
+"""What commands share: consoles, options, and how their texts are read."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from surgery.units import kinds_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from surgery.reach import Strength
+    from surgery.selection import Selector
+    from surgery.slots import Layout
+    from surgery.trajectory import Trajectory
+
+WEIGHT = "weight"  # --units of single weights; not a kind of unit
+out, err = Console(soft_wrap=True, highlight=False), Console(stderr=True, soft_wrap=True, highlight=False)
+
+Checkpoints = Annotated[list[str], typer.Argument(metavar="[BASE] EARLIER LATER", help="Folders, in training order.")]
+Data = Annotated[Path | None, typer.Option(help="JSON lines of the damaged domain (needed for A and D).")]
+Budget = Annotated[
+    float, typer.Option(help="Fraction of all neurons to revert, 0 to 1 (of several --units: of their parameters).")
+]
+Device = Annotated[str | None, typer.Option(help='Where the model runs, like "cuda".')]
+Dtype = Annotated[str | None, typer.Option(help='Its dtype, like "bfloat16" (default: the checkpoint\'s).')]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, with counts, and write nothing.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
+Evaluation = Annotated[
+    str,
+    typer.Option(
+        help='"module:function" or "file.py:function"; model in, {metric: score} out. Or "lm_eval:task,task".'
+    ),
+]
+Metric = Annotated[str | None, typer.Option(help="Whose recovery to report (default: the one that fell most).")]
+Rows = Annotated[Path | None, typer.Option("-o", "--output", help="JSON lines; what was interrupted resumes.")]
+LayoutFile = Annotated[
+    Path | None, typer.Option("--layout", help="Your own layout: a JSON file (docs/how-to/add-an-architecture.md).")
+]
+Units = Annotated[
+    str, typer.Option(help='"mlp", "kv_group", "query_head", "value_channel", or two like "mlp,kv_group".')
+]
+Selected = Annotated[str, typer.Option("--units", help='As in inspect; or "weight": single weights.')]
+NoStop = Annotated[
+    bool,
+    typer.Option("--no-stop", help="Of single weights by D take the whole budget, also where fewer lower the loss."),
+]
+
+
+def trajectory_of(checkpoints: list[str], layout: Path | None, units: str) -> Trajectory:
+    from surgery.trajectory import Trajectory
+
+    if len(checkpoints) not in (2, 3):
+        raise ValueError(f"expected [BASE] EARLIER LATER, got {len(checkpoints)} checkpoints")
+    base = checkpoints[0] if len(checkpoints) == 3 else None
+    own = layout_of(layout, checkpoints[-1])
+    kinds = ("mlp",) if units == WEIGHT else kinds_in(units)
+    return Trajectory(base, checkpoints[-2], checkpoints[-1], layout=own, units=kinds)
+
+
+def kinds_in(units: str) -> tuple[str, ...]:
+    return kinds_of(tuple(kind.strip() for kind in units.split(",")))
+
+
+def live(run: Trajectory, device: str | None, dtype: str | None) -> Trajectory:
+    from dataclasses import replace
+
+    return replace(run, model=run.load(device, dtype_of(dtype)))
+
+
+def dtype_of(name: str | None) -> torch.dtype | None:
+    import torch
+
+    if name is not None and not isinstance(getattr(torch, name, None), torch.dtype):
+        raise ValueError(f"--dtype {name}: expected a torch dtype like bfloat16")
+    return getattr(torch, name) if name else None
+
+
+def layout_of(path: Path | None, source: str) -> Layout | None:
+    if path is None:
+        return None
+    from surgery.checkpoint import Checkpoint
+    from surgery.layout import spec_layout
+
+    return spec_layout(json.loads(path.read_text()), Checkpoint(source).shapes)
+
+
+def folder_of(source: Any) -> Path:
+    from surgery.checkpoint import Checkpoint
+
+    return Checkpoint(source).folder
+
+
+def selector_of(text: str, budget: float, how: Any, seed: int, units: str, no_stop: bool) -> Selector:
+    from surgery.selection import AMCSelector, DamageSelector, RandomSelector
+    from surgery.singles import EntrySelector
+
+    if units == WEIGHT:
+        rank = text.strip()
+        if rank == "random" or "/" in rank:
+            raise ValueError(f"--units {WEIGHT} are ranked by D or by letters of A, M, C, and {rank!r} was asked for")
+        return EntrySelector(budget, rank, how or "global", stop=not no_stop)
+    if text.strip() == "random":
+        return RandomSelector(budget, seed)
+    if text.strip() == "D":
+        return DamageSelector(budget, how or "global")
+    rank, _, spend = text.strip().partition("/")
+    return AMCSelector(budget, rank, spend or rank, how or "proportional")
+
+
+def fraction(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"--budgets: {text!r} is not a number") from None
+
+
+def strength_of(text: str) -> Strength:
+    from surgery.neurons import Neurons
+
+    try:
+        return float(text)
+    except ValueError:
+        if not Path(text).is_file():
+            raise ValueError(f"--strength {text!r}: expected a number, or a file as strengths writes it") from None
+    return Neurons.load(text)
+
+
+def limit_of(text: str) -> tuple[str, float]:
+    name, _, least = text.partition("=")
+    try:
+        return name.strip(), float(least)
+    except ValueError:
+        raise ValueError(f'--limit {text!r}: expected a metric and its least change, like "qa=-0.002"') from None
+
+
+def function_of(name: str) -> Callable[..., Any] | str:
+    """The function that ``module:function`` or ``file.py:function`` names; ``lm_eval:tasks`` stays as it is."""
+    if name.startswith("lm_eval:"):
+        return name
+    home, _, attribute = name.rpartition(":")
+    if not home:
+        raise ValueError(f'--evaluate {name!r}: expected "module:function" or "file.py:function"')
+    if home.endswith(".py"):
+        path = Path(home).absolute()
+        sys.path.insert(0, str(path.parent))
+        home = path.stem
+    else:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        return getattr(import_module(home), attribute)  # type: ignore[no-any-return]
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"--evaluate {name!r}: {error}") from error
+
+
+@contextmanager
+def working(what: str) -> Iterator[Callable[[str], None]]:
+    """A spinner with the seconds that have gone by, on the error stream, so that output can be piped."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    start = time.monotonic()
+    with err.status(what) as status:
+        yield lambda text: status.update(f"{text} ({time.monotonic() - start:.0f} s)")

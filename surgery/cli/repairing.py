@@ -1,0 +1,160 @@
+"""Commands that choose and write: select, strengths, rollback."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from surgery.cli.options import (
+    Budget,
+    Checkpoints,
+    Data,
+    Device,
+    DryRun,
+    Dtype,
+    LayoutFile,
+    NoStop,
+    Overwrite,
+    Selected,
+    folder_of,
+    layout_of,
+    live,
+    out,
+    selector_of,
+    strength_of,
+    trajectory_of,
+    working,
+)
+
+
+def select(
+    checkpoints: Checkpoints,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="The mask file to write.")] = None,
+    data: Data = None,
+    budget: Budget = 0.02,
+    selector: Annotated[
+        str, typer.Option(help='"D" (damage); letters of A, M, C that rank, "/" letters that split; "random".')
+    ] = "AMC",
+    how: Annotated[
+        str | None, typer.Option(help="proportional, global or uniform (default: global for D, else proportional).")
+    ] = None,
+    units: Selected = "mlp",
+    no_stop: NoStop = False,
+    seed: Annotated[int, typer.Option(help="Of the random selector.")] = 0,
+    batch_size: int = 16,
+    device: Device = None,
+    dtype: Dtype = None,
+    layout: LayoutFile = None,
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Choose the neurons to revert and write them as a mask file."""
+    from surgery.prompts import load_prompts
+
+    if output is None and not dry_run:
+        raise ValueError("say where the mask goes: -o mask.safetensors (or --dry-run to see the counts only)")
+    if output is not None and output.exists() and not (overwrite or dry_run):
+        raise ValueError(f"{output} exists: choose another file, or pass --overwrite")
+    run = trajectory_of(checkpoints, layout, units)
+    chosen = selector_of(selector, budget, how, seed, units, no_stop)
+    with working(f"reading {len(checkpoints)} checkpoints"):
+        batches = load_prompts(data, folder_of(run.later), batch_size=batch_size) if data else None
+        if batches is not None and set(selector) & set("AD"):
+            run = live(run, device, dtype)
+        mask = chosen.select(run, batches)
+    out.print(repr(mask), markup=False)
+    for note in mask.made_by.get("not_covered", []):
+        out.print(note, markup=False)
+    taken = sum(mask.count().values())
+    if found := mask.made_by.get("entries"):
+        out.print(f"{found['allowed']} weights allowed, {taken} taken")
+        for count, loss in found.get("curve", []):
+            out.print(f"  {count:>10} reverted: loss {loss:.5g}{' (kept)' if count == taken else ''}")
+    elif budget and not taken:
+        out.print(f"budget {budget} buys not one of these units: pass a larger --budget")
+    for expert in mask.made_by.get("never_routed", []):
+        out.print(f"never routed, so without an activation: {expert}")
+    if output is not None and not dry_run:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        mask.save(output)
+        out.print(f"wrote {output}")
+
+
+def rollback(
+    later: Annotated[str, typer.Argument(help="The later checkpoint's folder.")],
+    to: Annotated[str, typer.Option(help="The earlier checkpoint's folder.")],
+    mask: Annotated[Path, typer.Option(help="A mask file, as select writes it.")],
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="The folder to write.")] = None,
+    strength: Annotated[
+        str, typer.Option(help="How far back, 0 to 3; 1 copies bits. Or a file, as strengths writes it.")
+    ] = "1",
+    layout: LayoutFile = None,
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write the later checkpoint with the masked neurons set back; every other byte stays as it was."""
+    from surgery.entries import load_mask, noun_of
+    from surgery.operators import rolled_back
+    from surgery.reach import recorded, spoken
+    from surgery.saving import save
+
+    if output is None and not dry_run:
+        raise ValueError("say where the healed checkpoint goes: -o FOLDER (or --dry-run to see the counts only)")
+    if not mask.is_file():
+        raise LookupError(f"there is no mask file {mask}")
+    chosen = load_mask(mask)
+    own = layout_of(layout, later)
+    view = rolled_back(later, to=to, mask=chosen, strength=strength_of(strength), layout=own)
+    counted = f"{sum(chosen.count().values())} of {chosen.total} {noun_of(chosen)} ({chosen.fraction:.2%})"
+    out.print(f"{counted}, {view.parameters} parameters")
+    if view.strength != 1:
+        out.print(spoken(recorded(view.strength, chosen)))
+    for file in view.headers:
+        out.print(f"  {file}: {len(view.touched(file))} of {len(view.headers[file])} tensors touched")
+    if dry_run or output is None:
+        out.print("dry run: nothing was written")
+        return
+    with working(f"writing {output}"):
+        save(view, output, overwrite=overwrite)
+    out.print(f"wrote {output}")
+
+
+def strengths(
+    earlier: Annotated[str, typer.Argument(help="The earlier checkpoint's folder.")],
+    later: Annotated[str, typer.Argument(help="The later checkpoint's folder.")],
+    mask: Annotated[Path, typer.Option(help="A mask file, as select writes it.")],
+    data: Annotated[Path, typer.Option(help="JSON lines of the damaged domain.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The file to write, for rollback --strength.")],
+    most: Annotated[float, typer.Option(help="The furthest a neuron may go, up to 3; 1 is the earlier value.")] = 2.0,
+    joint: Annotated[bool, typer.Option("--joint", help="One strength for all.")] = False,
+    passes: Annotated[int, typer.Option(help="Forward and backward passes over the data.")] = 16,
+    batch_size: int = 16,
+    device: Device = None,
+    layout: LayoutFile = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Find how far back each masked neuron should go and write it as a file; the model is loaded in float32."""
+    from surgery.entries import load_mask
+    from surgery.optimum import strengths as find
+    from surgery.prompts import load_prompts
+    from surgery.reach import recorded, spoken
+
+    if output.exists() and not overwrite:
+        raise ValueError(f"{output} exists: choose another file, or pass --overwrite")
+    if not mask.is_file():
+        raise LookupError(f"there is no mask file {mask}")
+    chosen = load_mask(mask)
+    run = trajectory_of([earlier, later], layout, "mlp")
+    with working("finding strengths"):
+        batches = load_prompts(data, folder_of(later), batch_size=batch_size)
+        run = live(run, device, "float32")
+        found = find(run, batches, chosen, most=most, joint=joint, passes=passes)
+    told = found.made_by["strengths"]
+    none, full = told["loss"][:2]
+    out.print(f"loss {none:.5g} in the later model, {full:.5g} at strength {min(1.0, most):g}, {told['least']:.5g} now")
+    out.print(spoken(recorded(found, chosen)))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    found.save(output)
+    out.print(f"wrote {output}")

@@ -1,0 +1,140 @@
+"""Figures of the structural evidence: one function each, an analysis in, matplotlib ``Axes`` out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from surgery.alignment import Directions
+from surgery.analysis import Matrix, Overlap
+from surgery.drift import Changes
+from surgery.plots import _axes, _style
+from surgery.shares import Profile
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def change_histogram(
+    changes: Changes,
+    what: Literal["absolute", "relative"] = "absolute",
+    against: Literal["base", "before"] = "base",
+    ax: Axes | None = None,
+) -> Axes:
+    """How far parameters moved, one line per stage, on a logarithmic axis (the paper's Figure 2 and Appendix B).
+
+    The line of a stage is the share of all parameters in each octave; what did not move at all is told in the legend.
+
+    Args:
+        changes: what ``surgery.changes`` returned.
+        what: abs(Δ), or abs(Δ) / abs(θ_reference).
+        against: the first checkpoint (cumulative), or the one before (incremental).
+        ax: where to draw (default: a new figure).
+
+    Raises:
+        ValueError: another word than those.
+    """
+    if what not in ("absolute", "relative") or against not in ("base", "before"):
+        raise ValueError(f'what={what!r}, against={against!r}: expected "absolute" or "relative", "base" or "before"')
+    ax = ax or _axes()
+    for at, step in enumerate(changes.cumulative if against == "base" else changes.incremental):
+        one = step.whole
+        held = one.absolute if what == "absolute" else one.relative
+        label = f"{step.stage} − {step.reference} ({100 * one.share(one.unchanged):.1f} % unchanged)"
+        shares = [100 * one.share(count) for count in held.counts]
+        if held.counts:
+            ax.stairs(shares, [max(edge, 1e-38) for edge in held.edges], label=label, **_line(at))
+        else:
+            ax.plot([], [], label=label, **_line(at))
+    threshold = changes.absolute if what == "absolute" else changes.relative
+    ax.axvline(threshold, color="0.5", linestyle="--", linewidth=1, label=f"near zero: below {threshold:g}")
+    ax.set_xscale("log")
+    ax.set_xlabel("abs(Δ), in the unit of the weights" if what == "absolute" else "abs(Δ) / abs(θ of the reference)")
+    ax.set_ylabel("parameters per octave (%)")
+    ax.set_ylim(bottom=0)
+    ax.legend(frameon=False, fontsize="small")
+    return ax
+
+
+def _line(at: int) -> dict[str, Any]:
+    return {key: value for key, value in _style(at).items() if key in ("color", "linewidth")}
+
+
+def overlap_matrix(overlap: Overlap, ax: Axes | None = None, title: str = "") -> Axes:
+    """Jaccard of every two domains' top neurons, each cell with chance in brackets.
+
+    Args:
+        overlap: what ``surgery.overlap`` returned, of changed or of active neurons.
+        ax: where to draw (default: a new figure); two of them side by side share the scale 0 to 1.
+        title: such as "changed" or "active".
+    """
+    ax = ax or _axes()
+    _matrix(ax, overlap.jaccard, overlap.chance, overlap.domains)
+    ax.set_title(f"{title} neurons, top {100 * overlap.top:g} %".strip(), fontsize="medium")
+    return ax
+
+
+def _matrix(ax: Axes, values: Matrix, chance: Matrix, names: tuple[str, ...]) -> None:
+    image = ax.imshow(values, cmap="cividis", vmin=0, vmax=1)
+    for i, row in enumerate(values):
+        for j, value in enumerate(row):
+            text = f"{value:.2f}" if i == j else f"{value:.2f}\n({chance[i][j]:.2f})"
+            ax.text(j, i, text, ha="center", va="center", fontsize=9, color="black" if value > 0.45 else "white")
+    ax.set_xticks(range(len(names)), names)
+    ax.set_yticks(range(len(names)), names)
+    ax.figure.colorbar(image, ax=ax, label="Jaccard (chance in brackets)", shrink=0.8)
+
+
+def directional_cosine(
+    directions: Directions, pairs: list[tuple[str, str]] | None = None, ax: Axes | None = None
+) -> Axes:
+    """Mean cosine of two stages' updates in each block, one line per pair, with its null's 95 % band (Figure 4).
+
+    Args:
+        directions: what ``surgery.directions`` returned.
+        pairs: which pairs of stages (default: all).
+        ax: where to draw (default: a new figure). A block without shared neurons leaves a gap; a hollow mark is
+            a single neuron, which has no null.
+    """
+    ax = ax or _axes()
+    chosen = [directions.of(*pair) for pair in pairs] if pairs else list(directions.pairs)
+    for at, pair in enumerate(chosen):
+        style = _style(at)
+        means = [float("nan") if one.mean is None else one.mean for one in pair.blocks]
+        ax.plot(range(len(means)), means, label=f"{pair.first}–{pair.second}", **style)
+        bands = [(float("nan"),) * 3 if one.null is None else one.null for one in pair.blocks]
+        lows, highs = ([band[end] for band in bands] for end in (0, 2))
+        ax.fill_between(range(len(means)), lows, highs, color=style["color"], alpha=0.12, linewidth=0)
+        single = [(x, one.mean) for x, one in enumerate(pair.blocks) if one.mean is not None and one.null is None]
+        hollow = {**style, "linestyle": "none", "markerfacecolor": "white"}
+        ax.plot([x for x, _ in single], [y for _, y in single], **hollow)
+    ax.axhline(0, color="0.6", linewidth=1)
+    _whole_numbers(ax)
+    ax.set_xlabel("block, in layer order")
+    ax.set_ylabel("mean cosine of the updates")
+    ax.legend(frameon=False, fontsize="small")
+    return ax
+
+
+def profile_bars(profile: Profile, ax: Axes | None = None) -> Axes:
+    """The share of a mask's units, or of a score's sum, that each block has, coloured by kind of unit.
+
+    Args:
+        profile: what ``surgery.profile`` returned.
+        ax: where to draw (default: a new figure).
+    """
+    ax = ax or _axes()
+    for at, kind in enumerate(one.kind for one in profile.kinds):
+        rows = [(x, 100 * one.share) for x, one in enumerate(profile.blocks) if one.kind == kind]
+        ax.bar([x for x, _ in rows], [share for _, share in rows], color=_style(at)["color"], label=kind)
+    _whole_numbers(ax)
+    ax.set_xlabel("block, in layer order")
+    ax.set_ylabel(f"share of the {profile.what} (%)")
+    ax.legend(frameon=False, fontsize="small")
+    return ax
+
+
+def _whole_numbers(ax: Axes) -> None:
+    """Blocks are numbered, as many of them as there is room for."""
+    from matplotlib.ticker import MaxNLocator
+
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))

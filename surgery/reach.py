@@ -1,0 +1,63 @@
+"""How far back a rollback goes: one strength for all that it reverts, or one for each neuron."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surgery.entries import Entries, Mask
+from surgery.neurons import Neurons
+from surgery.slots import Layout
+
+Strength = float | Neurons
+MOST = 3.0  # the furthest: three times the way from the later values to the earlier ones
+
+
+def check_strength(strength: Strength, layout: Layout) -> None:
+    """Raise ``ValueError`` unless it is a number in [0, MOST], or such a number for every neuron of a layout."""
+    if isinstance(strength, Neurons):
+        if strength.is_mask:
+            raise ValueError("strength= holds a mask: expected a number, or scores that say how far each neuron goes")
+        strength.require(layout.sizes, "the model")
+        wrong = [float(value.min()) for value in strength.values() if len(value) and value.min() < 0]
+        wrong += [float(value.max()) for value in strength.values() if len(value) and value.max() > MOST]
+        if wrong:
+            raise ValueError(f"strength= holds {wrong[0]:g}: expected numbers in [0, {MOST:g}]")
+    elif isinstance(strength, bool) or not (isinstance(strength, int | float) and 0 <= strength <= MOST):
+        raise ValueError(
+            f"strength={strength!r}: expected a number in [0, {MOST:g}] (1 copies the earlier bits), or Neurons of them"
+        )
+
+
+def neurons_of(mask: Mask, part: str) -> Tensor:
+    """The neuron of every weight that entries select of a part, or the neurons that a mask selects of a block."""
+    return mask[part] // mask.shapes[part][1] if isinstance(mask, Entries) else mask.indices(part)
+
+
+def applied(strength: Strength, mask: Mask) -> Tensor:
+    """The strength of every neuron (or weight) that a mask selects, in its order: float32 ``[selected]``."""
+    if not isinstance(strength, Neurons):
+        return torch.full((sum(mask.count().values()),), float(strength))
+    whose = {part: part.rpartition("/")[0] if isinstance(mask, Entries) else part for part in mask}
+    return torch.cat([torch.zeros(0), *(strength[whose[part]][neurons_of(mask, part)] for part in mask)])
+
+
+def recorded(strength: Strength, mask: Mask) -> Any:
+    """A strength as JSON: the number, or the least, mean and most of those that a mask uses, and how many exceed 1."""
+    if not isinstance(strength, Neurons):
+        return float(strength)
+    used = applied(strength, mask)
+    if not len(used):
+        return {"least": 0.0, "mean": 0.0, "most": 0.0, "beyond": 0}
+    low, mean, high = float(used.min()), float(used.double().mean()), float(used.max())
+    return {"least": low, "mean": mean, "most": high, "beyond": int((used > 1).sum())}
+
+
+def spoken(strength: Any) -> str:
+    """What ``recorded`` gave, in words."""
+    if not isinstance(strength, dict):
+        return f"strength {strength}" + (", past the earlier values" if strength > 1 else "")
+    past = f", {strength['beyond']} of them past the earlier values" if strength["beyond"] else ""
+    return f"strengths from {strength['least']:.3g} to {strength['most']:.3g}, {strength['mean']:.3g} on average{past}"

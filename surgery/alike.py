@@ -13,8 +13,8 @@ _REAL = ("float64", "float32", "float16", "bfloat16", "F64", "F32", "F16", "BF16
 Opened = Mapping[str, Tensor]
 
 
-def alike(opened: Mapping[str, Opened]) -> tuple[list[str], tuple[str, ...]]:
-    """The names of the parameters that all checkpoints have, tied ones once, and what is left out and why.
+def alike(opened: Mapping[str, Opened]) -> tuple[dict[str, int], tuple[str, ...]]:
+    """The parameters that all checkpoints have (name → dimensions), tied ones once, and what is left out and why.
 
     Left out are tensors outside the layers that only some have, or that have another number of rows there (a padded
     vocabulary), and those that hold no real numbers. Buffers that are never saved are no parameters.
@@ -33,14 +33,15 @@ def alike(opened: Mapping[str, Opened]) -> tuple[list[str], tuple[str, ...]]:
         if name not in common
     ]
     known = [tied[who] for who in tied if isinstance(opened[who], State | dict)]
-    kept = []
+    kept: dict[str, int] = {}
     for name in common:
         if known and all(one.get(name) in common for one in known):
             continue  # the same memory as another that is read
-        if why := _why_not(name, opened):
+        told = {who: _told(tensors, name) for who, tensors in opened.items()}
+        if why := _why_not(name, told):
             left_out.append(f"{name}: {why}")
         else:
-            kept.append(name)
+            kept[name] = len(next(iter(told.values()))[0])
     if not kept:
         raise ValueError(f"{', '.join(opened)} have no tensor of real numbers in common: they are different models")
     return kept, tuple(left_out)
@@ -93,8 +94,7 @@ def _stack(name: str) -> str | None:
     return found[1] if found else None
 
 
-def _why_not(name: str, opened: Mapping[str, Opened]) -> str | None:
-    told = {who: _told(tensors, name) for who, tensors in opened.items()}
+def _why_not(name: str, told: Mapping[str, tuple[tuple[int, ...], str]]) -> str | None:
     (one, (shape, _)), *others = told.items()
     for who, (other, _) in others:
         if other != shape:

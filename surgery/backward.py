@@ -46,22 +46,36 @@ def collecting_from(
     Every backward pass calls ``take(name, gradient)`` once for each that has one, when it is complete (a parameter used
     in several places has one); then the gradient is freed. At the end all is as it was: gradients, flags, modes.
     """
-    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    modes, handles = [(module, module.training) for module in model.modules()], []
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with only_these({p: partial(take, name) for name, p in parameters.items()}, model):
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
-    def hook(name: str, parameter: Tensor) -> None:
+
+@contextmanager
+def only_these(takes: Mapping[nn.Parameter, Callable[[Tensor], None]], model: nn.Module) -> Iterator[None]:
+    """While the body runs, those parameters take gradients, and nothing else does; at the end all is as it was.
+
+    A gradient is handed over when it is complete, and then freed: one parameter's is in memory at a time.
+    """
+    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    handles = []
+
+    def hook(parameter: Tensor) -> None:
         assert parameter.grad is not None
-        take(name, parameter.grad)
+        takes[parameter](parameter.grad)  # type: ignore[index]
         parameter.grad = None
 
     try:
-        model.eval()
         for p, _, _ in before:
             p.grad = None
-            p.requires_grad_(False)
-        for name, p in parameters.items():
-            p.requires_grad_(True)
-            handles.append(p.register_post_accumulate_grad_hook(partial(hook, name)))
+            p.requires_grad_(p in takes)
+            if p in takes:
+                handles.append(p.register_post_accumulate_grad_hook(hook))
         with torch.enable_grad():
             yield
     finally:
@@ -70,8 +84,6 @@ def collecting_from(
         for p, required, grad in before:
             p.requires_grad_(required)
             p.grad = grad
-        for module, mode in modes:
-            module.training = mode
 
 
 def in_runs(slot: Slot, *views: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...]]]:

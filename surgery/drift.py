@@ -13,8 +13,8 @@ from torch import Tensor
 from surgery.alike import alike
 from surgery.checkpoint import tensors_of
 from surgery.evidence import Cell, Table, write_json
-from surgery.meter import Meter, Place, Sums
-from surgery.places import KINDS, layer_order
+from surgery.meter import Group, Meter, Sums
+from surgery.places import KINDS, places_of
 from surgery.trajectory import Trajectory
 
 
@@ -172,12 +172,12 @@ def changes(run: Trajectory, *, absolute: float = 1e-7, relative: float = 1e-3) 
     if len(found) < 2:
         raise ValueError(f"changes compares two or more checkpoints, got {list(found) or 'none'}")
     names, opened = list(found), [tensors_of(source) for source in found.values()]
-    tensors, left_out = alike(dict(zip(names, opened, strict=True)))
+    dims, left_out = alike(dict(zip(names, opened, strict=True)))
     last = range(1, len(names))
     pairs = list(dict.fromkeys([*((0, at) for at in last), *((at - 1, at) for at in last)]))
     meter = Meter(units, pairs, names)
-    for tensor in tensors:
-        meter.read(tensor, opened)
+    for tensor, place in sorted(places_of(dims).items(), key=lambda item: item[1].order):
+        meter.read(tensor, (place.layer, place.kind), opened)
     steps = {pair: _step(names, pair, meter.sums[pair], units) for pair in pairs}
     return Changes(
         absolute,
@@ -195,11 +195,10 @@ def _unit(name: str, threshold: float) -> int:
     return int(struct.unpack("<i", struct.pack("<f", threshold))[0])
 
 
-def _step(names: Sequence[str], pair: tuple[int, int], groups: Mapping[Place, Sums], units: tuple[int, int]) -> Step:
+def _step(names: Sequence[str], pair: tuple[int, int], groups: Mapping[Group, Sums], units: tuple[int, int]) -> Step:
     """One comparison, from the sums of each kind of each layer."""
-    groups = dict(sorted(groups.items(), key=lambda item: layer_order(item[0])))
 
-    def total(some: Iterable[Place]) -> Sums:
+    def total(some: Iterable[Group]) -> Sums:
         return sum((groups[place] for place in some), Sums())
 
     kinds = [kind for kind in KINDS if any(kind == one for _, one in groups)]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from surgery.backward import only_these
 from surgery.edits import Edit, edits_of
 from surgery.entries import Mask, noun_of, units_of_mask
 from surgery.operators import REAL, bits, check_writable, numbers, uninterrupted
@@ -97,22 +99,8 @@ class Leaves:
         own: dict[nn.Parameter, list[Leaf]] = {}
         for leaf in self.leaves:
             own.setdefault(leaf.parameter, []).append(leaf)
-        before = [(p, p.requires_grad, p.grad) for p in self.model.parameters()]
-        handles = []
-        try:
-            for p, _, _ in before:
-                p.grad = None
-                p.requires_grad_(p in own)
-                if p in own:
-                    handles.append(p.register_post_accumulate_grad_hook(_adding(own[p])))
-            with torch.enable_grad():
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            for p, required, grad in before:
-                p.requires_grad_(required)
-                p.grad = grad
+        with only_these({p: partial(_add, leaves) for p, leaves in own.items()}, self.model):
+            yield
 
     def clear(self) -> None:
         """Set the gradients to zero."""
@@ -166,15 +154,10 @@ def name_of(leaf: Leaf) -> str:
     return leaf.part.name if isinstance(leaf.part, Whole) else leaf.part.slot.tensor
 
 
-def _adding(leaves: list[Leaf]) -> Callable[[Tensor], None]:
-    def hook(parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        for leaf in leaves:
-            assert leaf.value.grad is not None
-            leaf.value.grad += leaf.part.take(parameter.grad).to(leaf.value.dtype)
-        parameter.grad = None
-
-    return hook
+def _add(leaves: list[Leaf], grad: Tensor) -> None:
+    for leaf in leaves:
+        assert leaf.value.grad is not None
+        leaf.value.grad += leaf.part.take(grad).to(leaf.value.dtype)
 
 
 def _everything(model: nn.Module) -> list[tuple[nn.Parameter, Edit | Whole]]:

@@ -10,11 +10,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from surgery.places import place_of
-
 CHUNK = 1 << 18  # numbers per checkpoint that are in memory at a time
 BINS = 256  # the exponents of float32
-Place = tuple[str | None, str]
+Group = tuple[str | None, str]  # a layer's path, and a kind of module
 
 
 @dataclass
@@ -37,14 +35,13 @@ class Meter:
 
     def __init__(self, units: tuple[int, int], pairs: list[tuple[int, int]], names: list[str]) -> None:
         self.units, self.pairs, self.names = units, pairs, names
-        self.sums: dict[tuple[int, int], dict[Place, Sums]] = {pair: {} for pair in pairs}
+        self.sums: dict[tuple[int, int], dict[Group, Sums]] = {pair: {} for pair in pairs}
         self.wide, self.size = torch.empty(len(names), CHUNK), torch.empty(CHUNK)
         self.delta, self.ratio = torch.empty(CHUNK), torch.empty(CHUNK)
 
-    def read(self, name: str, opened: list[Mapping[str, Tensor]]) -> None:
+    def read(self, name: str, group: Group, opened: list[Mapping[str, Tensor]]) -> None:
         """Add one tensor to its group."""
-        place = place_of(name)
-        held = {pair: self.sums[pair].setdefault(place, Sums()) for pair in self.pairs}
+        held = {pair: self.sums[pair].setdefault(group, Sums()) for pair in self.pairs}
         for chunk in _chunks([tensors[name].detach() for tensors in opened]):
             wide = [room[: len(one)].copy_(one) for room, one in zip(self.wide, chunk, strict=True)]
             for reference in dict.fromkeys(first for first, _ in self.pairs):

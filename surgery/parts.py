@@ -1,22 +1,16 @@
-"""The parts of a model, by the names of its parameters: what layer and kind of module each belongs to."""
+"""Inner products of gradients, added up to the parts of a model: its modules, layers and kinds of module."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from surgery.evidence import Cell
+from surgery.places import KINDS, Place, places_of
 
 Products = tuple[tuple[float, ...], ...]  # [domain, domain]
 Pairs = tuple[tuple[str, str], ...]
-KINDS = ("attention", "mlp", "norm", "other", "embedding", "head")
-_LAYER = re.compile(r"((?:.*?\.)?(\d+))\.(.+)")  # the first number of a name is the layer's; an expert's comes later
-_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
-_MLP = re.compile(r"mlp|ffn|ffwd|feed_?forward|fc|dense|moe|expert|intermediate|output", re.IGNORECASE)
-_HEAD = re.compile(r"head|embed_out|cls", re.IGNORECASE)
-_EMBEDDING = re.compile(r"emb|wte|wpe", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -24,7 +18,7 @@ class Part:
     """A part of a model, and how the gradients of some domains lie to each other in it.
 
     ``name``: a module's path, or what it is the sum of. ``layer``: its number, None outside the layers. ``kind``:
-    "model", "layer", "module", or what ``kinds_of`` says. ``norms``: domain → ‖g‖. ``cosines``: domain → domain →
+    "model", "layer", "module", or what ``places_of`` says. ``norms``: domain → ‖g‖. ``cosines``: domain → domain →
     cosine in [−1, 1], None where a gradient is zero.
     """
 
@@ -67,37 +61,11 @@ class Pull:
         return self.module, f"{self.first}–{self.second}", self.cosine
 
 
-def kinds_of(dims: Mapping[str, int]) -> dict[str, tuple[int | None, str, str]]:
-    """Layer (None outside), kind and module of every parameter, from the names and the numbers of dimensions alone.
-
-    Kinds: "attention"; "mlp" (experts and their router, too); "norm": modules that hold vectors only; "embedding" and
-    "head" outside the layers; "other". A norm inside attention (q_norm) is part of the attention. The module is the
-    layer's child.
-    """
-    split = {name: _LAYER.fullmatch(name) for name in dims}
-    homes = {
-        name: f"{found[1]}.{found[3].split('.')[0]}" if found else name.rpartition(".")[0] or name
-        for name, found in split.items()
-    }
-    wide = {home for name, home in homes.items() if dims[name] > 1}
-    places = {}
-    for name, home in homes.items():
-        found, child = split[name], home.rpartition(".")[2]
-        if home not in wide:
-            kind = "norm"
-        elif found:
-            kind = "attention" if _ATTENTION.search(child) else "mlp" if _MLP.search(child) else "other"
-        else:
-            kind = "head" if _HEAD.search(home) else "embedding" if _EMBEDDING.search(home) else "other"
-        places[name] = (int(found[2]) if found else None, kind, home)
-    return places
-
-
 def gathered(
     dims: Mapping[str, int], domains: Sequence[str], products: Mapping[str, Products]
 ) -> tuple[Part, tuple[Part, ...], tuple[Part, ...], tuple[Part, ...]]:
     """The whole model, its kinds of module, its layers, and the modules of every layer, each the sum of its tensors."""
-    places = kinds_of(dims)
+    places = places_of(dims)
 
     def sums(groups: Mapping[tuple[int | None, str], list[str]], label: str | None) -> tuple[Part, ...]:
         return tuple(
@@ -108,11 +76,11 @@ def gathered(
     kinds: dict[str, list[str]] = {}
     layers: dict[int, list[str]] = {}
     modules: dict[tuple[int | None, str], list[str]] = {}
-    for name, (layer, kind, _) in places.items():
-        kinds.setdefault(kind, []).append(name)
-        if layer is not None:
-            layers.setdefault(layer, []).append(name)
-            modules.setdefault((layer, kind), []).append(name)
+    for name, place in places.items():
+        kinds.setdefault(place.kind, []).append(name)
+        if place.number is not None:
+            layers.setdefault(place.number, []).append(name)
+            modules.setdefault((place.number, place.kind), []).append(name)
     return (
         Part.of("model", None, "model", domains, list(products.values())),
         tuple(part for k in KINDS if k in kinds for part in sums({(None, k): kinds[k]}, k)),
@@ -145,8 +113,8 @@ def _cosine(product: float, squares: float) -> float | None:
     return max(-1.0, min(1.0, product / math.sqrt(squares))) if squares > 0 else None
 
 
-def _name(names: Sequence[str], places: Mapping[str, tuple[int | None, str, str]]) -> str:
+def _name(names: Sequence[str], places: Mapping[str, Place]) -> str:
     """The path of a module, or of the layer with the kind, where several of its modules are of that kind."""
-    homes = {places[name][2] for name in names}
+    homes = {places[name].module for name in names}
     first = next(iter(homes))
-    return first if len(homes) == 1 else f"{first.rpartition('.')[0]}[{places[names[0]][1]}]"
+    return first if len(homes) == 1 else f"{first.rpartition('.')[0]}[{places[names[0]].kind}]"

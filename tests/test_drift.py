@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from surgery import Changes, Trajectory, changes, find_layout, meter
 from surgery.drift import Change
-from surgery.places import KINDS, place_of
+from surgery.places import KINDS, Place, places_of
 
 SOME = ["qwen3", "gpt2", "phi3", "bloom", "bert", "mixtral", "qwen3_moe", "gpt_oss"]
 State = dict[str, Tensor]
@@ -102,7 +102,8 @@ def test_streamed_is_what_the_definition_says(family, dtype, chunk, monkeypatch)
         assert (step.stage, step.reference) == (f"s{at}", f"s{at - 1}")
         agree(step.whole, plain(list(held[at - 1].values()), list(held[at].values())))
         for one in step.groups:
-            pick = [name for name in held[0] if place_of(name) == (one.layer, one.kind)]
+            places = places_of({name: tensor.ndim for name, tensor in held[0].items()})
+            pick = [name for name in held[0] if (places[name].layer, places[name].kind) == (one.layer, one.kind)]
             agree(one, plain([held[at - 1][name] for name in pick], [held[at][name] for name in pick]))
 
 
@@ -148,7 +149,7 @@ def test_groups_add_up_and_every_parameter_is_counted(family):
 
 def _layers(model: nn.Module) -> Iterator[str]:
     for block in find_layout(model).blocks:
-        layer = place_of(f"{block.name}.x")[0]
+        layer = places_of({f"{block.name}.x": 2})[f"{block.name}.x"].layer
         assert layer is not None
         yield layer
 
@@ -161,15 +162,17 @@ def test_every_tensor_has_its_kind_of_module(family):
         attention = {slot.tensor for block in find_layout(model, units="kv_group").blocks for slot in block.slots}
     except ValueError:  # heads that can't be told apart
         attention = set()
+    places = places_of({name: parameter.ndim for name, parameter in model.named_parameters()})
     for name, parameter in model.named_parameters():
-        layer, kind = place_of(name)
+        layer, kind = places[name].layer, places[name].kind
         assert kind in KINDS
         assert name not in mlp or kind == "mlp"
         assert name not in attention or kind == "attention"
         assert (kind == "other") == (family == "lfm2" and ".conv." in name), name
-        assert parameter.ndim > 1 or kind != "embedding/head" or "bias" in name
+        assert parameter.ndim > 1 or kind not in ("embedding", "head") or "bias" in name
         assert (layer is None) == (not any(part.isdigit() for part in name.split(".")))
-    assert place_of("model.layers.3.block_sparse_moe.experts.1.w2.weight") == ("model.layers.3", "mlp")
+    expert = "model.layers.3.block_sparse_moe.experts.1.w2.weight"
+    assert places_of({expert: 2})[expert] == Place("model.layers.3", "mlp", "model.layers.3.block_sparse_moe")
 
 
 @pytest.mark.parametrize("family", SOME)
@@ -340,7 +343,7 @@ def test_what_is_printed_and_saved(tmp_path):
     one = found.cumulative[1].whole
     shares = [100 * count / one.parameters for count in (one.near_absolute, one.near_relative, one.unchanged)]
     assert whole.rows[1][2:] == pytest.approx((*shares, one.norm, 100 * one.norm / one.reference_norm))
-    assert {row[1] for row in kinds.rows} == {"mlp", "attention", "norm", "embedding/head"}
+    assert {row[1] for row in kinds.rows} == {"mlp", "attention", "norm", "embedding", "head"}
     assert [row[0] for row in layers.rows] == ["model.layers.0", "model.layers.1", "outside the layers"]
     found.save(tmp_path / "changes.json")
     told = json.loads((tmp_path / "changes.json").read_text())

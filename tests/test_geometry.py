@@ -28,7 +28,7 @@ from surgery import (
     gradients_along,
     grams,
 )
-from surgery.parts import kinds_of
+from surgery.places import places_of
 from surgery.predictions import cross_entropy
 
 NAMES = ("a", "b", "c")
@@ -107,11 +107,11 @@ def test_parts_add_up_and_every_neuron_is_in_an_mlp(family):
             total = sum((p.cosines[a][b] or 0) * p.norms[a] * p.norms[b] for p in inside)
             assert total == pytest.approx((layer.cosines[a][b] or 0) * layer.norms[a] * layer.norms[b], abs=1e-12)
         assert {"attention", "mlp"} <= {part.kind for part in inside} or family == "lfm2"
-    kinds = kinds_of({name: p.ndim for name, p in model.named_parameters()})
+    places = places_of({name: p.ndim for name, p in model.named_parameters()})
     in_mlp = {slot.tensor for block in find_layout(model).blocks for slot in block.slots}
-    assert {kinds[name][1] for name in in_mlp} == {"mlp"}
-    assert {kind for layer, kind, _ in kinds.values() if layer is None} <= {"embedding", "head", "norm", "other"}
-    assert "embedding" in {kind for _, kind, _ in kinds.values()}
+    assert {places[name].kind for name in in_mlp} == {"mlp"}
+    assert {place.kind for place in places.values() if place.layer is None} <= {"embedding", "head", "norm", "other"}
+    assert "embedding" in {place.kind for place in places.values()}
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gpt2", "gpt_oss"])

@@ -584,15 +584,11 @@ def neighbours_written(patch: pytest.MonkeyPatch) -> None:
 
 
 def neighbours_gradients(patch: pytest.MonkeyPatch) -> None:
-    def hooks(leaves_: list[leaves.Leaf], original=leaves._adding):
-        def hook(parameter: torch.Tensor) -> None:
-            for leaf in leaves_:
-                leaf.value.grad += leaf.part.take(parameter.grad).roll(1, 0)
-            parameter.grad = None
+    def add(leaves_: list[leaves.Leaf], grad: torch.Tensor) -> None:
+        for leaf in leaves_:
+            leaf.value.grad += leaf.part.take(grad).roll(1, 0)
 
-        return hook
-
-    patch.setattr(leaves, "_adding", hooks)
+    patch.setattr(leaves, "_add", add)
 
 
 def gradients_pile_up(patch: pytest.MonkeyPatch) -> None:

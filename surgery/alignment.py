@@ -16,7 +16,8 @@ from surgery.cosines import Cosines, Found
 from surgery.deltas import check_finite, displacements
 from surgery.evidence import Cell, Table, write_json
 from surgery.neurons import Neurons
-from surgery.trajectory import Trajectory, Weights
+from surgery.opening import Weights
+from surgery.trajectory import Trajectory
 
 Ranking = Literal["global", "uniform"]
 

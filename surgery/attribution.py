@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from surgery.backward import as_live, collecting, in_runs
 from surgery.neurons import Neurons
+from surgery.opening import Weights, open_weights
 from surgery.operators import rollback
 from surgery.predictions import Loss, distillation, positions
 from surgery.prompts import Batch
@@ -19,7 +20,7 @@ from surgery.responses import respond
 from surgery.scores import dot, remember
 from surgery.slots import Block, Slot
 from surgery.swap import earlier_model
-from surgery.trajectory import Trajectory, Weights, open_weights
+from surgery.trajectory import Trajectory
 
 
 @remember

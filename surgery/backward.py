@@ -10,8 +10,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from surgery.opening import Weights
 from surgery.slots import Block, Layout, Slot
-from surgery.trajectory import Weights
 
 Take = Callable[[Block, Slot, Tensor, Tensor], None]  # block, slot, the tensor's gradient, the tensor
 CHUNK = 1 << 22  # numbers of a gradient that are turned into float32 at a time

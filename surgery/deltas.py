@@ -8,8 +8,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from surgery.opening import Weights
 from surgery.slots import Block
-from surgery.trajectory import Trajectory, Weights
+from surgery.trajectory import Trajectory
 
 CHUNK = 1 << 20  # bytes of float32 that one chunk of a part may take: it stays in the processor's cache
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from surgery.entries import Entries, Mask, shapes_of
 from surgery.neurons import Neurons
+from surgery.opening import Weights
 from surgery.reach import Strength
 from surgery.slots import Block, Layout, Slot
-from surgery.trajectory import Weights
 
 _RUN = 1 << 20  # single numbers that one edit may hold: their coordinates take several times the numbers' own room
 

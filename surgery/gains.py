@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from surgery.attribution import answered
 from surgery.backward import as_live, collecting, in_runs
 from surgery.entries import Entries, shapes_of
+from surgery.opening import Weights, open_weights
 from surgery.predictions import Loss, positions
 from surgery.prompts import Batch
 from surgery.ranking import LAST, best, entries_of, histogram, starts_of
 from surgery.scratch import zeros_on_disk
 from surgery.slots import Block, Slot
-from surgery.trajectory import Trajectory, Weights, open_weights
+from surgery.trajectory import Trajectory
 
 
 @dataclass(frozen=True)

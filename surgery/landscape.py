@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from surgery.checkpoint import Checkpoint
+from surgery.opening import open_weights
 from surgery.predictions import Distillation, Loss, distillation, positions, predicting
 from surgery.prompts import Batch
 from surgery.responses import respond
 from surgery.slots import Layout
 from surgery.swap import live_tensor
 from surgery.theory import Point, Vector, combined, curvature, fisher, in_probability, inner, pushed, slope
-from surgery.trajectory import Trajectory, open_weights
+from surgery.trajectory import Trajectory
 
 
 @dataclass(frozen=True)

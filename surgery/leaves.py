@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from surgery.backward import only_these
 from surgery.edits import Edit, edits_of
 from surgery.entries import Mask, noun_of, units_of_mask
-from surgery.operators import REAL, bits, check_writable, numbers, uninterrupted
+from surgery.opening import open_weights
 from surgery.slots import Layout
-from surgery.trajectory import open_weights
+from surgery.writing import REAL, bits, check_writable, numbers, uninterrupted
 
 
 @dataclass(frozen=True)

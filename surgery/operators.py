@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -14,15 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.checkpoint import Checkpoint, Source, State
+from surgery.checkpoint import Checkpoint, Source, tensors_of
 from surgery.edits import Edit, Rows, edits_of, new_values
 from surgery.entries import Mask, noun_of, units_of_mask
+from surgery.opening import Weights, open_weights
 from surgery.papers import papers, warn_if_made_for_others
 from surgery.reach import Strength, check_strength, recorded, spoken
 from surgery.slots import Block, Layout, Slot
-from surgery.trajectory import Weights, open_weights
-
-REAL = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+from surgery.writing import REAL, bits, check_writable, numbers, uninterrupted
 
 
 @dataclass
@@ -128,7 +124,7 @@ def rollback(
     """
     live = open_weights(model, layout, units=units_of_mask(mask))
     check_strength(strength, live.layout)
-    source = open_weights(to, layout if layout is None or layout.fits(_tensors(to)) else None, live)
+    source = open_weights(to, layout if layout is None or layout.fits(tensors_of(to)) else None, live)
     edits = list(edits_of(live.layout, mask, "the model"))
     warn_if_made_for_others(mask, earlier=source)
     check_writable(live, edits)
@@ -161,89 +157,14 @@ def rollback(
     return Rollback(mask.count(), written, touched, differing, recorded(strength, mask), noun_of(mask), old)
 
 
-def _tensors(source: Source) -> Mapping[str, Tensor]:
-    return (
-        State(source)
-        if isinstance(source, nn.Module)
-        else source
-        if isinstance(source, Mapping)
-        else Checkpoint(source)
-    )
-
-
 def _write(tensor: Tensor, edit: Edit, rows: Tensor) -> None:
     with torch.no_grad():
         edit.put(tensor, rows)
 
 
-_WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def bits(tensor: Tensor) -> Tensor:
-    """A tensor's bits as integers."""
-    return tensor.contiguous().view(_WIDTH[tensor.element_size()])
-
-
-def numbers(scalars: list[Tensor]) -> list[int]:
-    """The values of scalars, read with one wait per device."""
-    found: dict[int, int] = {}
-    for device in {scalar.device for scalar in scalars}:
-        here = [at for at, scalar in enumerate(scalars) if scalar.device == device]
-        found |= dict(zip(here, torch.stack([scalars[at] for at in here]).tolist(), strict=True))
-    return [found[at] for at in range(len(scalars))]
-
-
 def _not_finite(edit: Edit, source: Weights, strength: Strength) -> str:
     said = f"{edit.slot.tensor} of {source.name} holds NaN or infinite numbers in the masked neurons"
     return said if strength == 1 else f"{said}, or with this strength they leave the range of their dtype"
-
-
-def check_writable(live: Weights, edits: list[Edit]) -> None:
-    """Refuse weights that are offloaded, quantised, or share their storage with others (``ValueError``)."""
-    names = {edit.slot.tensor for edit in edits}
-    owners: dict[tuple[torch.device, int], set[str]] = {}
-    for name, tensor in live.tensors.items():
-        if tensor.device.type != "meta":
-            owners.setdefault((tensor.device, tensor.untyped_storage().data_ptr()), set()).add(name)
-    for name in names:
-        tensor = live.tensors[name]
-        if tensor.device.type == "meta":
-            raise ValueError(
-                f"{name} is on the meta device: its weights are offloaded, and an edit would be lost. Load the model "
-                f"whole, or roll the folder back with rolled_back() and save()"
-            )
-        if tensor.dtype not in REAL:
-            raise ValueError(f"{name} is stored as {tensor.dtype}: quantised weights can't be reverted exactly")
-        ours, storage = name, owners[tensor.device, tensor.untyped_storage().data_ptr()]
-        if shared := sorted(other for other in storage - {ours} if _overlap(live.tensors[other], tensor)):
-            raise ValueError(f"{name} shares its memory with {shared[0]!r}: writing the one would change the other too")
-
-
-def _overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether the address ranges of two tensors of one storage meet."""
-    low_a, low_b = a.data_ptr(), b.data_ptr()
-    return low_a < low_b + _span(b) and low_b < low_a + _span(a)
-
-
-def _span(tensor: Tensor) -> int:
-    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return (reach + 1) * tensor.element_size() if tensor.numel() else 0
-
-
-@contextmanager
-def uninterrupted() -> Iterator[list[int]]:
-    """Hold Ctrl-C back while the body runs; the list that it yields is filled by one. Raised again at the end."""
-    pending: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield pending  # signals only ever reach the main thread
-        return
-    before = signal.signal(signal.SIGINT, lambda number, _frame: pending.append(number))
-    try:
-        yield pending
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if pending:
-        raise KeyboardInterrupt
 
 
 class RolledBack(Mapping[str, Tensor]):

@@ -13,12 +13,13 @@ from surgery.backward import collecting
 from surgery.edits import Edit, edits_of
 from surgery.entries import Mask, units_of_mask
 from surgery.neurons import Neurons
+from surgery.opening import open_weights
 from surgery.operators import rollback
 from surgery.predictions import Loss, positions
 from surgery.prompts import Batch
 from surgery.reach import MOST, neurons_of
 from surgery.slots import Block, Slot
-from surgery.trajectory import Trajectory, open_weights
+from surgery.trajectory import Trajectory
 
 _STILL = 1e-3  # no strength moves further than this: the search has ended
 

@@ -11,8 +11,8 @@ from surgery.entries import units_of_mask
 from surgery.krylov import eigenpairs
 from surgery.landscape import Landscape
 from surgery.neurons import Neurons
+from surgery.opening import open_weights
 from surgery.theory import Point, Vector, combined, inner
-from surgery.trajectory import open_weights
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from surgery.checkpoint import Checkpoint, Source, State
-from surgery.operators import uninterrupted
+from surgery.opening import Weights, open_weights
 from surgery.slots import Block, Slot
 from surgery.stored import name_on_disk
-from surgery.trajectory import Trajectory, Weights, open_weights
+from surgery.trajectory import Trajectory
+from surgery.writing import uninterrupted
 
 
 @contextmanager

@@ -45,8 +45,8 @@ from surgery import (
 )
 from surgery.checkpoint import State
 from surgery.deltas import reading
+from surgery.opening import open_weights
 from surgery.stored import folder_layout
-from surgery.trajectory import open_weights
 from surgery.units import ATTENTION, kinds_of
 
 REFUSED = ("deepseek_v2", "deepseek_v3", "glm_moe_dsa", "jetmoe")

@@ -125,7 +125,7 @@ def inspect(
     layout: LayoutFile = None,
 ) -> None:
     """Print where the neurons (or other units) lie and how that was found."""
-    from surgery.trajectory import open_weights
+    from surgery.opening import open_weights
 
     if Path(source).is_file():
         from surgery.entries import load_mask

@@ -45,9 +45,9 @@ from surgery import (  # fmt: skip
     respond,
     rollback,
 )
-from surgery.leaves import Leaves
 from surgery.predictions import Distillation
 from surgery.prompts import Batch
+from surgery.refresh_copies import Leaves
 
 BATCH = 32
 BUDGETS = (0.02, 0.16)

@@ -20,8 +20,8 @@ from benchmarks.hardware import statement
 from benchmarks.lab.evaluate import evaluator
 from surgery import Entries, EntrySelector, Trajectory, load_prompts, rollback
 from surgery.entries import shapes_of
-from surgery.ranking import entries_of
 from surgery.scores import remembered
+from surgery.weight_ranking import entries_of
 
 BUDGETS, DRAWS = (0.002, 0.01, 0.02, 0.04), 3
 Found = dict[tuple[str, float], tuple[float, float]]

@@ -35,7 +35,7 @@ from surgery import (
 )  # fmt: skip
 from surgery.predictions import positions, predicting
 from surgery.prompts import Batch
-from surgery.reach import Strength, applied
+from surgery.strength_values import Strength, applied
 
 BUDGETS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32)
 Choice = tuple[Neurons, Strength]  # a mask, and how far back

@@ -10,26 +10,43 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from surgery.alignment import Directions, directions
-    from surgery.analysis import Overlap, overlap
     from surgery.attribution import damage, reversal_cost
     from surgery.budget import allocate, top
-    from surgery.callbacks import GradientCosines
     from surgery.checkpoint import Checkpoint
-    from surgery.contracting import Contraction, Neighbour, contraction
-    from surgery.drift import Changes, changes
     from surgery.entries import Entries
     from surgery.evaluators import harness, likelihood
-    from surgery.geometry import Gradients, GradientSeries, gradients, gradients_along
+    from surgery.evidence_changes import Changes, changes
+    from surgery.evidence_directions import Directions, directions
+    from surgery.evidence_overlap import Overlap, overlap
+    from surgery.evidence_profile import Profile, profile
+    from surgery.gradient_callback import GradientCosines
+    from surgery.gradient_cosines import Gradients, GradientSeries, gradients, gradients_along
     from surgery.histories import History, history
-    from surgery.inquiry import Inquiry, analyse
-    from surgery.landscape import Landscape
     from surgery.layout import find_layout
-    from surgery.masking import Masked
     from surgery.neurons import Neurons
     from surgery.operators import Rollback, RolledBack, rollback, rolled_back
-    from surgery.optimum import strengths
-    from surgery.perturbation import (
+    from surgery.predictions import Distillation, distillation
+    from surgery.probing import probe
+    from surgery.prompts import load_prompts
+    from surgery.refresh_masked import Masked
+    from surgery.refresh_report import Refresh
+    from surgery.refreshing import refresh
+    from surgery.report_inquiry import Inquiry, analyse
+    from surgery.report_sections import write_report
+    from surgery.resampling import Agreement, Stability, jaccard, stability
+    from surgery.responses import respond
+    from surgery.rows import Row, Sweep
+    from surgery.saving import save
+    from surgery.scores import activation, conflict, magnitude
+    from surgery.selection import AMCSelector, DamageSelector, RandomSelector, Selector
+    from surgery.significance import Paired
+    from surgery.slots import Block, Layout, Slot
+    from surgery.strength_search import strengths
+    from surgery.swap import earlier_model
+    from surgery.sweeps import sweep
+    from surgery.theory import curvature, fisher
+    from surgery.theory_contraction import Contraction, Neighbour, contraction
+    from surgery.theory_damage import (
         CurvatureBounds,
         DamageSplit,
         DamageTerms,
@@ -37,51 +54,51 @@ if TYPE_CHECKING:
         damage_split,
         damage_terms,
     )
-    from surgery.predictions import Distillation, distillation
-    from surgery.probing import probe
-    from surgery.prompts import load_prompts
-    from surgery.refreshing import refresh
-    from surgery.resampling import Agreement, Stability, jaccard, stability
-    from surgery.responses import respond
-    from surgery.rows import Row, Sweep
-    from surgery.saving import save
-    from surgery.scores import activation, conflict, magnitude
-    from surgery.sections import write_report
-    from surgery.selection import AMCSelector, DamageSelector, RandomSelector, Selector
-    from surgery.shares import Profile, profile
-    from surgery.significance import Paired
-    from surgery.singles import EntrySelector
-    from surgery.slots import Block, Layout, Slot
-    from surgery.spectrum import DamageSpectrum, damage_spectrum
-    from surgery.steps import Refresh
-    from surgery.subspaces import Span, eigenspace
-    from surgery.swap import earlier_model
-    from surgery.sweeps import sweep
-    from surgery.theory import curvature, fisher
+    from surgery.theory_landscape import Landscape
+    from surgery.theory_spectrum import DamageSpectrum, damage_spectrum
+    from surgery.theory_subspaces import Span, eigenspace
     from surgery.trajectory import Trajectory
     from surgery.tuning import Tuning, recommend
+    from surgery.weight_selection import EntrySelector
 
 _HOME = {
-    "alignment": ("Directions", "directions"),
-    "analysis": ("Overlap", "overlap"),
     "attribution": ("damage", "reversal_cost"),
     "budget": ("allocate", "top"),
-    "callbacks": ("GradientCosines",),
     "checkpoint": ("Checkpoint",),
-    "contracting": ("Contraction", "Neighbour", "contraction"),
-    "drift": ("Changes", "changes"),
     "entries": ("Entries",),
     "evaluators": ("harness", "likelihood"),
-    "geometry": ("GradientSeries", "Gradients", "gradients", "gradients_along"),
+    "evidence_changes": ("Changes", "changes"),
+    "evidence_directions": ("Directions", "directions"),
+    "evidence_overlap": ("Overlap", "overlap"),
+    "evidence_profile": ("Profile", "profile"),
+    "gradient_callback": ("GradientCosines",),
+    "gradient_cosines": ("GradientSeries", "Gradients", "gradients", "gradients_along"),
     "histories": ("History", "history"),
-    "inquiry": ("Inquiry", "analyse"),
-    "landscape": ("Landscape",),
     "layout": ("find_layout",),
-    "masking": ("Masked",),
     "neurons": ("Neurons",),
     "operators": ("Rollback", "RolledBack", "rollback", "rolled_back"),
-    "optimum": ("strengths",),
-    "perturbation": (
+    "predictions": ("Distillation", "distillation"),
+    "probing": ("probe",),
+    "prompts": ("load_prompts",),
+    "refresh_masked": ("Masked",),
+    "refresh_report": ("Refresh",),
+    "refreshing": ("refresh",),
+    "report_inquiry": ("Inquiry", "analyse"),
+    "report_sections": ("write_report",),
+    "resampling": ("Agreement", "Stability", "jaccard", "stability"),
+    "responses": ("respond",),
+    "rows": ("Row", "Sweep"),
+    "saving": ("save",),
+    "scores": ("activation", "conflict", "magnitude"),
+    "selection": ("AMCSelector", "DamageSelector", "RandomSelector", "Selector"),
+    "significance": ("Paired",),
+    "slots": ("Block", "Layout", "Slot"),
+    "strength_search": ("strengths",),
+    "swap": ("earlier_model",),
+    "sweeps": ("sweep",),
+    "theory": ("curvature", "fisher"),
+    "theory_contraction": ("Contraction", "Neighbour", "contraction"),
+    "theory_damage": (
         "CurvatureBounds",
         "DamageSplit",
         "DamageTerms",
@@ -89,29 +106,12 @@ _HOME = {
         "damage_split",
         "damage_terms",
     ),
-    "predictions": ("Distillation", "distillation"),
-    "probing": ("probe",),
-    "prompts": ("load_prompts",),
-    "refreshing": ("refresh",),
-    "resampling": ("Agreement", "Stability", "jaccard", "stability"),
-    "responses": ("respond",),
-    "rows": ("Row", "Sweep"),
-    "saving": ("save",),
-    "scores": ("activation", "conflict", "magnitude"),
-    "sections": ("write_report",),
-    "selection": ("AMCSelector", "DamageSelector", "RandomSelector", "Selector"),
-    "shares": ("Profile", "profile"),
-    "significance": ("Paired",),
-    "singles": ("EntrySelector",),
-    "slots": ("Block", "Layout", "Slot"),
-    "spectrum": ("DamageSpectrum", "damage_spectrum"),
-    "steps": ("Refresh",),
-    "subspaces": ("Span", "eigenspace"),
-    "swap": ("earlier_model",),
-    "sweeps": ("sweep",),
-    "theory": ("curvature", "fisher"),
+    "theory_landscape": ("Landscape",),
+    "theory_spectrum": ("DamageSpectrum", "damage_spectrum"),
+    "theory_subspaces": ("Span", "eigenspace"),
     "trajectory": ("Trajectory",),
     "tuning": ("Tuning", "recommend"),
+    "weight_selection": ("EntrySelector",),
 }
 
 __all__ = [

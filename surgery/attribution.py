@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from surgery.backward import as_live, collecting, in_runs
+from surgery.gradient_hooks import as_live, collecting, in_runs
 from surgery.neurons import Neurons
 from surgery.opening import Weights, open_weights
 from surgery.operators import rollback

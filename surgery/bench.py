@@ -19,10 +19,10 @@ from surgery.operators import rollback
 from surgery.papers import fingerprint
 from surgery.prompts import Batch
 from surgery.rows import CEILING, EARLIER, LATER, Evaluate, Row, Score, scored
-from surgery.singles import EntrySelector
 from surgery.swap import earlier_model
 from surgery.trajectory import Trajectory
 from surgery.units import Units, kinds_of, noun
+from surgery.weight_selection import EntrySelector
 
 MEASURED = ("selector", "budget", "neurons", "metrics", "seconds")
 

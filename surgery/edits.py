@@ -11,8 +11,8 @@ from torch import Tensor
 from surgery.entries import Entries, Mask, shapes_of
 from surgery.neurons import Neurons
 from surgery.opening import Weights
-from surgery.reach import Strength
 from surgery.slots import Block, Layout, Slot
+from surgery.strength_values import Strength
 
 _RUN = 1 << 20  # single numbers that one edit may hold: their coordinates take several times the numbers' own room
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from surgery.alignment import Directions
-from surgery.analysis import Matrix, Overlap
-from surgery.drift import Changes
+from surgery.evidence_changes import Changes
+from surgery.evidence_directions import Directions
+from surgery.evidence_overlap import Matrix, Overlap
+from surgery.evidence_profile import Profile
 from surgery.plots import _axes, _style
-from surgery.shares import Profile
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from surgery.geometry import Gradients, GradientSeries
-from surgery.parts import Pull
+from surgery.gradient_cosines import Gradients, GradientSeries
+from surgery.gradient_parts import Pull
 from surgery.plots import _axes, _style
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from surgery.edits import Edit, Rows, edits_of, new_values
 from surgery.entries import Mask, noun_of, units_of_mask
 from surgery.opening import Weights, open_weights
 from surgery.papers import papers, warn_if_made_for_others
-from surgery.reach import Strength, check_strength, recorded, spoken
 from surgery.slots import Block, Layout, Slot
+from surgery.strength_values import Strength, check_strength, recorded, spoken
 from surgery.writing import REAL, bits, check_writable, numbers, uninterrupted
 
 

@@ -14,7 +14,7 @@ from surgery.checkpoint import Checkpoint
 from surgery.entries import Entries, Mask
 from surgery.neurons import Neurons
 from surgery.opening import Weights
-from surgery.reach import Strength, recorded, spoken
+from surgery.strength_values import Strength, recorded, spoken
 from surgery.units import noun
 
 # The mask lies in a folder of its own: a server that globs *.safetensors must not take it for weights.

@@ -147,7 +147,7 @@ def _key(batch: Batch) -> str:
 class _KL(torch.autograd.Function):
     """Σ over rows of KL(softmax(target) ‖ softmax(logits)) and its gradient, a few rows in float32 at a time.
 
-    Once differentiable: the gradient is kept as numbers. Twice: ``surgery.landscape.divergence``.
+    Once differentiable: the gradient is kept as numbers. Twice: ``surgery.theory_landscape.divergence``.
     """
 
     @staticmethod
@@ -169,7 +169,7 @@ class _KL(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True: as a constant the gradient would have no derivative, silently
             raise RuntimeError(
                 "this loss keeps its gradient as numbers, so it can't be differentiated twice: use "
-                "surgery.landscape.divergence, as Landscape does"
+                "surgery.theory_landscape.divergence, as Landscape does"
             )
         (grad,) = ctx.saved_tensors
         return (grad * outer).to(grad.dtype), None

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from surgery.plots import _COLOURS, _MARKERS, _axes
-from surgery.steps import Refresh
+from surgery.refresh_report import Refresh
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

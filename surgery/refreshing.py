@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from surgery.entries import Mask
-from surgery.leaves import Leaves
 from surgery.predictions import Loss
+from surgery.refresh_copies import Leaves
+from surgery.refresh_report import Refresh, Step
 from surgery.rows import Score, scored
 from surgery.slots import Layout
-from surgery.steps import Refresh, Step
 
 Validate = Callable[[nn.Module], float | Mapping[str, Score]]
 Alternate = Mapping[str, tuple[Loss, Iterable[Any], float]]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from surgery.contracting import Contraction
-from surgery.perturbation import DamageTerms
 from surgery.plots import _COLOURS, _axes, _style
-from surgery.spectrum import DamageSpectrum
+from surgery.theory_contraction import Contraction
+from surgery.theory_damage import DamageTerms
+from surgery.theory_spectrum import DamageSpectrum
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

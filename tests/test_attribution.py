@@ -17,10 +17,10 @@ from surgery import (
     Neurons,
     Trajectory,
     attribution,
-    backward,
     damage,
     distillation,
     find_layout,
+    gradient_hooks,
     respond,
     reversal_cost,
     rollback,
@@ -190,7 +190,7 @@ def test_long_slices_are_read_in_pieces(monkeypatch):
         earlier, later = pair(family)
         run, data = Trajectory(earlier=earlier, later=later), batches(labels=True)
         whole = damage(run, data)
-        monkeypatch.setattr(backward, "CHUNK", 100)
+        monkeypatch.setattr(gradient_hooks, "CHUNK", 100)
         pieces = damage(run, data)
         monkeypatch.undo()
         assert all(torch.equal(whole[name], pieces[name]) for name in whole)

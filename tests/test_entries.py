@@ -26,25 +26,25 @@ from surgery import (
     EntrySelector,
     Neurons,
     Trajectory,
-    backward,
     damage,
     edits,
     find_layout,
-    gains,
+    gradient_hooks,
     jaccard,
     operators,
-    ranking,
     recommend,
     rolled_back,
     save,
-    singles,
     sweep,
+    weight_damage,
+    weight_ranking,
+    weight_selection,
 )
 from surgery.checkpoint import State
 from surgery.entries import load_mask, shapes_of
-from surgery.gains import Gains, entry_gains
 from surgery.papers import CARD, MASK, RECORD
 from surgery.slots import Block, Layout, Slot
+from surgery.weight_damage import Gains, entry_gains
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # separate, Conv1D with biases, fused, fused by group, renamed on disk, interleaved experts, experts with a dense layer
@@ -285,7 +285,7 @@ def test_the_best_are_those_of_a_sort(values, count, chunk):
     order = flat.sort(descending=True, stable=True).indices
     want = order[flat[order] > 0][:count]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ranking, "CHUNK", chunk)
+        patch.setattr(weight_ranking, "CHUNK", chunk)
         assert Gains(flat, {"a/up": (len(flat), 1)}, nn.Module(), None, [], 1, 0.0).best(count).equal(want)  # type: ignore[arg-type]
 
 
@@ -296,7 +296,7 @@ def test_how_many_a_limit_buys(values, limit, chunk):
     flat = torch.tensor(values, dtype=torch.float32) / 8
     sums = flat[flat > 0].sort(descending=True).values.double().cumsum(0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ranking, "CHUNK", chunk)
+        patch.setattr(weight_ranking, "CHUNK", chunk)
         found = Gains(flat, {"a/up": (len(flat), 1)}, nn.Module(), None, [], 1, 0.0)  # type: ignore[arg-type]
         assert found.worth(limit / 8) == int((sums <= limit / 8).sum())
 
@@ -332,7 +332,7 @@ def test_each_round_takes_the_best_of_what_is_left_within_the_loss_that_is_left(
     data, before = batches(labels=True), snapshot(later)
     run = EntrySelector(0.1).over(run)
     taken, bounds, loss = torch.zeros(0, dtype=torch.int64), [0], None
-    path = singles._path(run, data, loss=None, rounds=4)
+    path = weight_selection._path(run, data, loss=None, rounds=4)
     assert same(snapshot(later), before)
     for _ in range(3):
         with operators.rollback(later, to=earlier, mask=path.gains.entries(taken)):
@@ -479,7 +479,7 @@ def test_sweep_and_recommend_measure_single_weights():
     names = [row.selector for row in table]
     assert names[2] == "ceiling (all units (neurons and KV groups))"
     assert [row.neurons for row in table["D of single weights, no stop"]] == [
-        round(budget * gains.entry_gains(kinds[0].over(run), data).flat.numel()) for budget in (0.0005, 0.01)
+        round(budget * weight_damage.entry_gains(kinds[0].over(run), data).flat.numel()) for budget in (0.0005, 0.01)
     ]
     (small, large) = table["D of single weights"]
     assert 0 < (small.recovery or 0) < (large.recovery or 0)
@@ -493,7 +493,7 @@ def test_sweep_and_recommend_measure_single_weights():
 MEMORY = """
 import sys, threading, torch
 from pathlib import Path
-from surgery.gains import Gains
+from surgery.weight_damage import Gains
 from surgery.scratch import zeros_on_disk
 
 def anonymous():
@@ -532,7 +532,7 @@ def test_long_parts_are_read_and_written_in_pieces(family, monkeypatch):
     data, before = batches(labels=True), snapshot(later)
     whole = EntrySelector(0.05).select(run, data)
     want = expected(before, dict(State(earlier)), finest(later), whole)
-    for module, name, size in ((edits, "_RUN", 7), (backward, "CHUNK", 100), (ranking, "CHUNK", 13)):
+    for module, name, size in ((edits, "_RUN", 7), (gradient_hooks, "CHUNK", 100), (weight_ranking, "CHUNK", 13)):
         monkeypatch.setattr(module, name, size)
     assert EntrySelector(0.05).select(run, data).equal(whole)
     with operators.rollback(later, to=earlier, mask=whole) as done:
@@ -581,15 +581,17 @@ def first_run_only(patch: pytest.MonkeyPatch) -> None:
 
 
 def one_too_many(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(ranking, "_threshold", lambda flat, count, original=ranking._threshold: original(flat, count + 1))
+    patch.setattr(
+        weight_ranking, "_threshold", lambda flat, count, original=weight_ranking._threshold: original(flat, count + 1)
+    )
 
 
 def every_tie(patch: pytest.MonkeyPatch) -> None:
-    def mutant(flat, count, original=ranking._threshold):
+    def mutant(flat, count, original=weight_ranking._threshold):
         bits, _ = original(flat, count)
         return bits, 10**9
 
-    patch.setattr(ranking, "_threshold", mutant)
+    patch.setattr(weight_ranking, "_threshold", mutant)
 
 
 def lowest_first(patch: pytest.MonkeyPatch) -> None:
@@ -604,15 +606,15 @@ def of_either_sign(patch: pytest.MonkeyPatch) -> None:
 
 
 def gradient_alone(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(gains, "_times_change", lambda *_: None)
+    patch.setattr(weight_damage, "_times_change", lambda *_: None)
 
 
 def parts_from_zero(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(gains, "starts_of", lambda shapes: dict.fromkeys(shapes, 0))
+    patch.setattr(weight_damage, "starts_of", lambda shapes: dict.fromkeys(shapes, 0))
 
 
 def last_batch_only(patch: pytest.MonkeyPatch) -> None:
-    def mutant(model, layout, take, original=gains.collecting):
+    def mutant(model, layout, take, original=weight_damage.collecting):
         @contextmanager
         def once():
             calls: dict = {}
@@ -623,26 +625,26 @@ def last_batch_only(patch: pytest.MonkeyPatch) -> None:
 
         return once()
 
-    patch.setattr(gains, "collecting", mutant)
+    patch.setattr(weight_damage, "collecting", mutant)
 
 
 def goes_to_the_end(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(singles, "min", lambda curve, key: curve[-1], raising=False)
+    patch.setattr(weight_selection, "min", lambda curve, key: curve[-1], raising=False)
 
 
 def curve_of_the_later_model(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(singles, "rollback", lambda *_, **__: nullcontext())
+    patch.setattr(weight_selection, "rollback", lambda *_, **__: nullcontext())
 
 
 def never_again(patch: pytest.MonkeyPatch) -> None:
     """D is measured again at the later model itself."""
 
-    def mutant(run, data, *, loss, rounds, original=singles._path):
+    def mutant(run, data, *, loss, rounds, original=weight_selection._path):
         with pytest.MonkeyPatch.context() as inner:
-            inner.setattr(singles, "rollback", lambda *_, **__: nullcontext())
+            inner.setattr(weight_selection, "rollback", lambda *_, **__: nullcontext())
             return original(run, data, loss=loss, rounds=rounds)
 
-    patch.setattr(singles, "_path", mutant)
+    patch.setattr(weight_selection, "_path", mutant)
 
 
 def no_limit(patch: pytest.MonkeyPatch) -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_alignment import stages
-from test_analysis import scores
-from test_drift import run_of, sequence
+from test_evidence_changes import run_of, sequence
+from test_evidence_directions import stages
+from test_evidence_overlap import scores
 
 from surgery import Neurons, changes, directions, overlap, profile
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from families import build
-from test_geometry import domains
+from test_gradient_cosines import domains
 
 from surgery import Gradients, GradientSeries, gradients
 

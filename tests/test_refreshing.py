@@ -16,10 +16,10 @@ from test_laws import Tensors, all_neurons, expected, same, snapshot, some_neuro
 from test_scores import Batch, batches
 from torch import nn
 
-from surgery import Entries, Neurons, Refresh, distillation, find_layout, leaves, refreshing, rollback
+from surgery import Entries, Neurons, Refresh, distillation, find_layout, refresh_copies, refreshing, rollback
 from surgery.edits import Rows
 from surgery.entries import shapes_of
-from surgery.leaves import Leaves
+from surgery.refresh_copies import Leaves
 from surgery.slots import Layout
 
 SGD = torch.optim.SGD
@@ -584,11 +584,11 @@ def neighbours_written(patch: pytest.MonkeyPatch) -> None:
 
 
 def neighbours_gradients(patch: pytest.MonkeyPatch) -> None:
-    def add(leaves_: list[leaves.Leaf], grad: torch.Tensor) -> None:
+    def add(leaves_: list[refresh_copies.Leaf], grad: torch.Tensor) -> None:
         for leaf in leaves_:
             leaf.value.grad += leaf.part.take(grad).roll(1, 0)
 
-    patch.setattr(leaves, "_add", add)
+    patch.setattr(refresh_copies, "_add", add)
 
 
 def gradients_pile_up(patch: pytest.MonkeyPatch) -> None:

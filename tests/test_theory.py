@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from surgery import curvature, fisher, krylov, theory
-from surgery.krylov import eigenpairs, largest, orthonormal
+from surgery import curvature, fisher, theory, theory_krylov
 from surgery.theory import Point, allowed, along, combined, descent, distances, inner, noise, norm, parts, slope
+from surgery.theory_krylov import eigenpairs, largest, orthonormal
 
 torch.manual_seed(0)
 X = torch.randn(7, 5, dtype=torch.float64)
@@ -237,7 +237,9 @@ def law_degenerate() -> None:
 
 
 def once_orthogonalised_against_the_last(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(krylov, "_orthogonalise", lambda v, basis, original=krylov._orthogonalise: original(v, basis[-1:]))
+    patch.setattr(
+        theory_krylov, "_orthogonalise", lambda v, basis, original=theory_krylov._orthogonalise: original(v, basis[-1:])
+    )
 
 
 MUTANTS = [

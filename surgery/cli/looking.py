@@ -57,11 +57,11 @@ def analyse(
     overwrite: Overwrite = False,
 ) -> None:
     """Is a later stage hurting an earlier one? Write a page with all the evidence, and what a repair would bring."""
-    from surgery.inquiry import analyse as run_analysis
     from surgery.prompts import load_prompts
-    from surgery.sections import write_report
+    from surgery.report_inquiry import analyse as run_analysis
+    from surgery.report_sections import write_report
+    from surgery.report_verdict import verdict
     from surgery.trajectory import Trajectory
-    from surgery.verdict import verdict
 
     if output.exists() and not overwrite:
         raise ValueError(f"{output} exists: choose another folder, or pass --overwrite")

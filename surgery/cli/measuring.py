@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import shlex
-from typing import Annotated
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -30,6 +33,23 @@ from surgery.cli.options import (
     working,
 )
 
+if TYPE_CHECKING:
+    from surgery.prompts import Batch
+    from surgery.trajectory import Trajectory
+
+
+@contextmanager
+def _loaded(
+    run: Trajectory, data: Path | None, evaluate: str, batch_size: int, device: str | None, dtype: str | None
+) -> Iterator[tuple[Trajectory, list[Batch] | None, Any, Callable[[str], None]]]:
+    """The later model live in its trajectory, the prompts, the evaluation, and what tells of progress."""
+    from surgery.prompts import load_prompts
+
+    batches = load_prompts(data, folder_of(run.later), batch_size=batch_size) if data else None
+    function = function_of(evaluate)
+    with working("loading") as say:
+        yield live(run, device, dtype), batches, function, say
+
 
 def sweep(
     checkpoints: Checkpoints,
@@ -48,7 +68,6 @@ def sweep(
     dry_run: DryRun = False,
 ) -> None:
     """Evaluate selectors at budgets on one live model, beside earlier, later and the ceiling."""
-    from surgery.prompts import load_prompts
     from surgery.sweeps import sweep as run_sweep
 
     fractions = [fraction(text) for text in budgets.split(",")]
@@ -58,13 +77,9 @@ def sweep(
         rows = len(chosen) * len(fractions) + 3
         out.print(f"{len(chosen)} selectors × {len(fractions)} budgets + 3 references = {rows} rows")
         return
-    batches = load_prompts(data, folder_of(run.later), batch_size=batch_size) if data else None
-    function = function_of(evaluate)
-    with working("loading") as say:
-        run = live(run, device, dtype)
-        model = run.load()
+    with _loaded(run, data, evaluate, batch_size, device, dtype) as (run, batches, function, say):
         found = run_sweep(
-            model,
+            run.load(),
             run,
             batches,
             selectors=chosen,
@@ -100,17 +115,13 @@ def tune(
     layout: LayoutFile = None,
 ) -> None:
     """Find the smallest budget that reaches a wanted recovery under limits elsewhere; exit code 1 if none does."""
-    from surgery.prompts import load_prompts
     from surgery.tuning import BUDGETS, recommend
 
     fractions = [fraction(text) for text in budgets.split(",")] if budgets else list(BUDGETS)
     chosen = selector_of(selector, fractions[0], how, 0, units, no_stop)
     limits = dict(map(limit_of, limit or ()))
     run = trajectory_of(checkpoints, layout, units)
-    batches = load_prompts(data, folder_of(run.later), batch_size=batch_size) if data else None
-    function = function_of(evaluate)
-    with working("loading") as say:
-        run = live(run, device, dtype)
+    with _loaded(run, data, evaluate, batch_size, device, dtype) as (run, batches, function, say):
         found = recommend(
             run.load(),
             run,

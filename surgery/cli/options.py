@@ -19,9 +19,9 @@ from surgery.units import kinds_of
 if TYPE_CHECKING:
     import torch
 
-    from surgery.reach import Strength
     from surgery.selection import Selector
     from surgery.slots import Layout
+    from surgery.strength_values import Strength
     from surgery.trajectory import Trajectory
 
 WEIGHT = "weight"  # --units of single weights; not a kind of unit
@@ -103,7 +103,7 @@ def folder_of(source: Any) -> Path:
 
 def selector_of(text: str, budget: float, how: Any, seed: int, units: str, no_stop: bool) -> Selector:
     from surgery.selection import AMCSelector, DamageSelector, RandomSelector
-    from surgery.singles import EntrySelector
+    from surgery.weight_selection import EntrySelector
 
     if units == WEIGHT:
         rank = text.strip()

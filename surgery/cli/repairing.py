@@ -97,8 +97,8 @@ def rollback(
     """Write the later checkpoint with the masked neurons set back; every other byte stays as it was."""
     from surgery.entries import load_mask, noun_of
     from surgery.operators import rolled_back
-    from surgery.reach import recorded, spoken
     from surgery.saving import save
+    from surgery.strength_values import recorded, spoken
 
     if output is None and not dry_run:
         raise ValueError("say where the healed checkpoint goes: -o FOLDER (or --dry-run to see the counts only)")
@@ -137,9 +137,9 @@ def strengths(
 ) -> None:
     """Find how far back each masked neuron should go and write it as a file; the model is loaded in float32."""
     from surgery.entries import load_mask
-    from surgery.optimum import strengths as find
     from surgery.prompts import load_prompts
-    from surgery.reach import recorded, spoken
+    from surgery.strength_search import strengths as find
+    from surgery.strength_values import recorded, spoken
 
     if output.exists() and not overwrite:
         raise ValueError(f"{output} exists: choose another file, or pass --overwrite")

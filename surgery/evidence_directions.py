@@ -1,0 +1,197 @@
+"""Which way two stages of training moved the neurons that both changed most, beside a permutation null."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Generator, Tensor
+
+from surgery import budget, evidence_cosines
+from surgery.deltas import check_finite, displacements
+from surgery.evidence import Cell, Table, write_json
+from surgery.evidence_cosines import Cosines, Found
+from surgery.neurons import Neurons
+from surgery.opening import Weights
+from surgery.trajectory import Trajectory
+
+Ranking = Literal["global", "uniform"]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two stages: the neurons that are among the most changed of both, in the whole model and block by block.
+
+    ``expected``: how many neurons two independent sets of those sizes, in each layer, would have in common.
+    """
+
+    first: str
+    second: str
+    expected: float
+    whole: Cosines
+    blocks: tuple[Cosines, ...] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Directions:
+    """Whether two stages moved the same neurons the same way: +1 along, 0 across, −1 against each other.
+
+    ``changed``: how many neurons each stage's set has; ``pairs``: every two stages in training order.
+
+    Source: the paper, Section 4 and Figure 4; the distribution and the null are ours.
+    """
+
+    top: float
+    permutations: int
+    seed: int
+    changed: dict[str, int]
+    pairs: tuple[Pair, ...]
+
+    def of(self, one: str, other: str) -> Pair:
+        """The pair of those two stages, in either order."""
+        for pair in self.pairs:
+            if {pair.first, pair.second} == {one, other}:
+                return pair
+        raise LookupError(f"no pair {one!r} and {other!r}: there are {', '.join(self.changed)}")
+
+    def tables(self) -> tuple[Table, ...]:
+        """One row per pair, then one table per pair with a row per block."""
+        head = ("neurons", "mean cosine", "quartiles", "below 0 (%)", "null, 95 %", "p")
+        whole = Table(
+            f"direction on the top {100 * self.top:g} % changed neurons of both",
+            ("pair", "by chance", *head),
+            tuple((f"{one.first}–{one.second}", round(one.expected), *_cells(one.whole)) for one in self.pairs),
+        )
+        return whole, *(
+            Table(
+                f"{pair.first}–{pair.second}, by block",
+                ("block", *head),
+                tuple((str(one.block), *_cells(one)) for one in pair.blocks),
+            )
+            for pair in self.pairs
+        )
+
+    def __str__(self) -> str:
+        return "\n\n".join(map(str, self.tables()))
+
+    def save(self, path: str | Path) -> None:
+        """Write everything as JSON."""
+        write_json(self, path)
+
+
+def _cells(one: Cosines) -> tuple[Cell, ...]:
+    if one.mean is None or one.quantiles is None or one.opposed is None:
+        return one.neurons, None, "none in common", None, None, None
+    spread = f"{one.quantiles[2]:+.2f} … {one.quantiles[4]:+.2f}"
+    null = "one neuron" if one.null is None else f"{one.null[0]:+.3f} … {one.null[2]:+.3f}"
+    return one.neurons, round(one.mean, 4), spread, 100 * one.opposed, null, one.p
+
+
+def directions(
+    run: Trajectory, top: float = 0.10, permutations: int = 1000, seed: int = 0, how: Ranking = "global"
+) -> Directions:
+    """Cosines of the updates of every two stages, on the neurons that are among the most changed of both.
+
+    cos_n = ⟨δ_i,n, δ_j,n⟩ / (‖δ_i,n‖ ‖δ_j,n‖), δ_n all slices of a neuron end to end, δ_i the checkpoint of stage i
+    less the one before. Most changed: the round(top · N) neurons with the largest ‖δ_n‖, none that did not change.
+    The null: within a block each neuron's δ_i goes with another's δ_j, by a permutation drawn at random; what is above
+    or below it is about the neuron, not about a direction that all neurons share. A block with more than ``GROUP``
+    shared neurons is permuted in runs of so many, which is a null as well.
+
+    Args:
+        run: a trajectory of three or more checkpoints; read twice, in float32, a chunk or ``GROUP`` neurons at a time.
+        top: the share of neurons that each stage's set has, in (0, 1].
+        permutations: how many are drawn; p is at least 2 / (permutations + 1).
+        seed: of the draws.
+        how: "global": the most changed of the whole model, which may all lie in a few layers (the paper's, as far as
+            its summary tells); "uniform": the same share of every layer.
+
+    Returns:
+        A ``Directions``; ``surgery.evidence_plots.directional_cosine`` draws it.
+
+    Raises:
+        ValueError: fewer than three checkpoints, ``top`` outside (0, 1], fewer than 1 permutation; different models;
+            NaN or infinite weights.
+
+    Source: the paper, Section 4, Figure 4 (mean per layer); the distribution and the null are ours.
+    """
+    names = list(run.checkpoints)
+    if len(names) < 3:
+        raise ValueError(f"directions compares two updates and needs three checkpoints, got {names}")
+    if not (isinstance(top, int | float) and 0 < top <= 1):
+        raise ValueError(f"top={top!r}: expected a share of the neurons in (0, 1] (0.1 is 10 %)")
+    if not isinstance(permutations, int) or permutations < 1:
+        raise ValueError(f"permutations={permutations!r}: expected 1 or more")
+    if how not in ("global", "uniform"):
+        raise ValueError(f'how={how!r}: expected "global" or "uniform"')
+    # by number: "base", "earlier" and "later" are a trajectory's own words, and may be a stage's name as well
+    numbers = [str(at) for at in range(len(names))]
+    numbered = Trajectory.through(
+        dict(zip(numbers, run.checkpoints.values(), strict=True)), layout=run.layout, units=run.units
+    )
+    sets = [_most(scores, top, how) for scores in _magnitudes(numbered, numbers)]
+    pairs = list(combinations(range(len(sets)), 2))
+    opened = numbered.weights(*numbers)
+    found: dict[tuple[int, int], list[Found]] = {pair: [] for pair in pairs}
+    # each pair draws by itself, so that a further stage changes nothing about those before it
+    generators = {pair: Generator().manual_seed(seed) for pair in pairs}
+    for block in opened[-1].layout:
+        for pair, one in _block(opened, block, sets, permutations, generators).items():
+            found[pair].append(one)
+    sizes = [sum(mask.count().values()) for mask in sets]
+    return Directions(
+        top,
+        permutations,
+        seed,
+        dict(zip(names[1:], sizes, strict=True)),
+        tuple(
+            Pair(
+                names[i + 1],
+                names[j + 1],
+                sum(sets[i].count()[name] * sets[j].count()[name] / size for name, size in sets[i].sizes.items()),
+                Found.joined(found[i, j]).told(None),
+                tuple(one.told(block) for block, one in zip(opened[-1].layout, found[i, j], strict=True)),
+            )
+            for i, j in pairs
+        ),
+    )
+
+
+def _magnitudes(run: Trajectory, names: Sequence[str]) -> list[Neurons]:
+    """The norm of every neuron's update in every stage, each checkpoint read once."""
+    sizes = run.weights(names[-1])[0].layout.sizes
+    squares = [{name: torch.zeros(size, dtype=torch.float64) for name, size in sizes.items()} for _ in names[1:]]
+    for name, start, stop, steps in displacements(run, *names):
+        for square, step in zip(squares, steps, strict=True):
+            norms: Tensor = torch.linalg.vector_norm(step, dim=1)
+            square[name][start:stop] += norms.double().square()
+    if not all(bool(value.sum().isfinite()) for square in squares for value in square.values()):
+        check_finite(run, *names)
+    return [Neurons({name: value.sqrt().float() for name, value in square.items()}) for square in squares]
+
+
+def _most(scores: Neurons, top: float, how: Ranking) -> Neurons:
+    """The mask of the most changed neurons, without those that did not change."""
+    if round(top * scores.total) < 1:
+        raise ValueError(f"top={top!r} of {scores.total} neurons is none: expected {1 / scores.total:.2g} or more")
+    counts = budget.allocate(scores, top, how)
+    return budget.top(scores, {name: min(counts[name], int((scores[name] > 0).sum())) for name in scores})
+
+
+def _block(
+    opened: list[Weights], block: str, sets: list[Neurons], draws: int, generators: Mapping[tuple[int, int], Generator]
+) -> dict[tuple[int, int], Found]:
+    """What is found of one block, for every pair."""
+    found = {}
+    for (i, j), generator in generators.items():
+        shared = (sets[i][block] & sets[j][block]).nonzero().flatten()
+        some = [
+            evidence_cosines.permuted(evidence_cosines.gram_of(opened, block, index, i, j), draws, generator)
+            for index in shared.split(evidence_cosines.GROUP)
+        ]
+        found[i, j] = Found.joined(some)
+    return found

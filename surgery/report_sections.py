@@ -1,0 +1,260 @@
+"""The sections of a report: each part of an inquiry with what was found in words, its figures, tables, definitions."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from surgery.evidence import Cell, Table
+from surgery.evidence_overlap import Overlap
+from surgery.evidence_plots import change_histogram, directional_cosine, overlap_matrix, profile_bars
+from surgery.gradient_plots import gradient_extremes, gradient_heatmap
+from surgery.history_plots import score_lines
+from surgery.plots import dose_response
+from surgery.report_definitions import (
+    ACTIVE,
+    CHANGE,
+    CHANGED,
+    CHANGED_LAYER,
+    CHANGES,
+    COLUMNS,
+    DIRECTIONS,
+    HISTORY,
+    NEAR,
+    ROLLBACK,
+    SCORE,
+    SITES,
+    TERMS,
+)  # fmt: skip
+from surgery.report_inquiry import Inquiry
+from surgery.report_page import Figure, Section, page
+from surgery.report_verdict import verdict
+from surgery.rows import EARLIER, LATER, Row
+from surgery.theory_plots import expansion
+
+PAGE, NUMBERS = "index.html", "report.json"
+
+
+def write_report(
+    found: Inquiry, folder: str | Path, *, command: str = "", data: Mapping[str, Path] | None = None,
+    overwrite: bool = False,
+) -> Path:  # fmt: skip
+    """Write an inquiry as one HTML page that needs no network, and its numbers as JSON.
+
+    Args:
+        found: what ``surgery.analyse`` returned.
+        folder: a new folder for ``index.html`` and ``report.json``.
+        command: what made it, to be told on the page.
+        data: domain → the file of its prompts, to be told with its hash.
+        overwrite: replace an existing folder.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        ValueError: the folder exists.
+
+    Source: ours.
+    """
+    folder = Path(folder)
+    if folder.exists() and not overwrite:
+        raise ValueError(f"{folder} exists: choose another folder, or pass overwrite=True")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        partial.chmod(0o755)
+        title = f"What training did: {' → '.join(found.stages)}"
+        text = page(title, verdict(found), sections(found), found.skipped, _made(found, command, data or {}))
+        (partial / PAGE).write_text(text, encoding="utf-8")
+        found.save(partial / NUMBERS)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return folder / PAGE
+
+
+def _made(found: Inquiry, command: str, data: Mapping[str, Path]) -> dict[str, str]:
+    told = {"command": command} if command else {}
+    told |= {f"prompts of {domain}": f"{file}, sha256 {_sha256(file)}" for domain, file in data.items()}
+    for name, one in found.made["checkpoints"].items():
+        hashes = "; ".join(f"{file} {digest}" for file, digest in one.get("sha256", {}).items())
+        told[f"checkpoint {name}"] = (
+            f"{one['name']} (sha256 of {one['sha256_of']}: {hashes})" if hashes else one["name"]
+        )
+    return {**told, "versions": json.dumps(found.made["versions"])}
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def sections(found: Inquiry) -> Iterator[Section]:
+    """The sections that there is something for, in the order of the page."""
+    parts: tuple[Callable[[Inquiry], Section | None], ...] = (
+        _history, _rollback, _sites, _terms, _changes, _changed, _directions, _active, _gradients,
+    )  # fmt: skip
+    for part in parts:
+        if (section := part(found)) is not None:
+            yield section
+
+
+def _history(found: Inquiry) -> Section | None:
+    if (history := found.history) is None:
+        return None
+    lost = [one for one in history.lost if one.certain and one.amount > 0]
+    names = ", ".join(f"{one.domain} (since {one.best}, most at {one.at})" for one in lost)
+    finding = f"Lost beyond doubt: {names}." if lost else "No domain lost anything that can be told from nothing."
+    drawn = Figure(score_lines(history), "Score of every domain after each stage; larger is better.")
+    return Section("What was damaged", finding, f"{HISTORY} {SCORE}", COLUMNS, (drawn,), history.tables())
+
+
+def _rollback(found: Inquiry) -> Section | None:
+    if (sweep := found.rollback) is None or found.focus is None:
+        return None
+    best = max((row for row in sweep["D"] if row.recovery is not None), key=lambda row: row.recovery or 0)
+    told = [
+        f"Of the rollbacks by D the best brings {100 * (best.recovery or 0):.0f} % of the loss back, with "
+        f"{100 * best.budget:g} % of the neurons."
+    ]
+    rows = list(sweep.rows)
+    if found.refreshed is not None:
+        rows.append(found.refreshed.row)
+        told.append(f"{found.refreshed.row.selector}: {100 * (found.refreshed.row.recovery or 0):.0f} %.")
+    drawn = Figure(
+        dose_response(sweep),
+        f"Recovery of {sweep.metric} against the share of neurons rolled back, with 95 % intervals.",
+    )
+    others = [name for name in rows[0].metrics if name != sweep.metric]
+    table = Table(
+        f"what a repair of {sweep.metric} brings, on prompts that chose nothing",
+        (
+            "repair",
+            "budget (%)",
+            "recovery (%)",
+            "recovery, low (%)",
+            "recovery, high (%)",
+            *(f"Δ {n}" for n in others),
+        ),
+        tuple(_repair(row, others) for row in rows),
+    )
+    tables = (table,) if found.refreshed is None else (table, found.refreshed.report.table())
+    meant = {**COLUMNS, **{f"Δ {name}": f"{CHANGE} Here of {name}." for name in others}}
+    return Section("What a repair would bring", " ".join(told), ROLLBACK, meant, (drawn,), tables)
+
+
+def _repair(row: Row, others: list[str]) -> tuple[Cell, ...]:
+    low, high = (100 * end for end in row.interval) if row.interval else (None, None)
+    recovery = None if row.recovery is None else 100 * row.recovery
+    if row.selector in (EARLIER, LATER):
+        return row.selector, None, None, None, None, *(None for _ in others)
+    budget = 100 * row.budget if row.neurons else None
+    return row.selector, budget, recovery, low, high, *(row.delta.get(name) for name in others)
+
+
+def _sites(found: Inquiry) -> Section | None:
+    if (sites := found.sites) is None or found.focus is None:
+        return None
+    first = max(sites.blocks.blocks, key=lambda one: one.share)
+    finding = (
+        f"Half of the gain that going back promises lies in {100 * sites.half:.3g} % of the neurons. Most of it is in "
+        f"{first.block} ({100 * first.share:.0f} %)."
+    )
+    drawn = Figure(profile_bars(sites.blocks), f"Share of the damage score D of {found.focus.domain} in each block.")
+    return Section("Where it sits", finding, SITES, COLUMNS, (drawn,), sites.blocks.tables())
+
+
+def _terms(found: Inquiry) -> Section | None:
+    if (terms := found.terms) is None:
+        return None
+    share = terms.second[-1] / terms.true[-1] if terms.true[-1] else 0.0
+    finding = (
+        f"All the way to the last checkpoint the curvature at the earlier one predicts {100 * share:.0f} % of the true "
+        f"rise; at {terms.fractions[0]:g} of the way {100 * terms.second[0] / (terms.true[0] or 1):.0f} %."
+    )
+    drawn = Figure(expansion(terms), "True rise of the loss along the change, and what the terms of the theory say.")
+    return Section("Is it a second-order effect?", finding, TERMS, COLUMNS, (drawn,), (terms.table(),))
+
+
+def _changes(found: Inquiry) -> Section | None:
+    if (changes := found.changes) is None:
+        return None
+    last = changes.incremental[-1]
+    finding = (
+        f"{last.stage} left {100 * last.whole.share(last.whole.unchanged):.1f} % of the parameters as they were, and "
+        f"moved all of them together by {100 * (last.whole.relative_norm or 0):.2g} % of their length."
+    )
+    told = f" Left out: {'; '.join(changes.left_out)}." if changes.left_out else ""
+    figures = (
+        Figure(change_histogram(changes, "absolute", "base"), "Absolute change, against the first checkpoint."),
+        Figure(change_histogram(changes, "relative", "before"), "Relative change, against the checkpoint before."),
+    )
+    near = [head for table in changes.tables() for head in table.head if head.startswith("abs(")]
+    meant = {**COLUMNS, **dict.fromkeys(found.stages, CHANGED_LAYER), **dict.fromkeys(near, NEAR)}
+    return Section("How far parameters moved", finding + told, CHANGES, meant, figures, changes.tables())
+
+
+def _changed(found: Inquiry) -> Section | None:
+    if (overlap := found.changed) is None:
+        return None
+    drawn = Figure(overlap_matrix(overlap, title="changed"), "Jaccard of the most changed neurons; in brackets chance.")
+    return _overlap("Do stages change the same neurons?", overlap, "changed", CHANGED, drawn)
+
+
+def _active(found: Inquiry) -> Section | None:
+    if (overlap := found.active) is None:
+        return None
+    drawn = Figure(overlap_matrix(overlap, title="active"), "Jaccard of the most active neurons; in brackets chance.")
+    return _overlap("Do domains use the same neurons?", overlap, "active", ACTIVE, drawn)
+
+
+def _overlap(title: str, overlap: Overlap, what: str, definition: str, drawn: Figure) -> Section:
+    one, other = max(overlap.pairs(), key=lambda pair: overlap.of(*pair))
+    chance = overlap.chance[overlap.domains.index(one)][overlap.domains.index(other)]
+    finding = (
+        f"The most {what} neurons of two domains overlap by {overlap.mean:.2f} on average (Jaccard); most those of "
+        f"{one} and {other}: {overlap.of(one, other):.2f}, where chance gives {chance:.2f}."
+    )
+    meant = {f"{a}–{b}": f"Jaccard of {a} and {b} in that layer." for a, b in overlap.pairs()}
+    return Section(title, finding, definition, {**COLUMNS, **meant}, (drawn,), overlap.tables())
+
+
+def _directions(found: Inquiry) -> Section | None:
+    if (directions := found.directions) is None:
+        return None
+    known = [(pair, pair.whole.mean) for pair in directions.pairs if pair.whole.mean is not None]
+    if not known:
+        finding = "No two stages have a neuron in common among those that they changed most."
+    else:
+        pair, mean = min(known, key=lambda item: item[1])
+        finding = (
+            f"The updates that point most against each other are those of {pair.first} and {pair.second}: mean cosine "
+            f"{mean:+.3f} on {pair.whole.neurons} neurons."
+        )
+    drawn = Figure(directional_cosine(directions), "Mean cosine of two updates by block; bands: unrelated updates.")
+    return Section("Do updates clash?", finding, DIRECTIONS, COLUMNS, (drawn,), directions.tables())
+
+
+def _gradients(found: Inquiry) -> Section | None:
+    if (gradients := found.gradients) is None:
+        return None
+    (one, other) = min(gradients.pairs, key=lambda pair: gradients.whole.cosines[pair[0]][pair[1]] or 0.0)
+    lowest = gradients.whole.cosines[one][other] or 0.0
+    finding = f"Over the whole model the lowest cosine is that of {one} and {other}: {lowest:+.3f}."
+    for worst in gradients.conflicts[:1]:
+        pair = f"{worst.first} and {worst.second}"
+        finding += f" The strongest conflict of a module: {worst.module}, {pair} ({worst.cosine:+.2f})."
+    kinds = [kind for kind in ("attention", "mlp") if any(part.kind == kind for part in gradients.modules)]
+    figures = (
+        *(Figure(gradient_heatmap(gradients, kind), f"Cosine of the gradients by layer: {kind}.") for kind in kinds),
+        Figure(gradient_extremes(gradients), "The modules with the strongest conflicts and synergies."),
+    )
+    meant = {**COLUMNS, **{f"{a}–{b}": f"Cosine of the gradients of {a} and {b}." for a, b in gradients.pairs}}
+    return Section("Do domains pull apart?", finding, gradients.definition, meant, figures, gradients.tables())

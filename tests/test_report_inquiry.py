@@ -1,0 +1,226 @@
+"""The inquiry: every part or the reason why not, halves that share no prompt, a verdict in words, a page of its own."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+from families import build
+from test_report_browser import CHROMIUM, read
+from test_report_page import EVIL, Reader
+from torch import nn
+
+from surgery import Trajectory, analyse, load_prompts, write_report
+from surgery.histories import History, Lost
+from surgery.prompts import padded
+from surgery.report_inquiry import Inquiry
+from surgery.report_parts import PARTS, halved
+from surgery.report_sections import sections
+from surgery.report_verdict import verdict
+from surgery.significance import Paired
+
+LAB = Path(__file__).parent.parent / "benchmarks/lab/seed0"
+STAGES, DOMAINS = ("base", "code", "math", "qa", "cw"), ("math", "code", "qa")
+pytestmark = pytest.mark.skipif(not LAB.is_dir(), reason="the lab's checkpoints are not there")
+
+
+def lab(**settings):
+    return Trajectory.through({name: str(LAB / name) for name in STAGES}, **settings)
+
+
+def prompts(*domains: str, limit: int = 64):
+    return {d: load_prompts(LAB / f"data/{d}.calibration.jsonl", LAB / "cw", limit=limit) for d in domains}
+
+
+@pytest.fixture(scope="module")
+def whole() -> Inquiry:
+    return analyse(lab(), prompts(*DOMAINS), budgets=(0.04, 0.16), refresh_steps=5)
+
+
+def test_every_part_is_there_and_the_lab_s_damage_is_found(whole):
+    assert whole.skipped == {}
+    assert all(getattr(whole, part) is not None for part in PARTS)
+    assert whole.focus is not None
+    assert (whole.focus.domain, whole.focus.best, whole.focus.at) == ("math", "math", "qa")
+    at_16 = next(row for row in whole.rollback["D"] if row.budget == 0.16)
+    assert at_16.recovery > 0.5
+    assert at_16.recovery > next(row for row in whole.rollback["random"] if row.budget == 0.16).recovery
+
+
+def test_the_verdict_names_the_damage_its_place_and_the_repair(whole):
+    said = " ".join(verdict(whole))
+    for words in ("math was damaged: from math to cw", "stage qa", "of the MLP neurons", "A rollback brings back",
+                  "A refresh of 5 steps", "curvature"):  # fmt: skip
+        assert words in said
+
+
+def test_every_column_of_every_table_is_explained(whole):
+    names = {*whole.stages, *whole.domains}
+    for section in sections(whole):
+        for table in section.tables:
+            for head in table.head:
+                plain = head in section.columns or head in names or not head
+                assert plain, f"{section.title}: the column {head!r} of {table.title!r} has no definition"
+
+
+def test_it_is_saved_as_a_page_and_as_numbers(whole, tmp_path):
+    page = write_report(
+        whole, tmp_path / "report", command="surgery analyse", data={"math": LAB / "data/math.calibration.jsonl"}
+    )
+    assert sorted(path.name for path in (tmp_path / "report").iterdir()) == ["index.html", "report.json"]
+    text = page.read_text()
+    assert all(paragraph.split(" [")[0].split("“")[0] in "".join(Reader(text).words) for paragraph in verdict(whole))
+    numbers = json.loads((tmp_path / "report/report.json").read_text())
+    assert numbers["focus"]["domain"] == "math"
+    assert set(PARTS) <= set(numbers)
+    with pytest.raises(ValueError, match="exists: choose another folder"):
+        write_report(whole, tmp_path / "report")
+    write_report(whole, tmp_path / "report", overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report"]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize("width", [1280, 400])
+def test_the_real_page_is_read_without_an_error_and_fits(whole, tmp_path, width):
+    text = write_report(whole, tmp_path / "report", command="surgery analyse " + "x" * 200).read_text()
+    told = read(text, tmp_path, width)
+    assert told["errors"] == []
+    assert all(told["images"])
+    assert all(told["shown"])
+    assert told["wide"] <= width
+
+
+def test_names_are_escaped_wherever_they_stand(whole, tmp_path):
+    stages = tuple(EVIL if name == "qa" else name for name in whole.stages)
+    lost = replace(whole.focus, domain=EVIL, at=EVIL)
+    named = replace(whole, stages=stages, focus=lost, skipped={"x": EVIL})
+    text = write_report(named, tmp_path / "report", command=EVIL).read_text()
+    assert "<script>alert" not in text
+    assert len(Reader(text).of("script")) == 1
+
+
+def test_without_prompts_it_says_what_it_would_need():
+    found = analyse(lab())
+    assert (found.changes, found.changed, found.directions) != (None, None, None)
+    assert set(found.skipped) == set(PARTS) - {"changes", "changed", "directions"}
+    assert "--data domain=file" in found.skipped["history"]
+    assert "prompts of the domains" in verdict(found)[0]
+
+
+def test_two_checkpoints_have_no_two_updates_to_compare():
+    run = Trajectory.through({name: str(LAB / name) for name in ("math", "qa")})
+    found = analyse(run, prompts("math"), budgets=(0.16,), skip=["terms", "refreshed"])
+    assert "three checkpoints" in found.skipped["changed"]
+    assert "two domains" in found.skipped["gradients"]
+    assert found.skipped["terms"] == "left out, as asked"
+    assert found.focus.domain == "math"
+    assert {row.selector for row in found.rollback} == {"earlier", "later", "ceiling (all MLP neurons)", "D", "random"}
+
+
+def test_where_nothing_was_lost_nothing_is_repaired():
+    run = Trajectory.through({name: str(LAB / name) for name in ("base", "code")})
+    found = analyse(run, prompts("code"))
+    assert found.focus is None
+    assert "can be told from nothing" in found.skipped["rollback"]
+    assert "No domain lost anything" in verdict(found)[0]
+
+
+def test_a_live_model_is_whole_at_the_end_and_an_evaluation_of_one_s_own_decides():
+    model = Trajectory(later=str(LAB / "qa")).load()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    run = Trajectory.through({"math": str(LAB / "math"), "qa": model})
+    seen = []
+
+    def evaluate(live: nn.Module):
+        seen.append(live)
+        drift = sum(float((p - before[name]).abs().sum()) for name, p in live.named_parameters())
+        return {"math": [drift + x for x in range(8)], "qa": [1.0] * 8}
+
+    found = analyse(run, prompts("math"), evaluate=evaluate, budgets=(0.5,), refresh_steps=2, skip=["terms"])
+    assert found.focus.domain == "math"
+    assert found.score == "score"
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert len(seen) >= 6
+
+
+def test_a_domain_that_was_damaged_and_has_no_prompts_is_named():
+    scores = {"math": [1.0, 2.0, 1.5, 1.2, 1.7, 1.1, 1.3, 1.6], "law": [1.0] * 8}
+    falls = iter([1.0, 0.5])
+
+    def evaluate(_):
+        factor = next(falls)
+        return {"math": [factor * x for x in scores["math"]], "law": scores["law"]}
+
+    run = Trajectory.through({name: str(LAB / name) for name in ("math", "qa")})
+    found = analyse(run, prompts("qa"), evaluate=evaluate)
+    assert found.focus.domain == "math"
+    assert "--data math=file" in found.skipped["rollback"]
+
+
+def test_the_halves_share_no_prompt_and_lose_none():
+    batches = [
+        padded([([at + 3], [at + 4]) for at in range(first, last)], 0) for first, last in ((0, 5), (5, 6), (6, 9))
+    ]
+    both = [[row.tolist() for batch in halved(batches, which) for row in batch["input_ids"]] for which in (0, 1)]
+    every = [row.tolist() for batch in batches for row in batch["input_ids"]]
+    assert sorted(both[0] + both[1]) == sorted(every)
+    assert not [row for row in both[0] if row in both[1]]
+
+
+def test_one_prompt_can_not_choose_and_measure():
+    found = analyse(lab(), prompts("math", limit=1))
+    assert "two prompts or more of math" in found.skipped["history"]
+
+
+def test_prompts_without_responses_are_answered_by_their_own_stage(tmp_path):
+    lines = (LAB / "data/math.calibration.jsonl").read_text().splitlines()[:40]
+    bare = tmp_path / "math.jsonl"
+    bare.write_text("\n".join(json.dumps({"prompt": json.loads(line)["prompt"]}) for line in lines))
+    run = Trajectory.through({name: str(LAB / name) for name in ("math", "qa")})
+    found = analyse(run, {"math": load_prompts(bare, LAB / "qa")}, skip=set(PARTS) - {"changes", "history"})
+    scores = found.history.scores["math"]
+    assert scores[0] > scores[1]
+
+
+def test_what_can_not_be_analysed_is_refused():
+    with pytest.raises(ValueError, match="skip='theory': expected some of changes"):
+        analyse(lab(), skip=["theory"])
+    different = Trajectory.through({"a": build("llama"), "b": build("gpt2")})
+    with pytest.raises(ValueError):
+        analyse(different)
+
+
+def lost(domain: str, amount: float, p: float = 0.001) -> Lost:
+    return Lost(domain, domain, "cw", amount, "qa", amount, Paired(amount, (amount / 2, 2 * amount), p, "sign flip", 9))
+
+
+def told(*losses: Lost, focus: Lost | None) -> str:
+    history = History(("math", "law", "cw"), {one.domain: (0.0, 0.0, 0.0) for one in losses}, losses)
+    return " ".join(verdict(Inquiry(("math", "law", "cw"), ("math",), "score", {}, {}, history=history, focus=focus)))
+
+
+def test_the_verdict_tells_damage_from_noise():
+    math, law = lost("math", 0.5), lost("law", 0.25)
+    said = told(math, law, focus=math)
+    assert "math was damaged" in said
+    assert "Also damaged: law" in said
+    said = told(math, lost("law", 0.25, p=0.4), focus=math)
+    assert "Also damaged" not in said
+    assert "None of law lost anything" in said
+    said = told(lost("math", 0.01, p=0.4), focus=None)
+    assert re.match("No domain lost anything that can be told from nothing", said)
+
+
+def test_the_parts_are_the_fields():
+    assert set(PARTS) == {field.name for field in fields(Inquiry)} - {
+        "stages",
+        "domains",
+        "score",
+        "skipped",
+        "made",
+        "focus",
+    }

@@ -7,7 +7,6 @@ by some of them, drawn several times: how much the masks agree, and how much eac
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 from collections.abc import Sequence
@@ -17,12 +16,12 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 from transformers import AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
 from benchmarks.hardware import statement
 from benchmarks.lab.domains import Item
 from benchmarks.lab.evaluate import evaluator
 from benchmarks.refresh_grpo import training_items
+from benchmarks.seeds import asked_for
 from surgery import (
     AMCSelector,
     DamageSelector,
@@ -93,20 +92,16 @@ def picture(found: list[Stability]) -> Figure:
 
 def main() -> None:
     """Measure every seed, write the table and the first seed's picture."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("seeds", nargs="+", type=Path)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    asked = parser.parse_args()
-    transformers_logging.disable_progress_bar()
-    found = [measure(folder) for folder in asked.seeds]
+    seeds, out = asked_for(__doc__)
+    found = [measure(folder) for folder in seeds]
     text = (
         f"# From how few unlabelled prompts?\n\nRecovery of Math (damaged by QA) at a budget of 2 %, by number of "
         f"prompts without responses: mean (least … most) over {len(found)} seeds × {DRAWS} draws from a pool of {POOL} "
-        f"training prompts, none of which is evaluated on (all: the whole pool). The picture: {asked.seeds[0].name}. "
+        f"training prompts, none of which is evaluated on (all: the whole pool). The picture: {seeds[0].name}. "
         f"{statement()}\n\n{table(found)}\n"
     )
-    (asked.out / "few-prompts.md").write_text(text, encoding="utf-8")
-    picture(found[0]).savefig(asked.out / "few-prompts.png")
+    (out / "few-prompts.md").write_text(text, encoding="utf-8")
+    picture(found[0]).savefig(out / "few-prompts.png")
     print(text)
 
 

@@ -6,16 +6,15 @@ that plain D begins to hurt them.
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from transformers import AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
 from benchmarks.hardware import statement
 from benchmarks.lab.evaluate import evaluator
+from benchmarks.seeds import asked_for
 from surgery import DamageSelector, Trajectory, load_prompts, rollback
 from surgery.scores import remembered
 
@@ -65,18 +64,14 @@ def table(seeds: list[Found]) -> str:
 
 def main() -> None:
     """Measure every seed and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("seeds", nargs="+", type=Path)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    asked = parser.parse_args()
-    transformers_logging.disable_progress_bar()
-    found = [measure(folder) for folder in asked.seeds]
+    seeds, out = asked_for(__doc__)
+    found = [measure(folder) for folder in seeds]
     text = (
         f"# What protecting the other domains buys, and costs\n\nRecovery of Math in % (mean ± standard deviation over "
         f"{len(found)} seeds) and the worst mean Δ among QA, Code and CW in points, by the weight of what reverting "
         f"costs them (0: plain D) and the budget of MLP neurons. {statement()}\n\n{table(found)}\n"
     )
-    (asked.out / "protect.md").write_text(text, encoding="utf-8")
+    (out / "protect.md").write_text(text, encoding="utf-8")
     print(text)
 
 

@@ -6,7 +6,6 @@ of weights of the MLPs and KV groups.
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
 from benchmarks.hardware import statement
 from benchmarks.lab.evaluate import evaluator
+from benchmarks.seeds import asked_for
 from surgery import Entries, EntrySelector, Trajectory, load_prompts, rollback
 from surgery.entries import shapes_of
 from surgery.scores import remembered
@@ -90,19 +89,15 @@ def table(runs: list[Found]) -> str:
 
 def main() -> None:
     """Measure every seed and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("seeds", nargs="+", type=Path)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    asked = parser.parse_args()
-    transformers_logging.disable_progress_bar()
-    found = [run for folder in asked.seeds for run in measure(folder)]
+    seeds, out = asked_for(__doc__)
+    found = [run for folder in seeds for run in measure(folder)]
     text = (
         f"# Which single weights?\n\nRecovery of Math (damaged by QA) in %, mean ± standard deviation over "
-        f"{len(asked.seeds)} seeds, by fraction of the weights of MLPs and KV groups that may be reverted; all but the "
+        f"{len(seeds)} seeds, by fraction of the weights of MLPs and KV groups that may be reverted; all but the "
         f"default D take as many as they may. Δ: the worst of the other domains in points, mean over seeds, at the "
         f"budget where it is worst. {statement()}\n\n{table(found)}\n"
     )
-    (asked.out / "single-weights.md").write_text(text, encoding="utf-8")
+    (out / "single-weights.md").write_text(text, encoding="utf-8")
     print(text)
 
 

@@ -6,14 +6,13 @@ contraction, on the calibration prompts with their right answers as responses.
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers.utils import logging as transformers_logging
 
 from benchmarks.hardware import statement
+from benchmarks.seeds import asked_for
 from surgery import (
     Contraction,
     CurvatureBounds,
@@ -165,17 +164,13 @@ def page(found: dict[str, Found]) -> str:
 
 def main() -> None:
     """Measure every seed, write the page and the figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("seeds", nargs="+", type=Path)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    asked = parser.parse_args()
-    transformers_logging.disable_progress_bar()
-    found = {folder.resolve().name: measure(folder) for folder in asked.seeds}
-    (asked.out / "theory.md").write_text(page(found), encoding="utf-8")
+    seeds, out = asked_for(__doc__)
+    found = {folder.resolve().name: measure(folder) for folder in seeds}
+    (out / "theory.md").write_text(page(found), encoding="utf-8")
     first = next(iter(found.values()))
-    expansion(first.terms).figure.savefig(asked.out / "theory-terms.png")
-    damage_curve(first.spectra["all parameters"]).figure.savefig(asked.out / "theory-dimensions.png")
-    contracting_distance(first.contractions[0.5]).figure.savefig(asked.out / "theory-contraction.png")
+    expansion(first.terms).figure.savefig(out / "theory-terms.png")
+    damage_curve(first.spectra["all parameters"]).figure.savefig(out / "theory-dimensions.png")
+    contracting_distance(first.contractions[0.5]).figure.savefig(out / "theory-contraction.png")
     print(page(found))
 
 

@@ -8,7 +8,6 @@ are rounded to bf16 afterwards; all choose the same number of neurons.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from transformers import AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
 from benchmarks.hardware import statement
 from benchmarks.lab.evaluate import evaluator
+from benchmarks.seeds import asked_for
 from surgery import (
     Neurons,
     Trajectory,
@@ -195,12 +194,8 @@ def gains(seeds: list[dict[tuple[str, float], tuple[float, float, float]]]) -> s
 
 def main() -> None:
     """Measure every seed and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("seeds", nargs="+", type=Path)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    asked = parser.parse_args()
-    transformers_logging.disable_progress_bar()
-    found = [measure(folder) for folder in asked.seeds]
+    seeds, out = asked_for(__doc__)
+    found = [measure(folder) for folder in seeds]
     text = (
         f"# Variants of the damage score\n\nRecovery of Math (damaged by QA) in %, mean ± standard deviation over "
         f"{len(found)} seeds, by budget of MLP neurons; Δ in points; float32 unless said; in brackets the mean "
@@ -208,7 +203,7 @@ def main() -> None:
         f"## More than plain D at the same budget\n\n"
         f"In points of recovery, seed by seed: mean (least … most).\n\n{gains(found)}\n"
     )
-    (asked.out / "variants.md").write_text(text)
+    (out / "variants.md").write_text(text)
     print(text)
 
 

@@ -47,8 +47,8 @@ def reading(weights: Weights, name: str, part: str) -> Callable[[int, int], Tens
     return read
 
 
-def displacements(run: Trajectory, *names: str) -> Iterator[tuple[str, int, int, tuple[Tensor, ...]]]:
-    """What each step of training changed, chunk by chunk: ``(block, start, stop, (δ, ...))``.
+def displacements(run: Trajectory, *names: str) -> Iterator[tuple[str, str, int, int, tuple[Tensor, ...]]]:
+    """What each step of training changed, chunk by chunk: ``(block, part, start, stop, (δ, ...))``.
 
     Args:
         run: the trajectory.
@@ -66,7 +66,7 @@ def displacements(run: Trajectory, *names: str) -> Iterator[tuple[str, int, int,
             readers = [reading(one, name, part) for one in opened]
             for start, stop in pieces(block, part, others):
                 read = [reader(start, stop) for reader in readers]
-                yield name, start, stop, tuple((b - a).contiguous() for a, b in pairwise(read))
+                yield name, part, start, stop, tuple((b - a).contiguous() for a, b in pairwise(read))
 
 
 def _check_finite(weights: Weights, name: str, part: str, start: int, read: Tensor) -> None:

@@ -165,7 +165,7 @@ def _magnitudes(run: Trajectory, names: Sequence[str]) -> list[Neurons]:
     """The norm of every neuron's update in every stage, each checkpoint read once."""
     sizes = run.weights(names[-1])[0].layout.sizes
     squares = [{name: torch.zeros(size, dtype=torch.float64) for name, size in sizes.items()} for _ in names[1:]]
-    for name, start, stop, steps in displacements(run, *names):
+    for name, _, start, stop, steps in displacements(run, *names):
         for square, step in zip(squares, steps, strict=True):
             norms: Tensor = torch.linalg.vector_norm(step, dim=1)
             square[name][start:stop] += norms.double().square()

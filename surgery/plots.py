@@ -76,7 +76,10 @@ def pareto_front(sweep: Sweep, ax: Axes | None = None) -> Axes:
     if not rows:
         raise ValueError(f"no row has a recovery of {sweep.metric} and a change of another metric: nothing to draw")
     ax = ax or _axes()
-    for at, name in enumerate(dict.fromkeys(row.selector for row in rows)):
+    names = sorted(
+        dict.fromkeys(row.selector for row in rows), key=lambda name: name == CEILING
+    )  # colours as elsewhere
+    for at, name in enumerate(names):
         points = [_cost_and_gain(row) for row in rows if row.selector == name]
         style = {**_style(at), "linestyle": "none", "markersize": 6}
         ax.plot([cost for cost, _ in points], [gain for _, gain in points], label=name, **style)
@@ -84,6 +87,7 @@ def pareto_front(sweep: Sweep, ax: Axes | None = None) -> Axes:
     for cost, gain in sorted(map(_cost_and_gain, rows), key=lambda point: (point[0], -point[1])):
         if not front or gain > front[-1][1]:
             front.append((cost, gain))
+    front.append((max(cost for cost, _ in map(_cost_and_gain, rows)), front[-1][1]))
     ax.step(*zip(*front, strict=True), where="post", color="0.4", linewidth=1, label="front", zorder=0)
     ax.set_xlabel("worst loss of another metric (its own unit)")
     ax.set_ylabel(f"recovery of {sweep.metric} (%)")

@@ -15,7 +15,7 @@ from surgery.evidence_overlap import Overlap
 from surgery.evidence_plots import change_histogram, directional_cosine, overlap_matrix, profile_bars
 from surgery.gradient_plots import gradient_extremes, gradient_heatmap
 from surgery.history_plots import score_lines
-from surgery.plots import dose_response
+from surgery.plots import dose_response, pareto_front
 from surgery.report_definitions import (
     ACTIVE,
     CHANGE,
@@ -145,16 +145,23 @@ def _rollback(found: Inquiry) -> Section | None:
         ),
         tuple(_repair(row, others) for row in rows),
     )
+    figures = [drawn]
+    if others:
+        told_front = (
+            "Recovery against the worst loss of another domain; no row lies above the line at its loss or less."
+        )
+        figures.append(Figure(pareto_front(sweep), told_front))
     tables = (table,) if found.refreshed is None else (table, found.refreshed.report.table())
     meant = {**COLUMNS, **{f"Δ {name}": f"{CHANGE} Here of {name}." for name in others}}
-    return Section("What a repair would bring", " ".join(told), ROLLBACK, meant, (drawn,), tables)
+    return Section("What a repair would bring", " ".join(told), ROLLBACK, meant, tuple(figures), tables)
 
 
 def _repair(row: Row, others: list[str]) -> tuple[Cell, ...]:
     low, high = (100 * end for end in row.interval) if row.interval else (None, None)
     recovery = None if row.recovery is None else 100 * row.recovery
     if row.selector in (EARLIER, LATER):
-        return row.selector, None, None, None, None, *(None for _ in others)
+        whole = 100.0 if row.selector == EARLIER else 0.0  # by definition
+        return row.selector, None, whole, None, None, *(None for _ in others)
     budget = 100 * row.budget if row.neurons else None
     return row.selector, budget, recovery, low, high, *(row.delta.get(name) for name in others)
 

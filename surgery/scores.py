@@ -197,7 +197,7 @@ def magnitude(run: Trajectory) -> Neurons:
     """
     (later,) = run.weights("later")
     squares = {name: torch.zeros(size, dtype=torch.float64) for name, size in later.layout.sizes.items()}
-    for name, start, stop, (b,) in displacements(run, "earlier", "later"):
+    for name, _, start, stop, (b,) in displacements(run, "earlier", "later"):
         squares[name][start:stop] += _square(b)
     if not all(bool(value.sum().isfinite()) for value in squares.values()):
         check_finite(run, "earlier", "later")
@@ -223,7 +223,7 @@ def conflict(run: Trajectory) -> Neurons:
         raise ValueError("C compares two updates and needs the base checkpoint: pass Trajectory(base=...)")
     (later,) = run.weights("later")
     zeros = {name: torch.zeros(3, size, dtype=torch.float64) for name, size in later.layout.sizes.items()}
-    for name, start, stop, (a, b) in displacements(run, "base", "earlier", "later"):
+    for name, _, start, stop, (a, b) in displacements(run, "base", "earlier", "later"):
         for row, products in enumerate((dot(a, b), _square(a), _square(b))):
             zeros[name][row, start:stop] += products
     if not all(bool(value.sum().isfinite()) for value in zeros.values()):

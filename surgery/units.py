@@ -22,6 +22,8 @@ def kinds_of(units: Units) -> tuple[str, ...]:
         ValueError: there is no such kind, or two of them cut the same attention in different ways.
     """
     asked = (units,) if isinstance(units, str) else tuple(units)
+    if "weight" in asked:
+        raise ValueError(f"units={units!r}: single weights have their own selector, EntrySelector(budget, rank=...)")
     if not asked or set(asked) - set(KINDS):
         raise ValueError(f'units={units!r}: expected some of {", ".join(KINDS)}, like "mlp" or ("mlp", "kv_group")')
     if len(set(asked) - {"mlp"}) > 1:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from surgery.budget import Allocation, share
-from surgery.deltas import check_finite, pieces, reading
+from surgery.deltas import check_finite, displacements
 from surgery.entries import Entries, shapes_of
 from surgery.prompts import Batch
 from surgery.scores import activation, remember
@@ -119,20 +118,13 @@ def entry_traits(run: Trajectory, data: Iterable[Batch] | None, rank: str) -> Tr
     return Traits(flat, shapes, never)
 
 
-def _steps(run: Trajectory, conflict: bool) -> Iterator[tuple[str, str, int, int, list[Tensor]]]:
-    """(block, part, start, stop, [δB] or [δA, δB]), float32 ``[neuron, width]``, chunk by chunk; all finite."""
+def _steps(run: Trajectory, conflict: bool) -> Iterator[tuple[str, str, int, int, tuple[Tensor, ...]]]:
+    """``displacements`` of δB, or of δA and δB; all finite."""
     names = ("base", "earlier", "later") if conflict else ("earlier", "later")
-    opened = run.weights(*names)
-    for name, block in opened[-1].layout.items():
-        others = [one.layout[name] for one in opened[:-1]]
-        for part in block.parts:
-            readers = [reading(one, name, part) for one in opened]
-            for start, stop in pieces(block, part, others):
-                read = [reader(start, stop) for reader in readers]
-                steps = [after - before for before, after in pairwise(read)]
-                if not all(bool(step.sum().isfinite()) for step in steps):
-                    check_finite(run, *names)
-                yield name, part, start, stop, steps
+    for found in displacements(run, *names):
+        if not all(bool(step.sum().isfinite()) for step in found[-1]):
+            check_finite(run, *names)
+        yield found
 
 
 def _means(run: Trajectory) -> dict[str, float]:

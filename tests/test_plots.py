@@ -44,7 +44,9 @@ def test_the_front_joins_the_rows_that_no_other_beats():
     )
     ax = pareto_front(Sweep("math", rows))
     (front,) = (line for line in ax.lines if line.get_label() == "front")
-    assert [tuple(point) for point in front.get_xydata().round(6).tolist()] == [(0.0, 30.0), (0.02, 80.0), (0.4, 90.0)]
+    assert [tuple(point) for point in front.get_xydata().round(6).tolist()] == [
+        (0.0, 30.0), (0.02, 80.0), (0.4, 90.0), (0.5, 90.0),
+    ]  # fmt: skip
     assert {line.get_label() for line in ax.lines} == {"D", "random", "ceiling", "WiSE-FT", "front"}
     with pytest.raises(ValueError, match="nothing to draw"):
         pareto_front(Sweep("math", rows[:1]))

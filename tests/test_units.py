@@ -741,3 +741,9 @@ def test_a_mask_file_says_which_units_it_holds(tmp_path):
     with operators.rollback(later, to=earlier, mask=mask) as done:
         assert done.neurons == mask.count()
         assert "units (neurons and query heads)" in str(done)
+
+
+@pytest.mark.parametrize("units", ["weight", ("mlp", "weight")])
+def test_single_weights_are_pointed_to_their_own_selector(units):
+    with pytest.raises(ValueError, match="EntrySelector"):
+        AMCSelector(0.02, units=units)

@@ -189,7 +189,7 @@ def test_folders_and_live_models_choose_the_same(family, tmp_path):
 def test_what_is_read_in_pieces_is_what_is_read_at_once(monkeypatch):
     run, data = trajectory("qwen3_moe"), batches(labels=True)
     whole = EntrySelector(0.05, "AMC", "proportional").select(run, data)
-    monkeypatch.setattr(weight_scores, "pieces", lambda *where: deltas.pieces(*where, chunk=300))
+    monkeypatch.setattr(deltas, "pieces", lambda *where, pieces=deltas.pieces: pieces(*where, chunk=300))
     monkeypatch.setattr(weight_ranking, "CHUNK", 13)
     assert EntrySelector(0.05, "AMC", "proportional").select(run, data).equal(whole)
 

@@ -14,6 +14,7 @@ from surgery.gradient_cosines import Gradients, GradientSeries, gradients
 from surgery.gradient_products import Data, losses_of
 from surgery.predictions import Loss
 
+SEEN = 0.75  # of the overhead, what the clock may show: steps after a measurement are slower, from colder caches
 KEPT = 128  # measurements in memory: beyond that every second one is dropped
 
 
@@ -30,8 +31,8 @@ class GradientCosines(TrainerCallback):
         data: domain → batches with labels; a batch each is enough to watch by.
         loss: as for ``gradients``.
         overhead: the share of the time of training that may be spent on this. It measures what it costs, and waits as
-            long as the next measurement would exceed the share: the first comes once cost / overhead seconds have
-            passed. Before that a batch of ``data`` is taken to cost as much as a step of training.
+            long as the next measurement would exceed three quarters of the share (the rest is for what its clock can't
+            see, the slower steps that follow). Before that a batch of ``data`` is taken to cost as much as a step of training.
         every: measure at each multiple of so many steps instead, whatever it costs.
         parts: log the layers and modules, too, and not only the whole model.
 
@@ -116,7 +117,7 @@ class GradientCosines(TrainerCallback):
             return step % self.every == 0
         training = time.perf_counter() - self._start - self.spent
         cost = self.cost or training / self._steps * sum(map(len, self.data.values()))
-        return self.spent + cost <= self.overhead * training
+        return self.spent + cost <= SEEN * self.overhead * training
 
     def _entries(self, found: Gradients) -> dict[str, float]:
         modules = [part for part in found.modules if part.kind in ("attention", "mlp")]

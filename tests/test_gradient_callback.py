@@ -129,7 +129,9 @@ class Clock:
         return self.now
 
 
-@pytest.mark.parametrize(("share", "costs", "first"), [(0.05, 4.0, 80), (0.05, 1.0, 80), (0.5, 30.0, 8), (1.0, 4.0, 4)])
+@pytest.mark.parametrize(
+    ("share", "costs", "first"), [(0.05, 4.0, 107), (0.05, 1.0, 107), (0.5, 30.0, 11), (1.0, 4.0, 6)]
+)
 def test_the_share_of_time_is_kept(share, costs, first, monkeypatch, tmp_path):
     trainer, _ = trained(tmp_path, model_with_dropout(), None)
     clock, real = Clock(), gradients(trainer.model, domains())
@@ -151,9 +153,10 @@ def test_the_share_of_time_is_kept(share, costs, first, monkeypatch, tmp_path):
             when.append(step)
             assert len(when) == 1 or callback.spent <= share * step
     assert when[0] == first
-    assert when[1] == max(math.ceil(2 * costs / share), first + 1)
+    seen = gradient_callback.SEEN * share
+    assert when[1] == max(math.ceil(2 * costs / seen), first + 1)
     assert callback.spent == pytest.approx(len(when) * costs)
-    assert callback.spent > 0.9 * share * 1000 - costs
+    assert callback.spent > 0.9 * seen * 1000 - costs
 
 
 def test_a_long_series_is_thinned(monkeypatch, tmp_path):

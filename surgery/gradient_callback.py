@@ -31,8 +31,9 @@ class GradientCosines(TrainerCallback):
         data: domain → batches with labels; a batch each is enough to watch by.
         loss: as for ``gradients``.
         overhead: the share of the time of training that may be spent on this. It measures what it costs, and waits as
-            long as the next measurement would exceed three quarters of the share (the rest is for what its clock can't
-            see, the slower steps that follow). Before that a batch of ``data`` is taken to cost as much as a step of training.
+            long as the next measurement would exceed three quarters of the share; the rest is for what its clock can't
+            see, the slower steps that follow. Before the first measurement a batch of ``data`` is taken to cost as much
+            as a step of training.
         every: measure at each multiple of so many steps instead, whatever it costs.
         parts: log the layers and modules, too, and not only the whole model.
 

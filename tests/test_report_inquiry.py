@@ -14,7 +14,7 @@ from test_report_browser import CHROMIUM, read
 from test_report_page import EVIL, Reader
 from torch import nn
 
-from surgery import Trajectory, analyse, load_prompts, write_report
+from surgery import DamageSelector, Trajectory, analyse, likelihood, load_prompts, rollback, write_report
 from surgery.histories import History, Lost
 from surgery.prompts import padded
 from surgery.report_inquiry import Inquiry
@@ -169,6 +169,21 @@ def test_the_halves_share_no_prompt_and_lose_none():
     every = [row.tolist() for batch in batches for row in batch["input_ids"]]
     assert sorted(both[0] + both[1]) == sorted(every)
     assert not [row for row in both[0] if row in both[1]]
+
+
+def test_what_is_told_is_told_of_the_prompts_that_chose_nothing(whole):
+    """The history and the rollbacks are measured on the second half, and the damage score sees the first."""
+    second = {domain: halved(batches, 1) for domain, batches in prompts(*DOMAINS).items()}
+    first = halved(prompts("math")["math"], 0)
+    run = Trajectory(base=str(LAB / "code"), earlier=str(LAB / "math"), later=str(LAB / "cw"))
+    model, evaluate = run.load(), likelihood(second)
+    scores = {domain: sum(found) / len(found) for domain, found in evaluate(model).items()}
+    assert {domain: one[-1] for domain, one in whole.history.scores.items()} == pytest.approx(scores, rel=1e-5)
+    mask = DamageSelector(0.16).select(run, first)
+    with rollback(model, to=run.earlier, mask=mask):
+        repaired = evaluate(model)["math"]
+    row = next(row for row in whole.rollback["D"] if row.budget == 0.16)
+    assert row.metrics["math"] == pytest.approx(sum(repaired) / len(repaired), rel=1e-5)
 
 
 def test_one_prompt_can_not_choose_and_measure():

@@ -1,0 +1,111 @@
+"""On a GPU as on the CPU: scores to float tolerance, bits exactly. SURGERY_DEVICE=cpu runs it where there is none."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from families import build
+from torch import nn
+
+from surgery import (
+    AMCSelector,
+    DamageSelector,
+    EntrySelector,
+    Trajectory,
+    activation,
+    conflict,
+    damage,
+    damage_terms,
+    distillation,
+    gradients,
+    likelihood,
+    magnitude,
+    refresh,
+    rollback,
+)
+from surgery.prompts import padded
+from surgery.theory_landscape import Landscape
+
+DEVICE = os.environ.get("SURGERY_DEVICE", "cuda")
+pytestmark = pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="no GPU on this machine")
+SOME = ["qwen3", "llama", "gpt2", "phi3", "gpt_oss", "qwen3_moe"]
+DATA = [padded([([5, 6, 7], [8, 9, 2]), ([3, 4], [10, 2])], 0), padded([([11, 12, 13, 14], [15, 2])], 0)]
+
+
+def run_on(family: str, device: str, dtype: torch.dtype = torch.float32) -> tuple[Trajectory, nn.Module]:
+    base, earlier, later = (build(family, dtype, seed).to(device) for seed in (1, 2, 3))
+    return Trajectory(base=base, earlier=earlier, later=later), later
+
+
+def bits(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("family", SOME)
+def test_scores_are_those_of_the_cpu(family):
+    (here, one), (there, other) = run_on(family, DEVICE), run_on(family, "cpu")
+    pairs = [
+        (magnitude(here), magnitude(there)),
+        (conflict(here), conflict(there)),
+        (activation(one, DATA), activation(other, DATA)),
+        (damage(here, DATA), damage(there, DATA)),
+    ]
+    for found, expected in pairs:
+        for name, values in expected.items():
+            scale = float(values.abs().max())
+            assert found[name].device.type == "cpu"
+            assert torch.allclose(found[name], values, rtol=1e-3, atol=1e-3 * scale + 1e-7), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", SOME)
+@pytest.mark.parametrize("selector", [DamageSelector(0.2), AMCSelector(0.2), EntrySelector(0.05, stop=False)])
+def test_what_is_selected_there_is_reverted_and_undone_to_the_bit(family, dtype, selector):
+    run, model = run_on(family, DEVICE, dtype)
+    before = bits(model)
+    mask = selector.select(run, DATA)
+    assert sum(mask.count().values())
+    with rollback(model, to=run.earlier, mask=mask) as done:
+        assert done.changed
+        assert not same(bits(model), before)
+        once = bits(model)
+        with rollback(model, to=run.earlier, mask=mask):
+            assert same(bits(model), once)
+    assert same(bits(model), before)
+
+
+@pytest.mark.parametrize("family", SOME)
+def test_a_masked_refresh_leaves_the_rest_and_is_undone(family):
+    run, model = run_on(family, DEVICE, torch.bfloat16)
+    before, mask = bits(model), DamageSelector(0.2).select(run, DATA)
+    with rollback(model, to={name: old + 8 for name, old in before.items()}, mask=mask):  # every masked number moves
+        moved = bits(model)
+    loss = distillation(run.earlier, DATA)
+    with refresh(model, loss, DATA, steps=2, lr=1e-2, mask=mask) as done:
+        assert done.changed
+        now = bits(model)
+        for name, old in before.items():
+            outside = moved[name] == old
+            assert torch.equal(now[name][outside], old[outside])
+    assert same(bits(model), before)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt2"])
+def test_gradients_likelihoods_and_the_theory_are_those_of_the_cpu(family):
+    (here, one), (there, other) = run_on(family, DEVICE), run_on(family, "cpu")
+    domains = {"a": DATA[:1], "b": DATA[1:]}
+    assert gradients(one, domains).whole.cosines["a"]["b"] == pytest.approx(
+        gradients(other, domains).whole.cosines["a"]["b"], abs=1e-3
+    )
+    for domain, scores in likelihood(domains)(other).items():
+        assert likelihood(domains)(one)[domain] == pytest.approx(scores, rel=1e-3)
+    terms = (damage_terms(Landscape.around(run, DATA)) for run in (here, there))
+    found, expected = terms
+    assert found.second == pytest.approx(expected.second, rel=1e-2)
+    assert found.true == pytest.approx(expected.true, rel=1e-2)

@@ -8,7 +8,7 @@ from surgery.evidence_changes import Changes
 from surgery.evidence_directions import Directions
 from surgery.evidence_overlap import Matrix, Overlap
 from surgery.evidence_profile import Profile
-from surgery.plots import _axes, _style
+from surgery.plots import line_style, new_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,7 +35,7 @@ def change_histogram(
     """
     if what not in ("absolute", "relative") or against not in ("base", "before"):
         raise ValueError(f'what={what!r}, against={against!r}: expected "absolute" or "relative", "base" or "before"')
-    ax = ax or _axes()
+    ax = ax or new_axes()
     for at, step in enumerate(changes.cumulative if against == "base" else changes.incremental):
         one = step.whole
         held = one.absolute if what == "absolute" else one.relative
@@ -56,7 +56,7 @@ def change_histogram(
 
 
 def _line(at: int) -> dict[str, Any]:
-    return {key: value for key, value in _style(at).items() if key in ("color", "linewidth")}
+    return {key: value for key, value in line_style(at).items() if key in ("color", "linewidth")}
 
 
 def overlap_matrix(overlap: Overlap, ax: Axes | None = None, title: str = "") -> Axes:
@@ -67,7 +67,7 @@ def overlap_matrix(overlap: Overlap, ax: Axes | None = None, title: str = "") ->
         ax: where to draw (default: a new figure); two of them side by side share the scale 0 to 1.
         title: such as "changed" or "active".
     """
-    ax = ax or _axes()
+    ax = ax or new_axes()
     _matrix(ax, overlap.jaccard, overlap.chance, overlap.domains)
     ax.set_title(f"{title} neurons, top {100 * overlap.top:g} %".strip(), fontsize="medium")
     return ax
@@ -95,10 +95,10 @@ def directional_cosine(
         ax: where to draw (default: a new figure). A block without shared neurons leaves a gap; a hollow mark is
             a single neuron, which has no null.
     """
-    ax = ax or _axes()
+    ax = ax or new_axes()
     chosen = [directions.of(*pair) for pair in pairs] if pairs else list(directions.pairs)
     for at, pair in enumerate(chosen):
-        style = _style(at)
+        style = line_style(at)
         means = [float("nan") if one.mean is None else one.mean for one in pair.blocks]
         ax.plot(range(len(means)), means, label=f"{pair.first}–{pair.second}", **style)
         bands = [(float("nan"),) * 3 if one.null is None else one.null for one in pair.blocks]
@@ -122,10 +122,10 @@ def profile_bars(profile: Profile, ax: Axes | None = None) -> Axes:
         profile: what ``surgery.profile`` returned.
         ax: where to draw (default: a new figure).
     """
-    ax = ax or _axes()
+    ax = ax or new_axes()
     for at, kind in enumerate(one.kind for one in profile.kinds):
         rows = [(x, 100 * one.share) for x, one in enumerate(profile.blocks) if one.kind == kind]
-        ax.bar([x for x, _ in rows], [share for _, share in rows], color=_style(at)["color"], label=kind)
+        ax.bar([x for x, _ in rows], [share for _, share in rows], color=line_style(at)["color"], label=kind)
     _whole_numbers(ax)
     ax.set_xlabel("block, in layer order")
     ax.set_ylabel(f"share of the {profile.what} (%)")

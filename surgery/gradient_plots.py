@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from surgery.gradient_cosines import Gradients, GradientSeries
 from surgery.gradient_parts import Pull
-from surgery.plots import _axes, _style
+from surgery.plots import line_style, new_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,7 +34,7 @@ def gradient_heatmap(found: Gradients, kind: str = "mlp", ax: Axes | None = None
         raise ValueError(
             f"no layer has a module of the kind {kind!r}: there are {sorted({p.kind for p in found.modules})}"
         )
-    ax = ax or _axes()
+    ax = ax or new_axes()
     rows = [[math.nan if c is None else c for c in (part.cosines[a][b] for part in parts)] for a, b in found.pairs]
     known = [abs(value) for row in rows for value in row if value == value]
     limit = limit or max(known, default=0.0) or 1.0
@@ -62,7 +62,7 @@ def gradient_extremes(found: Gradients, ax: Axes | None = None) -> Axes:
         found: what ``surgery.gradients`` returned.
         ax: where to draw (default: a new figure).
     """
-    ax = ax or _axes()
+    ax = ax or new_axes()
     pulls = (*found.conflicts, *reversed(found.synergies))
     colours = [_CONFLICT if pull.cosine < 0 else _SYNERGY for pull in pulls]
     ax.barh(range(len(pulls)), [pull.cosine for pull in pulls], color=colours)
@@ -86,14 +86,14 @@ def gradient_courses(series: GradientSeries, which: str = "both", ax: Axes | Non
     """
     if which not in ("both", "conflicts", "synergies"):
         raise ValueError(f"which={which!r}: expected 'conflicts', 'synergies' or 'both'")
-    ax = ax or _axes()
+    ax = ax or new_axes()
     names = list(series.stages)
     steps = all(name.isdecimal() for name in names)
     places = [int(name) for name in names] if steps else list(range(len(names)))
     for pulls, name, line in ((series.synergies, "synergies", "--"), (series.conflicts, "conflicts", "-")):
         for at, pull in enumerate(pulls if which in ("both", name) else ()):
             values = [math.nan if value is None else value for value in series.course(pull)]
-            style = _style(at) | {"linestyle": line, "markerfacecolor": "white" if line == "--" else None}
+            style = line_style(at) | {"linestyle": line, "markerfacecolor": "white" if line == "--" else None}
             ax.plot(places, values, **style, label=_label(pull))
     ax.axhline(0, color="0.5", linewidth=1)
     if not steps:

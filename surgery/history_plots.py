@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from surgery.histories import History
-from surgery.plots import _axes, _style
+from surgery.plots import line_style, new_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,9 +18,9 @@ def score_lines(history: History, ax: Axes | None = None) -> Axes:
         history: what ``surgery.history`` returned.
         ax: where to draw (default: a new figure).
     """
-    ax = ax or _axes()
+    ax = ax or new_axes()
     for at, (domain, scores) in enumerate(history.scores.items()):
-        style = _style(at)
+        style = line_style(at)
         ax.plot(range(len(scores)), scores, label=domain, **style)
         if domain in history.stages:
             own = history.stages.index(domain)

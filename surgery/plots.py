@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # Okabe and Ito's palette: told apart by readers with any colour vision
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = "osD^vP*"
 
 
@@ -23,9 +23,9 @@ def layer_budgets(budgets: Mapping[str, Mapping[str, int]], ax: Axes | None = No
         budgets: selector name → {block: neurons}, as ``Neurons.count`` or ``allocate`` gives it.
         ax: where to draw (default: a new figure).
     """
-    ax = ax or _axes()
+    ax = ax or new_axes()
     for at, (name, counts) in enumerate(budgets.items()):
-        ax.plot(range(len(counts)), list(counts.values()), label=name, **_style(at))
+        ax.plot(range(len(counts)), list(counts.values()), label=name, **line_style(at))
     ax.set_xticks(range(len(next(iter(budgets.values()), {}))))
     ax.set_xlabel("MLP block, in layer order")
     ax.set_ylabel("neurons reverted")
@@ -36,16 +36,19 @@ def layer_budgets(budgets: Mapping[str, Mapping[str, int]], ax: Axes | None = No
 
 def dose_response(sweep: Sweep, ax: Axes | None = None) -> Axes:
     """Recovery against the budget, one line per selector, with its interval and the ceiling (the paper's Figure 13)."""
-    ax = ax or _axes()
+    ax = ax or new_axes()
     names = dict.fromkeys(row.selector for row in sweep if row.selector not in (EARLIER, LATER, CEILING))
     for at, name in enumerate(names):
         rows = sorted((row for row in sweep[name] if row.recovery is not None), key=lambda row: row.budget)
         ax.plot(
-            [100 * row.budget for row in rows], [100 * (row.recovery or 0) for row in rows], label=name, **_style(at)
+            [100 * row.budget for row in rows],
+            [100 * (row.recovery or 0) for row in rows],
+            label=name,
+            **line_style(at),
         )
         if spans := [(100 * row.budget, row.interval) for row in rows if row.interval]:
             lows, highs = ([100 * span[end] for _, span in spans] for end in (0, 1))
-            ax.fill_between([budget for budget, _ in spans], lows, highs, color=_COLOURS[at % 7], alpha=0.12)
+            ax.fill_between([budget for budget, _ in spans], lows, highs, color=COLOURS[at % 7], alpha=0.12)
     for row in sweep[CEILING]:
         if row.recovery is not None:
             ax.axhline(100 * row.recovery, color="0.5", linestyle="--", linewidth=1, label="ceiling: all MLP neurons")
@@ -75,13 +78,13 @@ def pareto_front(sweep: Sweep, ax: Axes | None = None) -> Axes:
     rows = [row for row in sweep if row.recovery is not None and row.delta]
     if not rows:
         raise ValueError(f"no row has a recovery of {sweep.metric} and a change of another metric: nothing to draw")
-    ax = ax or _axes()
+    ax = ax or new_axes()
     names = sorted(
         dict.fromkeys(row.selector for row in rows), key=lambda name: name == CEILING
     )  # colours as elsewhere
     for at, name in enumerate(names):
         points = [_cost_and_gain(row) for row in rows if row.selector == name]
-        style = {**_style(at), "linestyle": "none", "markersize": 6}
+        style = {**line_style(at), "linestyle": "none", "markersize": 6}
         ax.plot([cost for cost, _ in points], [gain for _, gain in points], label=name, **style)
     front: list[tuple[float, float]] = []
     for cost, gain in sorted(map(_cost_and_gain, rows), key=lambda point: (point[0], -point[1])):
@@ -122,11 +125,11 @@ def prompt_stability(stability: Stability, ax: Axes | None = None, of: str = "ja
         raise ValueError(
             f'of={of!r}: expected "jaccard", or "recovery" of a stability that was measured with evaluate='
         )
-    ax = ax or _axes()
+    ax = ax or new_axes()
     for at, (curve, every) in enumerate(curves.items()):
-        ax.plot(sizes, [scale * sum(values) / len(values) for values in every], label=curve, **_style(at))
+        ax.plot(sizes, [scale * sum(values) / len(values) for values in every], label=curve, **line_style(at))
         low, high = ([scale * end(values) for values in every] for end in (min, max))
-        ax.fill_between(sizes, low, high, color=_COLOURS[at], alpha=0.15)
+        ax.fill_between(sizes, low, high, color=COLOURS[at], alpha=0.15)
     ax.axhline(scale * level, color="0.5", linestyle="--", linewidth=1, label=name)
     ax.set_xscale("log", base=2)
     ax.set_xticks(sizes, [str(size) for size in sizes])
@@ -138,11 +141,13 @@ def prompt_stability(stability: Stability, ax: Axes | None = None, of: str = "ja
     return ax
 
 
-def _style(at: int) -> dict[str, Any]:
-    return {"color": _COLOURS[at % 7], "marker": _MARKERS[at % 7], "markersize": 4, "linewidth": 1.5}
+def line_style(at: int) -> dict[str, Any]:
+    """Colour, marker and width of the line at that place among its figure's lines."""
+    return {"color": COLOURS[at % 7], "marker": _MARKERS[at % 7], "markersize": 4, "linewidth": 1.5}
 
 
-def _axes() -> Axes:
+def new_axes() -> Axes:
+    """A figure of half a page."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(6.4, 4), dpi=150, layout="constrained").subplots()

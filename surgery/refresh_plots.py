@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from surgery.plots import _COLOURS, _MARKERS, _axes
+from surgery.plots import _MARKERS, COLOURS, new_axes
 from surgery.refresh_report import Refresh
 
 if TYPE_CHECKING:
@@ -28,12 +28,12 @@ def refresh_dynamics(curves: Refresh | Curves, ax: Axes | None = None) -> Axes:
     found = _of(curves) if isinstance(curves, Refresh) else curves
     if not found or not all(found.values()):
         raise ValueError("no score to draw: pass validate= to refresh, a function from the model to named scores")
-    ax = ax or _axes()
+    ax = ax or new_axes()
     last = max(max(steps) for steps in found.values())
     for at, (name, steps) in enumerate(found.items()):
         runs = {step: _runs(value) for step, value in sorted(steps.items())}
         means = [100 * sum(values) / len(values) for values in runs.values()]
-        colour, marker = _COLOURS[at % 7], _MARKERS[at % 7]
+        colour, marker = COLOURS[at % 7], _MARKERS[at % 7]
         ax.plot(
             list(runs), means, label=name, color=colour, marker=marker, linewidth=1.5, markersize=3,
             markevery=max(1, len(runs) // 12),
@@ -61,12 +61,12 @@ def recovery_at_cost(curves: Mapping[str, Sequence[tuple[float, float]]], ax: Ax
     """
     from matplotlib.ticker import LogLocator
 
-    ax = ax or _axes()
+    ax = ax or new_axes()
     for at, (name, points) in enumerate(curves.items()):
         costs, values = [cost for cost, _ in points], [100 * value for _, value in points]
         single = len(points) == 1
         ax.plot(
-            costs, values, label=name, color=_COLOURS[at % 7], marker=_MARKERS[at % 7], linewidth=1.5,
+            costs, values, label=name, color=COLOURS[at % 7], marker=_MARKERS[at % 7], linewidth=1.5,
             markersize=10 if single else 4, linestyle="none" if single else "-",
         )  # fmt: skip
     ax.axhline(0, color="0.8", linewidth=1, zorder=0)

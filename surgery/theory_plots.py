@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from surgery.plots import _COLOURS, _axes, _style
+from surgery.plots import COLOURS, line_style, new_axes
 from surgery.theory_contraction import Contraction
 from surgery.theory_damage import DamageTerms
 from surgery.theory_spectrum import DamageSpectrum
@@ -20,14 +20,14 @@ def expansion(terms: DamageTerms, ax: Axes | None = None) -> Axes:
         terms: what ``surgery.damage_terms`` returned.
         ax: where to draw (default: a new figure).
     """
-    ax = ax or _axes()
+    ax = ax or new_axes()
     at = (0.0, *terms.fractions)
     first, second = terms.first[-1] / terms.fractions[-1], terms.second[-1] / terms.fractions[-1] ** 2
     fine = [terms.fractions[-1] * step / 50 for step in range(51)]
     told = [first * t + second * t * t for t in at]
-    ax.plot(at, (0.0, *terms.true), label="true", **_style(0))
-    ax.plot(fine, [first * t + second * t * t for t in fine], color=_COLOURS[1], label="first + second order")
-    ax.plot(fine, [first * t for t in fine], color=_COLOURS[2], linestyle="--", label="first order")
+    ax.plot(at, (0.0, *terms.true), label="true", **line_style(0))
+    ax.plot(fine, [first * t + second * t * t for t in fine], color=COLOURS[1], label="first + second order")
+    ax.plot(fine, [first * t for t in fine], color=COLOURS[2], linestyle="--", label="first order")
     ax.fill_between(at, (0.0, *terms.true), told, color="0.5", alpha=0.15, label="remainder")
     ax.set_xlabel("t, fraction of δB (0 = earlier, 1 = later)")
     ax.set_ylabel("rise of the earlier domain's loss\n(nats per response token)")
@@ -43,17 +43,17 @@ def damage_curve(spectrum: DamageSpectrum, ax: Axes | None = None) -> Axes:
         spectrum: what ``surgery.damage_spectrum`` returned.
         ax: where to draw (default: a new figure).
     """
-    ax = ax or _axes()
+    ax = ax or new_axes()
     whole = spectrum.home or 1.0
     held = [100 * one / whole for one in spectrum.cumulative]
-    ax.plot(range(1, len(held) + 1), held, label="directions of largest curvature", **_style(0))
+    ax.plot(range(1, len(held) + 1), held, label="directions of largest curvature", **line_style(0))
     means = [100 * sum(draws) / len(draws) / whole for draws in spectrum.random]
     low, high = ([100 * end(draws) / whole for draws in spectrum.random] for end in (min, max))
-    ax.plot(spectrum.sizes, means, label="random subspaces (mean, range)", **_style(1))
-    ax.fill_between(spectrum.sizes, low, high, color=_COLOURS[1], alpha=0.2)
+    ax.plot(spectrum.sizes, means, label="random subspaces (mean, range)", **line_style(1))
+    ax.fill_between(spectrum.sizes, low, high, color=COLOURS[1], alpha=0.2)
     for at, (name, curve) in enumerate(spectrum.ranked.items()):
         sizes, shares = zip(*curve, strict=True)
-        ax.plot(sizes, [100 * one / whole for one in shares], label=f"best neurons by {name}", **_style(2 + at))
+        ax.plot(sizes, [100 * one / whole for one in shares], label=f"best neurons by {name}", **line_style(2 + at))
     ax.axhline(100, color="0.5", linestyle="--", linewidth=1)
     ax.set_xscale("log")
     ax.set_xlabel(f"dimensions of the subspace (of {spectrum.dimension:,})")
@@ -71,12 +71,12 @@ def contracting_distance(found: Contraction, ax: Axes | None = None) -> Axes:
     """
     from matplotlib.ticker import MaxNLocator
 
-    ax = ax or _axes()
+    ax = ax or new_axes()
     steps = range(len(found.inside))
-    style = {**_style(0), "marker": "o" if len(steps) <= 40 else ""}
+    style = {**line_style(0), "marker": "o" if len(steps) <= 40 else ""}
     ax.plot(steps, found.inside, label="measured, ‖P$_S$(θ$_t$ − θ$_A$)‖", **style)
-    ax.plot(steps, found.bound, color=_COLOURS[1], linestyle="--", label="bound, (1 − αμ)$^t$ ‖P$_S$δ‖")
-    ax.plot(steps, found.coupled, color=_COLOURS[2], linestyle=":", label="bound with coupling ξ")
+    ax.plot(steps, found.bound, color=COLOURS[1], linestyle="--", label="bound, (1 − αμ)$^t$ ‖P$_S$δ‖")
+    ax.plot(steps, found.coupled, color=COLOURS[2], linestyle=":", label="bound with coupling ξ")
     ax.set_yscale("log")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel("refresh step t")

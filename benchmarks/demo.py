@@ -55,6 +55,10 @@ def main() -> None:
     shell(f"python -m benchmarks.draw {OUT}/sweep.jsonl {OUT}/dose-response.png --metric math")
     stages = " ".join(f"{LAB}/{name}" for name in ("base", "code", "math", "qa", "cw"))
     files = " ".join(f"--data {name}={LAB}/data/{name}.calibration.jsonl" for name in ("math", "code", "qa"))
+    print(
+        "\nNow every stage, up to the last one, cw. The score here is how likely the right answers are, and half of the"
+    )
+    print("prompts measure what the other half chose: so these numbers are not those of the table above.")
     shell(f"surgery analyse {stages} {files} --skip terms --budgets 0.02,0.16 -o {OUT}/report")
     print(f"\nThe healed checkpoint is {OUT}/qa-healed (mask, provenance and model card beside the weights),")
     print(f"the table's rows are {OUT}/sweep.jsonl, the picture is {OUT}/dose-response.png,")

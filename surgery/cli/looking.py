@@ -140,7 +140,7 @@ def inspect(
         kinds.setdefault(_kind(block), []).append(block)
     total = sum(weights.layout.sizes.values())
     what = noun(weights.layout.units)
-    out.print(f"{source}: {total} {what} in {len(weights.layout)} blocks of {len(kinds)} kinds")
+    out.print(f"{source}: {total} {what} in {len(weights.layout)} blocks of {len(kinds)} kind{'s' * (len(kinds) > 1)}")
     for blocks in kinds.values():
         _print_kind(blocks)
     for note in weights.layout.notes:

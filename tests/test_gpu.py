@@ -1,12 +1,14 @@
-"""On a GPU as on the CPU: scores to float tolerance, bits exactly. SURGERY_DEVICE=cpu runs it where there is none."""
+"""On a GPU as on the CPU: scores to float tolerance, bits exactly. Where there is none, on the simulated one."""
 
 from __future__ import annotations
 
-import os
+from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
 from families import build
+from simulated import gpu
 from torch import nn
 
 from surgery import (
@@ -28,10 +30,15 @@ from surgery import (
 from surgery.prompts import padded
 from surgery.theory_landscape import Landscape
 
-DEVICE = os.environ.get("SURGERY_DEVICE", "cuda")
-pytestmark = pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="no GPU on this machine")
+DEVICE = "cuda"
 SOME = ["qwen3", "llama", "gpt2", "phi3", "gpt_oss", "qwen3_moe"]
 DATA = [padded([([5, 6, 7], [8, 9, 2]), ([3, 4], [10, 2])], 0), padded([([11, 12, 13, 14], [15, 2])], 0)]
+
+
+@pytest.fixture(autouse=True)
+def device() -> Iterator[None]:
+    with nullcontext() if torch.cuda.is_available() else gpu():
+        yield
 
 
 def run_on(family: str, device: str, dtype: torch.dtype = torch.float32) -> tuple[Trajectory, nn.Module]:
@@ -65,7 +72,7 @@ def test_scores_are_those_of_the_cpu(family):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", SOME)
-@pytest.mark.parametrize("selector", [DamageSelector(0.2), AMCSelector(0.2), EntrySelector(0.05, stop=False)])
+@pytest.mark.parametrize("selector", [DamageSelector(0.2), AMCSelector(0.2), EntrySelector(0.05, stop=False, rounds=2)])
 def test_what_is_selected_there_is_reverted_and_undone_to_the_bit(family, dtype, selector):
     run, model = run_on(family, DEVICE, dtype)
     before = bits(model)

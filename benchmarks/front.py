@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.methods import LIBRARY, TRAINED
 from benchmarks.points import Point
-from benchmarks.table6 import SELECTORS
+from benchmarks.table6 import PAPER
 from surgery.rows import CEILING, EARLIER, LATER
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def _style(point: Point) -> dict[str, Any]:
             "color": colour, "marker": marker, "markersize": 5, "linewidth": 1.4, "linestyle": joined,
             "label": point.method, "zorder": 3,
         }  # fmt: skip
-    if point.kind == LIBRARY and point.method in {getattr(selector, "name", "") for selector in SELECTORS}:
+    if point.kind == LIBRARY and point.method in {getattr(selector, "name", "") for selector in PAPER}:
         return {
             "color": "#0072B2", "marker": ".", "markersize": 4, "linewidth": 0.8, "alpha": 0.45,
             "label": "other selectors of surgery",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from benchmarks import baselines
 from benchmarks.lab.domains import read_items
 from benchmarks.refresh_grpo import STEPS, refreshed, training_items
-from benchmarks.table6 import SELECTORS
+from benchmarks.table6 import CHANNELS, GROUPS, PAPER
 from surgery import AMCSelector, DamageSelector, Entries, EntrySelector, Neurons, RandomSelector, Trajectory, rollback
 from surgery.prompts import Batch
 from surgery.rows import CEILING, EARLIER, LATER
@@ -110,19 +110,19 @@ def refreshes(setting: Setting) -> list[Method]:
 
 def selectors(setting: Setting) -> list[Any]:
     """The library's selectors: Table 6's; D split by layers, protecting others, over attention units, of weights."""
-    own = (
+    return [
+        *PAPER,
         DamageSelector(0.01),
         DamageSelector(0.01, how="proportional"),
         DamageSelector(0.01, protect=setting.others),
         DamageSelector(0.01, units="value_channel"),
-        DamageSelector(0.01, units=("mlp", "value_channel")),
-        DamageSelector(0.01, units=("mlp", "kv_group")),
-        AMCSelector(0.01, units=("mlp", "kv_group")),
+        DamageSelector(0.01, units=CHANNELS),
+        DamageSelector(0.01, units=GROUPS),
+        AMCSelector(0.01, units=GROUPS),
         EntrySelector(0.01),
         EntrySelector(0.01, "AMC"),
         EntrySelector(0.01, "M"),
-    )
-    return [*SELECTORS, *(one for one in own if one.name not in {each.name for each in SELECTORS})]
+    ]
 
 
 def of_selector(selector: Any) -> Method:

@@ -20,9 +20,9 @@ from transformers import AutoTokenizer
 from benchmarks.hardware import statement
 from benchmarks.lab.evaluate import evaluator
 from surgery import AMCSelector, DamageSelector, RandomSelector, Selector, Sweep, Trajectory, load_prompts, sweep
-from surgery.bench import ceiling_of, name_of
+from surgery.bench import name_of
 from surgery.plots import dose_response, layer_budgets
-from surgery.rows import CEILING, EARLIER, LATER
+from surgery.rows import CEILING, EARLIER, LATER, ceiling_of
 
 BUDGETS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32)
 PAPER = (

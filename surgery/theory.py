@@ -135,7 +135,7 @@ def fisher(logits: Callable[[Point], Tensor], theta: Point, v: Point) -> Vector:
     the Hessian of Σ_rows KL(p_target ‖ p_θ) wherever p_θ is the target.
 
     Args:
-        logits: a function of a point that gives ``[row, token]``, with forward-mode derivatives or twice differentiable.
+        logits: a function of a point that gives ``[row, token]``, twice differentiable or with forward derivatives.
         theta: the point θ.
         v: the vector; a name that it lacks is zero in v, and not computed in F v.
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.methods import LIBRARY, TRAINED
 from benchmarks.points import Point
-from benchmarks.table6 import SELECTORS
+from benchmarks.table6 import PAPER
 from surgery.rows import CEILING, EARLIER, LATER
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ _MARKERS = {
     "value channels": "v",
     "single weights": "*",
 }  # of D's units
-_FLOOR = -30  # percent
+_FLOOR = -35  # percent
 
 
 def front(found: Sequence[Point], cost: Callable[[Point], float]) -> list[Point]:
@@ -50,9 +50,10 @@ def against_loss(found: Mapping[str, Sequence[Point]]) -> Figure:
     """Recovery against the worst Δ elsewhere: linear within half a point of zero, logarithmic beyond."""
 
     def prepare(ax: Axes) -> None:
-        ax.set_xscale("symlog", linthresh=0.5, linscale=0.7)
-        ticks = [-30, -10, -3, -1, 0, 1, 3, 10]
+        ax.set_xscale("symlog", linthresh=0.5, linscale=1.0)
+        ticks = [-30, -10, -3, -1, 0, 1, 3]
         ax.set_xticks(ticks, [f"{tick:g}".replace("-", "−") for tick in ticks])
+        ax.minorticks_off()
         ax.axvline(0, color="0.8", linewidth=1, zorder=0)
         ax.set_xlabel("worst Δ on another domain (points)")
 
@@ -115,7 +116,10 @@ def _panel(ax: Axes, found: Sequence[Point], x: Callable[[Point], float], sign: 
         ax.axhline(height, color="0.8", linewidth=1, zorder=0)
     ax.set_ylim(_FLOOR, 8 + 100 * max(1.0, *(point.recovery for point in found)))
     if below := sorted({point.method for point in found if 100 * point.recovery < _FLOOR}):
-        ax.text(0.03, 0.02, f"off the picture, below: {', '.join(below)}", transform=ax.transAxes, fontsize="x-small")
+        ax.text(
+            0.03, 0.02, f"off the picture, below: {', '.join(below)}", transform=ax.transAxes, fontsize="x-small",
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
+        )  # fmt: skip
 
 
 def _style(point: Point) -> dict[str, Any]:
@@ -132,22 +136,20 @@ def _style(point: Point) -> dict[str, Any]:
             "color": colour, "marker": marker, "markersize": 5, "linewidth": 1.4, "linestyle": joined,
             "label": point.method, "zorder": 3,
         }  # fmt: skip
-    if point.kind == LIBRARY and point.method in {getattr(selector, "name", "") for selector in SELECTORS}:
+    if point.kind == LIBRARY and point.method in {getattr(selector, "name", "") for selector in PAPER}:
         return {
             "color": "#0072B2", "marker": ".", "markersize": 4, "linewidth": 0.8, "alpha": 0.45,
-            "label": "other selectors of surgery",
+            "label": "the paper's other selectors of neurons",
         }  # fmt: skip
     if not point.method.startswith("D") or "protecting" in point.method or "proportional" in point.method:
         return {
             "color": "0.55", "marker": ".", "markersize": 4, "linewidth": 0.8, "alpha": 0.6,
-            "label": "D with proportional budgets or protecting, A×M×C of units",
+            "label": "other selectors",
         }  # fmt: skip
     marker = next((mark for units, mark in _MARKERS.items() if units in point.method), "o")
+    further = "strengths" in point.method
     return {
-        "color": "black",
-        "marker": marker,
-        "mfc": "#F0E442",
-        "markersize": 6,
-        "linewidth": 1.6,
-        "label": point.method,
-    }
+        "color": "black", "marker": marker, "markerfacecolor": "#D55E00" if further else "#F0E442", "markersize": 6,
+        "linewidth": 1.0 if further else 1.6, "linestyle": "--" if further else "-",
+        "label": point.method.replace("units (", "").replace(")", ""),
+    }  # fmt: skip

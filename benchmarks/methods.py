@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from benchmarks import baselines
 from benchmarks.lab.domains import read_items
 from benchmarks.refresh_grpo import STEPS, refreshed, training_items
-from benchmarks.table6 import SELECTORS
-from surgery import AMCSelector, DamageSelector, Entries, EntrySelector, Neurons, RandomSelector, Trajectory, rollback
+from benchmarks.table6 import CHANNELS, GROUPS, PAPER
+from surgery import AMCSelector, DamageSelector, EntrySelector, Neurons, RandomSelector, Trajectory, rollback, strengths
+from surgery.entries import Mask
 from surgery.prompts import Batch
 from surgery.rows import CEILING, EARLIER, LATER
+from surgery.strength_values import Strength
 
 LIBRARY, BASELINE, CONTROL, TRAINED, REFERENCE = "library", "baseline", "control", "trained", "reference"
 BUDGETS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64)
@@ -29,6 +31,7 @@ DENSITIES = (0.99, 0.95, 0.9, 0.8, 0.6, 0.4, 0.2, 0.1, 0.05, 0.01)
 PROBABILITIES = (0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9)
 FACTORS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)
 DRAWS = 3
+FURTHEST = 2.0  # of the strengths
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,15 @@ class Setting:
         return self.run.load()
 
 
-Change = Neurons | Entries | Mapping[str, Tensor]
+@dataclass(frozen=True)
+class Reversal:
+    """What goes back towards the earlier model, and how far."""
+
+    mask: Mask
+    strength: Strength = 1.0
+
+
+Change = Reversal | Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -66,8 +77,9 @@ class Method:
 @contextmanager
 def applied(setting: Setting, change: Change) -> Iterator[None]:
     """The later model with the change while the body runs; whole again after."""
-    if isinstance(change, Neurons | Entries):
-        with rollback(setting.model, to=setting.run.weights("earlier")[0].tensors, mask=change):
+    if isinstance(change, Reversal):
+        earlier = setting.run.weights("earlier")[0].tensors
+        with rollback(setting.model, to=earlier, mask=change.mask, strength=change.strength):
             yield
     else:
         with baselines.edited(setting.model, change):
@@ -82,6 +94,7 @@ def methods(setting: Setting) -> list[Method]:
         Method(EARLIER, REFERENCE, "", (1.0,), _interpolated),
         Method(CEILING, LIBRARY, "β", (1.0,), _everything),
         *map(of_selector, selectors(setting)),
+        *map(going_further, (DamageSelector(0.01, units=units) for units in (None, CHANNELS, GROUPS))),
         Method("WiSE-FT", BASELINE, "α", ALPHAS, _interpolated),
         Method("most-changed entries", BASELINE, "entries", FRACTIONS, _entries),
         Method("most-changed neurons", BASELINE, "β", BUDGETS, _neurons),
@@ -110,19 +123,19 @@ def refreshes(setting: Setting) -> list[Method]:
 
 def selectors(setting: Setting) -> list[Any]:
     """The library's selectors: Table 6's; D split by layers, protecting others, over attention units, of weights."""
-    own = (
+    return [
+        *PAPER,
         DamageSelector(0.01),
         DamageSelector(0.01, how="proportional"),
         DamageSelector(0.01, protect=setting.others),
         DamageSelector(0.01, units="value_channel"),
-        DamageSelector(0.01, units=("mlp", "value_channel")),
-        DamageSelector(0.01, units=("mlp", "kv_group")),
-        AMCSelector(0.01, units=("mlp", "kv_group")),
+        DamageSelector(0.01, units=CHANNELS),
+        DamageSelector(0.01, units=GROUPS),
+        AMCSelector(0.01, units=GROUPS),
         EntrySelector(0.01),
         EntrySelector(0.01, "AMC"),
         EntrySelector(0.01, "M"),
-    )
-    return [*SELECTORS, *(one for one in own if one.name not in {each.name for each in SELECTORS})]
+    ]
 
 
 def of_selector(selector: Any) -> Method:
@@ -132,15 +145,26 @@ def of_selector(selector: Any) -> Method:
     """
     drawn = isinstance(selector, RandomSelector)
 
-    def change(setting: Setting, value: float, draw: int) -> Neurons | Entries:
+    def change(setting: Setting, value: float, draw: int) -> Change:
         one = replace(selector, budget=value, **({"seed": draw} if drawn else {}))
-        mask: Neurons | Entries = one.select(setting.run, setting.data)
-        return mask
+        return Reversal(one.select(setting.run, setting.data))
 
     if drawn:
         return Method(f"{selector.name} neurons", CONTROL, "β", BUDGETS, change, DRAWS)
     single = isinstance(selector, EntrySelector)
     return Method(selector.name, LIBRARY, "entries" if single else "β", WEIGHTS if single else BUDGETS, change)
+
+
+def going_further(selector: DamageSelector) -> Method:
+    """The same masks as the selector's own curve, each unit as far back as the calibration prompts say."""
+
+    def change(setting: Setting, value: float, draw: int) -> Change:
+        mask = replace(selector, budget=value).select(setting.run, setting.data)
+        apart = replace(setting.run, model=None)  # the live model keeps its dtype: strengths are found on another
+        wide = replace(apart, model=apart.load(dtype=torch.float32))
+        return Reversal(mask, strengths(wide, setting.data, mask, most=FURTHEST))
+
+    return Method(f"{selector.name}, strengths ≤ {FURTHEST:g}", LIBRARY, "β", BUDGETS, change)
 
 
 def _nothing(setting: Setting, value: float, draw: int) -> Change:
@@ -162,12 +186,12 @@ def _random_entries(setting: Setting, value: float, draw: int) -> Change:
 
 
 def _neurons(setting: Setting, value: float, draw: int) -> Change:
-    return AMCSelector(value, "M", "M", how="global").select(setting.run)
+    return Reversal(AMCSelector(value, "M", "M", how="global").select(setting.run))
 
 
 def _everything(setting: Setting, value: float, draw: int) -> Change:
     (later,) = setting.run.weights("later")
-    return Neurons({name: torch.ones(size, dtype=torch.bool) for name, size in later.layout.sizes.items()})
+    return Reversal(Neurons({name: torch.ones(size, dtype=torch.bool) for name, size in later.layout.sizes.items()}))
 
 
 def _layers(setting: Setting, value: float, draw: int) -> Change:

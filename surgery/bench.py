@@ -18,10 +18,10 @@ from surgery.neurons import Neurons
 from surgery.operators import rollback
 from surgery.papers import fingerprint
 from surgery.prompts import Batch
-from surgery.rows import CEILING, EARLIER, LATER, Evaluate, Row, Score, scored
+from surgery.rows import EARLIER, LATER, Evaluate, Row, Score, ceiling_of, scored
 from surgery.swap import earlier_model
 from surgery.trajectory import Trajectory
-from surgery.units import Units, kinds_of, noun
+from surgery.units import Units, kinds_of
 from surgery.weight_selection import EntrySelector
 
 MEASURED = ("selector", "budget", "neurons", "metrics", "seconds")
@@ -180,11 +180,6 @@ def units_of(selector: Any, run: Trajectory) -> tuple[str, ...]:
     if isinstance(selector, EntrySelector):
         return kinds_of(selector.over(run).units)
     return kinds_of(getattr(selector, "units", None) or run.units)
-
-
-def ceiling_of(units: tuple[str, ...]) -> str:
-    """The name of the row in which every unit of those kinds is reverted."""
-    return CEILING if units == ("mlp",) else f"ceiling (all {noun(units)})"
 
 
 def at_budget(selector: Any, budget: float) -> Any:

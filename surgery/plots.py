@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 from surgery.resampling import Stability
-from surgery.rows import CEILING, EARLIER, LATER, Row, Sweep
+from surgery.rows import CEILING, EARLIER, LATER, Row, Sweep, is_ceiling
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,7 +38,9 @@ def layer_budgets(budgets: Mapping[str, Mapping[str, int]], ax: Axes | None = No
 def dose_response(sweep: Sweep, ax: Axes | None = None) -> Axes:
     """Recovery against the budget, one line per selector, with its interval and the ceiling (the paper's Figure 13)."""
     ax = ax or new_axes()
-    names = dict.fromkeys(row.selector for row in sweep if row.selector not in (EARLIER, LATER, CEILING))
+    names = dict.fromkeys(
+        row.selector for row in sweep if row.selector not in (EARLIER, LATER) and not is_ceiling(row.selector)
+    )
     for at, name in enumerate(names):
         rows = sorted((row for row in sweep[name] if row.recovery is not None), key=lambda row: row.budget)
         ax.plot(
@@ -49,14 +52,15 @@ def dose_response(sweep: Sweep, ax: Axes | None = None) -> Axes:
         if spans := [(100 * row.budget, row.interval) for row in rows if row.interval]:
             lows, highs = ([100 * span[end] for _, span in spans] for end in (0, 1))
             ax.fill_between([budget for budget, _ in spans], lows, highs, color=COLOURS[at % 7], alpha=0.12)
-    for row in sweep[CEILING]:
+    ceilings = [row for row in sweep if is_ceiling(row.selector)]
+    for row, style in zip(ceilings, cycle(("--", ":", "-."))):
         if row.recovery is not None:
-            ax.axhline(100 * row.recovery, color="0.5", linestyle="--", linewidth=1, label="ceiling: all MLP neurons")
+            ax.axhline(100 * row.recovery, color="0.5", linestyle=style, linewidth=1, label=row.selector)
     ax.axhline(0, color="0.8", linewidth=1)
     ax.set_xscale("log", base=2)
     budgets = sorted({100 * row.budget for row in sweep if row.neurons and row.selector in names})
     ax.set_xticks(budgets, [f"{budget:g}" for budget in budgets])
-    ax.set_xlabel("budget β (% of MLP neurons)")
+    ax.set_xlabel("budget β (% of MLP neurons)" if {row.selector for row in ceilings} <= {CEILING} else "budget β (%)")
     ax.set_ylabel(f"recovery of {sweep.metric} (%)")
     ax.legend(frameon=False, fontsize="small")
     return ax
@@ -79,9 +83,7 @@ def pareto_front(sweep: Sweep, ax: Axes | None = None) -> Axes:
     if not rows:
         raise ValueError(f"no row has a recovery of {sweep.metric} and a change of another metric: nothing to draw")
     ax = ax or new_axes()
-    names = sorted(
-        dict.fromkeys(row.selector for row in rows), key=lambda name: name == CEILING
-    )  # colours as elsewhere
+    names = sorted(dict.fromkeys(row.selector for row in rows), key=is_ceiling)  # colours as elsewhere
     for at, name in enumerate(names):
         points = [_cost_and_gain(row) for row in rows if row.selector == name]
         style = {**line_style(at), "linestyle": "none", "markersize": 6}

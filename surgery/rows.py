@@ -22,10 +22,21 @@ from surgery.significance import (
     retention,
     underpowered,
 )
+from surgery.units import noun
 
 Score = float | Sequence[float] | Sequence[bool] | Array | Tensor
 Evaluate = Callable[[nn.Module], Mapping[str, Score]]
 EARLIER, LATER, CEILING = "earlier", "later", "ceiling (all MLP neurons)"
+
+
+def ceiling_of(units: tuple[str, ...]) -> str:
+    """The name of the row in which every unit of those kinds is reverted."""
+    return CEILING if units == ("mlp",) else f"ceiling (all {noun(units)})"
+
+
+def is_ceiling(name: str) -> bool:
+    """Whether a row's name is ``ceiling_of`` some units."""
+    return name.startswith("ceiling (all ")
 
 
 @dataclass(frozen=True)

@@ -92,12 +92,33 @@ def curvature(loss: Callable[[Point], Tensor], theta: Point, v: Point) -> Vector
 
 
 def pushed(logits: Callable[[Point], Tensor], theta: Point, v: Point) -> tuple[Tensor, Tensor]:
-    """The logits z at θ and J v, how they move along v, by one forward-mode pass (no graph): each ``[row, token]``."""
+    """The logits z at θ and J v, how they move along v: each ``[row, token]``.
+
+    By one forward-mode pass (no graph); where an operation of the model's own has no forward derivative, like Bloom's
+    activation, by two backward passes.
+    """
     _check(theta, v)
     some = {name: theta[name] for name in v}
-    with torch.no_grad():
-        z, moved, *_ = torch.func.jvp(lambda at: logits({**theta, **at}), (some,), (dict(v),))
+    try:
+        with torch.no_grad():
+            z, moved, *_ = torch.func.jvp(lambda at: logits({**theta, **at}), (some,), (dict(v),))
+    except (RuntimeError, NotImplementedError) as error:
+        if "autograd.Function" not in str(error) and "forward AD" not in str(error):
+            raise
+        return _pushed_backwards(lambda at: logits({**theta, **at}), some, v)
     return z, moved
+
+
+def _pushed_backwards(logits: Callable[[Point], Tensor], theta: Point, v: Point) -> tuple[Tensor, Tensor]:
+    """Jᵀ u is linear in u, so J v is the derivative of ⟨Jᵀ u, v⟩ by u, wherever u is."""
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in theta.items()}
+    with torch.enable_grad():
+        z = logits(leaves)
+        u = torch.zeros_like(z, requires_grad=True)
+        pulled = torch.autograd.grad(z, list(leaves.values()), u, create_graph=True, materialize_grads=True)
+        along_v = torch.stack([(one * v[name]).sum() for name, one in zip(leaves, pulled, strict=True)]).sum()
+        (moved,) = torch.autograd.grad(along_v, u)
+    return z.detach(), moved
 
 
 def in_probability(z: Tensor, moved: Tensor) -> Tensor:
@@ -114,7 +135,7 @@ def fisher(logits: Callable[[Point], Tensor], theta: Point, v: Point) -> Vector:
     the Hessian of Σ_rows KL(p_target ‖ p_θ) wherever p_θ is the target.
 
     Args:
-        logits: a function of a point that gives ``[row, token]``; it needs forward-mode derivatives.
+        logits: a function of a point that gives ``[row, token]``, twice differentiable or with forward derivatives.
         theta: the point θ.
         v: the vector; a name that it lacks is zero in v, and not computed in F v.
 

@@ -23,7 +23,9 @@ from benchmarks.methods import BASELINE, CONTROL, LIBRARY, REFERENCE, TRAINED, M
 from benchmarks.pareto import Pair, Row, Store, asked_for, identity, measure, measure_pair, pairs, setting_of
 from benchmarks.points import OTHER, OURS, SCALE, UNDECIDED, Point, best, contests, points, verdict
 from benchmarks.report import markdown
+from surgery import rolled_back
 from surgery.rows import CEILING, EARLIER, LATER
+from surgery.strength_values import applied as used
 
 SEED0 = Path(pareto.__file__).parent / "lab" / "seed0"
 needs_checkpoints = pytest.mark.skipif(not (SEED0 / "qa").is_dir(), reason="seed 0 has not been trained here")
@@ -254,6 +256,25 @@ def test_measuring_leaves_the_model_whole_and_resumes(tmp_path: Path, monkeypatc
     assert [one["method"] for one in again["rows"]] == [one["method"] for one in run["rows"]]
     found = points([again])
     assert "most-changed entries" in markdown({PAIR.name: [again]}, {PAIR.name: found})
+
+
+@needs_checkpoints
+def test_strengths_keep_ds_masks_and_leave_the_live_model_in_its_own_dtype() -> None:
+    """What is measured has the bits of the folder that ``rolled_back`` would give."""
+    setting = setting_of(SEED0, PAIR)
+    curves = {one.name: one for one in methods(setting)}
+    for name in ("D", "D of units (neurons and value channels)", "D of units (neurons and KV groups)"):
+        plain, further = (curves[each].change(setting, 0.02, 0) for each in (name, f"{name}, strengths ≤ 2"))
+        assert plain.strength == 1
+        assert plain.mask.equal(further.mask)
+        assert 1 < used(further.strength, further.mask).max() <= 2
+        now = {each: parameter.detach() for each, parameter in setting.model.named_parameters()}
+        assert differing(setting.later, now) == 0
+        saved = rolled_back(setting.run.later, to=setting.run.earlier, mask=further.mask, strength=further.strength)
+        with applied(setting, further):
+            assert differing(setting.later, now) > 0
+            assert differing(dict(saved), now) == 0
+        assert differing(setting.later, now) == 0
 
 
 @needs_checkpoints

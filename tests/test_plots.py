@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from surgery.rows import CEILING, EARLIER, LATER, Row, Sweep
+from surgery.rows import CEILING, EARLIER, LATER, Row, Sweep, ceiling_of
 
 pytest.importorskip("matplotlib")
 from surgery.plots import dose_response, layer_budgets, pareto_front
@@ -15,11 +15,15 @@ from surgery.plots import dose_response, layer_budgets, pareto_front
 def test_dose_response_draws_recovery_in_percent(tmp_path: Path) -> None:
     rows = [Row("M", budget, 4, {"math": 1.0}, 0.1, recovery) for budget, recovery in ((0.02, 0.3), (0.01, 0.1))]
     references = [Row(EARLIER, 0, 0, {"math": 1.0}, 0.1), Row(LATER, 0, 0, {"math": 0.5}, 0.1)]
-    ax = dose_response(Sweep("math", (*references, Row(CEILING, 1.0, 9, {"math": 0.9}, 0.1, 0.8), *rows)))
+    both = ceiling_of(("mlp", "kv_group"))
+    ceilings = (Row(CEILING, 1.0, 9, {"math": 0.9}, 0.1, 0.8), Row(both, 1.0, 11, {"math": 0.95}, 0.1, 0.9))
+    ax = dose_response(Sweep("math", (*references, *ceilings, *rows)))
     lines = {line.get_label(): line for line in ax.get_lines()}
     assert list(lines["M"].get_xdata()) == [1.0, 2.0]
     assert list(lines["M"].get_ydata()) == [10.0, 30.0]
-    assert list(lines["ceiling: all MLP neurons"].get_ydata()) == [80.0, 80.0]
+    assert list(lines[CEILING].get_ydata()) == [80.0, 80.0]
+    assert list(lines[both].get_ydata()) == [90.0, 90.0]
+    assert lines[CEILING].get_linestyle() != lines[both].get_linestyle()
     ax.figure.savefig(tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 0
 

@@ -221,7 +221,7 @@ def _unit(land: Landscape, at: int) -> dict[str, Tensor]:
 # Families.
 
 
-@pytest.mark.parametrize("family", FEW)
+@pytest.mark.parametrize("family", [*FEW, "bloom", "mpt", "gpt_oss", "deepseek_v3", "qwen3_next"])
 def test_the_fisher_is_the_hessian_at_the_earlier_checkpoint(family):
     """Two ways that share nothing: forward mode around the softmax, and two backward passes through the KL."""
     land = land_of(family)

@@ -1,9 +1,9 @@
 """A GPU that isn't there: tensors that say they are on cuda:0, and are refused wherever a real one would refuse them.
 
-They are ordinary CPU tensors whose storage carries a mark. One mode answers for them (``.device``, ``.to``, ``device=``,
-``.numpy()``), another looks at every operation, also of a backward pass: what it makes of marked tensors is marked, and
-what mixes them with unmarked ones raises as CUDA does. So results are the CPU's, and what can be tested is everything
-that goes wrong between two devices; not speed, memory, or how a GPU rounds.
+They are ordinary CPU tensors whose storage carries a mark. One mode answers for them (``.device``, ``.to``,
+``device=``, ``.numpy()``), another looks at every operation, also of a backward pass: what it makes of marked tensors
+is marked, and what mixes them with unmarked ones raises as CUDA does. So results are the CPU's, and what can be tested
+is everything that goes wrong between two devices; not speed, memory, or how a GPU rounds.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
+CPU, GPU, META = torch.device("cpu"), torch.device("cuda:0"), torch.device("meta")
 ON_GPU, ANYWHERE, ON_CPU = True, None, False  # the mark; anywhere: what torch made on its own inside an operation
 _COPIES = {torch.ops.aten.copy_.default, torch.ops.aten.set_.source_Tensor}
 _INDEXES = {torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default}
@@ -57,7 +57,7 @@ class _Names(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         whose = getattr(function, "__self__", None)
         if whose is torch.Tensor.device:
-            return GPU if on_gpu(args[0]) else CPU
+            return GPU if on_gpu(args[0]) else function(*args)
         if whose is torch.Tensor.is_cuda:
             return on_gpu(args[0])
         if function in (torch.Tensor.numpy, torch.Tensor.__array__) and on_gpu(args[0]):
@@ -71,7 +71,7 @@ class _Names(TorchFunctionMode):
                 return torch.functional._unravel_index(*args, **kwargs).unbind(-1)
         if function is torch.device:
             return function(*args, **kwargs)
-        if kwargs.get("device") is not None:
+        if kwargs.get("device") not in (None, "meta", META):  # what is on the meta device is on no device
             goal = torch.device(kwargs.pop("device"))
             _check_generators(kwargs, goal)
             return _at(function(*args, **kwargs, device="cpu"), args, goal)
@@ -84,15 +84,14 @@ class _Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        given = _tensors((args[:1] if operation in _INDEXES else args, kwargs))
+        given = _tensors((args, kwargs))
         gpu = any(map(on_gpu, given)) and operation not in _COPIES
         if gpu:
             _check_generators((args, kwargs), GPU)
-            if any(one.dim() and _mark(one) is ON_CPU for one in given):
-                raise RuntimeError(
-                    f"Expected all tensors to be on the same device, but found at least two devices, {GPU} and cpu! "
-                    f"(when checking arguments of {operation})"
-                )
+            # a tensor on the GPU may be indexed by one that is not
+            strict = _tensors((args[:1], args[2:])) if operation in _INDEXES and on_gpu(args[0]) else given
+            if any(one.dim() and _mark(one) is ON_CPU for one in strict):
+                _refuse(operation)
         if gpu and operation is torch.ops.aten.histc.default:  # the CPU has none of integers
             found = operation(args[0].float(), *args[1:], **kwargs).to(args[0].dtype)
         else:
@@ -100,6 +99,13 @@ class _Operations(TorchDispatchMode):
         if gpu or all(_mark(one) is ANYWHERE for one in given):
             tree_map_only(torch.Tensor, lambda one: _marked(one, ON_GPU if gpu else ANYWHERE), found)
         return found
+
+
+def _refuse(operation: Any) -> None:
+    raise RuntimeError(
+        f"Expected all tensors to be on the same device, but found at least two devices, {GPU} and cpu! "
+        f"(when checking arguments of {operation})"
+    )
 
 
 def _tensors(values: Any) -> list[torch.Tensor]:
@@ -141,7 +147,7 @@ def _moved(function: Any, args: Any, kwargs: Any) -> torch.Tensor:
     if rest and isinstance(rest[0], torch.Tensor):
         rest[:1] = [GPU if on_gpu(rest[0]) else CPU, rest[0].dtype]
     asked = rest[0] if rest and isinstance(rest[0], str | torch.device) else kwargs.get("device")
-    if asked is None:
+    if asked is None or torch.device(asked) == META:
         return tensor.to(*rest, **kwargs)
     if "device" in kwargs:
         kwargs["device"] = CPU

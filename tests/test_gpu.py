@@ -15,17 +15,22 @@ from surgery import (
     AMCSelector,
     DamageSelector,
     EntrySelector,
+    Masked,
+    Neurons,
     Trajectory,
     activation,
     conflict,
     damage,
     damage_terms,
     distillation,
+    find_layout,
     gradients,
     likelihood,
     magnitude,
     refresh,
     rollback,
+    strengths,
+    sweep,
 )
 from surgery.prompts import padded
 from surgery.theory_landscape import Landscape
@@ -33,6 +38,13 @@ from surgery.theory_landscape import Landscape
 DEVICE = "cuda"
 SOME = ["qwen3", "llama", "gpt2", "phi3", "gpt_oss", "qwen3_moe"]
 DATA = [padded([([5, 6, 7], [8, 9, 2]), ([3, 4], [10, 2])], 0), padded([([11, 12, 13, 14], [15, 2])], 0)]
+SELECTORS = [
+    AMCSelector(0.2),
+    DamageSelector(0.2),
+    DamageSelector(0.2, protect={"b": DATA[1:]}, units=("mlp", "kv_group")),
+    EntrySelector(0.05, rounds=2),
+    EntrySelector(0.05, "AMC"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +84,7 @@ def test_scores_are_those_of_the_cpu(family):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", SOME)
-@pytest.mark.parametrize("selector", [DamageSelector(0.2), AMCSelector(0.2), EntrySelector(0.05, stop=False, rounds=2)])
+@pytest.mark.parametrize("selector", SELECTORS)
 def test_what_is_selected_there_is_reverted_and_undone_to_the_bit(family, dtype, selector):
     run, model = run_on(family, DEVICE, dtype)
     before = bits(model)
@@ -85,6 +97,33 @@ def test_what_is_selected_there_is_reverted_and_undone_to_the_bit(family, dtype,
         with rollback(model, to=run.earlier, mask=mask):
             assert same(bits(model), once)
     assert same(bits(model), before)
+
+
+@pytest.mark.parametrize("family", SOME)
+def test_how_far_back_is_that_of_the_cpu_and_is_undone(family):
+    (here, model), (there, _) = run_on(family, DEVICE), run_on(family, "cpu")
+    before, mask = bits(model), DamageSelector(0.2).select(there, DATA)
+    found, expected = (strengths(run, DATA, mask, passes=3) for run in (here, there))
+    for name, values in expected.items():
+        assert torch.allclose(found[name], values, atol=1e-2)
+    with rollback(model, to=here.earlier, mask=mask, strength=found):
+        assert not same(bits(model), before)
+    assert same(bits(model), before)
+
+
+def test_a_sweep_measures_what_it_measures_on_the_cpu():
+    (here, one), (there, other) = run_on("qwen3", DEVICE), run_on("qwen3", "cpu")
+    before = bits(one)
+    score = likelihood({"a": DATA[:1], "b": DATA[1:]})
+    selectors = [DamageSelector(0.1), AMCSelector(0.1)]
+    tables = [
+        sweep(model, run, DATA, selectors=selectors, budgets=[0.1, 0.3], evaluate=score, metric="a")
+        for model, run in ((one, here), (other, there))
+    ]
+    for found, expected in zip(*tables, strict=True):
+        assert (found.selector, found.budget) == (expected.selector, expected.budget)
+        assert found.metrics == pytest.approx(expected.metrics, rel=1e-3)
+    assert same(bits(one), before)
 
 
 @pytest.mark.parametrize("family", SOME)
@@ -116,3 +155,12 @@ def test_gradients_likelihoods_and_the_theory_are_those_of_the_cpu(family):
     found, expected = terms
     assert found.second == pytest.approx(expected.second, rel=1e-2)
     assert found.true == pytest.approx(expected.true, rel=1e-2)
+
+
+def test_what_was_copied_before_the_model_moved_is_not_trained():
+    model = build("qwen3")
+    mask = Neurons({name: torch.ones(size, dtype=torch.bool) for name, size in find_layout(model).sizes.items()})
+    masked = Masked(model, mask)
+    model.to(DEVICE)
+    with masked, pytest.raises(ValueError, match=r'move the model first, model.to\("cuda:0"\)'):
+        model(input_ids=DATA[0]["input_ids"].to(DEVICE)).logits.sum().backward()

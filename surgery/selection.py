@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -12,14 +12,30 @@ from surgery.attribution import damage, reversal_cost
 from surgery.budget import Allocation, allocate, top
 from surgery.entries import Mask
 from surgery.neurons import Neurons
-from surgery.papers import fingerprint, versions
 from surgery.predictions import Loss
-from surgery.prompts import Batch
 from surgery.scores import activation, conflict, magnitude
+from surgery.selector_settings import (
+    Data,
+    check_budget,
+    check_how,
+    check_letters,
+    check_units,
+    letters_named,
+    named,
+    over,
+    signed,
+)
 from surgery.trajectory import Trajectory
-from surgery.units import Units, kind_of, kinds_of, noun
-
-Data = Iterable[Batch]
+from surgery.units import Units, kind_of, single
+from surgery.weight_selection import (
+    at_random,
+    by_damage,
+    by_letters,
+    check_rounds_how,
+    name_by_damage,
+    name_by_letters,
+    over_weights,
+)
 
 
 @runtime_checkable
@@ -72,17 +88,21 @@ class AMCSelector:
         check_letters("rank", self.rank)
         check_letters("allocate", self.allocate)
         check_how(self.how)
-        kinds_of(self.units or "mlp")
+        check_units(self.units)
 
     @property
     def name(self) -> str:
         """What a table calls it."""
-        rank, budgets = "×".join(self.rank), "×".join(self.allocate)
-        own = rank if self.rank == self.allocate else f"rank {rank}, budgets {budgets}"
+        if single(self.units):
+            return name_by_letters(self.rank, self.allocate, self.how)
+        own = letters_named(self.rank, self.allocate)
         return named(own if self.how == "proportional" else f"{own} ({self.how})", self.units)
 
-    def select(self, run: Trajectory, data: Data | None = None) -> Neurons:
+    def select(self, run: Trajectory, data: Data | None = None) -> Mask:
         """The mask; ``data`` may be left out where neither score contains A."""
+        if single(self.units):
+            run = over_weights(run)
+            return signed(by_letters(run, data, self.budget, self.rank, self.allocate, self.how), self, run)
         run, letters = over(run, self.units), set(self.rank + self.allocate)
         if "A" in letters and data is None:
             raise ValueError("A is measured on prompts of the damaged domain: pass data=load_prompts(file, tokenizer)")
@@ -100,12 +120,7 @@ class AMCSelector:
         costs = costs_of(run)
         spent = _worth(_product(found, self.allocate, costs is not None), costs)
         counts = allocate(spent, self.budget, how=self.how, costs=costs)
-        return _signed(top(_product(found, self.rank, costs is not None), counts), self, run)
-
-
-def over(run: Trajectory, units: Units | None) -> Trajectory:
-    """The trajectory with its scores and masks over other units; None leaves it as it is."""
-    return run if units is None else replace(run, units=units)
+        return signed(top(_product(found, self.rank, costs is not None), counts), self, run)
 
 
 def costs_of(run: Trajectory) -> dict[str, int] | None:
@@ -121,11 +136,6 @@ def _worth(scores: Neurons, costs: dict[str, int] | None) -> Neurons:
         if costs is None
         else scores * Neurons({n: torch.full((s,), float(costs[n])) for n, s in scores.sizes.items()})
     )
-
-
-def named(name: str, units: Units | None) -> str:
-    """A selector's name, with its units where they are not the run's own."""
-    return name if units is None else f"{name} of {noun(kinds_of(units))}"
 
 
 def _product(found: dict[str, Neurons], letters: str, joint: bool) -> Neurons:
@@ -182,19 +192,27 @@ class DamageSelector:
     def __post_init__(self) -> None:
         check_budget(self.budget)
         check_how(self.how)
-        kinds_of(self.units or "mlp")
+        check_units(self.units)
         if not self.weight >= 0:
             raise ValueError(f"weight={self.weight!r}: expected a number ≥ 0")
+        if single(self.units):
+            check_rounds_how(self.how)
+            _check_unprotected(self.protect)
 
     @property
     def name(self) -> str:
         """What a table calls it."""
+        if single(self.units):
+            return name_by_damage(self.loss)
         guard = f" protecting {', '.join(self.protect)} × {self.weight:g}" if self.protect else ""
         own = f"D{guard}" if self.loss is None else f"D (own loss){guard}"
         return named(own if self.how == "global" else f"{own} ({self.how})", self.units)
 
-    def select(self, run: Trajectory, data: Data | None = None) -> Neurons:
+    def select(self, run: Trajectory, data: Data | None = None) -> Mask:
         """The mask; ``data`` are prompts of the damaged domain, with responses or without."""
+        if single(self.units):
+            run = over_weights(run)
+            return signed(by_damage(run, data, self.budget, loss=self.loss), self, run)
         if data is None:
             raise ValueError("D is measured on prompts of the damaged domain: pass data=load_prompts(file, tokenizer)")
         run = over(run, self.units)
@@ -203,7 +221,17 @@ class DamageSelector:
             cost = reversal_cost(run, other)
             scores = Neurons({n: scores[n] - self.weight * cost[n] for n in scores}, made_by=scores.made_by)
         spend = scores if self.how == "global" else Neurons({n: scores[n].clamp(min=0) for n in scores})
-        return _signed(top(scores, allocate(spend, self.budget, how=self.how, costs=costs_of(run))), self, run)
+        return signed(top(scores, allocate(spend, self.budget, how=self.how, costs=costs_of(run))), self, run)
+
+
+def _check_unprotected(protect: Mapping[str, Data] | None) -> None:
+    """Raise ``ValueError`` where single weights should be guarded."""
+    if protect:
+        raise ValueError(
+            'protect= with units="weight": the costs of single weights do not add up, and to guard by them did harm '
+            "where it was measured (benchmarks/results/protect.md). Leave protect out and look at Δ in a sweep, or "
+            'protect with units="mlp"'
+        )
 
 
 @dataclass(frozen=True)
@@ -224,15 +252,18 @@ class RandomSelector:
 
     def __post_init__(self) -> None:
         check_budget(self.budget)
-        kinds_of(self.units or "mlp")
+        check_units(self.units)
 
     @property
     def name(self) -> str:
         """What a table calls it."""
         return named("random", self.units)
 
-    def select(self, run: Trajectory, data: Data | None = None) -> Neurons:
+    def select(self, run: Trajectory, data: Data | None = None) -> Mask:
         """The mask; ``data`` is not used."""
+        if single(self.units):
+            run = over_weights(run)
+            return signed(at_random(run, self.budget, self.seed), self, run)
         run = over(run, self.units)
         (later,) = run.weights("later")
         sizes, costs = later.layout.sizes, later.layout.costs
@@ -241,44 +272,4 @@ class RandomSelector:
         scores[order] = torch.arange(len(order), 0, -1, dtype=torch.float32)
         drawn = Neurons(dict(zip(sizes, scores.split(list(sizes.values())), strict=True)))
         counts = allocate(_worth(drawn, costs), self.budget, how="global", costs=costs)
-        return _signed(top(drawn, counts), self, run)
-
-
-def check_budget(budget: Any) -> None:
-    """Raise ``ValueError`` unless a budget is a fraction."""
-    if isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 <= budget <= 1:
-        raise ValueError(f"budget={budget!r}: expected a fraction of the model's neurons in [0, 1] (0.02 is 2 %)")
-
-
-def check_letters(name: str, letters: str) -> None:
-    """Raise ``ValueError`` unless letters are some of A, M and C."""
-    if not letters or set(letters) - set("AMC") or len(set(letters)) != len(letters):
-        raise ValueError(f'{name}={letters!r}: expected some of the letters A, M and C, each once, like "AMC"')
-
-
-def check_how(how: Any) -> None:
-    """Raise ``ValueError`` unless an allocation is known."""
-    if how not in ("proportional", "global", "uniform"):
-        raise ValueError(f'how={how!r}: expected "proportional", "global" or "uniform"')
-
-
-def _signed(mask: Neurons, selector: Any, run: Trajectory) -> Neurons:
-    """The mask with a record of what made it."""
-    return Neurons(mask, made_by={**mask.made_by, **record(selector, run)})
-
-
-def record(selector: Any, run: Trajectory) -> dict[str, Any]:
-    """What a mask's ``made_by`` says of the selector that made it, of the checkpoints and of the versions."""
-    settings = {f.name: getattr(selector, f.name) for f in fields(selector)}
-    told: dict[str, Any] = {name: value for name, value in settings.items() if isinstance(value, str | int | float)}
-    if getattr(selector, "protect", None):
-        told["protect"] = sorted(selector.protect)
-    names = [name for name in ("base", "earlier", "later") if getattr(run, name) is not None]
-    (later,) = run.weights("later")
-    return {
-        "units": list(later.layout.units),
-        **({"not_covered": list(later.layout.notes)} if later.layout.notes else {}),
-        "selector": {"class": type(selector).__name__, **told},
-        "checkpoints": {name: fingerprint(weights) for name, weights in zip(names, run.weights(*names), strict=True)},
-        "versions": versions(),
-    }
+        return signed(top(drawn, counts), self, run)

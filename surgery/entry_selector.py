@@ -23,7 +23,9 @@ from surgery.weight_selection import (
 
 @dataclass(frozen=True)
 class EntrySelector:
-    """Revert single weights, ranked by D of each: D_w = g_w · δB,w, the first-order gain of going back in w alone.
+    """Single weights, as the other selectors with ``units="weight"`` choose them, and with what only weights have.
+
+    They are ranked by D of each: D_w = g_w · δB,w, the first-order gain of going back in w alone.
 
     Or by a product of A, M and C of each: M_w = abs(δB,w), C_w = 1 where δA,w and δB,w have opposite signs and else 0,
     A_w that of the weight's neuron; A and M relative to their layer's mean. Those look at no loss: the whole budget is
@@ -46,8 +48,9 @@ class EntrySelector:
         stop: of D keep only as many as lower the loss (see above).
         rounds: how often D is measured, at least 1.
         loss: for D another loss than the divergence from the earlier model (see ``damage``); ≥ 0, 0 is nothing lost.
-        units: whose weights are candidates (see ``find_layout``); None: those of the MLPs and of KV groups, of the
-            MLPs alone where a model's attention can't be told for certain or the trajectory has a layout of its own.
+        units: whose weights are candidates (see ``find_layout``); None: those of the MLPs and of KV groups, whatever
+            the trajectory's units; of the MLPs alone where a model's attention can't be told for certain, of the
+            trajectory's own layout where it has one.
 
     ``select`` raises ValueError where D or A is asked for without data, or C without a base; and as ``damage``.
 

@@ -13,6 +13,7 @@ from surgery.budget import Allocation, allocate, top
 from surgery.entries import Mask
 from surgery.neurons import Neurons
 from surgery.predictions import Loss
+from surgery.score_products import costs_of, product, worth
 from surgery.scores import activation, conflict, magnitude
 from surgery.selector_settings import (
     Data,
@@ -26,7 +27,7 @@ from surgery.selector_settings import (
     signed,
 )
 from surgery.trajectory import Trajectory
-from surgery.units import Units, kind_of, single
+from surgery.units import Units, single
 from surgery.weight_selection import (
     at_random,
     by_damage,
@@ -63,18 +64,26 @@ class AMCSelector:
     """The paper's selector: rank by a product of activation, magnitude and conflict, spend the budget by another.
 
     Args:
-        budget: β, the fraction of all MLP neurons (or other units; with several kinds of their parameters), in [0, 1].
+        budget: β, the fraction of all MLP neurons (or other units; with several kinds of their parameters; or of the
+            candidate weights), in [0, 1].
         rank: which of the letters A, M, C make the ranking score, as a product ("AMC", "MC", "A", ...).
         allocate: the same for the score that splits the budget over layers.
         how: "proportional", "global" or "uniform" (see ``surgery.allocate``).
-        units: "mlp", "kv_group", "query_head", "value_channel" or a tuple (see ``find_layout``); None: the run's own.
+        units: "mlp", "kv_group", "query_head", "value_channel" or a tuple (see ``find_layout``); or "weight", single
+            weights, whose candidates are those of ``EntrySelector``; None: the run's own.
 
     Several kinds of unit share a budget of parameters. There A and M are relative to their layer's mean also alone, C
     to the mean of its kind, and a unit is worth score × parameters: the score is what one parameter of it is worth.
 
-    ``select`` raises ValueError where C is asked for without a base checkpoint, or A without data.
+    Of single weights A, M and C are those of ``EntrySelector``, and budgets are split over layers as those of neurons;
+    ``select`` gives Entries. A weight whose score is zero is never taken, so there may be fewer.
 
-    Source: the paper, Appendix D.4. In products A and M are relative to their layer's mean (ours).
+    Raises:
+        ValueError: a setting is none of those above; from ``select``: C without a base checkpoint, A without data, and
+            as the scores.
+
+    Source: the paper, Appendix D.4. In products A and M are relative to their layer's mean (ours); single weights are
+    ours.
     """
 
     budget: float
@@ -118,50 +127,9 @@ class AMCSelector:
         if "A" in letters and data is not None:
             found["A"] = activation(run.load(), data, layout=run.layout, units=run.units)
         costs = costs_of(run)
-        spent = _worth(_product(found, self.allocate, costs is not None), costs)
+        spent = worth(product(found, self.allocate, costs is not None), costs)
         counts = allocate(spent, self.budget, how=self.how, costs=costs)
-        return signed(top(_product(found, self.rank, costs is not None), counts), self, run)
-
-
-def costs_of(run: Trajectory) -> dict[str, int] | None:
-    """What ``allocate`` needs as ``costs``: parameters per unit where kinds share the budget, None with one kind."""
-    (later,) = run.weights("later")
-    return later.layout.costs
-
-
-def _worth(scores: Neurons, costs: dict[str, int] | None) -> Neurons:
-    """What each unit is worth as a whole, from what one parameter of it is worth; the same with one kind of unit."""
-    return (
-        scores
-        if costs is None
-        else scores * Neurons({n: torch.full((s,), float(costs[n])) for n, s in scores.sizes.items()})
-    )
-
-
-def _product(found: dict[str, Neurons], letters: str, joint: bool) -> Neurons:
-    """One letter is its raw score; in a product A and M are first divided by their layer's mean.
-
-    Where kinds share a budget that holds for a single letter too, and C is divided by the mean of its kind: a cosine
-    of long vectors is smaller than one of short vectors, whatever the units did.
-    """
-    if len(letters) == 1 and not joint:
-        return found[letters]
-    level = {letter: score.relative() for letter, score in found.items() if letter != "C"}
-    if "C" in found:
-        level["C"] = _by_kind(found["C"]) if joint else found["C"]
-    product, *others = (level[letter] for letter in "AMC" if letter in letters)
-    for factor in others:
-        product = product * factor
-    return product
-
-
-def _by_kind(scores: Neurons) -> Neurons:
-    """Each score divided by the mean over all units of its kind in the model; zeros stay zeros."""
-    held: dict[str, list[torch.Tensor]] = {}
-    for name, value in scores.items():
-        held.setdefault(kind_of(name), []).append(value.double())
-    means = {kind: float(torch.cat(values).mean()) or 1.0 for kind, values in held.items()}
-    return Neurons({n: value.double() / means[kind_of(n)] for n, value in scores.items()}, made_by=scores.made_by)
+        return signed(top(product(found, self.rank, costs is not None), counts), self, run)
 
 
 @dataclass(frozen=True)
@@ -169,7 +137,7 @@ class DamageSelector:
     """Rank by D, the damage score: what going back would gain on the damaged domain, to first order.
 
     Args:
-        budget: β, the fraction of all MLP neurons (or other units), in [0, 1].
+        budget: β, the fraction of all MLP neurons (or other units, or candidate weights), in [0, 1].
         how: "global" (the best of the whole model), "proportional" or "uniform" (see ``surgery.allocate``). Negative
             scores, neurons that the damaged domain is better off with, count as zero where a share is computed.
         protect: prompts of domains that should keep what they won, by name: D is reduced by ``weight`` times what
@@ -178,6 +146,13 @@ class DamageSelector:
             benchmarks/results/protect.md.
         loss: another loss than the divergence from the earlier model (see ``damage``).
         units: as in ``AMCSelector``; several kinds share a budget of parameters, spent by D per parameter.
+
+    ``units="weight"`` takes single weights in rounds, and only as many as lower the loss on ``data``: the Entries that
+    ``EntrySelector(budget)`` takes. It has neither another ``how`` nor ``protect``: the costs of single weights do not
+    add up (benchmarks/results/protect-weights.md).
+
+    Raises:
+        ValueError: a setting is none of those above; from ``select``: no data, and as ``damage``.
 
     Source: ours, from Proposition 1.
     """
@@ -229,8 +204,8 @@ def _check_unprotected(protect: Mapping[str, Data] | None) -> None:
     if protect:
         raise ValueError(
             'protect= with units="weight": the costs of single weights do not add up, and to guard by them did harm '
-            "where it was measured (benchmarks/results/protect.md). Leave protect out and look at Δ in a sweep, or "
-            'protect with units="mlp"'
+            "where it was measured (benchmarks/results/protect-weights.md). Leave protect out and look at Δ in a "
+            'sweep, or protect with units="mlp"'
         )
 
 
@@ -241,9 +216,13 @@ class RandomSelector:
     Args:
         budget: β in [0, 1].
         seed: of the draw.
-        units: as in ``AMCSelector``; of several kinds units are drawn until the budget of parameters is spent.
+        units: as in ``AMCSelector``; of several kinds units are drawn until the budget of parameters is spent. Single
+            weights, "weight", are drawn with a lot of 4 bytes for each, in a temporary file (in ``TMPDIR``).
 
-    Source: the paper's random baseline (Table 6).
+    Raises:
+        ValueError: a setting is none of those above. OSError: there is no room for the file.
+
+    Source: the paper's random baseline (Table 6); single weights: ours.
     """
 
     budget: float
@@ -271,5 +250,5 @@ class RandomSelector:
         scores = torch.empty(len(order))
         scores[order] = torch.arange(len(order), 0, -1, dtype=torch.float32)
         drawn = Neurons(dict(zip(sizes, scores.split(list(sizes.values())), strict=True)))
-        counts = allocate(_worth(drawn, costs), self.budget, how="global", costs=costs)
+        counts = allocate(worth(drawn, costs), self.budget, how="global", costs=costs)
         return signed(top(drawn, counts), self, run)

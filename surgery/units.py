@@ -27,7 +27,10 @@ def kinds_of(units: Units) -> tuple[str, ...]:
     if WEIGHT in asked:
         raise ValueError(_no_kind(units, tuple(kind for kind in asked if kind != WEIGHT)))
     if not asked or set(asked) - set(KINDS):
-        raise ValueError(f'units={units!r}: expected some of {", ".join(KINDS)}, like "mlp" or ("mlp", "kv_group")')
+        raise ValueError(
+            f'units={units!r}: expected some of {", ".join(KINDS)}, like "mlp" or ("mlp", "kv_group"); of a selector '
+            f'"weight" too, alone'
+        )
     if len(set(asked) - {"mlp"}) > 1:
         raise ValueError(f'units={units!r} overlap: beside "mlp" take one of {", ".join(ATTENTION)}')
     return tuple(kind for kind in KINDS if kind in asked)
@@ -45,8 +48,8 @@ def _no_kind(units: Units, others: tuple[str, ...]) -> str:
             f'units="weight" to DamageSelector, AMCSelector or RandomSelector (--units weight to select, sweep or tune)'
         )
     return (
-        f"units={units!r}: a weight is a part of a unit, and by what a parameter is worth the best single weights come "
-        f'before any whole unit, so both together are units="weight": pass that, or for weights of these units alone '
+        f"units={units!r}: a weight is a part of a unit, and by D a budget for both goes to single weights: pass "
+        f'units="weight", or for weights of these units alone '
         f"EntrySelector(budget, units={others if len(others) > 1 else others[0]!r})"
     )
 
@@ -73,3 +76,8 @@ def noun(kinds: Iterable[str]) -> str:
     """What units of those kinds are called together."""
     names = [_NOUNS[kind] for kind in kinds]
     return names[0] if len(names) == 1 else f"units ({' and '.join(names)})"
+
+
+def noun_of_weights(kinds: Iterable[str]) -> str:
+    """What single weights of such units are called."""
+    return f"weights of {' and '.join(_NOUNS[kind] for kind in kinds)}"

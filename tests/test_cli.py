@@ -234,7 +234,7 @@ def test_single_weights_by_letters_from_the_shell(surgery, tmp_path: Path) -> No
     assert "random of single weights" in table
     assert "ceiling (all units (neurons and KV groups))" in table
     refused = surgery(f"select {runs} --units mlp,weight -o {tmp_path}/x")[2]
-    assert 'both together are units="weight"' in " ".join(refused.split())
+    assert "by D a budget for both goes to single weights" in " ".join(refused.split())
 
 
 def test_strengths_from_the_shell(surgery, tmp_path: Path) -> None:

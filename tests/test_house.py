@@ -68,6 +68,7 @@ ORDER = (
     "weight_damage",
     "weight_scores",
     "strength_search",
+    "score_products",
     "selector_settings",
     "weight_selection",
     "entry_selector",

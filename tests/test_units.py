@@ -41,7 +41,7 @@ from surgery import (
     probe,
     rolled_back,
     save,
-    selection,
+    score_products,
     sweep,
     top,
 )
@@ -678,7 +678,7 @@ def test_a_kind_whose_cosines_are_small_still_gets_its_share():
     mean = {kind: torch.cat([C[n] for n, b in layout.items() if b.kind == kind]).mean() for kind in layout.units}
     assert mean["query_head"] < 0.7 * mean["mlp"]
     mask = AMCSelector(0.5, "C", "C").select(run)
-    density = selection._product({"C": C}, "C", True)
+    density = score_products.product({"C": C}, "C", True)
     for kind in layout.units:
         blocks = [b for b in layout.blocks if b.kind == kind]
         assert float(torch.cat([density[b.name] for b in blocks]).mean()) == pytest.approx(1, rel=1e-5)

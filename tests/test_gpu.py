@@ -13,6 +13,7 @@ from surgery import (
     AMCSelector,
     DamageSelector,
     EntrySelector,
+    RandomSelector,
     Trajectory,
     activation,
     conflict,
@@ -65,7 +66,16 @@ def test_scores_are_those_of_the_cpu(family):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", SOME)
-@pytest.mark.parametrize("selector", [DamageSelector(0.2), AMCSelector(0.2), EntrySelector(0.05, stop=False)])
+@pytest.mark.parametrize(
+    "selector",
+    [
+        DamageSelector(0.2),
+        AMCSelector(0.2),
+        EntrySelector(0.05, stop=False),
+        AMCSelector(0.05, units="weight"),
+        RandomSelector(0.05, units="weight"),
+    ],
+)
 def test_what_is_selected_there_is_reverted_and_undone_to_the_bit(family, dtype, selector):
     run, model = run_on(family, DEVICE, dtype)
     before = bits(model)

@@ -6,40 +6,21 @@ of weights of the MLPs and KV groups.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from transformers import AutoTokenizer
 
 from benchmarks.hardware import statement
 from benchmarks.lab.evaluate import evaluator
 from benchmarks.seeds import asked_for
-from surgery import Entries, EntrySelector, Trajectory, load_prompts, rollback
-from surgery.entries import shapes_of
+from surgery import EntrySelector, RandomSelector, Trajectory, load_prompts, rollback
 from surgery.scores import remembered
-from surgery.weight_ranking import entries_of
 
 BUDGETS, DRAWS = (0.002, 0.01, 0.02, 0.04), 3
 Found = dict[tuple[str, float], tuple[float, float]]
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """The control: weights drawn uniformly from those that the others choose from."""
-
-    budget: float
-    seed: int = 0
-    name: str = "random"
-
-    def select(self, run: Trajectory, data: Any = None) -> Entries:
-        (later,) = EntrySelector(self.budget).over(run).weights("later")
-        shapes = shapes_of(later.layout)
-        total = sum(neurons * width for neurons, width in shapes.values())
-        order = torch.randperm(total, generator=torch.Generator().manual_seed(self.seed))
-        return entries_of(order[: round(self.budget * total)], shapes)
 
 
 SELECTORS: tuple[Any, ...] = (
@@ -49,7 +30,7 @@ SELECTORS: tuple[Any, ...] = (
     *(EntrySelector(0.01, rank) for rank in ("AMC", "AM", "MC", "AC", "A", "M", "C")),
     EntrySelector(0.01, "AMC", "proportional"),
     EntrySelector(0.01, "MC", "proportional"),
-    *(Drawn(0.01, seed) for seed in range(DRAWS)),
+    *(RandomSelector(0.01, seed, "weight") for seed in range(DRAWS)),
 )
 
 

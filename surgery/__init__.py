@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from surgery.budget import allocate, top
     from surgery.checkpoint import Checkpoint
     from surgery.entries import Entries
+    from surgery.entry_selector import EntrySelector
     from surgery.evaluators import harness, likelihood
     from surgery.evidence_changes import Changes, changes
     from surgery.evidence_directions import Directions, directions
@@ -59,13 +60,13 @@ if TYPE_CHECKING:
     from surgery.theory_subspaces import Span, eigenspace
     from surgery.trajectory import Trajectory
     from surgery.tuning import Tuning, recommend
-    from surgery.weight_selection import EntrySelector
 
 _HOME = {
     "attribution": ("damage", "reversal_cost"),
     "budget": ("allocate", "top"),
     "checkpoint": ("Checkpoint",),
     "entries": ("Entries",),
+    "entry_selector": ("EntrySelector",),
     "evaluators": ("harness", "likelihood"),
     "evidence_changes": ("Changes", "changes"),
     "evidence_directions": ("Directions", "directions"),
@@ -111,7 +112,6 @@ _HOME = {
     "theory_subspaces": ("Span", "eigenspace"),
     "trajectory": ("Trajectory",),
     "tuning": ("Tuning", "recommend"),
-    "weight_selection": ("EntrySelector",),
 }
 
 __all__ = [

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from surgery.entries import Mask
+from surgery.entry_selector import EntrySelector
 from surgery.evaluators import evaluator
 from surgery.neurons import Neurons
 from surgery.operators import rollback
@@ -21,8 +22,8 @@ from surgery.prompts import Batch
 from surgery.rows import EARLIER, LATER, Evaluate, Row, Score, ceiling_of, scored
 from surgery.swap import earlier_model
 from surgery.trajectory import Trajectory
-from surgery.units import Units, kinds_of
-from surgery.weight_selection import EntrySelector
+from surgery.units import Units, kinds_of, single
+from surgery.weight_selection import over_weights
 
 MEASURED = ("selector", "budget", "neurons", "metrics", "seconds")
 
@@ -177,9 +178,10 @@ def _watched(evaluate: Evaluate) -> Evaluate:
 
 def units_of(selector: Any, run: Trajectory) -> tuple[str, ...]:
     """The kinds of unit that a selector chooses among, or among whose weights."""
-    if isinstance(selector, EntrySelector):
-        return kinds_of(selector.over(run).units)
-    return kinds_of(getattr(selector, "units", None) or run.units)
+    units = getattr(selector, "units", None)
+    if isinstance(selector, EntrySelector) or single(units):
+        return kinds_of(over_weights(run, None if single(units) else units).units)
+    return kinds_of(units or run.units)
 
 
 def at_budget(selector: Any, budget: float) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from surgery.neurons import Neurons
 from surgery.slots import Layout
-from surgery.units import noun, units_in
+from surgery.units import noun, noun_of_weights, units_in
 from surgery.vectors import kind_of_file, read_vectors, write_vectors
 
 _Shapes = Mapping[str, tuple[int, int]]
@@ -132,12 +132,12 @@ class Entries(Mapping[str, Tensor]):
             block, _, name = part.rpartition("/")
             blocks.setdefault(block, {})[name] = count
         width = max(map(len, blocks))
-        head = f"Entries: mask of {sum(self.count().values())} of {self.total} weights ({self.fraction:.3%})"
+        of = f"{sum(self.count().values())} of {self.total} {noun_of_weights(self.units)}"
         lines = [
             f"  {block:<{width}}  " + "  ".join(f"{name} {count}" for name, count in parts.items())
             for block, parts in blocks.items()
         ]
-        return "\n".join([f"{head} of {noun(self.units)}", *lines])
+        return "\n".join([f"Entries: mask of {of} ({self.fraction:.3%})", *lines])
 
     def _combine(self, other: Entries, function: Any) -> Entries:
         self.require(other.shapes, "the other Entries")

@@ -15,7 +15,7 @@ from surgery.entries import Entries, Mask
 from surgery.neurons import Neurons
 from surgery.opening import Weights
 from surgery.strength_values import Strength, recorded, spoken
-from surgery.units import noun
+from surgery.units import noun, noun_of_weights
 
 # The mask lies in a folder of its own: a server that globs *.safetensors must not take it for weights.
 MASK, RECORD, CARD = "surgery/mask.safetensors", "surgery.json", "README.md"
@@ -111,7 +111,7 @@ def _card(record: dict[str, Any], later: Weights) -> str:
     later_name, earlier_name = record["later"]["name"], record["to"]["name"]
     single = record.get("weights")
     neurons, what = single or record["neurons"], "weights" if single else noun(record["units"])
-    every = f"weights of {noun(record['units'])}" if single else "MLP neurons" if what == "neurons" else what
+    every = noun_of_weights(record["units"]) if single else "MLP neurons" if what == "neurons" else what
     text = f"""# {later_name}, with {neurons["reverted"]} {what} of {earlier_name}
 
 This checkpoint is **{later_name}** in which {neurons["reverted"]} of {neurons["of"]} {every}

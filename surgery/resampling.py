@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from surgery.bench import Bench, name_of
-from surgery.entries import Mask
+from surgery.entries import Mask, noun_of
 from surgery.neurons import Neurons
 from surgery.prompts import Batch
 from surgery.rows import Evaluate, judged
@@ -66,7 +66,8 @@ class Stability:
             lines.append([str(self.prompts), "all", "", "1.00", "", every])
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         table = ["  ".join(map(str.rjust, line, widths)) for line in lines]
-        return "\n".join([f"{self.selector}: {self.neurons} neurons, {self.prompts} prompts to draw from", *table])
+        what = f"{self.neurons} {noun_of(self.mask)}"
+        return "\n".join([f"{self.selector}: {what}, {self.prompts} prompts to draw from", *table])
 
 
 def stability(

@@ -43,9 +43,9 @@ def is_ceiling(name: str) -> bool:
 class Row:
     """One evaluated model.
 
-    Measured: ``budget`` is the fraction of neurons asked for and ``neurons`` how many were reverted; ``metrics`` are
-    the scores (means, where ``evaluate`` returned one number per item), ``items`` those numbers; ``seconds`` are of
-    wall clock, selection and evaluation together.
+    Measured: ``budget`` is the fraction of neurons (or other units, or single weights) asked for and ``neurons`` how
+    many were reverted; ``metrics`` are the scores (means, where ``evaluate`` returned one number per item), ``items``
+    those numbers; ``seconds`` are of wall clock, selection and evaluation together.
 
     Judged against the references, on the chosen metric: ``recovery`` = (score − later) / (earlier − later), None for
     the references and where nothing was lost; ``interval``, its 95 % paired bootstrap interval, None without items
@@ -172,7 +172,7 @@ class Sweep:
         columns: list[tuple[str, Callable[[Row], str]]] = [
             ("selector", lambda row: row.selector),
             ("budget", lambda row: f"{100 * row.budget:g} %" if row.neurons else ""),
-            ("neurons", lambda row: str(row.neurons)),
+            ("reverted", lambda row: str(row.neurons)),
             (self.metric, lambda row: f"{row.metrics[self.metric]:.4f}"),
             ("recovery", lambda row: _recovery(row, self.metric)),
         ]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -12,14 +12,31 @@ from surgery.attribution import damage, reversal_cost
 from surgery.budget import Allocation, allocate, top
 from surgery.entries import Mask
 from surgery.neurons import Neurons
-from surgery.papers import fingerprint, versions
 from surgery.predictions import Loss
-from surgery.prompts import Batch
+from surgery.score_products import costs_of, product, worth
 from surgery.scores import activation, conflict, magnitude
+from surgery.selector_settings import (
+    Data,
+    check_budget,
+    check_how,
+    check_letters,
+    check_units,
+    letters_named,
+    named,
+    over,
+    signed,
+)
 from surgery.trajectory import Trajectory
-from surgery.units import Units, kind_of, kinds_of, noun
-
-Data = Iterable[Batch]
+from surgery.units import Units, single
+from surgery.weight_selection import (
+    at_random,
+    by_damage,
+    by_letters,
+    check_rounds_how,
+    name_by_damage,
+    name_by_letters,
+    over_weights,
+)
 
 
 @runtime_checkable
@@ -47,18 +64,26 @@ class AMCSelector:
     """The paper's selector: rank by a product of activation, magnitude and conflict, spend the budget by another.
 
     Args:
-        budget: β, the fraction of all MLP neurons (or other units; with several kinds of their parameters), in [0, 1].
+        budget: β, the fraction of all MLP neurons (or other units; with several kinds of their parameters; or of the
+            candidate weights), in [0, 1].
         rank: which of the letters A, M, C make the ranking score, as a product ("AMC", "MC", "A", ...).
         allocate: the same for the score that splits the budget over layers.
         how: "proportional", "global" or "uniform" (see ``surgery.allocate``).
-        units: "mlp", "kv_group", "query_head", "value_channel" or a tuple (see ``find_layout``); None: the run's own.
+        units: "mlp", "kv_group", "query_head", "value_channel" or a tuple (see ``find_layout``); or "weight", single
+            weights, whose candidates are those of ``EntrySelector``; None: the run's own.
 
     Several kinds of unit share a budget of parameters. There A and M are relative to their layer's mean also alone, C
     to the mean of its kind, and a unit is worth score × parameters: the score is what one parameter of it is worth.
 
-    ``select`` raises ValueError where C is asked for without a base checkpoint, or A without data.
+    Of single weights A, M and C are those of ``EntrySelector``, and budgets are split over layers as those of neurons;
+    ``select`` gives Entries. A weight whose score is zero is never taken, so there may be fewer.
 
-    Source: the paper, Appendix D.4. In products A and M are relative to their layer's mean (ours).
+    Raises:
+        ValueError: a setting is none of those above; from ``select``: C without a base checkpoint, A without data, and
+            as the scores.
+
+    Source: the paper, Appendix D.4. In products A and M are relative to their layer's mean (ours); single weights are
+    ours.
     """
 
     budget: float
@@ -72,17 +97,21 @@ class AMCSelector:
         check_letters("rank", self.rank)
         check_letters("allocate", self.allocate)
         check_how(self.how)
-        kinds_of(self.units or "mlp")
+        check_units(self.units)
 
     @property
     def name(self) -> str:
         """What a table calls it."""
-        rank, budgets = "×".join(self.rank), "×".join(self.allocate)
-        own = rank if self.rank == self.allocate else f"rank {rank}, budgets {budgets}"
+        if single(self.units):
+            return name_by_letters(self.rank, self.allocate, self.how)
+        own = letters_named(self.rank, self.allocate)
         return named(own if self.how == "proportional" else f"{own} ({self.how})", self.units)
 
-    def select(self, run: Trajectory, data: Data | None = None) -> Neurons:
+    def select(self, run: Trajectory, data: Data | None = None) -> Mask:
         """The mask; ``data`` may be left out where neither score contains A."""
+        if single(self.units):
+            run = over_weights(run)
+            return signed(by_letters(run, data, self.budget, self.rank, self.allocate, self.how), self, run)
         run, letters = over(run, self.units), set(self.rank + self.allocate)
         if "A" in letters and data is None:
             raise ValueError("A is measured on prompts of the damaged domain: pass data=load_prompts(file, tokenizer)")
@@ -98,60 +127,9 @@ class AMCSelector:
         if "A" in letters and data is not None:
             found["A"] = activation(run.load(), data, layout=run.layout, units=run.units)
         costs = costs_of(run)
-        spent = _worth(_product(found, self.allocate, costs is not None), costs)
+        spent = worth(product(found, self.allocate, costs is not None), costs)
         counts = allocate(spent, self.budget, how=self.how, costs=costs)
-        return _signed(top(_product(found, self.rank, costs is not None), counts), self, run)
-
-
-def over(run: Trajectory, units: Units | None) -> Trajectory:
-    """The trajectory with its scores and masks over other units; None leaves it as it is."""
-    return run if units is None else replace(run, units=units)
-
-
-def costs_of(run: Trajectory) -> dict[str, int] | None:
-    """What ``allocate`` needs as ``costs``: parameters per unit where kinds share the budget, None with one kind."""
-    (later,) = run.weights("later")
-    return later.layout.costs
-
-
-def _worth(scores: Neurons, costs: dict[str, int] | None) -> Neurons:
-    """What each unit is worth as a whole, from what one parameter of it is worth; the same with one kind of unit."""
-    return (
-        scores
-        if costs is None
-        else scores * Neurons({n: torch.full((s,), float(costs[n])) for n, s in scores.sizes.items()})
-    )
-
-
-def named(name: str, units: Units | None) -> str:
-    """A selector's name, with its units where they are not the run's own."""
-    return name if units is None else f"{name} of {noun(kinds_of(units))}"
-
-
-def _product(found: dict[str, Neurons], letters: str, joint: bool) -> Neurons:
-    """One letter is its raw score; in a product A and M are first divided by their layer's mean.
-
-    Where kinds share a budget that holds for a single letter too, and C is divided by the mean of its kind: a cosine
-    of long vectors is smaller than one of short vectors, whatever the units did.
-    """
-    if len(letters) == 1 and not joint:
-        return found[letters]
-    level = {letter: score.relative() for letter, score in found.items() if letter != "C"}
-    if "C" in found:
-        level["C"] = _by_kind(found["C"]) if joint else found["C"]
-    product, *others = (level[letter] for letter in "AMC" if letter in letters)
-    for factor in others:
-        product = product * factor
-    return product
-
-
-def _by_kind(scores: Neurons) -> Neurons:
-    """Each score divided by the mean over all units of its kind in the model; zeros stay zeros."""
-    held: dict[str, list[torch.Tensor]] = {}
-    for name, value in scores.items():
-        held.setdefault(kind_of(name), []).append(value.double())
-    means = {kind: float(torch.cat(values).mean()) or 1.0 for kind, values in held.items()}
-    return Neurons({n: value.double() / means[kind_of(n)] for n, value in scores.items()}, made_by=scores.made_by)
+        return signed(top(product(found, self.rank, costs is not None), counts), self, run)
 
 
 @dataclass(frozen=True)
@@ -159,7 +137,7 @@ class DamageSelector:
     """Rank by D, the damage score: what going back would gain on the damaged domain, to first order.
 
     Args:
-        budget: β, the fraction of all MLP neurons (or other units), in [0, 1].
+        budget: β, the fraction of all MLP neurons (or other units, or candidate weights), in [0, 1].
         how: "global" (the best of the whole model), "proportional" or "uniform" (see ``surgery.allocate``). Negative
             scores, neurons that the damaged domain is better off with, count as zero where a share is computed.
         protect: prompts of domains that should keep what they won, by name: D is reduced by ``weight`` times what
@@ -168,6 +146,13 @@ class DamageSelector:
             benchmarks/results/protect.md.
         loss: another loss than the divergence from the earlier model (see ``damage``).
         units: as in ``AMCSelector``; several kinds share a budget of parameters, spent by D per parameter.
+
+    ``units="weight"`` takes single weights in rounds, and only as many as lower the loss on ``data``: the Entries that
+    ``EntrySelector(budget)`` takes. It has neither another ``how`` nor ``protect``: the costs of single weights do not
+    add up (benchmarks/results/protect-weights.md).
+
+    Raises:
+        ValueError: a setting is none of those above; from ``select``: no data, and as ``damage``.
 
     Source: ours, from Proposition 1.
     """
@@ -182,19 +167,27 @@ class DamageSelector:
     def __post_init__(self) -> None:
         check_budget(self.budget)
         check_how(self.how)
-        kinds_of(self.units or "mlp")
+        check_units(self.units)
         if not self.weight >= 0:
             raise ValueError(f"weight={self.weight!r}: expected a number ≥ 0")
+        if single(self.units):
+            check_rounds_how(self.how)
+            _check_unprotected(self.protect)
 
     @property
     def name(self) -> str:
         """What a table calls it."""
+        if single(self.units):
+            return name_by_damage(self.loss)
         guard = f" protecting {', '.join(self.protect)} × {self.weight:g}" if self.protect else ""
         own = f"D{guard}" if self.loss is None else f"D (own loss){guard}"
         return named(own if self.how == "global" else f"{own} ({self.how})", self.units)
 
-    def select(self, run: Trajectory, data: Data | None = None) -> Neurons:
+    def select(self, run: Trajectory, data: Data | None = None) -> Mask:
         """The mask; ``data`` are prompts of the damaged domain, with responses or without."""
+        if single(self.units):
+            run = over_weights(run)
+            return signed(by_damage(run, data, self.budget, loss=self.loss), self, run)
         if data is None:
             raise ValueError("D is measured on prompts of the damaged domain: pass data=load_prompts(file, tokenizer)")
         run = over(run, self.units)
@@ -203,7 +196,17 @@ class DamageSelector:
             cost = reversal_cost(run, other)
             scores = Neurons({n: scores[n] - self.weight * cost[n] for n in scores}, made_by=scores.made_by)
         spend = scores if self.how == "global" else Neurons({n: scores[n].clamp(min=0) for n in scores})
-        return _signed(top(scores, allocate(spend, self.budget, how=self.how, costs=costs_of(run))), self, run)
+        return signed(top(scores, allocate(spend, self.budget, how=self.how, costs=costs_of(run))), self, run)
+
+
+def _check_unprotected(protect: Mapping[str, Data] | None) -> None:
+    """Raise ``ValueError`` where single weights should be guarded."""
+    if protect:
+        raise ValueError(
+            'protect= with units="weight": the costs of single weights do not add up, and to guard by them did harm '
+            "where it was measured (benchmarks/results/protect-weights.md). Leave protect out and look at Δ in a "
+            'sweep, or protect with units="mlp"'
+        )
 
 
 @dataclass(frozen=True)
@@ -213,9 +216,13 @@ class RandomSelector:
     Args:
         budget: β in [0, 1].
         seed: of the draw.
-        units: as in ``AMCSelector``; of several kinds units are drawn until the budget of parameters is spent.
+        units: as in ``AMCSelector``; of several kinds units are drawn until the budget of parameters is spent. Single
+            weights, "weight", are drawn with a lot of 4 bytes for each, in a temporary file (in ``TMPDIR``).
 
-    Source: the paper's random baseline (Table 6).
+    Raises:
+        ValueError: a setting is none of those above. OSError: there is no room for the file.
+
+    Source: the paper's random baseline (Table 6); single weights: ours.
     """
 
     budget: float
@@ -224,15 +231,18 @@ class RandomSelector:
 
     def __post_init__(self) -> None:
         check_budget(self.budget)
-        kinds_of(self.units or "mlp")
+        check_units(self.units)
 
     @property
     def name(self) -> str:
         """What a table calls it."""
         return named("random", self.units)
 
-    def select(self, run: Trajectory, data: Data | None = None) -> Neurons:
+    def select(self, run: Trajectory, data: Data | None = None) -> Mask:
         """The mask; ``data`` is not used."""
+        if single(self.units):
+            run = over_weights(run)
+            return signed(at_random(run, self.budget, self.seed), self, run)
         run = over(run, self.units)
         (later,) = run.weights("later")
         sizes, costs = later.layout.sizes, later.layout.costs
@@ -240,45 +250,5 @@ class RandomSelector:
         scores = torch.empty(len(order))
         scores[order] = torch.arange(len(order), 0, -1, dtype=torch.float32)
         drawn = Neurons(dict(zip(sizes, scores.split(list(sizes.values())), strict=True)))
-        counts = allocate(_worth(drawn, costs), self.budget, how="global", costs=costs)
-        return _signed(top(drawn, counts), self, run)
-
-
-def check_budget(budget: Any) -> None:
-    """Raise ``ValueError`` unless a budget is a fraction."""
-    if isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 <= budget <= 1:
-        raise ValueError(f"budget={budget!r}: expected a fraction of the model's neurons in [0, 1] (0.02 is 2 %)")
-
-
-def check_letters(name: str, letters: str) -> None:
-    """Raise ``ValueError`` unless letters are some of A, M and C."""
-    if not letters or set(letters) - set("AMC") or len(set(letters)) != len(letters):
-        raise ValueError(f'{name}={letters!r}: expected some of the letters A, M and C, each once, like "AMC"')
-
-
-def check_how(how: Any) -> None:
-    """Raise ``ValueError`` unless an allocation is known."""
-    if how not in ("proportional", "global", "uniform"):
-        raise ValueError(f'how={how!r}: expected "proportional", "global" or "uniform"')
-
-
-def _signed(mask: Neurons, selector: Any, run: Trajectory) -> Neurons:
-    """The mask with a record of what made it."""
-    return Neurons(mask, made_by={**mask.made_by, **record(selector, run)})
-
-
-def record(selector: Any, run: Trajectory) -> dict[str, Any]:
-    """What a mask's ``made_by`` says of the selector that made it, of the checkpoints and of the versions."""
-    settings = {f.name: getattr(selector, f.name) for f in fields(selector)}
-    told: dict[str, Any] = {name: value for name, value in settings.items() if isinstance(value, str | int | float)}
-    if getattr(selector, "protect", None):
-        told["protect"] = sorted(selector.protect)
-    names = [name for name in ("base", "earlier", "later") if getattr(run, name) is not None]
-    (later,) = run.weights("later")
-    return {
-        "units": list(later.layout.units),
-        **({"not_covered": list(later.layout.notes)} if later.layout.notes else {}),
-        "selector": {"class": type(selector).__name__, **told},
-        "checkpoints": {name: fingerprint(weights) for name, weights in zip(names, run.weights(*names), strict=True)},
-        "versions": versions(),
-    }
+        counts = allocate(worth(drawn, costs), self.budget, how="global", costs=costs)
+        return signed(top(drawn, counts), self, run)

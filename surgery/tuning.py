@@ -89,8 +89,9 @@ def recommend(
     Bisection for the smallest budget with recovery ≥ the wanted one; if a limit is broken there, bisection below it
     for the largest budget that keeps all limits. That is 3 references and at most 2·log2(budgets) + 2 rollbacks. It
     is right where recovery grows and the other metrics fall with the budget, as they tend to where masks are nested
-    (``how="global"``, and ``RandomSelector``); whether masks and measurements were so is checked and said. Whatever
-    they are, a budget is only recommended where it was measured to keep what was asked.
+    (``how="global"`` and ``RandomSelector``; single weights by D only without a stop); whether masks and measurements
+    were so is checked and said. Whatever they are, a budget is only recommended where it was measured to keep what was
+    asked.
 
     Args:
         model: the later model, live; bit-identical at the end, also after an error.
@@ -199,7 +200,9 @@ def _tuning(
 def _order(nested: bool, monotone: bool) -> str:
     if nested and monotone:
         return "recovery is taken to grow with the budget between them, as it does among them"
-    why = [] if nested else ['the masks are not nested (with how="global" they are)']
+    why = (
+        [] if nested else ['the masks are not nested (with how="global" they are, single weights by D without a stop)']
+    )
     why += [] if monotone else ["what was measured does not go one way with the budget"]
     return f"{' and '.join(why)}: a smaller budget may do as well, so measure those in question with sweep(...)"
 

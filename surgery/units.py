@@ -12,6 +12,7 @@ from collections.abc import Iterable
 Units = str | tuple[str, ...]
 ATTENTION = ("kv_group", "query_head", "value_channel")
 KINDS = ("mlp", *ATTENTION)
+WEIGHT = "weight"  # what a selector's units= calls single weights; no kind of unit
 _NOUNS = {"mlp": "neurons", "kv_group": "KV groups", "query_head": "query heads", "value_channel": "value channels"}
 
 
@@ -19,16 +20,38 @@ def kinds_of(units: Units) -> tuple[str, ...]:
     """The kinds that ``units`` names, "mlp" first.
 
     Raises:
-        ValueError: there is no such kind, or two of them cut the same attention in different ways.
+        ValueError: there is no such kind, or two of them cut the same attention in different ways, or single weights
+            are named, which are parts of all of them.
     """
     asked = (units,) if isinstance(units, str) else tuple(units)
-    if "weight" in asked:
-        raise ValueError(f"units={units!r}: single weights have their own selector, EntrySelector(budget, rank=...)")
+    if WEIGHT in asked:
+        raise ValueError(_no_kind(units, tuple(kind for kind in asked if kind != WEIGHT)))
     if not asked or set(asked) - set(KINDS):
-        raise ValueError(f'units={units!r}: expected some of {", ".join(KINDS)}, like "mlp" or ("mlp", "kv_group")')
+        raise ValueError(
+            f'units={units!r}: expected some of {", ".join(KINDS)}, like "mlp" or ("mlp", "kv_group"); of a selector '
+            f'"weight" too, alone'
+        )
     if len(set(asked) - {"mlp"}) > 1:
         raise ValueError(f'units={units!r} overlap: beside "mlp" take one of {", ".join(ATTENTION)}')
     return tuple(kind for kind in KINDS if kind in asked)
+
+
+def single(units: Units | None) -> bool:
+    """Whether a selector's ``units`` are single weights."""
+    return units == WEIGHT or (units is not None and tuple(units) == (WEIGHT,))
+
+
+def _no_kind(units: Units, others: tuple[str, ...]) -> str:
+    if not others:
+        return (
+            f"units={units!r}: a model is not laid out or scored by single weights, selectors choose among them: pass "
+            f'units="weight" to DamageSelector, AMCSelector or RandomSelector (--units weight to select, sweep or tune)'
+        )
+    return (
+        f"units={units!r}: a weight is a part of a unit, and by D a budget for both goes to single weights: pass "
+        f'units="weight", or for weights of these units alone '
+        f"EntrySelector(budget, units={others if len(others) > 1 else others[0]!r})"
+    )
 
 
 def kind_of(block: str) -> str:
@@ -53,3 +76,8 @@ def noun(kinds: Iterable[str]) -> str:
     """What units of those kinds are called together."""
     names = [_NOUNS[kind] for kind in kinds]
     return names[0] if len(names) == 1 else f"units ({' and '.join(names)})"
+
+
+def noun_of_weights(kinds: Iterable[str]) -> str:
+    """What single weights of such units are called."""
+    return f"weights of {' and '.join(_NOUNS[kind] for kind in kinds)}"

@@ -31,25 +31,34 @@ class Traits:
     shapes: dict[str, tuple[int, int]]
     told: dict[str, Any]
 
-    def best(self, count: int, how: Allocation) -> Tensor:
-        """Where the ``count`` highest positive scores lie, or those of each block's share of them (see ``allocate``).
+    def best(self, count: int, how: Allocation, spend: Traits) -> Tensor:
+        """Where the ``count`` highest positive scores lie, of each block as many as ``spend`` gives it.
 
-        A block has no more to give than positive scores, so there are fewer only where all blocks together have.
+        As in ``allocate``; where the whole model's best are taken and both are the same scores they are just those. A
+        block has no more to give than positive scores, so there are fewer only where all blocks together have.
         """
-        if how == "global":
+        if how == "global" and spend is self:
             return best(self.flat, count)
         spans = self._blocks()
-        there = {name: positive(self.flat[low:high]) for name, (low, high) in spans.items()}
-        room = {name: taken for name, (taken, _) in there.items()}
-        sizes = {name: float(high - low) for name, (low, high) in spans.items()}
-        weights = sizes if how == "uniform" else {name: total for name, (_, total) in there.items()}
-        counts = share(min(count, sum(room.values())), weights, room)
+        room = {name: positive(self.flat[low:high])[0] for name, (low, high) in spans.items()}
+        counts = share(min(count, sum(room.values())), spend._claims(count, how), room)
         found = [best(self.flat[low:high], counts[name]) + low for name, (low, high) in spans.items()]
         return torch.cat([torch.zeros(0, dtype=torch.int64), *found])
 
     def entries(self, chosen: Tensor) -> Entries:
         """Indices into ``flat`` as a mask."""
         return entries_of(chosen, self.shapes)
+
+    def _claims(self, count: int, how: Allocation) -> dict[str, float]:
+        """What each block's part of a budget is in proportion to."""
+        spans = self._blocks()
+        if how == "uniform":
+            return {name: float(high - low) for name, (low, high) in spans.items()}
+        if how == "proportional":
+            return {name: positive(self.flat[low:high])[1] for name, (low, high) in spans.items()}
+        chosen = best(self.flat, count).sort().values
+        edges = torch.tensor([0, *(high for _, high in spans.values())])
+        return dict(zip(spans, torch.searchsorted(chosen, edges).diff().double().tolist(), strict=True))
 
     def _blocks(self) -> dict[str, tuple[int, int]]:
         """Where each block's scores lie in ``flat``."""

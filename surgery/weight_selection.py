@@ -1,131 +1,122 @@
-"""EntrySelector: single weights in the order of D, as far as going on still helps, or of the paper's A, M and C."""
+"""Single weights chosen: by D, as far as going on still helps; by the paper's A, M and C; or at random."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from surgery.budget import Allocation
-from surgery.entries import Entries
+from surgery.entries import Entries, shapes_of
 from surgery.operators import rollback
 from surgery.predictions import Loss, positions
 from surgery.scores import remember
-from surgery.selection import Data, check_budget, check_how, check_letters, named, over, record
+from surgery.scratch import zeros_on_disk
+from surgery.selector_settings import Data, letters_named, named, over
 from surgery.trajectory import Trajectory
-from surgery.units import Units, kinds_of
+from surgery.units import WEIGHT, Units
 from surgery.weight_damage import Gains, entry_gains
-from surgery.weight_scores import entry_traits
+from surgery.weight_ranking import CHUNK, best, entries_of
+from surgery.weight_scores import Traits, entry_traits
 
 _FINEST: Units = ("mlp", "kv_group")
-_ROUNDS, _HALVINGS = 16, 6
+ROUNDS, _HALVINGS = 16, 6
+_LOTS = (0x00800000, 0x7F800000)  # the bits of every positive normal float32, from the least to infinity
 Point = tuple[int, float]  # how many weights are reverted, and the loss then
 
 
-@dataclass(frozen=True)
-class EntrySelector:
-    """Revert single weights, ranked by D of each: D_w = g_w · δB,w, the first-order gain of going back in w alone.
+def over_weights(run: Trajectory, units: Units | None = None) -> Trajectory:
+    """The trajectory over the units whose weights are candidates (None: see ``EntrySelector``)."""
+    if units is not None or run.layout is not None:
+        return over(run, units)
+    finest = over(run, _FINEST)
+    try:
+        finest.weights("later")
+    except ValueError:
+        return over(run, "mlp")
+    return finest
 
-    Or by a product of A, M and C of each: M_w = abs(δB,w), C_w = 1 where δA,w and δB,w have opposite signs and else 0,
-    A_w that of the weight's neuron; A and M relative to their layer's mean. Those look at no loss: the whole budget is
-    taken, and what follows is about D. A weight whose score is not positive is never taken, so there may be fewer.
 
-    Gains of single weights do not add up: each was measured with all others in place. So they are taken in rounds. A
-    round takes the best until their gains add up to the loss that is left, which is more than they can give, and then
-    D is measured again with all that was taken reverted. The last round takes what is left of the budget. The rounds do
-    not depend on the budget: a bigger one contains the smaller (without ``stop``).
+def check_rounds_how(how: Allocation) -> None:
+    """Raise ``ValueError`` unless D of single weights can be spent so."""
+    if how != "global":
+        raise ValueError(
+            f'how="{how}": D takes the best single weights of the whole model, in rounds; leave how out, or rank by '
+            f'letters: AMCSelector(budget, how="{how}", units="weight")'
+        )
 
-    Some number of weights is best, and more of them do harm. With ``stop`` the loss is looked at after each round, and
-    with 1/64, 1/32, ... 1/2 and all of the last one reverted; the number with the least loss is kept, none if the later
-    model itself has it. That is one forward and backward pass per round and 7 forward passes more, on the same prompts;
-    the curve is in ``made_by["entries"]``.
 
-    Args:
-        budget: β, the fraction of the candidate weights, in [0, 1]; with ``stop`` the most that may be taken.
-        rank: "D", or which of the letters A, M, C make the score, as a product ("AMC", "MC", "A", ...).
-        how: "global", or for A, M, C also "proportional" or "uniform": what each layer gives (see ``allocate``).
-        stop: of D keep only as many as lower the loss (see above).
-        rounds: how often D is measured, at least 1.
-        loss: for D another loss than the divergence from the earlier model (see ``damage``); ≥ 0, 0 is nothing lost.
-        units: whose weights are candidates (see ``find_layout``); None: those of the MLPs and of KV groups, of the
-            MLPs alone where a model's attention can't be told for certain or the trajectory has a layout of its own.
+def name_by_damage(loss: Loss | None) -> str:
+    """What D of single weights is called in a table."""
+    return named("D" if loss is None else "D (own loss)", WEIGHT)
 
-    ``select`` raises ValueError where D or A is asked for without data, or C without a base; and as ``damage``.
 
-    Source: ours; D from Proposition 1, A, M and C after the paper's of a neuron.
-    """
+def name_by_letters(rank: str, allocate: str, how: Allocation) -> str:
+    """What letters of single weights are called in a table."""
+    own = named(letters_named(rank, allocate), WEIGHT)
+    return own if how == "global" else f"{own} ({how})"
 
-    budget: float
-    rank: str = "D"
-    how: Allocation = "global"
-    stop: bool = True
-    rounds: int = _ROUNDS
-    loss: Loss | None = field(default=None, repr=False, compare=False)
-    units: Units | None = None
 
-    def __post_init__(self) -> None:
-        check_budget(self.budget)
-        check_how(self.how)
-        if self.rank != "D":
-            check_letters("rank", self.rank)
-        elif self.how != "global":
-            raise ValueError(f"how={self.how!r}: D takes the best single weights of the whole model, in rounds")
-        kinds_of(self.units or "mlp")
-        if isinstance(self.rounds, bool) or not isinstance(self.rounds, int) or self.rounds < 1:
-            raise ValueError(f"rounds={self.rounds!r}: expected how often D is measured, 1 or more")
+def by_damage(
+    run: Trajectory,
+    data: Data | None,
+    budget: float,
+    *,
+    stop: bool = True,
+    rounds: int = ROUNDS,
+    loss: Loss | None = None,
+) -> Entries:
+    """The best by D of all weights of the run's units (see ``EntrySelector``)."""
+    if data is None:
+        raise ValueError("D is measured on prompts of the damaged domain: pass data=load_prompts(file, tokenizer)")
+    path = _path(run, data, loss=loss, rounds=rounds)
+    allowed = round(budget * len(path.gains.flat))
+    order = path.best(allowed)
+    curve = [point for point in path.curve if point[0] <= len(order)]
+    told: dict[str, Any] = {"tokens": path.gains.tokens, "allowed": allowed, "rounds": len(path.curve)}
+    if len(order) < allowed:
+        told["positive"] = len(order)
+    if stop:
+        curve += _tried(run, path.gains, order, curve[-1][0])
+        order = order[: min(curve, key=lambda point: (point[1], point[0]))[0]]
+    told["curve"] = [list(point) for point in curve]
+    mask = path.gains.entries(order)
+    return Entries(mask, shapes=mask.shapes, made_by={"entries": told})
 
-    @property
-    def name(self) -> str:
-        """What a table calls it."""
-        if self.rank != "D":
-            own = f"{'×'.join(self.rank)} of single weights"
-            return named(own if self.how == "global" else f"{own} ({self.how})", self.units)
-        own = "D of single weights" if self.loss is None else "D (own loss) of single weights"
-        if self.rounds != _ROUNDS:
-            own += f", {self.rounds} round{'s' if self.rounds > 1 else ''}"
-        return named(own if self.stop else f"{own}, no stop", self.units)
 
-    def over(self, run: Trajectory) -> Trajectory:
-        """The trajectory over the units whose weights are candidates."""
-        if self.units is not None or run.layout is not None:
-            return over(run, self.units)
-        finest = over(run, _FINEST)
-        try:
-            finest.weights("later")
-        except ValueError:
-            return over(run, "mlp")
-        return finest
+def by_letters(run: Trajectory, data: Data | None, budget: float, rank: str, allocate: str, how: Allocation) -> Entries:
+    """The best by letters of all weights of the run's units, of each layer as many as other letters give it."""
 
-    def select(self, run: Trajectory, data: Data | None = None) -> Entries:
-        """The mask; ``data`` are prompts of the damaged domain, with responses or without (for M and C none)."""
-        if self.rank != "D":
-            return self._by_traits(self.over(run), data)
-        if data is None:
-            raise ValueError("D is measured on prompts of the damaged domain: pass data=load_prompts(file, tokenizer)")
-        run = self.over(run)
-        path = _path(run, data, loss=self.loss, rounds=self.rounds)
-        allowed = round(self.budget * len(path.gains.flat))
-        order = path.best(allowed)
-        curve = [point for point in path.curve if point[0] <= len(order)]
-        told: dict[str, Any] = {"tokens": path.gains.tokens, "allowed": allowed, "rounds": len(path.curve)}
-        if len(order) < allowed:
-            told["positive"] = len(order)
-        if self.stop:
-            curve += _tried(run, path.gains, order, curve[-1][0])
-            order = order[: min(curve, key=lambda point: (point[1], point[0]))[0]]
-        told["curve"] = [list(point) for point in curve]
-        mask = path.gains.entries(order)
-        return Entries(mask, shapes=mask.shapes, made_by={"entries": told, **record(self, run)})
+    def scores(letters: str) -> Traits:
+        return entry_traits(run, data if "A" in letters else None, letters)
 
-    def _by_traits(self, run: Trajectory, data: Data | None) -> Entries:
-        traits = entry_traits(run, data if "A" in self.rank else None, self.rank)
-        allowed = round(self.budget * len(traits.flat))
-        mask = traits.entries(traits.best(allowed, self.how))
-        taken = sum(mask.count().values())
-        told = {"allowed": allowed, **({"positive": taken} if taken < allowed else {})}
-        return Entries(mask, shapes=mask.shapes, made_by={"entries": told, **traits.told, **record(self, run)})
+    traits = scores(rank)
+    spend = traits if allocate == rank else scores(allocate)
+    allowed = round(budget * len(traits.flat))
+    mask = traits.entries(traits.best(allowed, how, spend))
+    taken = sum(mask.count().values())
+    told = {"allowed": allowed, **({"positive": taken} if taken < allowed else {})}
+    return Entries(mask, shapes=mask.shapes, made_by={"entries": told, **spend.told, **traits.told})
+
+
+def at_random(run: Trajectory, budget: float, seed: int) -> Entries:
+    """Some of all weights of the run's units, drawn uniformly without replacement; a bigger budget has the smaller."""
+    (later,) = run.weights("later")
+    shapes = shapes_of(later.layout)
+    lots = _lots(sum(neurons * width for neurons, width in shapes.values()), seed)
+    allowed = round(budget * len(lots))
+    mask = entries_of(best(lots, allowed), shapes)
+    return Entries(mask, shapes=shapes, made_by={"entries": {"allowed": allowed}})
+
+
+def _lots(count: int, seed: int) -> Tensor:
+    """A positive number for each weight, each of 31 bits and drawn by itself: their order is the order of drawing."""
+    lots, generator = zeros_on_disk(count), torch.Generator().manual_seed(seed)
+    for start in range(0, count, CHUNK):
+        lots[start : start + CHUNK].view(torch.int32).random_(*_LOTS, generator=generator)
+    return lots
 
 
 @dataclass(frozen=True)

@@ -223,8 +223,18 @@ def test_single_weights_by_letters_from_the_shell(surgery, tmp_path: Path) -> No
     assert not code
     assert "M of single weights" in out
     assert "--selector M --how global --units weight --budget 0.01 -o" in out
-    for wrong in ("random", "A/AMC"):
-        assert "are ranked by D or by letters" in surgery(f"select {runs} --selector {wrong} -o {tmp_path}/x")[2]
+    for text, chosen in (
+        ("random", RandomSelector(0.01, 3, "weight")),
+        ("M/AMC", AMCSelector(0.01, "M", "AMC", "global", "weight")),
+    ):
+        words = f"select {runs} --selector {text} --seed 3 --budget 0.01 -o {tmp_path}/m --overwrite"
+        assert "weights allowed" in surgery(words)[1]
+        assert load_mask(tmp_path / "m").equal(chosen.select(run, load_prompts(data, tmp_path / "qa")))
+    table = surgery(f"sweep {runs} {score} --selectors random,D")[1]
+    assert "random of single weights" in table
+    assert "ceiling (all units (neurons and KV groups))" in table
+    refused = surgery(f"select {runs} --units mlp,weight -o {tmp_path}/x")[2]
+    assert "by D a budget for both goes to single weights" in " ".join(refused.split())
 
 
 def test_strengths_from_the_shell(surgery, tmp_path: Path) -> None:

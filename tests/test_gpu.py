@@ -17,6 +17,7 @@ from surgery import (
     EntrySelector,
     Masked,
     Neurons,
+    RandomSelector,
     Trajectory,
     activation,
     conflict,
@@ -43,7 +44,8 @@ SELECTORS = [
     DamageSelector(0.2),
     DamageSelector(0.2, protect={"b": DATA[1:]}, units=("mlp", "kv_group")),
     EntrySelector(0.05, rounds=2),
-    EntrySelector(0.05, "AMC"),
+    AMCSelector(0.05, units="weight"),
+    RandomSelector(0.05, units="weight"),
 ]
 
 

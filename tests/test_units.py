@@ -25,6 +25,8 @@ from transformers.models.mpt import modeling_mpt
 from surgery import (
     AMCSelector,
     Checkpoint,
+    DamageSelector,
+    EntrySelector,
     Layout,
     Neurons,
     RandomSelector,
@@ -39,7 +41,7 @@ from surgery import (
     probe,
     rolled_back,
     save,
-    selection,
+    score_products,
     sweep,
     top,
 )
@@ -676,7 +678,7 @@ def test_a_kind_whose_cosines_are_small_still_gets_its_share():
     mean = {kind: torch.cat([C[n] for n, b in layout.items() if b.kind == kind]).mean() for kind in layout.units}
     assert mean["query_head"] < 0.7 * mean["mlp"]
     mask = AMCSelector(0.5, "C", "C").select(run)
-    density = selection._product({"C": C}, "C", True)
+    density = score_products.product({"C": C}, "C", True)
     for kind in layout.units:
         blocks = [b for b in layout.blocks if b.kind == kind]
         assert float(torch.cat([density[b.name] for b in blocks]).mean()) == pytest.approx(1, rel=1e-5)
@@ -743,7 +745,20 @@ def test_a_mask_file_says_which_units_it_holds(tmp_path):
         assert "units (neurons and query heads)" in str(done)
 
 
-@pytest.mark.parametrize("units", ["weight", ("mlp", "weight")])
-def test_single_weights_are_pointed_to_their_own_selector(units):
-    with pytest.raises(ValueError, match="EntrySelector"):
-        AMCSelector(0.02, units=units)
+@pytest.mark.parametrize("kind", [AMCSelector, DamageSelector, RandomSelector])
+@pytest.mark.parametrize("units", [("mlp", "weight"), ("weight", "kv_group"), ("mlp", "kv_group", "weight")])
+def test_single_weights_do_not_share_a_budget_with_the_units_they_are_of(kind, units):
+    others = [unit for unit in units if unit != "weight"]
+    own = repr(tuple(others) if len(others) > 1 else others[0])
+    with pytest.raises(ValueError, match=re.escape(f"EntrySelector(budget, units={own})")):
+        kind(0.02, units=units)
+
+
+@pytest.mark.parametrize("units", ["weight", ("weight",)])
+def test_a_model_is_not_laid_out_by_single_weights(units):
+    model = build("llama")
+    for refused in (lambda: Trajectory(later=model, units=units), lambda: find_layout(model, units=units)):
+        with pytest.raises(ValueError, match='pass units="weight" to DamageSelector, AMCSelector or RandomSelector'):
+            refused()
+    with pytest.raises(ValueError, match="here units= says whose weights"):
+        EntrySelector(0.02, units=units)

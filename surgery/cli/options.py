@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from surgery.units import kinds_of
+from surgery.units import WEIGHT, kinds_of
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from surgery.strength_values import Strength
     from surgery.trajectory import Trajectory
 
-WEIGHT = "weight"  # --units of single weights; not a kind of unit
 out, err = Console(soft_wrap=True, highlight=False), Console(stderr=True, soft_wrap=True, highlight=False)
 
 Checkpoints = Annotated[list[str], typer.Argument(metavar="[BASE] EARLIER LATER", help="Folders, in training order.")]
@@ -102,20 +101,19 @@ def folder_of(source: Any) -> Path:
 
 
 def selector_of(text: str, budget: float, how: Any, seed: int, units: str, no_stop: bool) -> Selector:
+    from surgery.entry_selector import EntrySelector
     from surgery.selection import AMCSelector, DamageSelector, RandomSelector
-    from surgery.weight_selection import EntrySelector
 
-    if units == WEIGHT:
-        rank = text.strip()
-        if rank == "random" or "/" in rank:
-            raise ValueError(f"--units {WEIGHT} are ranked by D or by letters of A, M, C, and {rank!r} was asked for")
-        return EntrySelector(budget, rank, how or "global", stop=not no_stop)
-    if text.strip() == "random":
-        return RandomSelector(budget, seed)
-    if text.strip() == "D":
-        return DamageSelector(budget, how or "global")
-    rank, _, spend = text.strip().partition("/")
-    return AMCSelector(budget, rank, spend or rank, how or "proportional")
+    text, weights = text.strip(), units == WEIGHT
+    own = WEIGHT if weights else None  # other units are the trajectory's
+    if text == "random":
+        return RandomSelector(budget, seed, own)
+    if text == "D":
+        if weights and no_stop:
+            return EntrySelector(budget, how=how or "global", stop=False)
+        return DamageSelector(budget, how or "global", units=own)
+    rank, _, spend = text.partition("/")
+    return AMCSelector(budget, rank, spend or rank, how or ("global" if weights else "proportional"), own)
 
 
 def fraction(text: str) -> float:

@@ -38,7 +38,10 @@ def select(
         str, typer.Option(help='"D" (damage); letters of A, M, C that rank, "/" letters that split; "random".')
     ] = "AMC",
     how: Annotated[
-        str | None, typer.Option(help="proportional, global or uniform (default: global for D, else proportional).")
+        str | None,
+        typer.Option(
+            help="proportional, global or uniform (default: global for D and single weights, else proportional)."
+        ),
     ] = None,
     units: Selected = "mlp",
     no_stop: NoStop = False,

@@ -1,0 +1,84 @@
+"""What selectors have in common: which settings they take, what they are called, and what a mask says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import fields, replace
+from typing import Any, TypeVar
+
+from surgery.entries import Entries
+from surgery.neurons import Neurons
+from surgery.papers import fingerprint, versions
+from surgery.prompts import Batch
+from surgery.trajectory import Trajectory
+from surgery.units import Units, kinds_of, noun, single
+
+Data = Iterable[Batch]
+Chosen = TypeVar("Chosen", Neurons, Entries)
+
+
+def check_budget(budget: Any) -> None:
+    """Raise ``ValueError`` unless a budget is a fraction."""
+    if isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 <= budget <= 1:
+        raise ValueError(f"budget={budget!r}: expected a fraction of the model's neurons in [0, 1] (0.02 is 2 %)")
+
+
+def check_letters(name: str, letters: str) -> None:
+    """Raise ``ValueError`` unless letters are some of A, M and C."""
+    if not letters or set(letters) - set("AMC") or len(set(letters)) != len(letters):
+        raise ValueError(f'{name}={letters!r}: expected some of the letters A, M and C, each once, like "AMC"')
+
+
+def check_how(how: Any) -> None:
+    """Raise ``ValueError`` unless an allocation is known."""
+    if how not in ("proportional", "global", "uniform"):
+        raise ValueError(f'how={how!r}: expected "proportional", "global" or "uniform"')
+
+
+def check_units(units: Units | None) -> None:
+    """Raise ``ValueError`` unless ``units`` are kinds of unit, or single weights."""
+    if not single(units):
+        kinds_of(units or "mlp")
+
+
+def over(run: Trajectory, units: Units | None) -> Trajectory:
+    """The trajectory with its scores and masks over other units; None leaves it as it is."""
+    return run if units is None else replace(run, units=units)
+
+
+def named(name: str, units: Units | None) -> str:
+    """A selector's name, with its units where they are not the run's own."""
+    if single(units):
+        return f"{name} of single weights"
+    return name if units is None else f"{name} of {noun(kinds_of(units))}"
+
+
+def letters_named(rank: str, allocate: str) -> str:
+    """What a score of letters is called, and the one that splits the budget where it is another."""
+    own = "×".join(rank)
+    return own if rank == allocate else f"rank {own}, budgets {'×'.join(allocate)}"
+
+
+def signed(mask: Chosen, selector: Any, run: Trajectory) -> Chosen:
+    """The mask with a record of the selector that made it."""
+    made_by = {**mask.made_by, **record(selector, run)}
+    if isinstance(mask, Entries):
+        return Entries(mask, shapes=mask.shapes, made_by=made_by)
+    return Neurons(mask, made_by=made_by)
+
+
+def record(selector: Any, run: Trajectory) -> dict[str, Any]:
+    """What a mask's ``made_by`` says of the selector that made it, of the checkpoints and of the versions."""
+    settings = {f.name: getattr(selector, f.name) for f in fields(selector)}
+    told: dict[str, Any] = {name: value for name, value in settings.items() if isinstance(value, str | int | float)}
+    if getattr(selector, "protect", None):
+        told["protect"] = sorted(selector.protect)
+    names = [name for name in ("base", "earlier", "later") if getattr(run, name) is not None]
+    (later,) = run.weights("later")
+    return {
+        "units": list(later.layout.units),
+        **({"not_covered": list(later.layout.notes)} if later.layout.notes else {}),
+        "selector": {"class": type(selector).__name__, **told},
+        "checkpoints": {name: fingerprint(weights) for name, weights in zip(names, run.weights(*names), strict=True)},
+        "versions": versions(),
+    }

@@ -1,0 +1,473 @@
+"""Selectors with units="weight": what they take, how the random ones are drawn, and that acting on each is exact."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import build
+from test_attribution import pair
+from test_entries import DTYPES, SEVEN, law_exact
+from test_laws import hashes, same, snapshot
+from test_scores import batches
+from test_weight_scores import HOWS, in_parts
+from test_weight_scores import trajectory as three
+
+from surgery import (
+    AMCSelector,
+    Checkpoint,
+    DamageSelector,
+    Entries,
+    EntrySelector,
+    Neurons,
+    RandomSelector,
+    Trajectory,
+    allocate,
+    recommend,
+    rolled_back,
+    save,
+    selection,
+    stability,
+    sweep,
+    top,
+    weight_ranking,
+    weight_selection,
+)
+from surgery.checkpoint import State
+from surgery.entries import load_mask
+from surgery.papers import MASK
+from surgery.predictions import cross_entropy
+from surgery.weight_scores import Traits, entry_traits
+
+RANDOM = partial(RandomSelector, units="weight")
+KINDS = (
+    DamageSelector(0.01, units="weight"),
+    AMCSelector(0.01, units="weight"),
+    AMCSelector(0.01, "M", "MC", "global", units="weight"),
+    RANDOM(0.01),
+)
+
+
+@cache
+def two(family: str, dtype: torch.dtype = torch.float32) -> Trajectory:
+    earlier, later = pair(family, dtype)
+    return Trajectory(earlier=earlier, later=later)
+
+
+def bare(run: Trajectory) -> Trajectory:
+    """The trajectory without the units that single weights are of: the selectors find those."""
+    return replace(run, units="mlp")
+
+
+# Equal to EntrySelector.
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", SEVEN)
+def test_damage_takes_what_the_entry_selector_takes(family, dtype):
+    run, data = two(family, dtype), batches(labels=True)
+    for budget in (0.002, 0.05):
+        ours = DamageSelector(budget, units="weight").select(run, data)
+        theirs = EntrySelector(budget).select(run, data)
+        assert isinstance(ours, Entries)
+        assert ours.equal(theirs)
+        assert ours.made_by["entries"] == theirs.made_by["entries"]
+        assert ours.made_by["units"] == theirs.made_by["units"]
+    assert ours.made_by["selector"] == {"class": "DamageSelector", "budget": 0.05, "how": "global", "weight": 0.3,
+                                        "units": "weight"}  # fmt: skip
+
+
+def test_the_loss_is_passed_on():
+    run, data = two("llama"), batches(labels=True)
+    own = DamageSelector(0.02, loss=cross_entropy, units="weight")
+    assert own.select(run, data).equal(EntrySelector(0.02, loss=cross_entropy).select(run, data))
+    assert not own.select(run, data).equal(DamageSelector(0.02, units="weight").select(run, data))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", SEVEN)
+def test_letters_take_what_the_entry_selector_takes(family, dtype):
+    run, data = bare(three(family, dtype)), batches(labels=True)
+    for rank, how in (("AMC", "proportional"), ("AMC", "global"), ("MC", "uniform"), ("A", "proportional")):
+        ours = AMCSelector(0.02, rank, rank, how, "weight").select(run, data)
+        theirs = EntrySelector(0.02, rank, how).select(run, data)
+        assert isinstance(ours, Entries)
+        assert ours.equal(theirs)
+        assert ours.made_by["entries"] == theirs.made_by["entries"]
+
+
+def test_the_same_choice_has_the_same_name_and_no_other():
+    """Rows of a sweep's file are told apart by name."""
+    assert DamageSelector(0.1, units="weight").name == EntrySelector(0.1).name == "D of single weights"
+    assert DamageSelector(0.1, loss=cross_entropy, units="weight").name == EntrySelector(0.1, loss=cross_entropy).name
+    for how in HOWS:
+        assert AMCSelector(0.1, "AM", "AM", how, "weight").name == EntrySelector(0.1, "AM", how).name
+    assert AMCSelector(0.1, "A", units="weight").name == "rank A, budgets A×M×C of single weights (proportional)"
+    assert RANDOM(0.1).name == "random of single weights"
+    names = [one.name for one in KINDS]
+    assert len(set(names)) == len(names)
+
+
+# Other letters for the budgets.
+
+
+def by_the_neurons_rule(run: Trajectory, data: Any, budget: float, rank: str, spend: str, how: Any) -> dict[str, Any]:
+    """``top`` and ``allocate``, every weight for a neuron of its block."""
+
+    def scores(letters: str) -> tuple[Neurons, dict[str, torch.Tensor]]:
+        parts = in_parts(entry_traits(run, data, letters))
+        blocks: dict[str, list[torch.Tensor]] = {}
+        for part, values in parts.items():
+            blocks.setdefault(part.rpartition("/")[0], []).append(values)
+        return Neurons({name: torch.cat(values) for name, values in blocks.items()}), parts
+
+    ranking, parts = scores(rank)
+    mask = top(ranking, allocate(scores(spend)[0], budget, how=how))
+    found = {}
+    for name, values in mask.items():
+        own = [part for part in parts if part.rpartition("/")[0] == name]
+        for part, chosen in zip(own, values.split([len(parts[part]) for part in own]), strict=True):
+            found[part] = chosen.nonzero().flatten()
+    return found
+
+
+@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize("family", SEVEN)
+def test_budgets_by_other_letters_are_split_as_those_of_neurons(family, how):
+    run, data = three(family), batches(labels=True)
+    for rank, spend in (("M", "AMC"), ("A", "AMC"), ("AMC", "M")):
+        mask = AMCSelector(0.03, rank, spend, how, "weight").select(bare(run), data)
+        want = by_the_neurons_rule(run, data, 0.03, rank, spend, how)
+        assert sum(mask.count().values()) == round(0.03 * mask.total) == mask.made_by["entries"]["allowed"]
+        assert all(torch.equal(mask[part], want[part]) for part in mask)
+
+
+def test_a_block_gives_no_more_than_its_positive_scores():
+    """C is zero on most weights: what one block lacks, the others give."""
+    run, data = three("llama"), batches(labels=True)
+    mask = AMCSelector(1.0, "C", "M", "global", "weight").select(bare(run), data)
+    positive = in_parts(entry_traits(run, None, "C"))
+    assert {part: len(chosen) for part, chosen in mask.items()} == {p: int((s > 0).sum()) for p, s in positive.items()}
+    assert mask.made_by["entries"]["positive"] == sum(mask.count().values())
+
+
+# At random.
+
+
+@pytest.mark.parametrize("family", [*SEVEN, "deepseek_v3"])
+def test_random_weights_are_exact_nested_and_reproducible(family):
+    run = two(family)
+    budgets = (0.0, 0.0007, 0.01, 0.3, 1.0)
+    masks = [RANDOM(budget).select(run) for budget in budgets]
+    for mask, budget in zip(masks, budgets, strict=True):
+        assert sum(mask.count().values()) == round(budget * mask.total) == mask.made_by["entries"]["allowed"]
+    assert all((small & big).equal(small) for small, big in pairwise(masks))
+    assert masks[2].units == (("mlp",) if family == "deepseek_v3" else ("mlp", "kv_group"))
+    assert RANDOM(0.01).select(run, batches(labels=False)).equal(masks[2])
+    other = RANDOM(0.01, 1).select(run)
+    assert sum((other & masks[2]).count().values()) < 0.1 * sum(other.count().values())
+    assert RANDOM(0.01, 1).select(run).equal(other)
+    assert other.made_by["selector"] == {"class": "RandomSelector", "budget": 0.01, "seed": 1, "units": "weight"}
+
+
+def test_random_weights_are_uniform(monkeypatch):
+    """Over many draws every slice of the weights, and every place in a chunk, has its share; draws meet by chance."""
+    monkeypatch.setattr(weight_selection, "CHUNK", 500)
+    run, draws, budget = two("llama"), 100, 0.05
+    masks = [RANDOM(budget, seed).select(run) for seed in range(draws)]
+    starts = torch.tensor([0, *masks[0].sizes.values()]).cumsum(0)[:-1]
+    drawn = [torch.cat([one + start for one, start in zip(mask.values(), starts, strict=True)]) for mask in masks]
+    everything = torch.arange(masks[0].total)
+    for bins in (lambda place: place * 64 // len(everything), lambda place: place % 500, lambda place: place // 500):
+        expected = torch.bincount(bins(everything)) * draws * budget
+        deviation = (torch.bincount(bins(torch.cat(drawn))) - expected) / (expected * (1 - budget)).sqrt()
+        assert float(deviation.abs().max()) < 5
+        assert abs(float(deviation.square().mean()) - 1) < 5 * (2 / len(deviation)) ** 0.5
+    common = sum(len(torch.cat(two).unique()) for two in pairwise(drawn)) / (draws - 1)
+    assert common == pytest.approx((2 - budget) * len(drawn[0]), rel=0.01)
+
+
+def test_random_weights_do_not_depend_on_the_chunk(monkeypatch):
+    run = two("qwen3_moe")
+    whole = RANDOM(0.1).select(run)
+    monkeypatch.setattr(weight_selection, "CHUNK", 13)
+    assert RANDOM(0.1).select(run).equal(whole)
+
+
+MEMORY = """
+import threading, torch
+from pathlib import Path
+from surgery import RandomSelector, Trajectory
+from surgery.layout import spec_layout
+
+def anonymous():
+    lines = Path("/proc/self/status").read_text().split("\\n")
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
+
+def run(size):
+    shapes = {"blocks.0.a": (size, 4096), "blocks.0.b": (4096, size)}
+    made = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+    spec = {"blocks.{layer}": {"a": "n d -> n d", "b": "d n -> n d"}}
+    return Trajectory(earlier=made, later=made, layout=spec_layout(spec, shapes))
+
+RandomSelector(0.001, units="weight").select(run(16))  # what torch loads late
+large = run(8192)  # 268 MB of lots; a boolean per weight would be 67
+start, peak, done = anonymous(), [0.0], threading.Event()
+def watch():
+    while not done.wait(0.002):
+        peak[0] = max(peak[0], anonymous())
+thread = threading.Thread(target=watch); thread.start()
+mask = RandomSelector(0.001, units="weight").select(large)
+done.set(); thread.join()
+assert sum(mask.count().values()) == round(0.001 * 2 * 8192 * 4096)
+print(peak[0] - start)
+"""
+
+
+def test_anonymous_memory_of_drawing_is_bounded_by_a_chunk():
+    found = subprocess.run(
+        [sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]
+    )
+    assert float(found.stdout) < 28, f"{found.stdout} MB"
+
+
+# Acting on each.
+
+
+@pytest.mark.parametrize("selector", KINDS, ids=lambda one: one.name)
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [*((family, torch.float32) for family in SEVEN), ("llama", torch.bfloat16), ("mixtral", torch.float16)],
+)
+def test_each_mask_rolls_back_and_is_undone(family, selector, dtype):
+    run = bare(three(family, dtype))
+    later, before = run.later, snapshot(run.later)  # type: ignore[arg-type]
+    mask = selector.select(run, batches(labels=True))
+    assert same(snapshot(later), before)  # type: ignore[arg-type]
+    assert sum(mask.count().values())
+    law_exact(later, run.earlier, mask)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("selector", KINDS, ids=lambda one: one.name)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_each_mask_of_folders_is_the_live_one_and_writes_a_folder(family, selector, tmp_path):
+    """Selected from folders and from live models, saved and loaded; inputs stay as they are."""
+    names = ("base", "earlier", "later")
+    for seed, name in enumerate(names):
+        build(family, torch.bfloat16, seed).save_pretrained(tmp_path / name)
+    before = {name: hashes(tmp_path / name) for name in names}
+    folders = Trajectory(*(tmp_path / name for name in names))
+    live = Trajectory(*(Trajectory(later=tmp_path / name).load() for name in names))
+    mask = selector.select(folders, batches(labels=True))
+    assert mask.equal(selector.select(live, batches(labels=True)))
+    mask.save(tmp_path / "mask")
+    read = load_mask(tmp_path / "mask")
+    assert read.equal(mask)
+    assert read.made_by == mask.made_by
+    out = save(rolled_back(folders.later, to=folders.earlier, mask=read), tmp_path / "out")  # type: ignore[arg-type]
+    assert load_mask(out / MASK).equal(mask)
+    old, new, later = (Checkpoint(tmp_path / name) for name in ("earlier", "out", "later"))
+    moved = sum(int((new[name] != later[name]).sum()) for name in new)
+    assert 0 < moved <= sum(mask.count().values())
+    assert all(bool(((new[n] == later[n]) | (new[n] == old[n])).all()) for n in new)
+    assert {name: hashes(tmp_path / name) for name in names} == before
+
+
+# In a sweep.
+
+
+def likeness(run: Trajectory) -> Any:
+    weight = dict(State(run.earlier))["model.layers.0.mlp.up_proj.weight"]  # type: ignore[arg-type]
+
+    def evaluate(model: Any) -> dict[str, float]:
+        return {"same": float((model.model.layers[0].mlp.up_proj.weight == weight).float().mean()), "other": 0.0}
+
+    return evaluate
+
+
+def test_sweep_recommend_and_stability_take_them():
+    run, data = bare(three("qwen3")), batches(labels=True)
+    later, before = run.later, snapshot(run.later)  # type: ignore[arg-type]
+    settings: Any = dict(budgets=[0.01, 0.1], evaluate=likeness(run))
+    kinds = [*KINDS, AMCSelector(0.01, units="mlp")]
+    table = sweep(later, run, data, selectors=kinds, **settings)  # type: ignore[arg-type]
+    names = [row.selector for row in table]
+    assert names[2:4] == ["ceiling (all units (neurons and KV groups))", "ceiling (all MLP neurons)"]
+    (total,) = {one.select(run, data).total for one in KINDS}
+    for one in KINDS[1:]:
+        assert [row.neurons for row in table[one.name]] == [round(0.01 * total), round(0.1 * total)]
+    found = recommend(later, run, data, selector=RANDOM(0.1), recovery=0.05, **settings)  # type: ignore[arg-type]
+    assert found.budget == 0.1
+    assert found.nested
+    assert "with all units (neurons and KV groups)" in str(found)
+    same_masks = stability(run, data, RANDOM(0.01), sizes=[2], draws=2)
+    assert same_masks.agreements[0].jaccard == (1.0,)
+    assert f"{round(0.01 * total)} weights" in str(same_masks)
+    assert same(snapshot(later), before)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Own:
+    budget: float = 0.1
+    units: str = "weight"
+
+    def select(self, run: Trajectory, data: Any = None) -> Any:
+        return RANDOM(self.budget).select(run)
+
+
+def test_a_selector_of_ones_own_with_those_units_has_their_ceiling():
+    run = bare(three("qwen3"))
+    table = sweep(run.later, run, None, selectors=[Own()], budgets=[0.1], evaluate=likeness(run))  # type: ignore[arg-type]
+    assert [row.selector for row in table][2] == "ceiling (all units (neurons and KV groups))"
+
+
+# What they need.
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (partial(DamageSelector, how="proportional"), 'AMCSelector(budget, how="proportional", units="weight")'),
+        (partial(DamageSelector, how="best"), 'expected "proportional", "global" or "uniform"'),
+        (partial(DamageSelector, protect={"qa": []}), 'protect with units="mlp"'),
+        (partial(AMCSelector, rank="D"), "expected some of the letters A, M and C"),
+        (partial(AMCSelector, allocate=""), "expected some of the letters A, M and C"),
+        (partial(RandomSelector), "expected a fraction"),
+    ],
+)
+def test_what_is_refused_says_what_to_type(make, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make(1.1 if "fraction" in message else 0.1, units="weight")
+
+
+def test_what_they_ask_for():
+    run = two("llama")
+    for selector, message in (
+        (DamageSelector(0.1, units="weight"), "D is measured on prompts"),
+        (AMCSelector(0.1, "A", "M", units="weight"), "A is measured on prompts"),
+        (AMCSelector(0.1, "M", "A", units="weight"), "A is measured on prompts"),
+        (AMCSelector(0.1, "M", "C", units="weight"), "C needs the base checkpoint"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            selector.select(run)
+    assert AMCSelector(0.1, "M", "M", units="weight").select(run).count()
+    assert (
+        AMCSelector(0.1, "M", "M", units=("weight",))
+        .select(run)
+        .equal(AMCSelector(0.1, "M", "M", units="weight").select(run))
+    )
+
+
+# Mutants: each changes one thing, and one of the laws has to fail.
+
+
+def without_a_stop(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(selection, "by_damage", partial(weight_selection.by_damage, stop=False))
+
+
+def one_look(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(selection, "by_damage", partial(weight_selection.by_damage, rounds=1))
+
+
+def loss_forgotten(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(selection, "by_damage", lambda *given, loss: weight_selection.by_damage(*given))
+
+
+def neurons_weights_only(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(selection, "over_weights", lambda run: run)
+
+
+def how_forgotten(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(selection, "by_letters", lambda *given: weight_selection.by_letters(*given[:-1], "global"))
+
+
+def letters_changed_places(patch: pytest.MonkeyPatch) -> None:
+    def mutant(run, data, budget, rank, spend, how):
+        return weight_selection.by_letters(run, data, budget, spend, rank, how)
+
+    patch.setattr(selection, "by_letters", mutant)
+
+
+def own_budgets(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Traits, "best", lambda self, count, how, spend, best=Traits.best: best(self, count, how, self))
+
+
+def claims_of_a_smaller_budget(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Traits, "_claims", lambda self, count, how, claims=Traits._claims: claims(self, count // 2, how))
+
+
+def seed_forgotten(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(weight_selection, "_lots", lambda count, seed, lots=weight_selection._lots: lots(count, 0))
+
+
+def in_order(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(weight_selection, "_lots", lambda count, seed: torch.arange(count, 0, -1).float())
+
+
+def nearly_in_order(patch: pytest.MonkeyPatch) -> None:
+    def mutant(count, seed, lots=weight_selection._lots):
+        return lots(count, seed).log() - torch.arange(count) / count
+
+    patch.setattr(weight_selection, "_lots", lambda *given: mutant(*given).exp())
+
+
+def chunks_alike(patch: pytest.MonkeyPatch) -> None:
+    def mutant(count, seed, lots=weight_selection._lots):
+        chunk = weight_selection.CHUNK
+        return lots(chunk, seed).repeat(count // chunk + 1)[:count]
+
+    patch.setattr(weight_selection, "_lots", mutant)
+
+
+def drawn_for_each_budget(patch: pytest.MonkeyPatch) -> None:
+    """Right at every budget, and not nested."""
+
+    def mutant(run, budget, seed):
+        return weight_selection.at_random(run, budget, seed + round(1000 * budget))
+
+    patch.setattr(selection, "at_random", mutant)
+
+
+def one_short(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(weight_selection, "best", lambda flat, count: weight_ranking.best(flat, count)[: max(0, count - 1)])
+
+
+def truncated(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(weight_selection, "round", int, raising=False)
+
+
+MUTANTS = (
+    without_a_stop, one_look, loss_forgotten, neurons_weights_only, how_forgotten, letters_changed_places, own_budgets,
+    claims_of_a_smaller_budget, seed_forgotten, in_order, nearly_in_order, chunks_alike, drawn_for_each_budget,
+    one_short, truncated,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_mutants_die(mutant):
+    with pytest.MonkeyPatch.context() as patch:
+        mutant(patch)
+        with pytest.raises((AssertionError, RuntimeError, IndexError, ValueError)):
+            _every_law()
+
+
+def test_without_a_mutant_the_laws_hold():
+    _every_law()
+
+
+def _every_law() -> None:
+    test_random_weights_are_exact_nested_and_reproducible("llama")
+    with pytest.MonkeyPatch.context() as patch:
+        test_random_weights_are_uniform(patch)
+    test_budgets_by_other_letters_are_split_as_those_of_neurons("llama", "global")
+    test_letters_take_what_the_entry_selector_takes("llama", torch.float32)
+    test_damage_takes_what_the_entry_selector_takes("llama", torch.float32)
+    test_the_loss_is_passed_on()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from surgery.budget import Allocation
 from surgery.entries import Entries
-from surgery.predictions import Loss
+from surgery.predictions import Divergence, Loss, check_loss
 from surgery.selector_settings import Data, check_budget, check_how, check_letters, named, signed
 from surgery.trajectory import Trajectory
 from surgery.units import Units, kinds_of, single
@@ -47,7 +47,7 @@ class EntrySelector:
         how: "global", or for A, M, C also "proportional" or "uniform": what each layer gives (see ``allocate``).
         stop: of D keep only as many as lower the loss (see above).
         rounds: how often D is measured, at least 1.
-        loss: for D another loss than the divergence from the earlier model (see ``damage``); ≥ 0, 0 is nothing lost.
+        loss: for D "kl", "hellinger" or a loss of your own (see ``damage``); ≥ 0, 0 is nothing lost.
         units: whose weights are candidates (see ``find_layout``); None: those of the MLPs and of KV groups, whatever
             the trajectory's units; of the MLPs alone where a model's attention can't be told for certain, of the
             trajectory's own layout where it has one.
@@ -62,12 +62,13 @@ class EntrySelector:
     how: Allocation = "global"
     stop: bool = True
     rounds: int = ROUNDS
-    loss: Loss | None = field(default=None, repr=False, compare=False)
+    loss: Loss | Divergence = "kl"
     units: Units | None = None
 
     def __post_init__(self) -> None:
         check_budget(self.budget)
         check_how(self.how)
+        check_loss(self.loss)
         if self.rank == "D":
             check_rounds_how(self.how)
         else:

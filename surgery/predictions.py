@@ -9,7 +9,7 @@ import tempfile
 import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -19,11 +19,19 @@ from surgery.prompts import Batch, response_mask
 from surgery.shards import header_of, mapped
 
 Loss = Callable[[nn.Module, Batch], Tensor]
+Divergence = Literal["kl", "hellinger"]
 _ROWS = 1 << 24  # numbers of logits that are turned into float32 at a time
 
 
 class Distillation:
-    """KL(p_earlier ‖ p_model), a loss: ``loss(model, batch)``, in nats, the mean over the predicting positions.
+    """How far a model's predictions are from the earlier one's: ``loss(model, batch)``, a mean over the positions.
+
+    "kl": KL(p_earlier ‖ p_model), in nats. It grows with the square of what changed, so its gradient is mostly that of
+    the few answers which changed most.
+
+    "hellinger": H = √(½ Σ (√p_earlier − √p_model)²), from 0 to 1. It grows with what changed, so every changed answer
+    counts alike, and it bounds what a score can lose: no event's probability differs by more than √2 · H. Changes as
+    small as rounding noise count less, by their square: √(H² + ε²) − ε with ε = 0.01.
 
     The earlier model is not needed any more: its logits at those positions (the ones that predict response tokens; all
     attended ones without labels) lie in files, in the dtype that it gave them. Made by ``distillation``.
@@ -34,14 +42,15 @@ class Distillation:
     Source: ours, from the paper's Assumption 2: the gradient of this loss is exactly zero at the earlier checkpoint.
     """
 
-    def __init__(self, folder: Path, temporary: bool = False) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, temporary: bool = False, divergence: Divergence = "kl") -> None:
+        self.folder, self.divergence = folder, divergence
         if temporary:  # it lives as long as what reads from it
             weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         logits = predicting(model, batch)
-        return _KL.apply(logits, self.of(batch).to(logits.device)) / max(len(logits), 1)  # type: ignore[no-untyped-call, no-any-return]
+        total = _Divergence.apply(logits, self.of(batch).to(logits.device), _SUMS[self.divergence])  # type: ignore[no-untyped-call]
+        return total / max(len(logits), 1)  # type: ignore[no-any-return]
 
     def of(self, batch: Batch) -> Tensor:
         """The earlier model's logits for a batch: ``[predicting position, token of the vocabulary]``."""
@@ -51,7 +60,13 @@ class Distillation:
         return mapped(path, header_of(path), writable=False)["logits"]
 
 
-def distillation(earlier: nn.Module, data: Iterable[Batch], folder: str | Path | None = None) -> Distillation:
+def distillation(
+    earlier: nn.Module,
+    data: Iterable[Batch],
+    folder: str | Path | None = None,
+    *,
+    divergence: Divergence = "kl",
+) -> Distillation:
     """Ask the earlier model about every batch, and return the loss that compares another model with its answers.
 
     Args:
@@ -59,18 +74,21 @@ def distillation(earlier: nn.Module, data: Iterable[Batch], folder: str | Path |
         data: batches of ``{"input_ids", "attention_mask"[, "labels"]}``, ``[batch, token]``.
         folder: where the logits are kept, so that a later run finds them (default: a temporary folder). What is there
             already for a batch is used as it is: give every earlier model its own folder.
+        divergence: "kl" or "hellinger" (see ``Distillation``).
 
     Returns:
         A ``Distillation``. Disk: positions × vocabulary × the size of one logit.
 
     Raises:
-        ValueError: no position predicts a response token, or the model gives no logits.
+        ValueError: no position predicts a response token, the model gives no logits, or another divergence.
 
     Source: ours.
     """
+    if divergence not in _SUMS:
+        raise ValueError(f'divergence={divergence!r}: expected "kl" or "hellinger"')
     place = Path(folder if folder is not None else tempfile.mkdtemp(prefix="surgery-"))
     place.mkdir(parents=True, exist_ok=True)
-    found = Distillation(place, temporary=folder is None)
+    found = Distillation(place, folder is None, divergence)
     training = earlier.training
     earlier.eval()
     try:
@@ -144,32 +162,57 @@ def _key(batch: Batch) -> str:
     return digest.hexdigest()
 
 
-class _KL(torch.autograd.Function):
-    """Σ over rows of KL(softmax(target) ‖ softmax(logits)) and its gradient, a few rows in float32 at a time.
+def check_loss(loss: Any) -> None:
+    """Raise ``ValueError`` unless a loss is a function or the name of a divergence."""
+    if not callable(loss) and loss not in _SUMS:
+        raise ValueError(f'loss={loss!r}: expected "kl", "hellinger" or a function of your own, loss(model, batch)')
+
+
+def _kl(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ over rows of KL(p ‖ q), from logarithms, and its gradient by q's logits."""
+    value = (p.exp() * (p - q)).nan_to_num(nan=0.0).sum()  # 0 · (−∞ − −∞) where both give no probability
+    return value, q.exp() - p.exp()
+
+
+def _hellinger(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ over rows of √(H² + ε²) − ε, from logarithms, and its gradient by q's logits."""
+    root = (q / 2).exp()
+    apart = (p / 2).exp() - root
+    square = apart.square().sum(-1, keepdim=True) / 2
+    distance = (square + _NOISE**2).sqrt()
+    return (distance - _NOISE).sum(), -root * (apart + root * square) / (4 * distance)
+
+
+_NOISE = 0.01  # ε: rounding logits to bfloat16 moves H by about as much
+_SUMS = {"kl": _kl, "hellinger": _hellinger}
+
+
+class _Divergence(torch.autograd.Function):
+    """A sum over rows of how far softmax(logits) is from softmax(target), and its gradient, a few rows at a time.
 
     Once differentiable: the gradient is kept as numbers. Twice: ``surgery.theory_landscape.divergence``.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, target: Tensor, summed: Any) -> Tensor:
         wide = torch.promote_types(logits.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=logits.device)
         grad = torch.empty_like(logits)
         step = max(1, _ROWS // logits.shape[1])
         for at in range(0, len(logits), step):
             rows = slice(at, at + step)
-            p, q = target[rows].to(wide).log_softmax(-1), logits[rows].to(wide).log_softmax(-1)
-            total += (p.exp() * (p - q)).nan_to_num(nan=0.0).sum()  # 0 · (−∞ − −∞) where both give no probability
-            grad[rows] = (q.exp() - p.exp()).to(grad.dtype)
+            value, slopes = summed(target[rows].to(wide).log_softmax(-1), logits[rows].to(wide).log_softmax(-1))
+            total += value
+            grad[rows] = slopes.to(grad.dtype)
         ctx.save_for_backward(grad)
         return total
 
     @staticmethod
-    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         if torch.is_grad_enabled():  # create_graph=True: as a constant the gradient would have no derivative, silently
             raise RuntimeError(
                 "this loss keeps its gradient as numbers, so it can't be differentiated twice: use "
                 "surgery.theory_landscape.divergence, as Landscape does"
             )
         (grad,) = ctx.saved_tensors
-        return (grad * outer).to(grad.dtype), None
+        return (grad * outer).to(grad.dtype), None, None

@@ -12,7 +12,7 @@ from surgery.attribution import damage, reversal_cost
 from surgery.budget import Allocation, allocate, top
 from surgery.entries import Mask
 from surgery.neurons import Neurons
-from surgery.predictions import Loss
+from surgery.predictions import Divergence, Loss, check_loss
 from surgery.score_products import costs_of, product, worth
 from surgery.scores import activation, conflict, magnitude
 from surgery.selector_settings import (
@@ -21,6 +21,7 @@ from surgery.selector_settings import (
     check_how,
     check_letters,
     check_units,
+    damage_named,
     letters_named,
     named,
     over,
@@ -142,9 +143,9 @@ class DamageSelector:
             scores, neurons that the damaged domain is better off with, count as zero where a share is computed.
         protect: prompts of domains that should keep what they won, by name: D is reduced by ``weight`` times what
             reverting would cost them (``reversal_cost``).
-        weight: how much a nat lost there counts beside a nat won here; what 0.3 keeps and costs in the lab is in
-            benchmarks/results/protect.md.
-        loss: another loss than the divergence from the earlier model (see ``damage``).
+        weight: how much the loss that grows there counts beside the loss that falls here; what 0.3 keeps and costs in
+            the lab is in benchmarks/results/protect.md.
+        loss: "kl", "hellinger" or a loss of your own (see ``damage``). "hellinger" chooses better from few prompts.
         units: as in ``AMCSelector``; several kinds share a budget of parameters, spent by D per parameter.
 
     ``units="weight"`` takes single weights in rounds, and only as many as lower the loss on ``data``: the Entries that
@@ -161,13 +162,14 @@ class DamageSelector:
     how: Allocation = "global"
     protect: Mapping[str, Data] | None = field(default=None, repr=False, compare=False)
     weight: float = 0.3
-    loss: Loss | None = field(default=None, repr=False, compare=False)
+    loss: Loss | Divergence = "kl"
     units: Units | None = None
 
     def __post_init__(self) -> None:
         check_budget(self.budget)
         check_how(self.how)
         check_units(self.units)
+        check_loss(self.loss)
         if not self.weight >= 0:
             raise ValueError(f"weight={self.weight!r}: expected a number ≥ 0")
         if single(self.units):
@@ -180,7 +182,7 @@ class DamageSelector:
         if single(self.units):
             return name_by_damage(self.loss)
         guard = f" protecting {', '.join(self.protect)} × {self.weight:g}" if self.protect else ""
-        own = f"D{guard}" if self.loss is None else f"D (own loss){guard}"
+        own = f"{damage_named(self.loss)}{guard}"
         return named(own if self.how == "global" else f"{own} ({self.how})", self.units)
 
     def select(self, run: Trajectory, data: Data | None = None) -> Mask:
@@ -193,7 +195,7 @@ class DamageSelector:
         run = over(run, self.units)
         scores = damage(run, data, loss=self.loss)
         for other in (self.protect or {}).values():
-            cost = reversal_cost(run, other)
+            cost = reversal_cost(run, other, loss="kl" if callable(self.loss) else self.loss)
             scores = Neurons({n: scores[n] - self.weight * cost[n] for n in scores}, made_by=scores.made_by)
         spend = scores if self.how == "global" else Neurons({n: scores[n].clamp(min=0) for n in scores})
         return signed(top(scores, allocate(spend, self.budget, how=self.how, costs=costs_of(run))), self, run)

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from surgery.entries import Entries
 from surgery.neurons import Neurons
 from surgery.papers import fingerprint, versions
+from surgery.predictions import Divergence, Loss
 from surgery.prompts import Batch
 from surgery.trajectory import Trajectory
 from surgery.units import Units, kinds_of, noun, single
@@ -51,6 +52,13 @@ def named(name: str, units: Units | None) -> str:
     if single(units):
         return f"{name} of single weights"
     return name if units is None else f"{name} of {noun(kinds_of(units))}"
+
+
+def damage_named(loss: Loss | Divergence) -> str:
+    """What D is called, by its loss."""
+    if callable(loss):
+        return "D (own loss)"
+    return "D" if loss == "kl" else f"D ({loss.capitalize()})"
 
 
 def letters_named(rank: str, allocate: str) -> str:

@@ -15,7 +15,7 @@ from surgery.gradient_hooks import collecting
 from surgery.neurons import Neurons
 from surgery.opening import open_weights
 from surgery.operators import rollback
-from surgery.predictions import Loss, positions
+from surgery.predictions import Divergence, Loss, positions
 from surgery.prompts import Batch
 from surgery.slots import Block, Slot
 from surgery.strength_values import MOST, neurons_of
@@ -32,7 +32,7 @@ def strengths(
     most: float = 2.0,
     joint: bool = False,
     passes: int = 16,
-    loss: Loss | None = None,
+    loss: Loss | Divergence = "kl",
 ) -> Neurons:
     """How far back each masked neuron should go, s = argmin of L(θB − Σ_n s_n δB,n) over s in [0, most].
 
@@ -51,7 +51,7 @@ def strengths(
         most: the furthest that a neuron may go, in (0, 3]; 1 never goes past the earlier values.
         joint: one strength for all instead; it is found in half as many passes.
         passes: forward and backward passes over the data, at least 2.
-        loss: another loss than the divergence from the earlier model (see ``damage``).
+        loss: "kl", "hellinger" or a loss of your own (see ``damage``).
 
     Returns:
         Scores in [0, most], for ``rollback(..., strength=)``; 0 where the mask selects nothing. The losses that were

@@ -12,7 +12,7 @@ from surgery.attribution import answered
 from surgery.entries import Entries, shapes_of
 from surgery.gradient_hooks import as_live, collecting, in_runs
 from surgery.opening import Weights, open_weights
-from surgery.predictions import Loss, positions
+from surgery.predictions import Divergence, Loss, positions
 from surgery.prompts import Batch
 from surgery.scratch import zeros_on_disk
 from surgery.slots import Block, Slot
@@ -58,7 +58,7 @@ class Gains:
         return entries_of(chosen, self.shapes)
 
 
-def entry_gains(run: Trajectory, data: Iterable[Batch], *, loss: Loss | None = None) -> Gains:
+def entry_gains(run: Trajectory, data: Iterable[Batch], *, loss: Loss | Divergence = "kl") -> Gains:
     """D of single weights: D_w = (Σ over batches of g_w) · δB,w, the first-order gain of reverting weight w.
 
     Args:

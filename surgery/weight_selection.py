@@ -11,10 +11,10 @@ from torch import Tensor
 from surgery.budget import Allocation
 from surgery.entries import Entries, shapes_of
 from surgery.operators import rollback
-from surgery.predictions import Loss, positions
+from surgery.predictions import Divergence, Loss, positions
 from surgery.scores import remember
 from surgery.scratch import zeros_on_disk
-from surgery.selector_settings import Data, letters_named, named, over
+from surgery.selector_settings import Data, damage_named, letters_named, named, over
 from surgery.trajectory import Trajectory
 from surgery.units import WEIGHT, Units
 from surgery.weight_damage import Gains, entry_gains
@@ -48,9 +48,9 @@ def check_rounds_how(how: Allocation) -> None:
         )
 
 
-def name_by_damage(loss: Loss | None) -> str:
+def name_by_damage(loss: Loss | Divergence) -> str:
     """What D of single weights is called in a table."""
-    return named("D" if loss is None else "D (own loss)", WEIGHT)
+    return named(damage_named(loss), WEIGHT)
 
 
 def name_by_letters(rank: str, allocate: str, how: Allocation) -> str:
@@ -66,7 +66,7 @@ def by_damage(
     *,
     stop: bool = True,
     rounds: int = ROUNDS,
-    loss: Loss | None = None,
+    loss: Loss | Divergence = "kl",
 ) -> Entries:
     """The best by D of all weights of the run's units (see ``EntrySelector``)."""
     if data is None:
@@ -134,7 +134,7 @@ class _Path:
 
 
 @remember
-def _path(run: Trajectory, data: Data, *, loss: Loss | None, rounds: int) -> _Path:
+def _path(run: Trajectory, data: Data, *, loss: Loss | Divergence, rounds: int) -> _Path:
     gains = entry_gains(run, data, loss=loss)
     run = replace(run, model=gains.model)
     taken, curve = torch.zeros(0, dtype=torch.int64), [(0, gains.value)]

@@ -14,16 +14,20 @@ from torch.nn import functional as F
 
 from surgery import (
     DamageSelector,
+    EntrySelector,
     Neurons,
     Trajectory,
+    allocate,
     attribution,
     damage,
     distillation,
     find_layout,
     gradient_hooks,
+    predictions,
     respond,
     reversal_cost,
     rollback,
+    top,
 )
 from surgery.operators import rolled_back
 from surgery.saving import save
@@ -234,19 +238,97 @@ def test_kept_predictions_are_used_again(tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == len(data)
 
 
+def kl(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return F.kl_div(logits.log_softmax(-1), target.log_softmax(-1), log_target=True, reduction="sum")
+
+
+def hellinger(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """From the overlap Σ √(pq), not from the differences."""
+    square = 1 - (logits.softmax(-1) * target.softmax(-1)).sqrt().sum(-1)
+    return ((square + 0.01**2).sqrt() - 0.01).sum()
+
+
+@pytest.mark.parametrize("definition", [kl, hellinger])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_the_divergence_and_its_gradient_are_torchs(dtype):
+def test_a_divergence_and_its_gradient_are_those_of_the_definition(dtype, definition, monkeypatch):
+    monkeypatch.setattr(predictions, "_ROWS", 3 * 50)  # in pieces
     torch.manual_seed(0)
     logits, target = (4 * torch.randn(7, 50)).to(dtype).requires_grad_(), (4 * torch.randn(7, 50)).to(dtype)
-    from surgery.predictions import _KL
-
-    ours = _KL.apply(logits, target)
+    ours = predictions._Divergence.apply(logits, target, predictions._SUMS[definition.__name__])
     (grad,) = torch.autograd.grad(ours, logits)
     wide = logits.detach().double().requires_grad_()
-    want = F.kl_div(wide.log_softmax(-1), target.double().log_softmax(-1), log_target=True, reduction="sum")
+    want = definition(wide, target.double())
     (there,) = torch.autograd.grad(want, wide)
     torch.testing.assert_close(ours.double(), want.detach(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(grad.double(), there, rtol=1e-2, atol=1e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize("divergence", ["kl", "hellinger"])
+def test_a_divergence_is_nothing_only_at_the_earlier_model(divergence):
+    summed = predictions._SUMS[divergence]
+    torch.manual_seed(0)
+    p = (3 * torch.randn(5, 40)).log_softmax(-1)
+    at, slope = summed(p, p)
+    assert (float(at), float(slope.abs().max())) == (0, 0)
+    never = torch.full((1, 3), -torch.inf)
+    never[0, 0] = 0  # one token for certain
+    assert float(summed(never, never)[0]) == 0
+    for far in (1e-3, 0.1, 3.0):
+        q = (p + far * torch.randn(5, 40)).log_softmax(-1)
+        value, slope = summed(p, q)
+        assert value > 0
+        assert float(slope.sum(-1).abs().max()) < 1e-5  # logits may all be shifted
+        assert float((slope * (q - p)).sum()) > 0  # going back helps
+
+
+def test_the_hellinger_distance_bounds_what_can_be_lost():
+    torch.manual_seed(0)
+    for _ in range(100):
+        p, q = (5 * torch.rand(1) * torch.randn(2, 1, 30)).double().log_softmax(-1)
+        distance = float(predictions._hellinger(p, q)[0]) + 0.01
+        assert distance <= 1.01
+        assert 0.5 * float((p.exp() - q.exp()).abs().sum()) <= 2**0.5 * distance
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt2", "phi3", "gpt_oss"])
+def test_a_named_loss_is_the_gradient_of_its_definition(family):
+    earlier, later = pair(family)
+    data = batches(labels=True)
+
+    def own(model: nn.Module, batch: Batch) -> torch.Tensor:
+        with torch.no_grad():
+            target = predictions.predicting(earlier, batch)
+        logits = predictions.predicting(model, batch)
+        return hellinger(logits.double(), target.double()) / len(logits)
+
+    run = Trajectory(earlier=earlier, later=later)
+    found, want, other = damage(run, data, loss="hellinger"), damage(run, data, loss=own), damage(run, data)
+    for name, values in want.items():
+        scale = float(values.abs().max())
+        torch.testing.assert_close(found[name], values, rtol=1e-3, atol=1e-4 * scale)
+        assert not torch.allclose(other[name], values, rtol=0.1)
+    assert 0 < found.made_by["damage"]["loss"] <= 1
+    chosen = DamageSelector(0.2, loss="hellinger").select(run, data)
+    assert chosen.equal(top(found, allocate(found, 0.2, how="global")))
+    assert chosen.made_by["selector"]["loss"] == "hellinger"
+
+
+def test_losses_have_names():
+    assert [DamageSelector(0.1, loss=one).name for one in ("kl", "hellinger", print)] == [
+        "D", "D (Hellinger)", "D (own loss)",
+    ]  # fmt: skip
+    assert DamageSelector(0.1, loss="hellinger") != DamageSelector(0.1)
+    assert DamageSelector(0.1, loss="hellinger", units="weight").name == "D (Hellinger) of single weights"
+    earlier, later = pair("qwen3")
+    data = batches(labels=True)
+    for wrong in (
+        lambda: damage(Trajectory(earlier=earlier, later=later), data, loss="tv"),
+        lambda: DamageSelector(0.1, loss="tv"),
+        lambda: EntrySelector(0.1, loss="tv"),
+        lambda: distillation(earlier, data, divergence="tv"),
+    ):
+        with pytest.raises(ValueError, match=r'"kl".*"hellinger"'):
+            wrong()
 
 
 def test_a_rolled_back_folder_is_less_damaged(tmp_path):

@@ -332,7 +332,7 @@ def test_each_round_takes_the_best_of_what_is_left_within_the_loss_that_is_left(
     data, before = batches(labels=True), snapshot(later)
     run = EntrySelector(0.1).over(run)
     taken, bounds, loss = torch.zeros(0, dtype=torch.int64), [0], None
-    path = weight_selection._path(run, data, loss=None, rounds=4)
+    path = weight_selection._path(run, data, loss="kl", rounds=4)
     assert same(snapshot(later), before)
     for _ in range(3):
         with operators.rollback(later, to=earlier, mask=path.gains.entries(taken)):

@@ -56,7 +56,7 @@ def sweep(
     evaluate: Evaluation,
     data: Data = None,
     budgets: Annotated[str, typer.Option(help="Fractions, separated by commas.")] = "0.01,0.02,0.04",
-    selectors: Annotated[str, typer.Option(help='Like "D,AMC,MC,A/AMC,A,random".')] = "AMC,random",
+    selectors: Annotated[str, typer.Option(help='Like "D,D:hellinger,AMC,MC,A/AMC,A,random".')] = "AMC,random",
     units: Selected = "mlp",
     no_stop: NoStop = False,
     metric: Metric = None,

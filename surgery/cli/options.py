@@ -108,10 +108,11 @@ def selector_of(text: str, budget: float, how: Any, seed: int, units: str, no_st
     own = WEIGHT if weights else None  # other units are the trajectory's
     if text == "random":
         return RandomSelector(budget, seed, own)
-    if text == "D":
+    if text.partition(":")[0] == "D":
+        loss: Any = text.partition(":")[2] or "kl"
         if weights and no_stop:
-            return EntrySelector(budget, how=how or "global", stop=False)
-        return DamageSelector(budget, how or "global", units=own)
+            return EntrySelector(budget, how=how or "global", stop=False, loss=loss)
+        return DamageSelector(budget, how or "global", loss=loss, units=own)
     rank, _, spend = text.partition("/")
     return AMCSelector(budget, rank, spend or rank, how or ("global" if weights else "proportional"), own)
 

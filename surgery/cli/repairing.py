@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -28,6 +28,9 @@ from surgery.cli.options import (
     working,
 )
 
+if TYPE_CHECKING:
+    from surgery.predictions import Divergence
+
 
 def select(
     checkpoints: Checkpoints,
@@ -35,7 +38,10 @@ def select(
     data: Data = None,
     budget: Budget = 0.02,
     selector: Annotated[
-        str, typer.Option(help='"D" (damage); letters of A, M, C that rank, "/" letters that split; "random".')
+        str,
+        typer.Option(
+            help='"D" or "D:hellinger" (damage); letters of A, M, C that rank, "/" letters that split; "random".'
+        ),
     ] = "AMC",
     how: Annotated[
         str | None,
@@ -133,6 +139,7 @@ def strengths(
     most: Annotated[float, typer.Option(help="The furthest a neuron may go, up to 3; 1 is the earlier value.")] = 2.0,
     joint: Annotated[bool, typer.Option("--joint", help="One strength for all.")] = False,
     passes: Annotated[int, typer.Option(help="Forward and backward passes over the data.")] = 16,
+    loss: Annotated[str, typer.Option(help='"kl" or "hellinger", from the earlier model.')] = "kl",
     batch_size: int = 16,
     device: Device = None,
     layout: LayoutFile = None,
@@ -153,7 +160,7 @@ def strengths(
     with working("finding strengths"):
         batches = load_prompts(data, folder_of(later), batch_size=batch_size)
         run = live(run, device, "float32")
-        found = find(run, batches, chosen, most=most, joint=joint, passes=passes)
+        found = find(run, batches, chosen, most=most, joint=joint, passes=passes, loss=cast("Divergence", loss))
     told = found.made_by["strengths"]
     none, full = told["loss"][:2]
     out.print(f"loss {none:.5g} in the later model, {full:.5g} at strength {min(1.0, most):g}, {told['least']:.5g} now")

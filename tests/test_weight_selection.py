@@ -81,8 +81,9 @@ def test_damage_takes_what_the_entry_selector_takes(family, dtype):
         assert ours.equal(theirs)
         assert ours.made_by["entries"] == theirs.made_by["entries"]
         assert ours.made_by["units"] == theirs.made_by["units"]
-    assert ours.made_by["selector"] == {"class": "DamageSelector", "budget": 0.05, "how": "global", "weight": 0.3, "loss": "kl",
-                                        "units": "weight"}  # fmt: skip
+    assert ours.made_by["selector"] == {
+        "class": "DamageSelector", "budget": 0.05, "how": "global", "weight": 0.3, "loss": "kl", "units": "weight",
+    }  # fmt: skip
 
 
 def test_the_loss_is_passed_on():

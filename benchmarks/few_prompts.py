@@ -36,7 +36,14 @@ from surgery.plots import prompt_stability
 from surgery.prompts import Batch
 
 SIZES, DRAWS, POOL = (4, 8, 16, 32, 64, 128, 256), 5, 512
-SELECTORS = (DamageSelector(0.02), DamageSelector(0.02, units=("mlp", "value_channel")), AMCSelector(0.02))
+JOINT = ("mlp", "value_channel")
+SELECTORS = (
+    DamageSelector(0.02),
+    DamageSelector(0.02, loss="hellinger"),
+    DamageSelector(0.02, units=JOINT),
+    DamageSelector(0.02, loss="hellinger", units=JOINT),
+    AMCSelector(0.02),
+)
 
 
 def unlabelled(items: Sequence[Item], tokenizer: Path) -> list[Batch]:
@@ -77,9 +84,9 @@ def table(seeds: list[list[Stability]]) -> str:
 
 
 def picture(found: list[Stability]) -> Figure:
-    """One seed: how much D's masks agree, and what D, D over two kinds of unit and A×M×C recover."""
-    figure = Figure(figsize=(10, 6.4), dpi=150, layout="constrained")
-    axes = figure.subplots(2, 2).flatten()
+    """One seed: how much D's masks agree, and what each selector recovers."""
+    figure = Figure(figsize=(13, 6.4), dpi=150, layout="constrained")
+    axes = figure.subplots(2, 3).flatten()
     prompt_stability(found[0], axes[0])
     axes[0].set_title(f"{found[0].selector}: agreement", fontsize="medium")
     every = [100 * value for each in found for one in each.agreements for value in (*one.recovery, each.recovery or 0)]

@@ -42,7 +42,7 @@ DATA = [padded([([5, 6, 7], [8, 9, 2]), ([3, 4], [10, 2])], 0), padded([([11, 12
 SELECTORS = [
     AMCSelector(0.2),
     DamageSelector(0.2),
-    DamageSelector(0.2, protect={"b": DATA[1:]}, units=("mlp", "kv_group")),
+    DamageSelector(0.2, protect={"b": DATA[1:]}, loss="hellinger", units=("mlp", "kv_group")),
     EntrySelector(0.05, rounds=2),
     AMCSelector(0.05, units="weight"),
     RandomSelector(0.05, units="weight"),

@@ -186,7 +186,7 @@ def test_the_slope_is_that_of_the_loss(family):
     earlier, later = pair(family)
     run, data = Trajectory(earlier=earlier, later=later), batches(labels=True)
     mask = some_neurons(find_layout(later))
-    batch, loss = strength_search.answered(run, data, None)
+    batch, loss = strength_search.answered(run, data, "kl")
     along = strength_search._Along(later, run, mask, batch, loss)
     for part in (0.0, 0.5):
         value, slope = along.at(part * along.touched.double())

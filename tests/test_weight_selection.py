@@ -81,7 +81,7 @@ def test_damage_takes_what_the_entry_selector_takes(family, dtype):
         assert ours.equal(theirs)
         assert ours.made_by["entries"] == theirs.made_by["entries"]
         assert ours.made_by["units"] == theirs.made_by["units"]
-    assert ours.made_by["selector"] == {"class": "DamageSelector", "budget": 0.05, "how": "global", "weight": 0.3,
+    assert ours.made_by["selector"] == {"class": "DamageSelector", "budget": 0.05, "how": "global", "weight": 0.3, "loss": "kl",
                                         "units": "weight"}  # fmt: skip
 
 

@@ -123,7 +123,7 @@ def refreshes(setting: Setting) -> list[Method]:
 
 
 def selectors(setting: Setting) -> list[Any]:
-    """The paper's selectors; D split by layers, guarded, over attention units, of weights, by the Hellinger distance."""
+    """The paper's selectors; D split by layers, guarded, over units of attention, of weights, by Hellinger."""
     return [
         *PAPER,
         DamageSelector(0.01),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,6 @@ _STYLES: dict[str, tuple[str, str]] = {
 _MARKERS = {
     "and KV groups": "d",
     "and value channels": "^",
-    "value channels": "v",
     "single weights": "*",
 }  # of D's units
 _FLOOR = -35  # percent
@@ -141,15 +141,19 @@ def _style(point: Point) -> dict[str, Any]:
             "color": "#0072B2", "marker": ".", "markersize": 4, "linewidth": 0.8, "alpha": 0.45,
             "label": "the paper's other selectors of neurons",
         }  # fmt: skip
-    if not point.method.startswith("D") or "protecting" in point.method or "proportional" in point.method:
+    hellinger, further = "Hellinger" in point.method, "strengths" in point.method
+    if (
+        not point.method.startswith("D")
+        or any(word in point.method for word in ("protecting", "proportional", "D of value channels"))
+        or (further and not hellinger)
+    ):
         return {
             "color": "0.55", "marker": ".", "markersize": 4, "linewidth": 0.8, "alpha": 0.6,
             "label": "other selectors",
         }  # fmt: skip
     marker = next((mark for units, mark in _MARKERS.items() if units in point.method), "o")
-    further = "strengths" in point.method
     return {
-        "color": "black", "marker": marker, "markerfacecolor": "#D55E00" if further else "#F0E442", "markersize": 6,
+        "color": "black", "marker": marker, "markerfacecolor": "#56B4E9" if hellinger else "#F0E442", "markersize": 6,
         "linewidth": 1.0 if further else 1.6, "linestyle": "--" if further else "-",
-        "label": point.method.replace("units (", "").replace(")", ""),
+        "label": re.sub(r"units \((.*?)\)", r"\1", point.method),
     }  # fmt: skip

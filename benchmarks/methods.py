@@ -95,6 +95,7 @@ def methods(setting: Setting) -> list[Method]:
         Method(CEILING, LIBRARY, "β", (1.0,), _everything),
         *map(of_selector, selectors(setting)),
         *map(going_further, (DamageSelector(0.01, units=units) for units in (None, CHANNELS, GROUPS))),
+        going_further(DamageSelector(0.01, loss="hellinger", units=CHANNELS)),
         Method("WiSE-FT", BASELINE, "α", ALPHAS, _interpolated),
         Method("most-changed entries", BASELINE, "entries", FRACTIONS, _entries),
         Method("most-changed neurons", BASELINE, "β", BUDGETS, _neurons),
@@ -122,7 +123,7 @@ def refreshes(setting: Setting) -> list[Method]:
 
 
 def selectors(setting: Setting) -> list[Any]:
-    """The library's selectors: Table 6's; D split by layers, protecting others, over attention units, of weights."""
+    """The paper's selectors; D split by layers, guarded, over units of attention, of weights, by Hellinger."""
     return [
         *PAPER,
         DamageSelector(0.01),
@@ -135,6 +136,8 @@ def selectors(setting: Setting) -> list[Any]:
         EntrySelector(0.01),
         EntrySelector(0.01, "AMC"),
         EntrySelector(0.01, "M"),
+        *(DamageSelector(0.01, loss="hellinger", units=units) for units in (None, CHANNELS, GROUPS)),
+        EntrySelector(0.01, loss="hellinger"),
     ]
 
 
@@ -162,7 +165,7 @@ def going_further(selector: DamageSelector) -> Method:
         mask = replace(selector, budget=value).select(setting.run, setting.data)
         apart = replace(setting.run, model=None)  # the live model keeps its dtype: strengths are found on another
         wide = replace(apart, model=apart.load(dtype=torch.float32))
-        return Reversal(mask, strengths(wide, setting.data, mask, most=FURTHEST))
+        return Reversal(mask, strengths(wide, setting.data, mask, most=FURTHEST, loss=selector.loss))
 
     return Method(f"{selector.name}, strengths ≤ {FURTHEST:g}", LIBRARY, "β", BUDGETS, change)
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgery.hooks import evaluating
 from surgery.predictions import positions, predicting
 from surgery.prompts import Batch
 from surgery.rows import Evaluate, Score
@@ -24,16 +25,11 @@ class _Likelihood:
     data: dict[str, list[Batch]]
 
     def __call__(self, model: nn.Module) -> dict[str, Score]:
-        training = model.training
-        model.eval()
-        try:
-            with torch.no_grad():
-                return {
-                    domain: [value for batch in batches for value in _per_prompt(model, batch)]
-                    for domain, batches in self.data.items()
-                }
-        finally:
-            model.train(training)
+        with evaluating(model), torch.no_grad():
+            return {
+                domain: [value for batch in batches for value in _per_prompt(model, batch)]
+                for domain, batches in self.data.items()
+            }
 
 
 def likelihood(data: Mapping[str, Iterable[Batch]]) -> Evaluate:
@@ -94,15 +90,12 @@ class _Harness:
         tokenizer = self.tokenizer or getattr(model, "name_or_path", None)
         if not tokenizer:
             raise ValueError('the model does not know its folder, so name the tokenizer: harness("...", tokenizer=...)')
-        training = model.training
-        try:
+        with evaluating(model):
             live = models.HFLM(pretrained=model, tokenizer=_opened(tokenizer), batch_size=self.batch_size)
             found = lm_eval.simple_evaluate(
                 model=live, tasks=list(self.tasks), num_fewshot=self.few_shot, limit=self.limit,
                 task_manager=manager, bootstrap_iters=0,
             )  # fmt: skip
-        finally:
-            model.train(training)
         return {task: _score(task, found) for task in self.tasks}
 
 

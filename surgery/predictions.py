@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from surgery.hooks import evaluating
 from surgery.prompts import Batch, response_mask
 from surgery.shards import header_of, mapped
 
@@ -71,19 +72,14 @@ def distillation(earlier: nn.Module, data: Iterable[Batch], folder: str | Path |
     place = Path(folder if folder is not None else tempfile.mkdtemp(prefix="surgery-"))
     place.mkdir(parents=True, exist_ok=True)
     found = Distillation(place, temporary=folder is None)
-    training = earlier.training
-    earlier.eval()
-    try:
+    with evaluating(earlier), torch.no_grad():
         for batch in data:
             path = place / f"{_key(batch)}.safetensors"
             if not path.exists():
-                with torch.no_grad():
-                    logits = predicting(earlier, batch)
+                logits = predicting(earlier, batch)
                 partial = path.with_suffix(".partial")
                 save_file({"logits": logits.contiguous().cpu()}, partial)
                 partial.rename(path)
-    finally:
-        earlier.train(training)
     return found
 
 

@@ -159,7 +159,7 @@ def _add(leaves: list[Leaf], grad: Tensor) -> None:
         assert leaf.value.grad is not None
         if leaf.value.device != grad.device:
             raise ValueError(
-                f"{name_of(leaf)} is on {grad.device} now, and what is trained of it was copied on {leaf.value.device}: "
+                f"{name_of(leaf)} is on {grad.device} now, and what is trained was copied on {leaf.value.device}: "
                 f'move the model first, model.to("{grad.device}")'
             )
         leaf.value.grad += leaf.part.take(grad).to(leaf.value.dtype)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.deltas import check_finite, displacements
-from surgery.hooks import Routing, listening
+from surgery.hooks import Routing, evaluating, listening
 from surgery.layout import find_layout
 from surgery.neurons import Neurons
 from surgery.prompts import Batch, response_mask
@@ -94,17 +94,13 @@ def activation(
     layout = layout or find_layout(model, units=units)
     listeners = [_Listener(block) for block in layout.blocks]
     inner = getattr(model, "base_model", model)
-    training, device = model.training, next(model.parameters()).device
+    device = next(model.parameters()).device
     if device.type == "meta":
         raise ValueError("the model's weights are on the meta device (offloaded or empty): load it before listening")
     limit = _context(model)
-    model.eval()
-    try:
-        with torch.inference_mode():
-            for batch in data:
-                _run(model, inner, batch, listeners, device, limit)
-    finally:
-        model.train(training)
+    with evaluating(model), torch.inference_mode():
+        for batch in data:
+            _run(model, inner, batch, listeners, device, limit)
     return _mean(layout, listeners, model)
 
 

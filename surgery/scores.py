@@ -46,7 +46,7 @@ def remember(score: Callable[P, Scores]) -> Callable[P, Scores]:
         if memory is None:
             return score(*args, **kwargs)
         held = (score.__name__, *args, *sorted(kwargs.items()))
-        key = tuple(_identity(value) for value in held)
+        key = tuple(identity(value) for value in held)
         if key not in memory:
             memory[key] = (held, score(*args, **kwargs))  # holding the arguments keeps their identities from reuse
         found: Scores = memory[key][1]
@@ -55,12 +55,12 @@ def remember(score: Callable[P, Scores]) -> Callable[P, Scores]:
     return wrapper
 
 
-def _identity(value: Any) -> Any:
+def identity(value: Any) -> Any:
     """A value by what it is where that is cheap to tell, else by which object it is."""
     if isinstance(value, tuple):
-        return tuple(_identity(one) for one in value)
+        return tuple(identity(one) for one in value)
     if isinstance(value, Trajectory):
-        return tuple(_identity(getattr(value, field.name)) for field in fields(value))
+        return tuple(identity(getattr(value, field.name)) for field in fields(value))
     return value if isinstance(value, str | int | float | None) else id(value)
 
 

@@ -17,7 +17,7 @@ from surgery.evaluators import evaluator
 from surgery.neurons import Neurons
 from surgery.operators import rollback
 from surgery.papers import fingerprint
-from surgery.prompts import Batch
+from surgery.prompts import Batch, batches_of
 from surgery.rows import EARLIER, LATER, Evaluate, Row, Score, ceiling_of, measured
 from surgery.scores import identity
 from surgery.swap import earlier_model
@@ -55,7 +55,7 @@ class Bench:
         say: Callable[[str], None] | None = None,
     ) -> None:
         self.model, self.run = model, dataclasses.replace(run, model=model)
-        self.data = None if data is None else list(data)
+        self.data = None if data is None else list(batches_of(data))
         self.path = Path(path) if path is not None else None
         self.evaluations = 0
         self._say = say or (lambda _: None)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from surgery.hooks import evaluating
 from surgery.predictions import positions, predicting
-from surgery.prompts import Batch
+from surgery.prompts import Batch, batches_of
 from surgery.rows import Evaluate, Score
 
 _ROWS = 1 << 24  # numbers of logits that are turned into float32 at a time
@@ -48,7 +48,7 @@ def likelihood(data: Mapping[str, Iterable[Batch]]) -> Evaluate:
 
     Source: ours.
     """
-    found = {domain: list(batches) for domain, batches in data.items()}
+    found = {domain: list(batches_of(batches)) for domain, batches in data.items()}
     if empty := [domain for domain, batches in found.items() if not batches]:
         raise ValueError(f"the data of {empty[0]!r} is empty: expected batches of prompts with responses")
     if not found:

@@ -13,7 +13,7 @@ import torch
 from surgery.bench import Bench, name_of
 from surgery.entries import Mask
 from surgery.neurons import Neurons
-from surgery.prompts import Batch
+from surgery.prompts import Batch, batches_of
 from surgery.rows import Evaluate, judged
 from surgery.scores import remembered
 from surgery.selection import Selector
@@ -103,7 +103,7 @@ def stability(
 
     Source: ours.
     """
-    batches = list(data)
+    batches = list(batches_of(data))
     prompts = sum(_rows(batch) for batch in batches)
     if bad := [size for size in sizes if not 0 < size < prompts]:
         raise ValueError(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.hooks import evaluating
-from surgery.prompts import Batch, padded
+from surgery.prompts import Batch, batches_of, check_fits, padded
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def respond(
         raise ValueError(f"max_new_tokens={max_new_tokens!r}: expected how many tokens, 1 or more")
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature={temperature!r}: expected a number ≥ 0 (0 is greedy)")
-    batches, settings = list(prompts), _Settings(max_new_tokens, temperature, seed)
+    batches, settings = list(batches_of(prompts)), _Settings(max_new_tokens, temperature, seed)
     asked = [_rows(batch) for batch in batches if "labels" not in batch]
     file = Path(path) if path is not None else None
     if file is not None and file.exists():
@@ -112,6 +112,7 @@ def _generate(model: Any, asked: list[list[list[int]]], settings: _Settings) -> 
                 raise ValueError(f"a prompt has {length} tokens, which leaves no room in a context of {limit}")
             ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows], device=device)
             mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=device)
+            check_fits(model, ids)
             out: Tensor = model.generate(
                 input_ids=ids, attention_mask=mask, max_new_tokens=room, pad_token_id=pad,
                 eos_token_id=ends or None, use_cache=True, **how,

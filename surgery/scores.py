@@ -16,7 +16,7 @@ from surgery.deltas import check_finite, displacements
 from surgery.hooks import Routing, evaluating, listening
 from surgery.layout import find_layout
 from surgery.neurons import Neurons
-from surgery.prompts import Batch, response_mask
+from surgery.prompts import Batch, batches_of, check_fits, response_mask, right_padded
 from surgery.slots import Block, Layout
 from surgery.trajectory import Trajectory
 from surgery.units import Units
@@ -85,8 +85,8 @@ def activation(
         Scores ≥ 0 in the units of the activations; sums in float32 per batch, float64 over batches.
 
     Raises:
-        ValueError: there is no token to average over, a prompt is longer than the model's context, or weights are
-            offloaded.
+        ValueError: there is no token to average over, a prompt is longer than the model's context or holds a token that
+            is not of its vocabulary, or weights are offloaded.
         RuntimeError: a hook did not fire (a model compiled before does not call hooks).
 
     Source: the paper ("most active neurons"); the statistic is ours.
@@ -97,10 +97,9 @@ def activation(
     device = next(model.parameters()).device
     if device.type == "meta":
         raise ValueError("the model's weights are on the meta device (offloaded or empty): load it before listening")
-    limit = _context(model)
     with evaluating(model), torch.inference_mode():
-        for batch in data:
-            _run(model, inner, batch, listeners, device, limit)
+        for batch in map(right_padded, batches_of(data)):
+            _run(model, inner, batch, listeners, device)
     return _mean(layout, listeners, model)
 
 
@@ -133,14 +132,11 @@ class _Listener:
         self.counts += counts.double().cpu()
 
 
-def _run(
-    model: nn.Module, inner: Any, batch: Batch, listeners: list[_Listener], device: torch.device, limit: int | None
-) -> None:
+def _run(model: nn.Module, inner: Any, batch: Batch, listeners: list[_Listener], device: torch.device) -> None:
     from contextlib import ExitStack
 
+    check_fits(model, batch["input_ids"])
     ids = batch["input_ids"].to(device)
-    if limit is not None and ids.shape[1] > limit:
-        raise ValueError(f"a prompt has {ids.shape[1]} tokens, and the model's context is {limit}: shorten or drop it")
     with ExitStack() as stack:
         for listener in listeners:
             listener.fired = False
@@ -168,12 +164,6 @@ def _mean(layout: Layout, listeners: list[_Listener], model: nn.Module) -> Neuro
         never += [f"{block.name}[{e}]" for e in (counts == 0).nonzero().flatten().tolist()]
     made_by = {"activation": {"tokens": int(max(listener.counts.max() for listener in listeners))}}
     return Neurons(values, missing=missing, made_by={**made_by, **({"never_routed": never} if never else {})})
-
-
-def _context(model: nn.Module) -> int | None:
-    config: Any = getattr(model, "config", None)
-    limit = getattr(config, "max_position_embeddings", None) if config is not None else None
-    return limit if isinstance(limit, int) and limit > 0 else None
 
 
 @remember

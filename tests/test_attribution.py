@@ -215,6 +215,46 @@ def test_what_damage_needs(what):
             damage(Trajectory(earlier=earlier, later=dict(later.state_dict())), data)
 
 
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda model, batch: None, r"no scalar that depends on the weights \(but NoneType\)"),
+        (lambda model, batch: 1.0, r"\(but float\)"),
+        (lambda model, batch: model(input_ids=batch["input_ids"]).logits, r"\(of shape \[3, 11, 64\]\)"),
+        (lambda model, batch: model(input_ids=batch["input_ids"]).logits.mean().detach(), "depends on the weights"),
+        (lambda model, batch: model(input_ids=batch["input_ids"]).logits.mean() * float("nan"), "gradient is NaN or"),
+    ],
+)
+def test_a_loss_that_is_none_is_refused(loss, message):
+    """Prompts without labels have no loss of the model's own: that was a TypeError of None and int."""
+    earlier, later = pair("qwen3")
+    with pytest.raises(ValueError, match=message):
+        damage(Trajectory(earlier=earlier, later=later), batches(labels=True), loss=loss)
+
+
+def test_nan_in_a_checkpoint_is_named():
+    """The tensor is, and not the scores that it made NaN."""
+    earlier, later = pair("qwen3")
+    with torch.no_grad():
+        earlier.model.layers[1].mlp.up_proj.weight[3, 2] = float("nan")
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp.*NaN"):
+        damage(Trajectory(earlier=earlier, later=later), batches(labels=True))
+
+
+def test_labelled_prompts_longer_than_the_context_are_refused():
+    """Rotary positions go on beyond it, and the scores would be those of a model that nobody has trained there."""
+    earlier, later = pair("qwen3")
+    ids = torch.ones(1, 65, dtype=torch.long)
+    with pytest.raises(ValueError, match="a prompt has 65 tokens, and the model's context is 64"):
+        damage(Trajectory(earlier=earlier, later=later), [{"input_ids": ids, "labels": ids}])
+
+
+def test_a_compiled_model_is_told():
+    earlier, later = pair("qwen3")
+    with pytest.raises(ValueError, match=r"compiled one .* model\._orig_mod"):
+        damage(Trajectory(earlier=earlier, later=torch.compile(later)), batches(labels=True))
+
+
 def test_the_loss_knows_only_what_it_was_asked():
     earlier, later = pair("qwen3")
     first, second = batches(labels=True)

@@ -105,7 +105,7 @@ def stability(
     """
     batches = list(batches_of(data))
     prompts = sum(_rows(batch) for batch in batches)
-    if bad := [size for size in sizes if not 0 < size < prompts]:
+    if bad := [size for size in sizes if not isinstance(size, int) or not 0 < size < prompts]:
         raise ValueError(
             f"sizes: {bad[0]} of {prompts} prompts: expected sizes from 1 to {prompts - 1}, or more prompts"
         )

@@ -130,6 +130,8 @@ def test_nothing_is_damaged_where_nothing_changed():
     found = damage(Trajectory(earlier=earlier, later=copy.deepcopy(earlier)), batches(labels=True))
     assert all(not found[name].any() for name in found)
     assert found.made_by["damage"]["loss"] == 0
+    with pytest.raises(ValueError, match="every score is zero"):  # and not the first neurons of the model
+        DamageSelector(0.1).select(Trajectory(earlier=earlier, later=earlier), batches(labels=True))
 
 
 def test_a_loss_of_ones_own():

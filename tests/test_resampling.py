@@ -155,6 +155,7 @@ def test_what_cannot_be_asked(models):
     for sizes, draws, message in (
         ((18,), 5, "18 of 18 prompts.*from 1 to 17"),
         ((0,), 5, "0 of 18"),
+        ((0.5,), 5, "0.5 of 18"),
         ((4,), 1, "2 or more"),
     ):
         with pytest.raises(ValueError, match=message):

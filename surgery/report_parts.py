@@ -92,7 +92,7 @@ class Study:
     def answered(self) -> dict[str, list[Batch]]:
         """The prompts with responses."""
         if not self.prompts:
-            raise Missing("prompts of two or more domains: data={domain: batches}, in the shell --data domain=file")
+            raise Missing("prompts of a domain or more: data={domain: batches}, in the shell --data domain=file")
         found = {}
         for domain, batches in self.prompts.items():
             if all("labels" in batch for batch in batches):

@@ -56,6 +56,7 @@ def sweep(
 
     Source: the paper's Table 6 and Figure 13 in kind.
     """
+    selectors, budgets = list(selectors), list(budgets)  # generators too are gone through more than once
     for selector, budget in product(selectors, budgets):  # said now, and not after hours of evaluations
         at_budget(selector, budget)
     check_names(selectors)

@@ -349,6 +349,13 @@ def test_what_is_no_score_is_refused(models, score, message):
         sweep(models["later"], Trajectory(**models), None, selectors=[], budgets=[], evaluate=lambda _: score)
 
 
+def test_selectors_and_budgets_may_be_generators(models):
+    """They are gone through more than once: no row at all was the result."""
+    one, each = iter(SELECTORS[2:]), iter(BUDGETS)
+    evaluate = Evaluate(models["earlier"])
+    assert len(sweep(models["later"], Trajectory(**models), None, selectors=one, budgets=each, evaluate=evaluate)) == 7
+
+
 def test_every_model_has_the_same_metrics(models, tmp_path):
     """One that is missing or new is refused where it is measured, and is not written down as a row."""
     calls, file = [], tmp_path / "new" / "rows.jsonl"

@@ -96,7 +96,7 @@ def right_padded(batch: Batch) -> Batch:
     start = attended.bool().int().argmax(1, keepdim=True)
     order = (torch.arange(attended.shape[1], device=attended.device) + start) % attended.shape[1]
     return {
-        name: value.gather(1, order.to(value.device)) if value.shape == attended.shape else value
+        name: value.gather(1, order.to(value.device)) if getattr(value, "shape", None) == attended.shape else value
         for name, value in batch.items()
     }
 

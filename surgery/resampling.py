@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import torch
@@ -167,9 +168,14 @@ def _some(batches: list[Batch], chosen: torch.Tensor) -> list[Batch]:
     for batch in batches:
         rows = chosen[(chosen >= start) & (chosen < start + _rows(batch))].sort().values - start
         if len(rows):
-            found.append({name: value[rows.to(value.device)] for name, value in batch.items()})
+            found.append({name: _picked(value, rows) for name, value in batch.items()})
         start += _rows(batch)
     return found
+
+
+def _picked(value: Any, rows: torch.Tensor) -> Any:
+    """The rows of a tensor, or of a list of texts that a batch carries along."""
+    return value[rows.to(value.device)] if isinstance(value, torch.Tensor) else [value[row] for row in rows.tolist()]
 
 
 def _recoveries(bench: Bench, masks: dict[int, list[Mask]], metric: str | None) -> tuple[dict[int, list[float]], str]:

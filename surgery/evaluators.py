@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from surgery.hooks import evaluating
 from surgery.predictions import positions, predicting
-from surgery.prompts import Batch, batches_of
+from surgery.prompts import Batch, batches_of, opened_tokenizer
 from surgery.rows import Evaluate, Score
 
 _ROWS = 1 << 24  # numbers of logits that are turned into float32 at a time
@@ -91,7 +91,7 @@ class _Harness:
         if not tokenizer:
             raise ValueError('the model does not know its folder, so name the tokenizer: harness("...", tokenizer=...)')
         with evaluating(model):
-            live = models.HFLM(pretrained=model, tokenizer=_opened(tokenizer), batch_size=self.batch_size)
+            live = models.HFLM(pretrained=model, tokenizer=opened_tokenizer(tokenizer), batch_size=self.batch_size)
             found = lm_eval.simple_evaluate(
                 model=live, tasks=list(self.tasks), num_fewshot=self.few_shot, limit=self.limit,
                 task_manager=manager, bootstrap_iters=0,
@@ -168,14 +168,6 @@ def _tasks(include_path: str | None) -> Any:
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=include_path)
-
-
-def _opened(tokenizer: Any) -> Any:
-    if not isinstance(tokenizer, str | Path):
-        return tokenizer
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
 
 
 def _score(task: str, found: Mapping[str, Any]) -> Score:

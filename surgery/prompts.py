@@ -33,7 +33,8 @@ def load_prompts(path: str | Path, tokenizer: Any, *, batch_size: int = 16, limi
 
     Raises:
         LookupError: no such file.
-        ValueError: the file is empty, a line can't be read, or a prompt is longer than the tokenizer's limit.
+        ValueError: the file is empty, a line can't be read, a prompt is longer than the tokenizer's limit, or the
+            folder holds a model and no tokenizer.
 
     Source: ours.
     """
@@ -43,10 +44,7 @@ def load_prompts(path: str | Path, tokenizer: Any, *, batch_size: int = 16, limi
     for name, number in (("batch_size", batch_size), ("limit", limit)):
         if number is not None and number < 1:
             raise ValueError(f"{name}={number}: expected 1 or more")
-    if isinstance(tokenizer, str | Path):
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+    tokenizer = opened_tokenizer(tokenizer)
     lines = list(_lines(path, limit))
     if not lines:
         raise ValueError(f"{path} is empty: expected one JSON object a line")
@@ -57,6 +55,25 @@ def load_prompts(path: str | Path, tokenizer: Any, *, batch_size: int = 16, limi
         raise ValueError(f"{where} has no response, and other lines have one: make them all alike")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
     return [padded(pairs[start : start + batch_size], pad) for start in range(0, len(pairs), batch_size)]
+
+
+def opened_tokenizer(tokenizer: Any) -> Any:
+    """The tokenizer, read where it is a folder's name.
+
+    Raises:
+        ValueError: the folder has none; transformers makes an empty one of it, without a word.
+    """
+    if not isinstance(tokenizer, str | Path):
+        return tokenizer
+    from transformers import AutoTokenizer
+
+    found = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+    if len(found) <= len(set(found.all_special_ids)):
+        raise ValueError(
+            f"{tokenizer} has no tokenizer of its own: copy tokenizer.json and tokenizer_config.json there from the "
+            f"model that it was trained from, or pass load_prompts another folder or a tokenizer"
+        )
+    return found
 
 
 def batches_of(data: Iterable[Batch]) -> Iterator[Batch]:

@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from surgery.deltas import check_finite
 from surgery.gradient_hooks import as_live, collecting, in_runs
 from surgery.neurons import Neurons
 from surgery.opening import Weights, open_weights
 from surgery.operators import rollback
-from surgery.predictions import Divergence, Loss, check_loss, distillation, positions
-from surgery.prompts import Batch
+from surgery.predictions import Divergence, Loss, check_loss, distillation, positions, summed
+from surgery.prompts import Batch, batches_of
 from surgery.responses import respond
 from surgery.scores import dot, remember
 from surgery.slots import Block, Slot
@@ -61,10 +62,10 @@ def damage(
     for t, weight in _path(model, nodes):
         with _moved(model, run, t), total.collecting(model):
             for batch in batches:
-                one = loss(model, batch) * int(positions(batch).sum())
+                one = summed(loss, model, batch)
                 (one * (weight / t)).backward()  # what is left of δ at t is t · δ
                 value += weight * float(one.detach())
-    found = {name: (sums / tokens).float() for name, sums in total.sums.items()}
+    found = total.mean(tokens, run)
     gain = sum(float(sums.sum()) for sums in total.sums.values()) / tokens
     told = {"tokens": tokens, "sum": gain, **({"loss": value / tokens} if nodes is None else {"nodes": nodes})}
     return Neurons(found, made_by={"damage": told})
@@ -140,13 +141,13 @@ def reversal_cost(run: Trajectory, data: Iterable[Batch], *, loss: Divergence = 
         total = _Total(live, done.before)
         with total.collecting(model):
             for batch in batches:
-                (far(model, batch) * int(positions(batch).sum())).backward()
-    found = {name: (sums / tokens).float() for name, sums in total.sums.items()}
+                summed(far, model, batch).backward()
+    found = total.mean(tokens, run)
     return Neurons(found, made_by={"reversal_cost": {"tokens": tokens}})
 
 
 def _some(data: Iterable[Batch]) -> list[Batch]:
-    batches = list(data)
+    batches = list(batches_of(data))
     if not batches:
         raise ValueError("gradients are taken on prompts of a domain, and data is empty")
     return batches
@@ -180,6 +181,16 @@ class _Total:
     def collecting(self, model: nn.Module) -> AbstractContextManager[None]:
         """While the body runs, the weights of the neurons take gradients, and nothing else does."""
         return collecting(model, self.live.layout, self.add)
+
+    def mean(self, tokens: int, run: Trajectory) -> dict[str, Tensor]:
+        """The sums per token; where they are NaN or infinite, a ``ValueError`` that says whose fault it is."""
+        if not all(bool(sums.sum().isfinite()) for sums in self.sums.values()):
+            check_finite(run, "earlier", "later")
+            raise ValueError(
+                "the gradient is NaN or infinite on these prompts: the loss is, or it overflowed (a model in float16: "
+                "load it with dtype=torch.bfloat16 or torch.float32)"
+            )
+        return {name: (sums / tokens).float() for name, sums in self.sums.items()}
 
     def add(self, block: Block, slot: Slot, grad: Tensor, now: Tensor) -> None:
         """Reduce one slot of one tensor's gradient."""

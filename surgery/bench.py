@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ from surgery.evaluators import evaluator
 from surgery.neurons import Neurons
 from surgery.operators import rollback
 from surgery.papers import fingerprint
-from surgery.prompts import Batch
-from surgery.rows import EARLIER, LATER, Evaluate, Row, Score, ceiling_of, scored
+from surgery.prompts import Batch, batches_of
+from surgery.rows import EARLIER, LATER, Evaluate, Row, Score, ceiling_of, measured
+from surgery.scores import identity
 from surgery.swap import earlier_model
 from surgery.trajectory import Trajectory
 from surgery.units import Units, kinds_of, single
@@ -55,7 +56,7 @@ class Bench:
         say: Callable[[str], None] | None = None,
     ) -> None:
         self.model, self.run = model, dataclasses.replace(run, model=model)
-        self.data = None if data is None else list(data)
+        self.data = None if data is None else list(batches_of(data))
         self.path = Path(path) if path is not None else None
         self.evaluations = 0
         self._say = say or (lambda _: None)
@@ -85,8 +86,8 @@ class Bench:
         start = time.perf_counter()
         self._say(name)
         neurons, values = self._tried(mask)
-        metrics, items = scored(values)
-        return Row(name, mask.fraction, neurons, metrics, time.perf_counter() - start, items=items)
+        metrics, items = measured(values)
+        return self._comparable(Row(name, mask.fraction, neurons, metrics, time.perf_counter() - start, items=items))
 
     def mask(self, selector: Any, budget: float) -> Mask:
         """What the selector chooses at a budget."""
@@ -115,11 +116,22 @@ class Bench:
             self._say(f"{name}, {100 * budget:g} %" if budget else name)
             start = time.perf_counter()
             neurons, values = measure()
-            metrics, items = scored(values)
-            self._rows[key] = Row(name, key[1], neurons, metrics, time.perf_counter() - start, items=items)
-            written = {one: getattr(self._rows[key], one) for one in MEASURED}
+            metrics, items = measured(values)
+            row = Row(name, key[1], neurons, metrics, time.perf_counter() - start, items=items)
+            self._rows[key] = self._comparable(row)
+            written = {one: getattr(row, one) for one in MEASURED}
             self._append({**written, "items": {one: _compact(held) for one, held in items.items()}})
-        return self._rows[key]
+        return self._comparable(self._rows[key])
+
+    def _comparable(self, row: Row) -> Row:
+        """The row, refused where it has other metrics than the later model's."""
+        later = self._rows.get((LATER, 0.0), row)
+        if row.metrics.keys() != later.metrics.keys():
+            raise ValueError(
+                f"{row.selector!r} has the metrics {sorted(row.metrics)}, and 'later' {sorted(later.metrics)}: "
+                f"evaluate has to return the same for every model (and rows of another evaluate need another file)"
+            )
+        return row
 
     def _read(self) -> dict[tuple[str, float], Row]:
         names = ("earlier", "later")
@@ -128,13 +140,14 @@ class Bench:
         if self.path is None:
             return {}
         if not (self.path.exists() and self.path.stat().st_size):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             self._append({"checkpoints": head, "units": units})
             return {}
         first, *rest = self.path.read_text(encoding="utf-8").splitlines()
         found = _parsed(first, self.path)
         if found.get("checkpoints") != head or found.get("units", ["mlp"]) != units:
             raise ValueError(f"{self.path} holds a sweep of other checkpoints or units: choose another file")
-        rows = [Row(**_parsed(line, self.path)) for line in rest]
+        rows = [_row(line, self.path) for line in rest]
         return {(row.selector, row.budget): row for row in rows}
 
     def _append(self, line: Mapping[str, Any]) -> None:
@@ -153,7 +166,18 @@ def _parsed(line: str, path: Path) -> dict[str, Any]:
         held = {name: [float(x) for x in items] for name, items in found.get("items", {}).items()}
         return {**found, "items": held} if "items" in found else found
     except ValueError as error:
-        raise ValueError(f"{path} is not a sweep's file, or its last line was cut: {error}") from error
+        raise ValueError(
+            f"{path} is not a sweep's file, or its last line was cut: {error}. Remove that line to go on, or choose "
+            f"another file"
+        ) from error
+
+
+def _row(line: str, path: Path) -> Row:
+    found = _parsed(line, path)
+    try:
+        return Row(**found)
+    except TypeError as error:
+        raise ValueError(f"{path} holds a line that is no row of a sweep: {error}") from error
 
 
 def _watched(evaluate: Evaluate) -> Evaluate:
@@ -193,6 +217,19 @@ def at_budget(selector: Any, budget: float) -> Any:
     if not dataclasses.is_dataclass(selector) or not any(f.name == "budget" for f in dataclasses.fields(selector)):
         raise ValueError(f"{selector!r} has no field 'budget' to sweep over: make it a dataclass with one")
     return dataclasses.replace(selector, budget=budget)  # type: ignore[type-var]
+
+
+def check_names(selectors: Sequence[Any]) -> None:
+    """Raise ``ValueError`` where rows of two selectors could not be told apart: one name, other settings."""
+    seen: dict[str, tuple[Any, ...]] = {}
+    for selector in selectors:
+        own = dataclasses.fields(selector) if dataclasses.is_dataclass(selector) else ()
+        held = (type(selector), *(identity(getattr(selector, f.name)) for f in own if f.name != "budget"))
+        if seen.setdefault(name_of(selector), held) != held:
+            raise ValueError(
+                f"two selectors with different settings are both called {name_of(selector)!r}, and a row is known by "
+                f"its name: sweep them one by one, each with a file of its own"
+            )
 
 
 def name_of(selector: Any) -> str:

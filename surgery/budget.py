@@ -43,8 +43,8 @@ def allocate(
         Block name → number of neurons; the numbers add up to round(β·N) exactly (with ``costs``: cost at most K).
 
     Raises:
-        ValueError: β is outside [0, 1]; a proportional split of scores that are negative or all zero; more neurons
-            are asked for than have a score.
+        ValueError: β is outside [0, 1]; a proportional split of scores that are negative; scores that are all zero
+            (unless the split is uniform); more neurons are asked for than have a score.
 
     Source: the paper's layer budgets (Appendix D.4, Figure 12); the rule for remainders and caps is ours.
 
@@ -61,6 +61,7 @@ def allocate(
     if k > sum(room.values()):
         raise ValueError(_too_few(budget, f"{k} neurons", f"{sum(room.values())} of {scores.total}"))
     if how == "global":
+        _check_some(scores, 0 < k < scores.total)
         return _per_block(scores, _ranking(scores, scores)[:k])
     if how == "uniform":
         return share(k, {name: float(size) for name, size in scores.sizes.items()}, room)
@@ -78,13 +79,17 @@ def _sums(scores: Neurons, needed: bool) -> dict[str, float]:
     """The sum of each block's scores, refused where a proportional split can't use them."""
     if any(bool((value < 0).any()) for value in scores.values()):
         raise ValueError('a proportional allocation needs scores ≥ 0, and some are negative: pass how="global"')
-    sums = {name: float(value.double().sum()) for name, value in scores.items()}
-    if sum(sums.values()) == 0 and needed:
+    _check_some(scores, needed)
+    return {name: float(value.double().sum()) for name, value in scores.items()}
+
+
+def _check_some(scores: Neurons, needed: bool) -> None:
+    """Refuse scores that are all zero where they have to say something: the first neurons would be taken, silently."""
+    if needed and not any(bool(value.any()) for value in scores.values()):
         raise ValueError(
             "every score is zero, so nothing says which layer should get the budget: are two of the checkpoints "
             "the same, or (with C) is there no neuron on which the two updates point against each other?"
         )
-    return sums
 
 
 def _joint(
@@ -99,6 +104,7 @@ def _joint(
     if k > sum(there.values()):
         raise ValueError(_too_few(budget, f"{k} parameters", f"units of {sum(there.values()):.0f} of {total}"))
     if how == "global":
+        _check_some(scores, 0 < k < total)
         order = _ranking(scores, {name: value.double() / costs[name] for name, value in scores.items()})
         each = torch.cat([torch.full((size,), costs[name]) for name, size in scores.sizes.items()])[order]
         return _per_block(scores, order[: int((each.cumsum(0) <= k).sum())])

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgery.hooks import evaluating
 from surgery.predictions import positions, predicting
-from surgery.prompts import Batch
+from surgery.prompts import Batch, batches_of, opened_tokenizer
 from surgery.rows import Evaluate, Score
 
 _ROWS = 1 << 24  # numbers of logits that are turned into float32 at a time
@@ -24,16 +25,11 @@ class _Likelihood:
     data: dict[str, list[Batch]]
 
     def __call__(self, model: nn.Module) -> dict[str, Score]:
-        training = model.training
-        model.eval()
-        try:
-            with torch.no_grad():
-                return {
-                    domain: [value for batch in batches for value in _per_prompt(model, batch)]
-                    for domain, batches in self.data.items()
-                }
-        finally:
-            model.train(training)
+        with evaluating(model), torch.no_grad():
+            return {
+                domain: [value for batch in batches for value in _per_prompt(model, batch)]
+                for domain, batches in self.data.items()
+            }
 
 
 def likelihood(data: Mapping[str, Iterable[Batch]]) -> Evaluate:
@@ -52,7 +48,7 @@ def likelihood(data: Mapping[str, Iterable[Batch]]) -> Evaluate:
 
     Source: ours.
     """
-    found = {domain: list(batches) for domain, batches in data.items()}
+    found = {domain: list(batches_of(batches)) for domain, batches in data.items()}
     if empty := [domain for domain, batches in found.items() if not batches]:
         raise ValueError(f"the data of {empty[0]!r} is empty: expected batches of prompts with responses")
     if not found:
@@ -94,15 +90,12 @@ class _Harness:
         tokenizer = self.tokenizer or getattr(model, "name_or_path", None)
         if not tokenizer:
             raise ValueError('the model does not know its folder, so name the tokenizer: harness("...", tokenizer=...)')
-        training = model.training
-        try:
-            live = models.HFLM(pretrained=model, tokenizer=_opened(tokenizer), batch_size=self.batch_size)
+        with evaluating(model):
+            live = models.HFLM(pretrained=model, tokenizer=opened_tokenizer(tokenizer), batch_size=self.batch_size)
             found = lm_eval.simple_evaluate(
                 model=live, tasks=list(self.tasks), num_fewshot=self.few_shot, limit=self.limit,
                 task_manager=manager, bootstrap_iters=0,
             )  # fmt: skip
-        finally:
-            model.train(training)
         return {task: _score(task, found) for task in self.tasks}
 
 
@@ -175,14 +168,6 @@ def _tasks(include_path: str | None) -> Any:
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=include_path)
-
-
-def _opened(tokenizer: Any) -> Any:
-    if not isinstance(tokenizer, str | Path):
-        return tokenizer
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
 
 
 def _score(task: str, found: Mapping[str, Any]) -> Score:

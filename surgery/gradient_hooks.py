@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from surgery.hooks import evaluating
 from surgery.opening import Weights
 from surgery.slots import Block, Layout, Slot
 
@@ -46,14 +47,8 @@ def collecting_from(
     Every backward pass calls ``take(name, gradient)`` once for each that has one, when it is complete (a parameter used
     in several places has one); then the gradient is freed. At the end all is as it was: gradients, flags, modes.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        with only_these({p: partial(take, name) for name, p in parameters.items()}, model):
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with evaluating(model), only_these({p: partial(take, name) for name, p in parameters.items()}, model):
+        yield
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import torch
 
 from surgery.evaluators import evaluator
 from surgery.evidence import Cell, Table, write_json
-from surgery.rows import Evaluate, scored
+from surgery.rows import Evaluate, measured
 from surgery.significance import ALPHA, Paired, paired
 from surgery.trajectory import Trajectory
 
@@ -117,7 +117,7 @@ def history(
         if progress is not None:
             progress(f"evaluating {name}")
         model = Trajectory(later=source, layout=run.layout).load(device, dtype)
-        means[name], items[name] = scored(measure(model))
+        means[name], items[name] = measured(measure(model))
     domains = list(means[names[0]])
     scores = {domain: tuple(means[name][domain] for name in names) for domain in domains}
     lost = [

@@ -26,6 +26,18 @@ Hear = Callable[[Tensor, Routing | None], Tensor | None]
 
 
 @contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """While the body runs, the model is in eval mode; at the end each of its modules is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
 def listening(model: nn.Module, block: Block, hear: Hear) -> Iterator[None]:
     """Call ``hear(h, routing)`` with every input of a block's consumer while the body runs.
 

@@ -40,6 +40,11 @@ def find_layout(model: nn.Module, spec: Spec | None = None, *, units: Units = "m
 
     Source: ours; KV groups and query heads are the paper's attention units in kind.
     """
+    if hasattr(model, "_orig_mod"):
+        raise ValueError(
+            "the model is a compiled one (torch.compile): pass the one that it was made of, model._orig_mod. The two "
+            "share their weights"
+        )
     if spec is not None:
         return spec_layout(spec, {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)})
     hidden, plan, kinds = _hidden(model), _plan(model), kinds_of(units)

@@ -36,13 +36,20 @@ def layer_budgets(budgets: Mapping[str, Mapping[str, int]], ax: Axes | None = No
 
 
 def dose_response(sweep: Sweep, ax: Axes | None = None) -> Axes:
-    """Recovery against the budget, one line per selector, with its interval and the ceiling (the paper's Figure 13)."""
-    ax = ax or new_axes()
+    """Recovery against the budget, one line per selector, with its interval and the ceiling (the paper's Figure 13).
+
+    Raises:
+        ValueError: no row has a recovery.
+    """
     names = dict.fromkeys(
         row.selector for row in sweep if row.selector not in (EARLIER, LATER) and not is_ceiling(row.selector)
     )
+    if names and not any(row.recovery is not None for row in sweep):
+        raise ValueError(f"no row has a recovery of {sweep.metric}, which did not fall: nothing to draw")
+    ax = ax or new_axes()
     for at, name in enumerate(names):
-        rows = sorted((row for row in sweep[name] if row.recovery is not None), key=lambda row: row.budget)
+        drawn = (row for row in sweep[name] if row.recovery is not None and row.budget > 0)  # the axis has no 0
+        rows = sorted(drawn, key=lambda row: row.budget)
         ax.plot(
             [100 * row.budget for row in rows],
             [100 * (row.recovery or 0) for row in rows],

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from surgery.prompts import Batch, response_mask
+from surgery.hooks import evaluating
+from surgery.prompts import Batch, batches_of, check_fits, response_mask, right_padded
 from surgery.shards import header_of, mapped
 
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -89,36 +90,34 @@ def distillation(
     place = Path(folder if folder is not None else tempfile.mkdtemp(prefix="surgery-"))
     place.mkdir(parents=True, exist_ok=True)
     found = Distillation(place, folder is None, divergence)
-    training = earlier.training
-    earlier.eval()
-    try:
-        for batch in data:
+    with evaluating(earlier), torch.no_grad():
+        for batch in batches_of(data):
             path = place / f"{_key(batch)}.safetensors"
             if not path.exists():
-                with torch.no_grad():
-                    logits = predicting(earlier, batch)
+                logits = predicting(earlier, batch)
                 partial = path.with_suffix(".partial")
                 save_file({"logits": logits.contiguous().cpu()}, partial)
                 partial.rename(path)
-    finally:
-        earlier.train(training)
     return found
 
 
 def positions(batch: Batch) -> Tensor:
     """Which positions predict a token that counts: bool ``[batch, token − 1]``, position t predicts token t + 1."""
-    return response_mask(batch)[:, 1:]
+    where = response_mask(batch)[:, 1:]
+    return where & batch["attention_mask"][:, :-1].bool() if "attention_mask" in batch else where  # not from padding
 
 
 def predicting(model: nn.Module, batch: Batch) -> Tensor:
     """The logits that predict the tokens that count: ``[position, token of the vocabulary]``, row by row of the batch.
 
     Raises:
-        ValueError: there is no such position, or the model has no language-modelling head.
+        ValueError: there is no such position, the batch does not fit the model, or it has no language-modelling head.
     """
+    batch = right_padded(batch)
     where = positions(batch)
     if not bool(where.any()):
         raise ValueError("the batch has no response token to predict: its labels are all -100, or it is one token long")
+    check_fits(model, batch["input_ids"])
     device = next(model.parameters()).device
     first = int(where.any(0).nonzero()[0])
     inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask") if key in batch}
@@ -132,6 +131,22 @@ def predicting(model: nn.Module, batch: Batch) -> Tensor:
         )
     rows: Tensor = logits[:, -last:-1][where[:, first:].to(logits.device)]
     return rows
+
+
+def summed(loss: Loss, model: nn.Module, batch: Batch) -> Tensor:
+    """A loss times the batch's predicting positions, so that batches add up.
+
+    Raises:
+        ValueError: it is no scalar tensor, or does not depend on the weights.
+    """
+    found = loss(model, batch)
+    if not isinstance(found, Tensor) or found.numel() != 1 or not found.requires_grad:
+        what = f"of shape {list(found.shape)}" if isinstance(found, Tensor) else f"but {type(found).__name__}"
+        raise ValueError(
+            f"loss(model, batch) gave no scalar that depends on the weights ({what}): expected the mean over the "
+            f"batch's response tokens, with its gradient (of prompts without labels a model gives no loss of its own)"
+        )
+    return found.reshape(()) * int(positions(batch).sum())
 
 
 def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Batch = dict[str, Tensor]
 IGNORED = -100  # the label of a token that is no response (the convention of transformers' losses)
@@ -33,7 +33,8 @@ def load_prompts(path: str | Path, tokenizer: Any, *, batch_size: int = 16, limi
 
     Raises:
         LookupError: no such file.
-        ValueError: the file is empty, a line can't be read, or a prompt is longer than the tokenizer's limit.
+        ValueError: the file is empty, a line can't be read, a prompt is longer than the tokenizer's limit, or the
+            folder holds a model and no tokenizer.
 
     Source: ours.
     """
@@ -43,10 +44,7 @@ def load_prompts(path: str | Path, tokenizer: Any, *, batch_size: int = 16, limi
     for name, number in (("batch_size", batch_size), ("limit", limit)):
         if number is not None and number < 1:
             raise ValueError(f"{name}={number}: expected 1 or more")
-    if isinstance(tokenizer, str | Path):
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+    tokenizer = opened_tokenizer(tokenizer)
     lines = list(_lines(path, limit))
     if not lines:
         raise ValueError(f"{path} is empty: expected one JSON object a line")
@@ -57,6 +55,80 @@ def load_prompts(path: str | Path, tokenizer: Any, *, batch_size: int = 16, limi
         raise ValueError(f"{where} has no response, and other lines have one: make them all alike")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
     return [padded(pairs[start : start + batch_size], pad) for start in range(0, len(pairs), batch_size)]
+
+
+def opened_tokenizer(tokenizer: Any) -> Any:
+    """The tokenizer, read where it is a folder's name.
+
+    Raises:
+        ValueError: the folder has none; transformers makes an empty one of it, without a word.
+    """
+    if not isinstance(tokenizer, str | Path):
+        return tokenizer
+    from transformers import AutoTokenizer
+
+    found = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+    if len(found) <= len(set(found.all_special_ids)):
+        raise ValueError(
+            f"{tokenizer} has no tokenizer of its own: copy tokenizer.json and tokenizer_config.json there from the "
+            f"model that it was trained from, or pass load_prompts another folder or a tokenizer"
+        )
+    return found
+
+
+def batches_of(data: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches, each seen to be one.
+
+    Raises:
+        ValueError: a file's name, one batch by itself, or something else that is no batch.
+    """
+    if isinstance(data, str | Path | Mapping):
+        file = f"{str(data)!r}: read the file first, load_prompts(file, tokenizer)"
+        raise ValueError(f"data is {'one batch: put it into a list' if isinstance(data, Mapping) else file}")
+    for batch in data:
+        ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+        if not isinstance(ids, Tensor) or ids.ndim != 2 or not ids.numel():
+            raise ValueError(
+                f'data holds {_what(batch)}: expected batches like {{"input_ids": ..., "attention_mask": ...}} of '
+                f"tensors [batch, token], as load_prompts(file, tokenizer) makes them"
+            )
+        yield batch
+
+
+def _what(batch: Any) -> str:
+    if not isinstance(batch, Mapping):
+        return f"a {type(batch).__name__}"
+    ids = batch.get("input_ids")
+    return f"input_ids of the shape {list(ids.shape)}" if isinstance(ids, Tensor) else f"a batch of {sorted(batch)}"
+
+
+def right_padded(batch: Batch) -> Batch:
+    """The batch with each row's padding behind its tokens: a position is then the same whatever the padding was.
+
+    Models with learnt positions count them from the left end of the batch, also over padding.
+    """
+    attended = batch.get("attention_mask")
+    if attended is None or bool(attended[:, 0].all()):
+        return batch
+    start = attended.bool().int().argmax(1, keepdim=True)
+    order = (torch.arange(attended.shape[1], device=attended.device) + start) % attended.shape[1]
+    return {
+        name: value.gather(1, order.to(value.device)) if getattr(value, "shape", None) == attended.shape else value
+        for name, value in batch.items()
+    }
+
+
+def check_fits(model: nn.Module, ids: Tensor) -> None:
+    """Raise ``ValueError`` where ids ``[batch, token]`` exceed the model's context or are not of its vocabulary."""
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if isinstance(limit, int) and 0 < limit < ids.shape[1]:
+        raise ValueError(f"a prompt has {ids.shape[1]} tokens, and the model's context is {limit}: shorten or drop it")
+    table: Any = getattr(model, "get_input_embeddings", lambda: None)()
+    if isinstance(table, nn.Embedding) and not 0 <= int(ids.min()) <= int(ids.max()) < table.num_embeddings:
+        raise ValueError(
+            f"the prompts hold token {int(ids.max())} (the least is {int(ids.min())}), and the model has "
+            f"{table.num_embeddings} of them: were they made with another model's tokenizer?"
+        )
 
 
 def response_mask(batch: Batch) -> Tensor:

@@ -14,10 +14,11 @@ from surgery.evidence_overlap import Overlap
 from surgery.gradient_cosines import Gradients
 from surgery.histories import History, Lost
 from surgery.papers import fingerprint, versions
-from surgery.prompts import Batch
+from surgery.prompts import Batch, batches_of
 from surgery.report_parts import PARTS, Missing, Refreshed, Sites, Study
 from surgery.rows import Evaluate, Sweep
 from surgery.scores import remembered
+from surgery.selector_settings import check_budget
 from surgery.theory_damage import DamageTerms
 from surgery.trajectory import Trajectory
 
@@ -97,14 +98,19 @@ def analyse(
         at the end, bit for bit.
 
     Raises:
-        ValueError: fewer than two checkpoints, or of different models; ``skip`` names no part.
+        ValueError: fewer than two checkpoints, or of different models; ``skip`` names no part; a budget or the data are
+            none.
 
     Source: ours.
     """
     asked = list(skip)
     if wrong := [name for name in asked if name not in PARTS]:
         raise ValueError(f"skip={wrong[0]!r}: expected some of {', '.join(PARTS)}")
-    prompts = {domain: list(batches) for domain, batches in (data or {}).items()}
+    for budget in budgets:
+        check_budget(budget)
+    if data is not None and not isinstance(data, Mapping):
+        raise ValueError('data has to say which domain the prompts are of: {"math": load_prompts(...)}')
+    prompts = {domain: list(batches_of(batches)) for domain, batches in (data or {}).items()}
     study = Study(run, prompts, evaluate, tuple(budgets), refresh_steps, device, dtype)
     skipped = dict.fromkeys(asked, "left out, as asked")
     with remembered():

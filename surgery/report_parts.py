@@ -27,7 +27,7 @@ from surgery.prompts import Batch
 from surgery.refresh_report import Refresh
 from surgery.refreshing import refresh
 from surgery.responses import respond
-from surgery.rows import EARLIER, LATER, Evaluate, Row, Sweep, judged, scored
+from surgery.rows import EARLIER, LATER, Evaluate, Row, Sweep, judged, measured
 from surgery.scores import activation, magnitude
 from surgery.selection import AMCSelector, DamageSelector, RandomSelector, Selector
 from surgery.swap import earlier_model
@@ -92,7 +92,7 @@ class Study:
     def answered(self) -> dict[str, list[Batch]]:
         """The prompts with responses."""
         if not self.prompts:
-            raise Missing("prompts of two or more domains: data={domain: batches}, in the shell --data domain=file")
+            raise Missing("prompts of a domain or more: data={domain: batches}, in the shell --data domain=file")
         found = {}
         for domain, batches in self.prompts.items():
             if all("labels" in batch for batch in batches):
@@ -225,7 +225,7 @@ def _refreshed(study: Study) -> Refreshed:
 
     every, start = max(1, study.steps // 5), time.perf_counter()
     with refresh(study.last, loss, batches, study.steps, rate, validate=closeness, every=every) as done:
-        metrics, items = scored(torch.no_grad()(study.measure)(study.last))
+        metrics, items = measured(torch.no_grad()(study.measure)(study.last))
     row = Row(f"refresh, {study.steps} steps", 1.0, 0, metrics, time.perf_counter() - start, items=items)
     rows = study.found["rollback"]
     (earlier_row,), (later_row,) = rows[EARLIER], rows[LATER]

@@ -18,8 +18,8 @@ def verdict(found: Inquiry) -> list[str]:
 def _damage(found: Inquiry) -> Iterator[str]:
     if found.history is None:
         yield (
-            "Nothing can be said about damage without prompts of the domains (see “Not computed”). What follows is how "
-            "the parameters changed."
+            f"Nothing can be said about damage: the history was not computed "
+            f"({found.skipped.get('history', 'it needs prompts')}). What follows is how the parameters changed."
         )
         return
     one = found.focus
@@ -90,8 +90,11 @@ def _repair(found: Inquiry) -> Iterator[str]:
         if costly := [row for row in rows if _costs(row)]:
             worst = ", ".join(f"{name} {row.delta[name]:+.3g}" for row in costly[:1] for name in _costs(row))
             yield f"From {_percent(costly[0].budget)} on it costs another domain something that can be told ({worst})."
-        elif rows:
+        elif any(name in row.paired for row in rows for name in row.delta):
             yield "At none of these budgets does another domain lose anything that can be told from nothing."
+        elif rows:
+            why = "there are no scores per item" if rows[0].delta else "there are no prompts of one"
+            yield f"What it costs another domain was not tested: {why}."
     if (fresh := found.refreshed) is not None and fresh.row.recovery is not None:
         others = ", ".join(f"{name} {change:+.3g}" for name, change in fresh.row.delta.items())
         yield (

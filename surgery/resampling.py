@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ import torch
 from surgery.bench import Bench, name_of
 from surgery.entries import Mask, noun_of
 from surgery.neurons import Neurons
-from surgery.prompts import Batch
+from surgery.prompts import Batch, batches_of
 from surgery.rows import Evaluate, judged
 from surgery.scores import remembered
 from surgery.selection import Selector
@@ -104,9 +105,9 @@ def stability(
 
     Source: ours.
     """
-    batches = list(data)
+    batches = list(batches_of(data))
     prompts = sum(_rows(batch) for batch in batches)
-    if bad := [size for size in sizes if not 0 < size < prompts]:
+    if bad := [size for size in sizes if not isinstance(size, int) or not 0 < size < prompts]:
         raise ValueError(
             f"sizes: {bad[0]} of {prompts} prompts: expected sizes from 1 to {prompts - 1}, or more prompts"
         )
@@ -168,9 +169,14 @@ def _some(batches: list[Batch], chosen: torch.Tensor) -> list[Batch]:
     for batch in batches:
         rows = chosen[(chosen >= start) & (chosen < start + _rows(batch))].sort().values - start
         if len(rows):
-            found.append({name: value[rows.to(value.device)] for name, value in batch.items()})
+            found.append({name: _picked(value, rows) for name, value in batch.items()})
         start += _rows(batch)
     return found
+
+
+def _picked(value: Any, rows: torch.Tensor) -> Any:
+    """The rows of a tensor, or of a list of texts that a batch carries along."""
+    return value[rows.to(value.device)] if isinstance(value, torch.Tensor) else [value[row] for row in rows.tolist()]
 
 
 def _recoveries(bench: Bench, masks: dict[int, list[Mask]], metric: str | None) -> tuple[dict[int, list[float]], str]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.prompts import Batch, padded
+from surgery.hooks import evaluating
+from surgery.prompts import Batch, batches_of, check_fits, padded
 
 
 @dataclass(frozen=True)
@@ -36,19 +39,26 @@ def respond(
         model: the earlier model, live (``earlier_model(run)``), with a ``generate`` method.
         prompts: batches of ``{"input_ids", "attention_mask"}``, ``[batch, token]``; batches with labels are passed on.
         max_new_tokens: an answer is cut after so many tokens, and where the model's context ends.
-        temperature: of the sampling, from the model's whole distribution; 0 is greedy.
+        temperature: of the sampling, from the model's whole distribution; 0 is greedy. What the model's own generation
+            settings say (a repetition penalty, beams) is left out.
         seed: of the sampling; torch's own random state stays as it was.
-        path: JSON lines of token ids; if the file is there and answers the same prompts, it is read instead.
+        path: JSON lines of token ids; if the file is there and answers the same prompts, it is read instead. Which
+            model answered it does not know: give every model its own file.
 
     Returns:
         The batches, padded on the right, with ``labels`` on the answers (end-of-sequence token included).
 
     Raises:
-        ValueError: the file answers other prompts or was made with other settings, or a prompt leaves no room.
+        ValueError: the file answers other prompts or was made with other settings, a prompt leaves no room, or a
+            setting is out of range.
 
     Source: ours.
     """
-    batches, settings = list(prompts), _Settings(max_new_tokens, temperature, seed)
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens!r}: expected how many tokens, 1 or more")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature={temperature!r}: expected a number ≥ 0 (0 is greedy)")
+    batches, settings = list(batches_of(prompts)), _Settings(max_new_tokens, temperature, seed)
     asked = [_rows(batch) for batch in batches if "labels" not in batch]
     file = Path(path) if path is not None else None
     if file is not None and file.exists():
@@ -81,32 +91,50 @@ def _special(model: Any, name: str) -> list[int]:
 
 
 def _generate(model: Any, asked: list[list[list[int]]], settings: _Settings) -> list[list[list[int]]]:
-    device, training = next(model.parameters()).device, model.training
+    if not hasattr(model, "generate"):
+        raise ValueError(
+            f"{type(model).__name__} can't answer prompts (no generate): pass a causal LM, or batches with labels"
+        )
+    device = next(model.parameters()).device
     ends = _special(model, "eos_token_id")
     pad = (_special(model, "pad_token_id") or [0])[0]  # masked, and cut off behind the end
     limit = getattr(model.config, "max_position_embeddings", None)
     sampled = {"do_sample": True, "temperature": settings.temperature, "top_k": 0, "top_p": 1.0}
     how: dict[str, Any] = sampled if settings.temperature > 0 else {"do_sample": False}
     answers = []
-    model.eval()
-    try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.inference_mode():
-            torch.manual_seed(settings.seed)
-            for rows in asked:
-                length = max(map(len, rows))
-                room = settings.max_new_tokens if limit is None else min(settings.max_new_tokens, limit - length)
-                if room < 1:
-                    raise ValueError(f"a prompt has {length} tokens, which leaves no room in a context of {limit}")
-                ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows], device=device)
-                mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=device)
-                out: Tensor = model.generate(
-                    input_ids=ids, attention_mask=mask, max_new_tokens=room, pad_token_id=pad,
-                    eos_token_id=ends or None, use_cache=True, **how,
-                )  # fmt: skip
-                answers.append([_until(row, ends) for row in out[:, length:].tolist()])
-    finally:
-        model.train(training)
+    forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    with forked, torch.inference_mode(), evaluating(model), _own_settings(model):
+        torch.manual_seed(settings.seed)
+        for rows in asked:
+            length = max(map(len, rows))
+            room = settings.max_new_tokens if limit is None else min(settings.max_new_tokens, limit - length)
+            if room < 1:
+                raise ValueError(f"a prompt has {length} tokens, which leaves no room in a context of {limit}")
+            ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows], device=device)
+            mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=device)
+            check_fits(model, ids)
+            out: Tensor = model.generate(
+                input_ids=ids, attention_mask=mask, max_new_tokens=room, pad_token_id=pad,
+                eos_token_id=ends or None, use_cache=True, **how,
+            )  # fmt: skip
+            answers.append([_until(row, ends) for row in out[:, length:].tolist()])
     return answers
+
+
+@contextmanager
+def _own_settings(model: Any) -> Iterator[None]:
+    """While the body runs, the model's generation settings are the plain ones: generate adds what a call leaves open.
+
+    A repetition penalty or a minimum probability would make the answers those of another distribution.
+    """
+    from transformers import GenerationConfig
+
+    kept = model.generation_config
+    try:
+        model.generation_config = GenerationConfig()
+        yield
+    finally:
+        model.generation_config = kept
 
 
 def _until(row: list[int], ends: list[int]) -> list[int]:

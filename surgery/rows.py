@@ -78,11 +78,17 @@ def scored(values: Mapping[str, Score]) -> tuple[dict[str, float], dict[str, lis
     Items are rounded to float32, so that a row read from a file is the row that was written; a score is their mean.
 
     Raises:
-        ValueError: items in more than one dimension, none at all, or NaN among them.
+        ValueError: no names, something that is no number, items in more than one dimension, none at all, or NaN among
+            them.
     """
+    if not isinstance(values, Mapping) or not values:
+        raise ValueError(f'evaluate returned {str(values)[:60]!r}: expected scores by name, like {{"math": 0.8}}')
     metrics, items = {}, {}
     for name, value in values.items():
-        found = np.asarray(value.detach().cpu().double() if isinstance(value, Tensor) else value, dtype=np.float64)
+        try:
+            found = np.asarray(value.detach().cpu().double() if isinstance(value, Tensor) else value, dtype=np.float64)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"evaluate's {name!r}: expected a number, or one per item ({error})") from error
         if found.ndim > 1 or not found.size:
             raise ValueError(f"evaluate's {name!r} has the shape {found.shape}: expected a number, or one per item")
         if found.ndim and not np.isfinite(found).all():
@@ -90,6 +96,14 @@ def scored(values: Mapping[str, Score]) -> tuple[dict[str, float], dict[str, lis
         if found.ndim:
             items[name] = [_short_float(x) for x in found]
         metrics[name] = float(np.mean(items.get(name, found)))
+    return metrics, items
+
+
+def measured(values: Mapping[str, Score]) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """``scored``, and refused where a score as a whole is NaN or infinite: no model could be compared with it."""
+    metrics, items = scored(values)
+    if wrong := [name for name, score in metrics.items() if not np.isfinite(score)]:
+        raise ValueError(f"evaluate's {wrong[0]!r} is {metrics[wrong[0]]}: expected a finite number")
     return metrics, items
 
 
@@ -171,7 +185,7 @@ class Sweep:
         others = [name for name in self.rows[0].metrics if name != self.metric]
         columns: list[tuple[str, Callable[[Row], str]]] = [
             ("selector", lambda row: row.selector),
-            ("budget", lambda row: f"{100 * row.budget:g} %" if row.neurons else ""),
+            ("budget", lambda row: "" if row.selector in (EARLIER, LATER) else f"{100 * row.budget:g} %"),
             ("reverted", lambda row: str(row.neurons)),
             (self.metric, lambda row: f"{row.metrics[self.metric]:.4f}"),
             ("recovery", lambda row: _recovery(row, self.metric)),
@@ -201,10 +215,16 @@ class Sweep:
         return columns
 
     def _notes(self) -> list[str]:
-        """What the signs in the table mean; nothing where no row has items."""
+        """Why there is no recovery, and what the signs in the table mean where rows have items."""
+        risen = [
+            f"no recovery: {self.metric} did not fall from earlier ({before:.4f}) to later ({after:.4f}). Is another "
+            f"metric the damaged one (metric=), or are the checkpoints in the wrong order?"
+            for one, other in zip(self[EARLIER], self[LATER], strict=False)
+            if (before := one.metrics[self.metric]) <= (after := other.metrics[self.metric])
+        ]
         counts = {one.items for row in self.rows for one in row.paired.values()}
         if not counts:
-            return []
+            return ["", *risen] if risen else []
         tests = sum(len(row.paired) for row in self.rows if row.selector not in (EARLIER, LATER))
         many = f"{min(counts)} items" if len(counts) == 1 else f"{min(counts)} to {max(counts)} items"
         names = " and ".join(sorted({_TESTS[one.test] for row in self.rows for one in row.paired.values()}))
@@ -216,8 +236,8 @@ class Sweep:
             f"from earlier to later {self.metric} lost {one.gain:.4f} [{one.interval[0]:.4f}, {one.interval[1]:.4f}], "
             f"p = {one.p:.2g}; healed: the part of it that came back item by item, kept: of what was left"
             for row in self[EARLIER]
-            if (one := row.paired.get(self.metric))
-        ]
+            if (one := row.paired.get(self.metric)) and not risen
+        ] + risen
         unsure: dict[str, int] = {}
         for row in self.rows:
             if row.underpowered:

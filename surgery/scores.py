@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from surgery.deltas import check_finite, displacements
-from surgery.hooks import Routing, listening
+from surgery.hooks import Routing, evaluating, listening
 from surgery.layout import find_layout
 from surgery.neurons import Neurons
-from surgery.prompts import Batch, response_mask
+from surgery.prompts import Batch, batches_of, check_fits, response_mask, right_padded
 from surgery.slots import Block, Layout
 from surgery.trajectory import Trajectory
 from surgery.units import Units
@@ -46,7 +46,7 @@ def remember(score: Callable[P, Scores]) -> Callable[P, Scores]:
         if memory is None:
             return score(*args, **kwargs)
         held = (score.__name__, *args, *sorted(kwargs.items()))
-        key = tuple(_identity(value) for value in held)
+        key = tuple(identity(value) for value in held)
         if key not in memory:
             memory[key] = (held, score(*args, **kwargs))  # holding the arguments keeps their identities from reuse
         found: Scores = memory[key][1]
@@ -55,12 +55,12 @@ def remember(score: Callable[P, Scores]) -> Callable[P, Scores]:
     return wrapper
 
 
-def _identity(value: Any) -> Any:
+def identity(value: Any) -> Any:
     """A value by what it is where that is cheap to tell, else by which object it is."""
     if isinstance(value, tuple):
-        return tuple(_identity(one) for one in value)
+        return tuple(identity(one) for one in value)
     if isinstance(value, Trajectory):
-        return tuple(_identity(getattr(value, field.name)) for field in fields(value))
+        return tuple(identity(getattr(value, field.name)) for field in fields(value))
     return value if isinstance(value, str | int | float | None) else id(value)
 
 
@@ -85,8 +85,8 @@ def activation(
         Scores ≥ 0 in the units of the activations; sums in float32 per batch, float64 over batches.
 
     Raises:
-        ValueError: there is no token to average over, a prompt is longer than the model's context, or weights are
-            offloaded.
+        ValueError: there is no token to average over, a prompt is longer than the model's context or holds a token that
+            is not of its vocabulary, or weights are offloaded.
         RuntimeError: a hook did not fire (a model compiled before does not call hooks).
 
     Source: the paper ("most active neurons"); the statistic is ours.
@@ -94,17 +94,12 @@ def activation(
     layout = layout or find_layout(model, units=units)
     listeners = [_Listener(block) for block in layout.blocks]
     inner = getattr(model, "base_model", model)
-    training, device = model.training, next(model.parameters()).device
+    device = next(model.parameters()).device
     if device.type == "meta":
         raise ValueError("the model's weights are on the meta device (offloaded or empty): load it before listening")
-    limit = _context(model)
-    model.eval()
-    try:
-        with torch.inference_mode():
-            for batch in data:
-                _run(model, inner, batch, listeners, device, limit)
-    finally:
-        model.train(training)
+    with evaluating(model), torch.inference_mode():
+        for batch in map(right_padded, batches_of(data)):
+            _run(model, inner, batch, listeners, device)
     return _mean(layout, listeners, model)
 
 
@@ -137,14 +132,11 @@ class _Listener:
         self.counts += counts.double().cpu()
 
 
-def _run(
-    model: nn.Module, inner: Any, batch: Batch, listeners: list[_Listener], device: torch.device, limit: int | None
-) -> None:
+def _run(model: nn.Module, inner: Any, batch: Batch, listeners: list[_Listener], device: torch.device) -> None:
     from contextlib import ExitStack
 
+    check_fits(model, batch["input_ids"])
     ids = batch["input_ids"].to(device)
-    if limit is not None and ids.shape[1] > limit:
-        raise ValueError(f"a prompt has {ids.shape[1]} tokens, and the model's context is {limit}: shorten or drop it")
     with ExitStack() as stack:
         for listener in listeners:
             listener.fired = False
@@ -172,12 +164,6 @@ def _mean(layout: Layout, listeners: list[_Listener], model: nn.Module) -> Neuro
         never += [f"{block.name}[{e}]" for e in (counts == 0).nonzero().flatten().tolist()]
     made_by = {"activation": {"tokens": int(max(listener.counts.max() for listener in listeners))}}
     return Neurons(values, missing=missing, made_by={**made_by, **({"never_routed": never} if never else {})})
-
-
-def _context(model: nn.Module) -> int | None:
-    config: Any = getattr(model, "config", None)
-    limit = getattr(config, "max_position_embeddings", None) if config is not None else None
-    return limit if isinstance(limit, int) and limit > 0 else None
 
 
 @remember

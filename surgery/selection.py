@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
@@ -170,8 +171,10 @@ class DamageSelector:
         check_how(self.how)
         check_units(self.units)
         check_loss(self.loss)
-        if not self.weight >= 0:
+        if not isinstance(self.weight, int | float) or not 0 <= self.weight < math.inf:
             raise ValueError(f"weight={self.weight!r}: expected a number ≥ 0")
+        if self.protect is not None and not isinstance(self.protect, Mapping):
+            raise ValueError(f'protect= is a {type(self.protect).__name__}: expected prompts by name, {{"qa": data}}')
         if single(self.units):
             check_rounds_how(self.how)
             _check_unprotected(self.protect)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -15,7 +16,7 @@ from surgery.gradient_hooks import collecting
 from surgery.neurons import Neurons
 from surgery.opening import open_weights
 from surgery.operators import rollback
-from surgery.predictions import Divergence, Loss, positions
+from surgery.predictions import Divergence, Loss, positions, summed
 from surgery.prompts import Batch
 from surgery.slots import Block, Slot
 from surgery.strength_values import MOST, neurons_of
@@ -145,9 +146,9 @@ class _Along:
             collecting(self.model, self.live.layout, take),
         ):
             for batch in self.batches:
-                one = self.loss(self.model, batch) * int(positions(batch).sum())
+                one = summed(self.loss, self.model, batch)
                 one.backward()
                 value += float(one.detach())
-        if not bool(found.isfinite().all()):
-            raise ValueError("the gradient is NaN or infinite on these prompts")
+        if not bool(found.isfinite().all()) or not math.isfinite(value):
+            raise ValueError("the loss or its gradient is NaN or infinite on these prompts")
         return value / self.tokens, found

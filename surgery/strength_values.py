@@ -45,14 +45,15 @@ def applied(strength: Strength, mask: Mask) -> Tensor:
 
 
 def recorded(strength: Strength, mask: Mask) -> Any:
-    """A strength as JSON: the number, or the least, mean and most of those that a mask uses, and how many exceed 1."""
+    """A strength as JSON: the number, or of those that a mask uses least, mean and most, how many exceed 1 or are 0."""
     if not isinstance(strength, Neurons):
         return float(strength)
     used = applied(strength, mask)
     if not len(used):
-        return {"least": 0.0, "mean": 0.0, "most": 0.0, "beyond": 0}
+        return {"least": 0.0, "mean": 0.0, "most": 0.0, "beyond": 0, "unmoved": 0}
     low, mean, high = float(used.min()), float(used.double().mean()), float(used.max())
-    return {"least": low, "mean": mean, "most": high, "beyond": int((used > 1).sum())}
+    counts = {"beyond": int((used > 1).sum()), "unmoved": int((used == 0).sum())}
+    return {"least": low, "mean": mean, "most": high, **counts}
 
 
 def spoken(strength: Any) -> str:
@@ -60,4 +61,5 @@ def spoken(strength: Any) -> str:
     if not isinstance(strength, dict):
         return f"strength {strength}" + (", past the earlier values" if strength > 1 else "")
     past = f", {strength['beyond']} of them past the earlier values" if strength["beyond"] else ""
+    past += f", {strength['unmoved']} of them 0, which stay as they are" if strength["unmoved"] else ""
     return f"strengths from {strength['least']:.3g} to {strength['most']:.3g}, {strength['mean']:.3g} on average{past}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,19 @@ def earlier_model(run: Trajectory) -> Iterator[nn.Module]:
 
     Source: ours.
     """
+    model = run.model if run.model is not None else run.later if isinstance(run.later, nn.Module) else None
+    later = run.later if model is None else model
+    if later is not None and not _bare(later):
+        _opened(run, "earlier", open_weights(later, run.layout))  # another model is told before it is asked anything
     if isinstance(run.earlier, nn.Module):
         yield run.earlier
         return
-    model = run.model if run.model is not None else run.later if isinstance(run.later, nn.Module) else None
     if model is None:
+        if _bare(run.earlier):
+            raise ValueError(
+                "earlier is a bare mapping of tensors, which answers nothing by itself: pass a folder or an nn.Module, "
+                "or the later model live, Trajectory(..., model=model)"
+            )
         yield Trajectory(later=run.earlier).load()
         return
     live = open_weights(model, run.layout)
@@ -48,6 +56,10 @@ def earlier_model(run: Trajectory) -> Iterator[nn.Module]:
     on_disk = isinstance(run.later, str | Path | Checkpoint)
     with _swapped(names, live, source, _opened(run, "later", live) if on_disk else None):
         yield model
+
+
+def _bare(source: Source | None) -> bool:
+    return isinstance(source, Mapping) and not isinstance(source, Checkpoint)
 
 
 def _opened(run: Trajectory, name: str, live: Weights) -> Weights:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import product
 from pathlib import Path
 
 from torch import nn
 
-from surgery.bench import Bench, units_of
+from surgery.bench import Bench, at_budget, check_names, units_of
 from surgery.prompts import Batch
 from surgery.rows import Evaluate, Row, Sweep, judged
 from surgery.scores import remembered
@@ -49,11 +50,16 @@ def sweep(
         A ``Sweep``: rows, and a table when printed.
 
     Raises:
-        ValueError: the file is of other checkpoints, a selector has no budget, there is no such metric, models were
-            scored on different items, or ``evaluate`` changed the weights.
+        ValueError: the file is of other checkpoints, a selector has no budget, two selectors have one name, there is no
+            such metric, a score is NaN, models were scored on different metrics or items, or ``evaluate`` changed the
+            weights.
 
     Source: the paper's Table 6 and Figure 13 in kind.
     """
+    selectors, budgets = list(selectors), list(budgets)  # generators too are gone through more than once
+    for selector, budget in product(selectors, budgets):  # said now, and not after hours of evaluations
+        at_budget(selector, budget)
+    check_names(selectors)
     bench = Bench(model, run, data, evaluate, path, progress)
     later, earlier = bench.later(), bench.earlier()
     metric = metric_of(earlier, later, metric)

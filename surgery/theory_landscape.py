@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from surgery.checkpoint import Checkpoint
+from surgery.hooks import evaluating
 from surgery.opening import open_weights
 from surgery.predictions import Distillation, Loss, distillation, positions, predicting
 from surgery.prompts import Batch
@@ -165,21 +166,18 @@ def differentiable(model: Any) -> Iterator[None]:
     """
     experts = model.get_experts_implementation() if getattr(model, "_can_set_experts_implementation", bool)() else None
     padding = {one: one.padding_idx for one in model.modules() if isinstance(one, nn.Embedding)}
-    training = model.training
-    model.eval()
     try:
         for one in padding:
             one.padding_idx = None
         if experts is not None:
             model.set_experts_implementation("eager")
-        with sdpa_kernel(SDPBackend.MATH):
+        with evaluating(model), sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
         if experts is not None:
             model.set_experts_implementation(experts)
         for one, index in padding.items():
             one.padding_idx = index
-        model.train(training)
 
 
 def _points(run: Trajectory) -> tuple[nn.Module, Vector, Vector]:

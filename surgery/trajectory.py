@@ -124,7 +124,9 @@ class Trajectory:
         return self.stages[name]
 
     def load(self, device: Any = None, dtype: Any = None) -> nn.Module:
-        """The later model, live and in eval mode.
+        """The later model, live; read from a folder it is in eval mode.
+
+        A model that is live already is returned as it is, or moved and converted in place where that is asked for.
 
         Args:
             device: where to put it (default: where it is, or the CPU).

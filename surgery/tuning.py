@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -118,7 +119,7 @@ def recommend(
     limits, grid = dict(limits or {}), sorted(set(budgets))
     if not grid or not 0 < grid[0] <= grid[-1] <= 1:
         raise ValueError(f"budgets={list(budgets)!r}: expected fractions in (0, 1], like [0.01, 0.02, 0.04]")
-    if recovery <= 0:
+    if not 0 < recovery < math.inf:
         raise ValueError(f"recovery={recovery!r}: expected a fraction above 0 (0.8 is 80 % of what was lost)")
     bench = Bench(model, run, data, evaluate, path, progress)
     later, earlier = bench.later(), bench.earlier()
@@ -158,6 +159,8 @@ def _check(limits: Mapping[str, float], metric: str, earlier: Row, later: Row) -
     for name in limits:
         if name not in others:
             raise ValueError(f"limits: {name!r} is none of the other metrics, which are {others}")
+        if math.isnan(limits[name]):
+            raise ValueError(f"limits: that of {name!r} is NaN: expected the least change allowed, like -0.002")
     if earlier.metrics[metric] <= later.metrics[metric]:
         raise ValueError(
             f"{metric!r} did not fall from earlier ({earlier.metrics[metric]:.4f}) to later "

@@ -12,7 +12,7 @@ from surgery.attribution import answered
 from surgery.entries import Entries, shapes_of
 from surgery.gradient_hooks import as_live, collecting, in_runs
 from surgery.opening import Weights, open_weights
-from surgery.predictions import Divergence, Loss, positions
+from surgery.predictions import Divergence, Loss, positions, summed
 from surgery.prompts import Batch
 from surgery.scratch import zeros_on_disk
 from surgery.slots import Block, Slot
@@ -92,7 +92,7 @@ def entry_gains(run: Trajectory, data: Iterable[Batch], *, loss: Loss | Divergen
     tokens, value = sum(int(positions(batch).sum()) for batch in batches), 0.0
     with collecting(model, live.layout, add):
         for batch in batches:
-            one = loss(model, batch) * int(positions(batch).sum())
+            one = summed(loss, model, batch)
             one.backward()
             value += float(one.detach())
     _times_change(flat, starts, live, earlier, tokens)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from surgery.budget import Allocation
 from surgery.entries import Entries, shapes_of
+from surgery.hooks import evaluating
 from surgery.operators import rollback
 from surgery.predictions import Divergence, Loss, positions
 from surgery.scores import remember
@@ -161,12 +162,6 @@ def _tried(run: Trajectory, gains: Gains, order: Tensor, start: int) -> list[Poi
 
 def _mean(gains: Gains) -> float:
     """The loss of the model as it is now, per token."""
-    training, total = gains.model.training, 0.0
-    gains.model.eval()
-    try:
-        with torch.no_grad():
-            for batch in gains.batches:
-                total += float(gains.loss(gains.model, batch)) * int(positions(batch).sum())
-    finally:
-        gains.model.train(training)
+    with evaluating(gains.model), torch.no_grad():
+        total = sum(float(gains.loss(gains.model, batch)) * int(positions(batch).sum()) for batch in gains.batches)
     return total / gains.tokens

@@ -134,6 +134,8 @@ def test_nothing_is_damaged_where_nothing_changed():
     found = damage(Trajectory(earlier=earlier, later=copy.deepcopy(earlier)), batches(labels=True))
     assert all(not found[name].any() for name in found)
     assert found.made_by["damage"]["loss"] == 0
+    with pytest.raises(ValueError, match="every score is zero"):  # and not the first neurons of the model
+        DamageSelector(0.1).select(Trajectory(earlier=earlier, later=earlier), batches(labels=True))
 
 
 def test_a_loss_of_ones_own():
@@ -217,6 +219,46 @@ def test_what_damage_needs(what):
     else:
         with pytest.raises(ValueError, match="no forward pass"):
             damage(Trajectory(earlier=earlier, later=dict(later.state_dict())), data)
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda model, batch: None, r"no scalar that depends on the weights \(but NoneType\)"),
+        (lambda model, batch: 1.0, r"\(but float\)"),
+        (lambda model, batch: model(input_ids=batch["input_ids"]).logits, r"\(of shape \[3, 11, 64\]\)"),
+        (lambda model, batch: model(input_ids=batch["input_ids"]).logits.mean().detach(), "depends on the weights"),
+        (lambda model, batch: model(input_ids=batch["input_ids"]).logits.mean() * float("nan"), "gradient is NaN or"),
+    ],
+)
+def test_a_loss_that_is_none_is_refused(loss, message):
+    """Prompts without labels have no loss of the model's own: that was a TypeError of None and int."""
+    earlier, later = pair("qwen3")
+    with pytest.raises(ValueError, match=message):
+        damage(Trajectory(earlier=earlier, later=later), batches(labels=True), loss=loss)
+
+
+def test_nan_in_a_checkpoint_is_named():
+    """The tensor is, and not the scores that it made NaN."""
+    earlier, later = pair("qwen3")
+    with torch.no_grad():
+        earlier.model.layers[1].mlp.up_proj.weight[3, 2] = float("nan")
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp.*NaN"):
+        damage(Trajectory(earlier=earlier, later=later), batches(labels=True))
+
+
+def test_labelled_prompts_longer_than_the_context_are_refused():
+    """Rotary positions go on beyond it, and the scores would be those of a model that nobody has trained there."""
+    earlier, later = pair("qwen3")
+    ids = torch.ones(1, 65, dtype=torch.long)
+    with pytest.raises(ValueError, match="a prompt has 65 tokens, and the model's context is 64"):
+        damage(Trajectory(earlier=earlier, later=later), [{"input_ids": ids, "labels": ids}])
+
+
+def test_a_compiled_model_is_told():
+    earlier, later = pair("qwen3")
+    with pytest.raises(ValueError, match=r"compiled one .* model\._orig_mod"):
+        damage(Trajectory(earlier=earlier, later=torch.compile(later)), batches(labels=True))
 
 
 def test_the_loss_knows_only_what_it_was_asked():
@@ -311,6 +353,14 @@ def test_a_named_loss_is_the_gradient_of_its_definition(family):
     chosen = DamageSelector(0.2, loss="hellinger").select(run, data)
     assert chosen.equal(top(found, allocate(found, 0.2, how="global")))
     assert chosen.made_by["selector"]["loss"] == "hellinger"
+
+
+def test_a_wrong_guard_is_told():
+    for wrong in ("1", -0.1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="expected a number ≥ 0"):
+            DamageSelector(0.1, weight=wrong)
+    with pytest.raises(ValueError, match="expected prompts by name"):
+        DamageSelector(0.1, protect=[{"input_ids": torch.ones(1, 2)}])
 
 
 def test_losses_have_names():

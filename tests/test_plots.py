@@ -28,6 +28,17 @@ def test_dose_response_draws_recovery_in_percent(tmp_path: Path) -> None:
     assert (tmp_path / "figure.png").stat().st_size > 0
 
 
+def test_a_budget_of_0_has_no_place_on_the_axis_and_no_recovery_none_at_all() -> None:
+    """From 0 % recovered of nothing a level line was drawn; where the metric rose saving ended inside matplotlib."""
+    references = (Row(EARLIER, 0, 0, {"math": 1.0}, 0.1), Row(LATER, 0, 0, {"math": 0.5}, 0.1))
+    rows = [Row("M", budget, 4, {"math": 1.0}, 0.1, recovery) for budget, recovery in ((0.0, 0.0), (0.02, 0.3))]
+    lines = {line.get_label(): line for line in dose_response(Sweep("math", (*references, *rows))).get_lines()}
+    assert list(lines["M"].get_xdata()) == [2.0]
+    risen = [Row("M", 0.02, 4, {"math": 1.0}, 0.1)]
+    with pytest.raises(ValueError, match="no row has a recovery of math, which did not fall: nothing to draw"):
+        dose_response(Sweep("math", (*references, *risen)))
+
+
 def test_layer_budgets_draws_counts() -> None:
     ax = layer_budgets({"A": {"layers.0": 1, "layers.1": 5}, "M": {"layers.0": 3, "layers.1": 3}})
     assert [list(line.get_ydata()) for line in ax.get_lines()] == [[1, 5], [3, 3]]

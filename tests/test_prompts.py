@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import build
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -141,6 +142,14 @@ def test_the_folder_of_a_tokenizer(tmp_path):
     path = lines(tmp_path / "p", {"prompt": "ab"})
     for where in (tmp_path / "tokenizer", str(tmp_path / "tokenizer")):
         assert torch.equal(load_prompts(path, where)[0]["input_ids"], load_prompts(path, TOKENIZER)[0]["input_ids"])
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt2"])
+def test_a_checkpoint_without_a_tokenizer_is_refused(tmp_path, family):
+    """transformers makes an empty tokenizer of such a folder: every prompt was a prompt of no tokens."""
+    build(family).config.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"model has no tokenizer of its own: copy tokenizer\.json"):
+        load_prompts(lines(tmp_path / "p", {"prompt": "ab", "response": "c"}), tmp_path / "model")
 
 
 BAD = {

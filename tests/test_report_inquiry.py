@@ -108,7 +108,7 @@ def test_without_prompts_it_says_what_it_would_need():
     assert (found.changes, found.changed, found.directions) != (None, None, None)
     assert set(found.skipped) == set(PARTS) - {"changes", "changed", "directions"}
     assert "--data domain=file" in found.skipped["history"]
-    assert "prompts of the domains" in verdict(found)[0]
+    assert "not computed (prompts of a domain or more: data=" in verdict(found)[0]
 
 
 def test_two_checkpoints_have_no_two_updates_to_compare():
@@ -119,6 +119,7 @@ def test_two_checkpoints_have_no_two_updates_to_compare():
     assert found.skipped["terms"] == "left out, as asked"
     assert found.focus.domain == "math"
     assert {row.selector for row in found.rollback} == {"earlier", "later", "ceiling (all MLP neurons)", "D", "random"}
+    assert "What it costs another domain was not tested: there are no prompts of one." in verdict(found)
 
 
 def test_where_nothing_was_lost_nothing_is_repaired():
@@ -189,6 +190,7 @@ def test_what_is_told_is_told_of_the_prompts_that_chose_nothing(whole):
 def test_one_prompt_can_not_choose_and_measure():
     found = analyse(lab(), prompts("math", limit=1))
     assert "two prompts or more of math" in found.skipped["history"]
+    assert "two prompts or more of math" in verdict(found)[0]  # and not that there are no prompts
 
 
 def test_prompts_without_responses_are_answered_by_their_own_stage(tmp_path):
@@ -204,6 +206,12 @@ def test_prompts_without_responses_are_answered_by_their_own_stage(tmp_path):
 def test_what_can_not_be_analysed_is_refused():
     with pytest.raises(ValueError, match="skip='theory': expected some of changes"):
         analyse(lab(), skip=["theory"])
+    with pytest.raises(ValueError, match="budget=2: expected a fraction"):  # before hours of evidence
+        analyse(lab(), prompts("math"), budgets=[0.1, 2])
+    with pytest.raises(ValueError, match="which domain the prompts are of"):
+        analyse(lab(), prompts("math")["math"])
+    with pytest.raises(ValueError, match=r"data is 'math\.jsonl': read the file first"):
+        analyse(lab(), {"math": "math.jsonl"})
     different = Trajectory.through({"a": build("llama"), "b": build("gpt2")})
     with pytest.raises(ValueError):
         analyse(different)

@@ -68,6 +68,8 @@ def test_rows_keep_their_own_tensors_and_lengths():
     assert [batch["input_ids"].shape for batch in found] == [(2, 9), (1, 12)]
     assert torch.equal(found[0]["input_ids"], batches[0]["input_ids"][[1, 4]])
     assert torch.equal(found[1]["labels"], batches[2]["labels"][[5]])
+    texts = [{**batch, "text": [f"{at}.{row}" for row in range(6)]} for at, batch in enumerate(batches)]
+    assert _some(texts, torch.tensor([17, 1, 4]))[0]["text"] == ["0.1", "0.4"]  # as a DataLoader carries them along
     whole = _some(batches, torch.randperm(18))
     assert all(torch.equal(a[k], b[k]) for a, b in zip(whole, batches, strict=True) for k in a)
 
@@ -155,6 +157,7 @@ def test_what_cannot_be_asked(models):
     for sizes, draws, message in (
         ((18,), 5, "18 of 18 prompts.*from 1 to 17"),
         ((0,), 5, "0 of 18"),
+        ((0.5,), 5, "0.5 of 18"),
         ((4,), 1, "2 or more"),
     ):
         with pytest.raises(ValueError, match=message):

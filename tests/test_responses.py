@@ -9,7 +9,7 @@ import torch
 from families import build
 from test_scores import batches
 
-from surgery import respond
+from surgery import Trajectory, activation, damage, distillation, likelihood, respond
 
 FEW = 6
 
@@ -51,12 +51,50 @@ def test_samples_come_from_the_whole_distribution():
     """The first token's frequencies beside the model's probabilities, whatever its generation settings say."""
     model = build("qwen3")
     model.generation_config.top_k, model.generation_config.temperature = 1, 0.1
+    model.generation_config.repetition_penalty, model.generation_config.min_p = 3.0, 0.9
+    settings = model.generation_config
     prompt = {"input_ids": torch.tensor([[5, 9, 11]] * 4000), "attention_mask": torch.ones(4000, 3, dtype=torch.long)}
     (given,) = respond(model, [prompt], max_new_tokens=1)
     with torch.inference_mode():
         p = model(input_ids=torch.tensor([[5, 9, 11]])).logits[0, -1].softmax(-1)
     seen = torch.bincount(given["input_ids"][:, 3], minlength=64) / 4000
     assert float((seen - p).abs().sum()) < 0.12
+    assert model.generation_config is settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens=0: expected how many tokens"),
+        ({"temperature": -1.0}, "temperature=-1.0: expected a number ≥ 0"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings, message):
+    """A temperature below 0 was greedy without a word."""
+    with pytest.raises(ValueError, match=message):
+        respond(build("qwen3"), batches(labels=False), **settings)
+
+
+def test_a_model_without_a_head_is_told():
+    with pytest.raises(ValueError, match=r"Qwen3Model can't answer prompts"):
+        respond(build("qwen3").model, batches(labels=False))
+
+
+def test_every_module_is_in_the_mode_that_it_was_in():
+    """A part that its owner holds in eval mode while the rest trains stays so: for answers, scores and evaluations."""
+    model, earlier = build("qwen3").train(), build("qwen3", seed=1)
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    asked, run = batches(labels=True), Trajectory(earlier=earlier, later=model)
+    respond(model, batches(labels=False), max_new_tokens=2)
+    assert [module.training for module in model.modules()] == modes
+    activation(model, asked)
+    assert [module.training for module in model.modules()] == modes
+    distillation(model, asked)
+    likelihood({"math": asked})(model)
+    damage(run, asked)
+    assert [module.training for module in model.modules()] == modes
 
 
 def test_answered_batches_pass_through():

@@ -20,9 +20,13 @@ from surgery import (
     activation,
     allocate,
     conflict,
+    damage,
     deltas,
     find_layout,
+    likelihood,
     magnitude,
+    respond,
+    reversal_cost,
     rollback,
     scores,
     top,
@@ -190,11 +194,65 @@ def test_listening_leaves_no_trace(family):
     marks = [(len(m._forward_pre_hooks), len(m._forward_hooks), sorted(vars(m))) for m in model.modules()]
     before = {name: tensor.clone() for name, tensor in State(model).items()}
     activation(model, [batch])
-    with pytest.raises(IndexError):
-        activation(model, [batch, {"input_ids": torch.full((1, 3), 99_999)}])
+    fails = model.get_submodule("model.norm").register_forward_hook(lambda *_: {}["no"])
+    with pytest.raises(KeyError):
+        activation(model, [batch])
+    fails.remove()
     assert model.training
     assert marks == [(len(m._forward_pre_hooks), len(m._forward_hooks), sorted(vars(m))) for m in model.modules()]
     assert all(torch.equal(tensor, before[name]) for name, tensor in State(model).items())
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen3"])
+def test_padding_on_the_left_changes_nothing(family):
+    """GPT-2 counts its positions from the left end of the batch: a generation's batches gave other scores."""
+    right = batches(labels=False)
+    left = []
+    for batch in right:
+        gaps = (batch["attention_mask"] == 0).sum(1).tolist()
+        left.append({k: torch.stack([v.roll(n) for v, n in zip(t, gaps, strict=True)]) for k, t in batch.items()})
+        left[-1]["text"] = ["carried along"] * len(gaps)
+    model, earlier = build(family), build(family, seed=1)
+    for labelled in (False, True):
+        if labelled:
+            for batch in (*right, *left):
+                batch["labels"] = batch["input_ids"].where(batch["attention_mask"].bool(), torch.tensor(-100))
+        A, B = activation(model, right), activation(model, left)
+        assert all(torch.allclose(A[name], B[name], atol=1e-6) for name in A)
+        score = likelihood({"math": right})(model)["math"], likelihood({"math": left})(model)["math"]
+        assert score[0] == pytest.approx(score[1], abs=1e-5)
+    run = Trajectory(earlier=earlier, later=model)
+    A, B = damage(run, right), damage(run, left)
+    assert A.made_by["damage"]["tokens"] == B.made_by["damage"]["tokens"]
+    assert all(torch.allclose(A[name], B[name], atol=1e-5) for name in A)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("math.jsonl", r"data is 'math\.jsonl': read the file first, load_prompts"),
+        (batches(labels=True)[0], "data is one batch: put it into a list"),
+        (["1 + 1 ="], "data holds a str: expected batches like"),
+        ([{"prompt": "1 + 1 ="}], r"data holds a batch of \['prompt'\]"),
+        ([{"input_ids": torch.ones(3, dtype=torch.long)}], r"input_ids of the shape \[3\]"),
+        ([{"input_ids": torch.ones(0, 3, dtype=torch.long)}], r"input_ids of the shape \[0, 3\]"),
+        ([{"input_ids": torch.full((1, 3), 99_999)}], "hold token 99999 .* 64 of them: .* another model's tokenizer"),
+        ([{"input_ids": torch.ones(1, 65, dtype=torch.long)}], "65 tokens, and the model's context is 64|in a context"),
+    ],
+)
+def test_data_that_is_none_is_refused(data, message):
+    """A file's name, one batch, texts, another tokenizer's ids: what people pass first ended in a traceback."""
+    model, earlier = build("qwen3"), build("qwen3", seed=1)
+    run = Trajectory(earlier=earlier, later=model)
+    for use in (
+        lambda: activation(model, data),
+        lambda: damage(run, data),
+        lambda: respond(model, data, max_new_tokens=1),
+        lambda: reversal_cost(run, data),
+        lambda: likelihood({"math": data})(model),
+    ):
+        with pytest.raises(ValueError, match=message):
+            use()
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])

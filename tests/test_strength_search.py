@@ -82,11 +82,15 @@ def law_each(later: nn.Module, earlier: nn.Module, mask: Neurons | Entries, unit
             eps = float(torch.finfo(now[name].dtype).eps)
             assert torch.allclose(now[name].double(), want[name].double(), rtol=2 * eps, atol=1e-6), name
     assert done.changed > 0
-    assert set(done.strength) == {"least", "mean", "most", "beyond"}
+    assert set(done.strength) == {"least", "mean", "most", "beyond", "unmoved"}
     assert (done.strength["least"], done.strength["most"]) == (0, 1.75)
     assert f"{done.strength['beyond']} {done.noun} went beyond the earlier values" in str(done)
     if isinstance(mask, Neurons):
         assert done.strength["beyond"] == sum(int((strength[n][mask[n]] > 1).sum()) for n in mask)
+        assert done.strength["unmoved"] == sum(int((strength[n][mask[n]] == 0).sum()) for n in mask)
+    assert f"{done.strength['unmoved']} of them 0, which stay as they are" in str(
+        done
+    )  # strengths of another mask, say
 
 
 @pytest.mark.parametrize(

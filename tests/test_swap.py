@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import FAMILIES
+from families import FAMILIES, build
 from test_attribution import pair
 from test_scores import batches
 
@@ -84,3 +84,17 @@ def test_loaded_beside_it_where_names_can_not_be_told(tmp_path, monkeypatch):
     with earlier_model(Trajectory(earlier=tmp_path / "earlier", later=later)) as model:
         assert model is not later
         assert torch.equal(logits(model), logits(earlier))
+
+
+def test_another_model_and_a_bare_mapping_are_told_before_they_are_asked(tmp_path):
+    earlier, later = build("gpt2"), build("qwen3")
+    later.save_pretrained(tmp_path)
+    for one in (later, str(tmp_path)):
+        with pytest.raises(ValueError, match="different models"), earlier_model(Trajectory(earlier=earlier, later=one)):
+            pass
+    run = Trajectory(earlier=dict(later.state_dict()), later=str(tmp_path))
+    with (
+        pytest.raises(ValueError, match="earlier is a bare mapping of tensors, which answers nothing"),
+        earlier_model(run),
+    ):
+        pass

@@ -12,6 +12,7 @@ from torch import nn
 
 from surgery import (
     AMCSelector,
+    DamageSelector,
     Neurons,
     RandomSelector,
     Trajectory,
@@ -229,7 +230,11 @@ def test_nothing_lost_is_no_recovery(models):
     )  # fmt: skip
     assert [row.recovery for row in found] == [None] * 4
     assert found.metric == "code"
-    assert len(str(found).splitlines()) == 5
+    assert str(found).splitlines()[5:] == [
+        "",
+        "no recovery: code did not fall from earlier (0.5000) to later (0.5000). Is another metric the damaged one "
+        "(metric=), or are the checkpoints in the wrong order?",
+    ]
 
 
 def test_a_selector_without_a_budget_and_an_unknown_metric_are_refused(models):
@@ -291,3 +296,93 @@ def test_an_evaluation_that_changes_the_weights_is_an_error(models):
 
     with pytest.raises(ValueError, match="changed the weights"):
         sweep(models["later"], run, None, selectors=SELECTORS[2:3], budgets=[0.1], evaluate=evaluate)
+
+
+def test_every_budget_is_checked_before_anything_is_evaluated(models):
+    """A budget out of range is said at once, not after hours of evaluations of the others."""
+    evaluate = Evaluate(models["earlier"])
+    with pytest.raises(ValueError, match=r"budget=1\.5: expected a fraction"):
+        sweep(
+            models["later"], Trajectory(**models), None, selectors=SELECTORS[2:], budgets=[0.1, 1.5], evaluate=evaluate
+        )
+    assert evaluate.calls == 0
+
+
+@dataclass(frozen=True)
+class Named:
+    """A selector whose name says nothing of its seed."""
+
+    budget: float
+    choice: object
+    name: str = "mine"
+
+    def select(self, run, data=None):
+        return RandomSelector(self.budget, id(self.choice) % 1000).select(run)
+
+
+def test_two_selectors_of_one_name_are_refused(models):
+    """Two losses, say: the second one's rows would be the first one's, without a word."""
+    arguments = dict(budgets=[0.1], evaluate=Evaluate(models["earlier"]))
+    one, other = Named(0.0, object()), Named(0.0, object())
+    with pytest.raises(ValueError, match="both called 'mine'"):
+        sweep(models["later"], Trajectory(**models), None, selectors=[one, other], **arguments)
+    losses = [DamageSelector(0.0, loss=lambda model, batch: model(**batch).loss) for _ in range(2)]
+    with pytest.raises(ValueError, match=r"both called 'D \(own loss\)'"):
+        sweep(models["later"], Trajectory(**models), data(), selectors=losses, **arguments)
+    assert len(sweep(models["later"], Trajectory(**models), None, selectors=[one, one], **arguments)) == 5
+
+
+@pytest.mark.parametrize(
+    ("score", "message"),
+    [
+        (0.5, r"evaluate returned '0\.5': expected scores by name"),
+        ({}, r"evaluate returned '\{\}'"),
+        ({"math": "good"}, "evaluate's 'math': expected a number"),
+        ({"math": None}, "evaluate's 'math' is nan"),
+        ({"math": float("nan")}, "evaluate's 'math' is nan: expected a finite number"),
+        ({"math": torch.tensor(float("-inf"))}, "evaluate's 'math' is -inf"),
+    ],
+)
+def test_what_is_no_score_is_refused(models, score, message):
+    """NaN gave a table of NaN and a recovery left blank; the others a traceback."""
+    with pytest.raises(ValueError, match=message):
+        sweep(models["later"], Trajectory(**models), None, selectors=[], budgets=[], evaluate=lambda _: score)
+
+
+def test_selectors_and_budgets_may_be_generators(models):
+    """They are gone through more than once: no row at all was the result."""
+    one, each = iter(SELECTORS[2:]), iter(BUDGETS)
+    evaluate = Evaluate(models["earlier"])
+    assert len(sweep(models["later"], Trajectory(**models), None, selectors=one, budgets=each, evaluate=evaluate)) == 7
+
+
+def test_every_model_has_the_same_metrics(models, tmp_path):
+    """One that is missing or new is refused where it is measured, and is not written down as a row."""
+    calls, file = [], tmp_path / "new" / "rows.jsonl"
+
+    def evaluate(model):
+        calls.append(1)
+        return {"math": 0.5, **({} if len(calls) == 3 else {"qa": 0.5})}
+
+    arguments = dict(selectors=[], budgets=[], path=file)
+    with pytest.raises(
+        ValueError, match=r"'ceiling \(all MLP neurons\)' has the metrics \['math'\], and 'later' \['math', "
+    ):
+        sweep(models["later"], Trajectory(**models), None, **arguments, evaluate=evaluate)
+    assert len(file.read_text().splitlines()) == 3  # the head, later and earlier
+    assert len(sweep(models["later"], Trajectory(**models), None, **arguments, evaluate=evaluate)) == 3
+
+
+def test_a_line_that_is_no_row_is_refused_by_name(models, tmp_path):
+    run, file = Trajectory(**models), tmp_path / "sweep.jsonl"
+    arguments = dict(selectors=[], budgets=[], evaluate=Evaluate(models["earlier"]), path=file)
+    sweep(models["later"], run, None, **arguments)
+    file.write_text(file.read_text() + '{"prompt": "1+1="}\n')
+    with pytest.raises(ValueError, match=r"sweep\.jsonl holds a line that is no row of a sweep"):
+        sweep(models["later"], run, None, **arguments)
+
+
+def test_a_budget_that_buys_nothing_keeps_its_budget_in_the_table(models):
+    arguments = dict(selectors=SELECTORS[2:3], budgets=[0.0, 0.001], evaluate=Evaluate(models["earlier"]))
+    *_, none, few = str(sweep(models["later"], Trajectory(**models), None, **arguments)).splitlines()
+    assert (none.split()[1:4], few.split()[1:4]) == (["0", "%", "0"], ["0.1", "%", "0"])

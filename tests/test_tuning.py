@@ -209,6 +209,8 @@ def test_what_cannot_be_asked(models):
         (dict(budgets=[0.0, 0.1]), Planted(models), "expected fractions in"),
         (dict(budgets=[1.5]), Planted(models), "expected fractions in"),
         (dict(recovery=0.0), Planted(models), "expected a fraction above 0"),
+        (dict(recovery=float("nan")), Planted(models), "expected a fraction above 0"),
+        (dict(limits={"qa": float("nan")}), Planted(models), "that of 'qa' is NaN"),
         ({}, rise, "did not fall from earlier"),
         ({}, "perplexity", 'or "lm_eval:task,task"'),
     ):

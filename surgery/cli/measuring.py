@@ -140,5 +140,6 @@ def tune(
         raise typer.Exit(1)
     words = [*checkpoints, *(["--data", str(data)] if data else []), "--selector", selector, "--how", how]
     words += ["--units", units] if units != "mlp" else []
+    words += ["--layout", str(layout)] if layout else []
     words += ["--no-stop"] if no_stop else []
-    out.print(f"\nsurgery select {shlex.join(words)} --budget {found.budget:g} -o mask.safetensors", markup=False)
+    out.print(f"\nsurgery select {shlex.join(words)} --budget {found.budget} -o mask.safetensors", markup=False)

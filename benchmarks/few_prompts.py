@@ -8,6 +8,7 @@ by some of them, drawn several times: how much the masks agree, and how much eac
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -93,7 +94,9 @@ def picture(found: list[Stability]) -> Figure:
     for ax, one in zip(axes[1:], found, strict=True):
         prompt_stability(one, ax, of="recovery")
         ax.set_ylim(min(0, *every), 1.05 * max(every))
-        ax.set_title(f"{one.selector}: recovery", fontsize="medium")
+        ax.set_title(re.sub(r"units \((.*?)\)", r"\1", one.selector), fontsize="medium")
+        for text in ax.get_legend().get_texts():
+            text.set_text(text.get_text().partition(", ")[0])
     return figure
 
 

@@ -445,7 +445,11 @@ def test_folders_in_bfloat16_are_read_in_float32(family, tmp_path):
 def test_what_is_found_prints_and_is_saved(tmp_path):
     land = land_of("qwen3", dtype=torch.float32)
     span = eigenspace(land, 3, mask=every(land), steps=6)
-    scores = damage(Trajectory(earlier=land.model, later=copy.deepcopy(land.model)), DATA)
+    later = copy.deepcopy(land.model)
+    with torch.no_grad():
+        for name, parameter in later.named_parameters():
+            parameter.add_(land.delta[name])
+    scores = damage(Trajectory(earlier=land.model, later=later), DATA)
     spectrum = damage_spectrum(land, span, draws=2, ranked={"D": scores})
     moved = contraction(land, span, steps=2, others={"code": DATA}, bounds=curvature_bounds(land, span, steps=3))
     assert [size for size, _ in spectrum.ranked["D"]][-1] == coordinates(land, every(land)).dimension

@@ -6,8 +6,9 @@ import argparse
 import json
 from pathlib import Path
 
+from surgery.judging import judged
 from surgery.plots import dose_response
-from surgery.rows import EARLIER, LATER, Row, Sweep, judged
+from surgery.rows import EARLIER, LATER, Row, Sweep
 
 
 def read(path: Path, metric: str) -> Sweep:

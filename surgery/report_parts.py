@@ -21,13 +21,14 @@ from surgery.evidence_overlap import Overlap, overlap
 from surgery.evidence_profile import Profile, profile
 from surgery.gradient_cosines import Gradients, gradients
 from surgery.histories import History, Lost, history
+from surgery.judging import judged
 from surgery.neurons import Neurons
 from surgery.predictions import distillation, positions
 from surgery.prompts import Batch
 from surgery.refresh_report import Refresh
 from surgery.refreshing import refresh
 from surgery.responses import respond
-from surgery.rows import EARLIER, LATER, Evaluate, Row, Sweep, judged, measured
+from surgery.rows import EARLIER, LATER, Evaluate, Row, Sweep, measured
 from surgery.scores import activation, magnitude
 from surgery.selection import AMCSelector, DamageSelector, RandomSelector, Selector
 from surgery.swap import earlier_model

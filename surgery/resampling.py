@@ -13,9 +13,10 @@ import torch
 
 from surgery.bench import Bench, name_of
 from surgery.entries import Mask, noun_of
+from surgery.judging import judged
 from surgery.neurons import Neurons
 from surgery.prompts import Batch, batches_of
-from surgery.rows import Evaluate, judged
+from surgery.rows import Evaluate
 from surgery.scores import remembered
 from surgery.selection import Selector
 from surgery.sweeps import metric_of

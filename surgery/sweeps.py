@@ -9,8 +9,9 @@ from pathlib import Path
 from torch import nn
 
 from surgery.bench import Bench, at_budget, check_names, units_of
+from surgery.judging import judged
 from surgery.prompts import Batch
-from surgery.rows import Evaluate, Row, Sweep, judged
+from surgery.rows import Evaluate, Row, Sweep
 from surgery.scores import remembered
 from surgery.selection import Selector
 from surgery.trajectory import Trajectory

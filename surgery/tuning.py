@@ -12,8 +12,9 @@ from torch import nn
 
 from surgery.bench import Bench, units_of
 from surgery.entries import Mask
+from surgery.judging import compared, judged
 from surgery.prompts import Batch
-from surgery.rows import Evaluate, Row, Sweep, compared, judged, points
+from surgery.rows import Evaluate, Row, Sweep, points
 from surgery.scores import remembered
 from surgery.selection import Selector
 from surgery.significance import underpowered

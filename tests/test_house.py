@@ -74,6 +74,7 @@ ORDER = (
     "entry_selector",
     "selection",
     "rows",
+    "judging",
     "refresh_report",
     "refreshing",
     "evaluators",

@@ -11,7 +11,8 @@ import torch
 from test_sweeps import BUDGETS, SELECTORS, data, trio
 
 from surgery import Row, Sweep, Trajectory, sweep
-from surgery.rows import CEILING, EARLIER, LATER, judged, scored
+from surgery.judging import judged
+from surgery.rows import CEILING, EARLIER, LATER, scored
 from surgery.significance import paired, recovery_intervals
 
 N = 80

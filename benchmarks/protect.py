@@ -6,8 +6,10 @@ that plain D begins to hurt them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import AutoTokenizer
@@ -20,7 +22,8 @@ from surgery.scores import remembered
 
 BUDGETS, WEIGHTS = (0.08, 0.32, 0.64, 0.8), (0.0, 0.1, 0.3, 1.0, 3.0)
 OTHERS = ("qa", "code", "cw")
-Found = dict[tuple[float, float], tuple[float, dict[str, float]]]
+Judged = tuple[float, dict[str, float]]
+Found = dict[tuple[float, float], Judged]
 
 
 def measure(folder: Path) -> Found:
@@ -47,18 +50,18 @@ def measure(folder: Path) -> Found:
     return found
 
 
-def table(seeds: list[Found]) -> str:
-    """Recovery in % and the worst of the others' mean Δ in points, per weight and budget; means over seeds."""
-    lines = ["| weight | " + " | ".join(f"{100 * budget:g} %" for budget in BUDGETS) + " |"]
-    lines.append("|---|" + "---|" * len(BUDGETS))
-    for weight in WEIGHTS:
+def table(seeds: Sequence[Mapping[tuple[Any, float], Judged]], budgets: Sequence[float], first: str) -> str:
+    """Recovery in % and the worst of the others' mean Δ in points, per guard and budget; means over seeds."""
+    lines = [f"| {first} | " + " | ".join(f"{100 * budget:g} %" for budget in budgets) + " |"]
+    lines.append("|---|" + "---|" * len(budgets))
+    for guard in dict.fromkeys(guard for guard, _ in seeds[0]):
         cells = []
-        for budget in BUDGETS:
-            recovery = 100 * np.array([seed[weight, budget][0] for seed in seeds])
-            means = {one: 100 * np.mean([seed[weight, budget][1][one] for seed in seeds]) for one in OTHERS}
+        for budget in budgets:
+            recovery = 100 * np.array([seed[guard, budget][0] for seed in seeds])
+            means = {one: 100 * np.mean([seed[guard, budget][1][one] for seed in seeds]) for one in OTHERS}
             worst = min(means, key=lambda one: means[one])
             cells.append(f"{recovery.mean():.1f} ± {recovery.std():.1f}, {worst} {means[worst]:+.2f}")
-        lines.append(f"| {weight:g} | " + " | ".join(cells) + " |")
+        lines.append(f"| {guard if isinstance(guard, str) else f'{guard:g}'} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -69,7 +72,7 @@ def main() -> None:
     text = (
         f"# What protecting the other domains buys, and costs\n\nRecovery of Math in % (mean ± standard deviation over "
         f"{len(found)} seeds) and the worst mean Δ among QA, Code and CW in points, by the weight of what reverting "
-        f"costs them (0: plain D) and the budget of MLP neurons. {statement()}\n\n{table(found)}\n"
+        f"costs them (0: plain D) and the budget of MLP neurons. {statement()}\n\n{table(found, BUDGETS, 'weight')}\n"
     )
     (out / "protect.md").write_text(text, encoding="utf-8")
     print(text)

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 
 from benchmarks.hardware import statement
 from benchmarks.lab.evaluate import evaluator
+from benchmarks.protect import OTHERS, Judged, table
 from benchmarks.seeds import asked_for
 from surgery import Rollback, Trajectory, load_prompts, respond, reversal_cost, rollback
 from surgery.predictions import distillation
@@ -26,8 +27,7 @@ from surgery.weight_damage import entry_gains
 from surgery.weight_selection import ROUNDS
 
 BUDGETS, WEIGHTS = (0.002, 0.01, 0.02, 0.04), (0.1, 0.3, 1.0)
-OTHERS = ("qa", "code", "cw")
-Found = dict[tuple[str, float], tuple[float, dict[str, float]]]
+Found = dict[tuple[str, float], Judged]
 
 
 class Lab:
@@ -113,21 +113,6 @@ def measure(folder: Path) -> tuple[Found, dict[str, tuple[float, ...]]]:
     return found, sums
 
 
-def table(seeds: list[Found]) -> str:
-    """Recovery in %, and the worst of the others' mean Δ in points, per guard and budget; means over seeds."""
-    lines = ["| taken off D | " + " | ".join(f"{100 * budget:g} %" for budget in BUDGETS) + " |"]
-    lines.append("|---|" + "---|" * len(BUDGETS))
-    for name in dict.fromkeys(name for name, _ in seeds[0]):
-        cells = []
-        for budget in BUDGETS:
-            recovery = 100 * np.array([seed[name, budget][0] for seed in seeds])
-            means = {one: 100 * np.mean([seed[name, budget][1][one] for seed in seeds]) for one in OTHERS}
-            worst = min(means, key=lambda one: means[one])
-            cells.append(f"{recovery.mean():.1f} ± {recovery.std():.1f}, {worst} {means[worst]:+.2f}")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
 def sums_table(seeds: list[dict[str, tuple[float, ...]]]) -> str:
     """How far costs cancel, in nats per response token; means over seeds."""
     lines = ["| domain | costs of single weights: sum, of sizes | of units: sum, of sizes |", "|---|---|---|"]
@@ -141,7 +126,7 @@ def main() -> None:
     """Measure every seed and write the tables."""
     seeds, out = asked_for(__doc__)
     found = [measure(folder) for folder in seeds]
-    rows, sums = table([one for one, _ in found]), sums_table([one for _, one in found])
+    rows, sums = table([one for one, _ in found], BUDGETS, "taken off D"), sums_table([one for _, one in found])
     text = (
         f"# Can single weights be chosen so that other domains are protected?\n\nRecovery of Math (damaged by QA) in % "
         f"(mean ± standard deviation over {len(found)} seeds) and the worst mean Δ among QA, Code and CW in points, by "

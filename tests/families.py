@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from functools import cache
 from typing import Any
@@ -148,6 +149,17 @@ def build(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.
     model = _bare(family)
     model.load_state_dict(_state(family, seed))
     return model.to(dtype).eval()
+
+
+def pair(family: str, dtype: torch.dtype = torch.float32, step: float = 0.02) -> tuple[nn.Module, nn.Module]:
+    """An earlier model and a later one that differs in every weight."""
+    earlier = build(family, dtype)
+    later = copy.deepcopy(earlier)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in later.parameters():
+            parameter.add_(step * torch.randn(parameter.shape).to(dtype))
+    return earlier, later
 
 
 def neurons(family: str, model: Any) -> int:

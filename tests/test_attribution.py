@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, build
+from families import FAMILIES, build, pair
 from test_scores import Batch, batches
 from torch import nn
 from torch.nn import functional as F
@@ -31,17 +31,6 @@ from surgery import (
 )
 from surgery.operators import rolled_back
 from surgery.saving import save
-
-
-def pair(family: str, dtype: torch.dtype = torch.float32, step: float = 0.02) -> tuple[nn.Module, nn.Module]:
-    """An earlier model and a later one that differs in every weight."""
-    earlier = build(family, dtype)
-    later = copy.deepcopy(earlier)
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for parameter in later.parameters():
-            parameter.add_(step * torch.randn(parameter.shape).to(dtype))
-    return earlier, later
 
 
 def divergence(earlier: nn.Module, model: nn.Module, data: list[Batch]) -> torch.Tensor:

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from mutants import dies
 from torch import Tensor
 
 from surgery import curvature, fisher, theory, theory_krylov
@@ -254,10 +255,7 @@ MUTANTS = [
 @pytest.mark.parametrize(("mutant", "law"), MUTANTS, ids=[mutant.__name__ for mutant, _ in MUTANTS])
 def test_mutants_die(mutant, law):
     law()
-    with pytest.MonkeyPatch.context() as patch:
-        mutant(patch)
-        with pytest.raises(AssertionError):
-            law()
+    dies(mutant, law, AssertionError)
 
 
 def first_two(v: Point) -> Point:

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from families import build, config
+from families import build, config, pair
+from mutants import dies
 from test_layout import permute
 from test_scores import batches
 from torch import Tensor, nn
@@ -43,17 +44,6 @@ from surgery.theory_subspaces import coordinates
 
 FEW = ("llama", "qwen3", "gpt2", "phi3", "qwen3_moe")
 DATA = batches(labels=True)
-
-
-def pair(family: str, dtype: torch.dtype = torch.float32, step: float = 0.02) -> tuple[nn.Module, nn.Module]:
-    """An earlier model and a later one that differs in every weight."""
-    earlier = build(family, dtype)
-    later = copy.deepcopy(earlier)
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for parameter in later.parameters():
-            parameter.add_(step * torch.randn(parameter.shape).to(dtype))
-    return earlier, later
 
 
 def by_definition(earlier: nn.Module, later: nn.Module) -> float:
@@ -544,7 +534,4 @@ MUTANTS = [
 @pytest.mark.parametrize(("mutant", "law"), MUTANTS, ids=[mutant.__name__ for mutant, _ in MUTANTS])
 def test_mutants_die(mutant, law):
     law()
-    with pytest.MonkeyPatch.context() as patch:
-        mutant(patch)
-        with pytest.raises(AssertionError):
-            law()
+    dies(mutant, law, AssertionError)

@@ -48,9 +48,16 @@ def main() -> None:
     rollback = f"surgery rollback {LAB}/qa --to {LAB}/math --mask {OUT}/mask.safetensors"
     shell(f"{rollback} --dry-run")
     shell(f"{rollback} -o {OUT}/qa-healed")
+    print(
+        "\nWho finds the right neurons? A score is the mean probability of the right answer, per domain. Recovery: the"
+    )
+    print(
+        "part of what Math lost that is back. Δ: the change of another domain beside later; in brackets the references'"
+    )
+    print("own scores. The ceiling is what all MLP neurons give back together.")
     shell(
         f"surgery sweep {three} {data} --evaluate benchmarks.demo:score --metric math "
-        f"--selectors random,AMC,D --budgets 0.02,0.08,0.32 -o {OUT}/sweep.jsonl"
+        f"--selectors random,AMC,D,D:hellinger --budgets 0.02,0.08,0.32 -o {OUT}/sweep.jsonl"
     )
     shell(f"python -m benchmarks.draw {OUT}/sweep.jsonl {OUT}/dose-response.png --metric math")
     stages = " ".join(f"{LAB}/{name}" for name in ("base", "code", "math", "qa", "cw"))

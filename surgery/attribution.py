@@ -73,13 +73,21 @@ def damage(
 
 def answered(run: Trajectory, data: Iterable[Batch], loss: Loss | Divergence) -> tuple[list[Batch], Loss]:
     """The batches, answered by the earlier model where they have no labels, and the loss that a name stands for."""
-    batches = _some(data)
     check_loss(loss)
     if not isinstance(loss, str):
-        return batches, loss
+        return _some(data), loss
+    batches = _answers(replace(run, base=None, units="mlp"), data)  # the same whatever is scored
     with earlier_model(run) as earlier:
-        batches = respond(earlier, batches)
         return batches, distillation(earlier, batches, divergence=loss)
+
+
+@remember
+def _answers(run: Trajectory, data: Iterable[Batch]) -> list[Batch]:
+    batches = _some(data)
+    if all("labels" in batch for batch in batches):
+        return batches
+    with earlier_model(run) as earlier:
+        return respond(earlier, batches)
 
 
 def _path(model: nn.Module, nodes: int | None) -> list[tuple[float, float]]:

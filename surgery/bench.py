@@ -204,7 +204,7 @@ def units_of(selector: Any, run: Trajectory) -> tuple[str, ...]:
     """The kinds of unit that a selector chooses among, or among whose weights."""
     units = getattr(selector, "units", None)
     if isinstance(selector, EntrySelector) or single(units):
-        return kinds_of(over_weights(run, None if single(units) else units).units)
+        return kinds_of(over_weights(run, units).units)
     return kinds_of(units or run.units)
 
 

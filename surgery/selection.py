@@ -29,7 +29,7 @@ from surgery.selector_settings import (
     signed,
 )
 from surgery.trajectory import Trajectory
-from surgery.units import Units, single
+from surgery.units import Units, owners_of, single
 from surgery.weight_selection import (
     at_random,
     by_damage,
@@ -72,7 +72,8 @@ class AMCSelector:
         allocate: the same for the score that splits the budget over layers.
         how: "proportional", "global" or "uniform" (see ``surgery.allocate``).
         units: "mlp", "kv_group", "query_head", "value_channel" or a tuple (see ``find_layout``); or "weight", single
-            weights, whose candidates are those of ``EntrySelector``; None: the run's own.
+            weights, whose candidates are those of ``EntrySelector``; None: the run's own. ("mlp", "weight") are the
+            weights of neurons: under one budget a whole unit is a choice of its weights.
 
     Several kinds of unit share a budget of parameters. There A and M are relative to their layer's mean also alone, C
     to the mean of its kind, and a unit is worth score × parameters: the score is what one parameter of it is worth.
@@ -105,14 +106,14 @@ class AMCSelector:
     def name(self) -> str:
         """What a table calls it."""
         if single(self.units):
-            return name_by_letters(self.rank, self.allocate, self.how)
+            return named(name_by_letters(self.rank, self.allocate, self.how), owners_of(self.units))
         own = letters_named(self.rank, self.allocate)
         return named(own if self.how == "proportional" else f"{own} ({self.how})", self.units)
 
     def select(self, run: Trajectory, data: Data | None = None) -> Mask:
         """The mask; ``data`` may be left out where neither score contains A."""
         if single(self.units):
-            run = over_weights(run)
+            run = over_weights(run, self.units)
             return signed(by_letters(run, data, self.budget, self.rank, self.allocate, self.how), self, run)
         run, letters = over(run, self.units), set(self.rank + self.allocate)
         if "A" in letters and data is None:
@@ -183,7 +184,7 @@ class DamageSelector:
     def name(self) -> str:
         """What a table calls it."""
         if single(self.units):
-            return name_by_damage(self.loss)
+            return named(name_by_damage(self.loss), owners_of(self.units))
         guard = f" protecting {', '.join(self.protect)} × {self.weight:g}" if self.protect else ""
         own = f"{damage_named(self.loss)}{guard}"
         return named(own if self.how == "global" else f"{own} ({self.how})", self.units)
@@ -191,7 +192,7 @@ class DamageSelector:
     def select(self, run: Trajectory, data: Data | None = None) -> Mask:
         """The mask; ``data`` are prompts of the damaged domain, with responses or without."""
         if single(self.units):
-            run = over_weights(run)
+            run = over_weights(run, self.units)
             return signed(by_damage(run, data, self.budget, loss=self.loss), self, run)
         if data is None:
             raise ValueError("D is measured on prompts of the damaged domain: pass data=load_prompts(file, tokenizer)")
@@ -246,7 +247,7 @@ class RandomSelector:
     def select(self, run: Trajectory, data: Data | None = None) -> Mask:
         """The mask; ``data`` is not used."""
         if single(self.units):
-            run = over_weights(run)
+            run = over_weights(run, self.units)
             return signed(at_random(run, self.budget, self.seed), self, run)
         run = over(run, self.units)
         (later,) = run.weights("later")

@@ -12,7 +12,7 @@ from surgery.papers import fingerprint, versions
 from surgery.predictions import Divergence, Loss
 from surgery.prompts import Batch
 from surgery.trajectory import Trajectory
-from surgery.units import Units, kinds_of, noun, single
+from surgery.units import Units, kinds_of, noun, owners_of, single
 
 Data = Iterable[Batch]
 Chosen = TypeVar("Chosen", Neurons, Entries)
@@ -37,9 +37,8 @@ def check_how(how: Any) -> None:
 
 
 def check_units(units: Units | None) -> None:
-    """Raise ``ValueError`` unless ``units`` are kinds of unit, or single weights."""
-    if not single(units):
-        kinds_of(units or "mlp")
+    """Raise ``ValueError`` unless ``units`` are kinds of unit, or single weights (of some)."""
+    kinds_of(owners_of(units) or "mlp")
 
 
 def over(run: Trajectory, units: Units | None) -> Trajectory:
@@ -50,7 +49,7 @@ def over(run: Trajectory, units: Units | None) -> Trajectory:
 def named(name: str, units: Units | None) -> str:
     """A selector's name, with its units where they are not the run's own."""
     if single(units):
-        return f"{name} of single weights"
+        name, units = f"{name} of single weights", owners_of(units)
     return name if units is None else f"{name} of {noun(kinds_of(units))}"
 
 
@@ -79,8 +78,11 @@ def record(selector: Any, run: Trajectory) -> dict[str, Any]:
     """What a mask's ``made_by`` says of the selector that made it, of the checkpoints and of the versions."""
     settings = {f.name: getattr(selector, f.name) for f in fields(selector)}
     told: dict[str, Any] = {name: value for name, value in settings.items() if isinstance(value, str | int | float)}
+    told |= {name: list(value) for name, value in settings.items() if isinstance(value, tuple)}
     if getattr(selector, "protect", None):
         told["protect"] = sorted(selector.protect)
+    elif "protect" in settings:
+        told.pop("weight", None)  # of what is protected, and nothing is
     names = [name for name in ("base", "earlier", "later") if getattr(run, name) is not None]
     (later,) = run.weights("later")
     return {

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 Units = str | tuple[str, ...]
 ATTENTION = ("kv_group", "query_head", "value_channel")
 KINDS = ("mlp", *ATTENTION)
-WEIGHT = "weight"  # what a selector's units= calls single weights; no kind of unit
+WEIGHT = "weight"  # in a selector's units= single weights, alone or of the kinds beside it; no kind of unit
 _NOUNS = {"mlp": "neurons", "kv_group": "KV groups", "query_head": "query heads", "value_channel": "value channels"}
 
 
@@ -21,15 +21,19 @@ def kinds_of(units: Units) -> tuple[str, ...]:
 
     Raises:
         ValueError: there is no such kind, or two of them cut the same attention in different ways, or single weights
-            are named, which are parts of all of them.
+            are named, which only selectors know.
     """
-    asked = (units,) if isinstance(units, str) else tuple(units)
+    asked = _asked(units)
     if WEIGHT in asked:
-        raise ValueError(_no_kind(units, tuple(kind for kind in asked if kind != WEIGHT)))
+        raise ValueError(
+            f"units={units!r}: a model is not laid out or scored by single weights, selectors choose among them: pass "
+            f"units={units!r} to DamageSelector, AMCSelector or RandomSelector (--units {','.join(asked)} to select, "
+            f"sweep or tune)"
+        )
     if not asked or set(asked) - set(KINDS):
         raise ValueError(
             f'units={units!r}: expected some of {", ".join(KINDS)}, like "mlp" or ("mlp", "kv_group"); of a selector '
-            f'"weight" too, alone'
+            f'"weight" too, alone or beside them'
         )
     if len(set(asked) - {"mlp"}) > 1:
         raise ValueError(f'units={units!r} overlap: beside "mlp" take one of {", ".join(ATTENTION)}')
@@ -38,20 +42,16 @@ def kinds_of(units: Units) -> tuple[str, ...]:
 
 def single(units: Units | None) -> bool:
     """Whether a selector's ``units`` are single weights."""
-    return units == WEIGHT or (units is not None and tuple(units) == (WEIGHT,))
+    return units is not None and WEIGHT in _asked(units)
 
 
-def _no_kind(units: Units, others: tuple[str, ...]) -> str:
-    if not others:
-        return (
-            f"units={units!r}: a model is not laid out or scored by single weights, selectors choose among them: pass "
-            f'units="weight" to DamageSelector, AMCSelector or RandomSelector (--units weight to select, sweep or tune)'
-        )
-    return (
-        f"units={units!r}: a weight is a part of a unit, and by D a budget for both goes to single weights: pass "
-        f'units="weight", or for weights of these units alone '
-        f"EntrySelector(budget, units={others if len(others) > 1 else others[0]!r})"
-    )
+def owners_of(units: Units | None) -> tuple[str, ...] | None:
+    """The kinds beside "weight" in a selector's ``units``; None where there are none."""
+    return None if units is None else tuple(kind for kind in _asked(units) if kind != WEIGHT) or None
+
+
+def _asked(units: Units) -> tuple[str, ...]:
+    return (units,) if isinstance(units, str) else tuple(units)
 
 
 def kind_of(block: str) -> str:

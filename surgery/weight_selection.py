@@ -17,7 +17,7 @@ from surgery.scores import remember
 from surgery.scratch import zeros_on_disk
 from surgery.selector_settings import Data, damage_named, letters_named, named, over
 from surgery.trajectory import Trajectory
-from surgery.units import WEIGHT, Units
+from surgery.units import WEIGHT, Units, owners_of
 from surgery.weight_damage import Gains, entry_gains
 from surgery.weight_ranking import CHUNK, best, entries_of
 from surgery.weight_scores import Traits, entry_traits
@@ -29,9 +29,10 @@ Point = tuple[int, float]  # how many weights are reverted, and the loss then
 
 
 def over_weights(run: Trajectory, units: Units | None = None) -> Trajectory:
-    """The trajectory over the units whose weights are candidates (None: see ``EntrySelector``)."""
-    if units is not None or run.layout is not None:
-        return over(run, units)
+    """The trajectory over the units whose weights are candidates (None or "weight" alone: see ``EntrySelector``)."""
+    owners = owners_of(units)
+    if owners is not None or run.layout is not None:
+        return over(run, owners)
     finest = over(run, _FINEST)
     try:
         finest.weights("later")

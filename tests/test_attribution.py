@@ -27,6 +27,7 @@ from surgery import (
     respond,
     reversal_cost,
     rollback,
+    sweep,
     top,
 )
 from surgery.operators import rolled_back
@@ -428,6 +429,8 @@ def test_protected_neurons_are_spared():
     same = DamageSelector(0.1, protect={"other": others}, weight=0.0).select(run, data)
     assert all(torch.equal(same[name], free[name]) for name in free)
     assert held.made_by["selector"]["protect"] == ["other"]
+    assert held.made_by["selector"]["weight"] == 100.0
+    assert "weight" not in free.made_by["selector"]
 
 
 def test_the_selector_takes_the_best_and_nests():
@@ -476,6 +479,22 @@ def test_prompts_without_labels_are_answered_by_the_earlier_model():
     asked = batches(labels=False)
     found = damage(run, asked)
     assert all(torch.equal(found[name], value) for name, value in damage(run, respond(earlier, asked)).items())
+
+
+def test_a_sweep_lets_the_earlier_model_answer_once(monkeypatch):
+    """By KL and Hellinger, of neurons, units and weights; and takes what each takes with those answers."""
+    earlier, later = pair("qwen3")
+    asked, calls = batches(labels=False), []
+    monkeypatch.setattr(attribution, "respond", lambda model, data: calls.append(1) or respond(model, data))
+    run = Trajectory(earlier=earlier, later=later)
+    kinds: list[Any] = [DamageSelector(0.1), DamageSelector(0.1, loss="hellinger")]
+    kinds += [DamageSelector(0.1, units=units) for units in ("kv_group", "weight")]
+    table = sweep(later, run, asked, selectors=kinds, budgets=[0.1, 0.3], evaluate=lambda _: {"a": 0.0})
+    assert len(calls) == 1
+    answers = respond(earlier, asked)
+    for one in kinds:
+        mask = one.select(run, answers)
+        assert table[one.name][0].neurons == sum(mask.count().values())
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gpt2", "phi3", "bloom"])

@@ -16,6 +16,7 @@ from test_docs import three_stages
 from surgery import (
     AMCSelector,
     Checkpoint,
+    DamageSelector,
     Entries,
     EntrySelector,
     Neurons,
@@ -104,6 +105,20 @@ def test_sweep_prints_a_table_and_resumes(surgery, runs: Path, tmp_path: Path) -
     (tmp_path / "scoring.py").write_text("def score(model):\n    raise RuntimeError\n")
     again = surgery(f"{words} --metric sum -o {tmp_path}/sweep.jsonl")
     assert again[:2] == (0, out)
+
+
+def test_a_score_may_lie_in_a_file_of_any_name(surgery, tmp_path: Path) -> None:
+    """Also of a module that is loaded already, and with a module of its own beside it."""
+    (tmp_path / "json.py").write_text(
+        "from dataclasses import dataclass\nimport beside_json\n\n@dataclass\nclass Score:\n    x: 'float' = 2.5\n\n"
+        "def score(model):\n    return {'sum': Score().x + beside_json.more}\n"
+    )
+    (tmp_path / "beside_json.py").write_text("more = 4.75\n")
+    words = "sweep base earlier later --selectors M --budgets 0.1 --evaluate"
+    code, out, err = surgery(f"{words} {tmp_path}/json.py:score")
+    assert not code, err
+    assert "7.25" in out
+    assert "No such file" in surgery(f"{words} {tmp_path}/nowhere.py:score")[2]
 
 
 def test_tune_prints_a_verdict_and_says_by_its_exit_code_if_there_is_one(surgery, tmp_path: Path) -> None:
@@ -233,8 +248,18 @@ def test_single_weights_by_letters_from_the_shell(surgery, tmp_path: Path) -> No
     table = surgery(f"sweep {runs} {score} --selectors random,D")[1]
     assert "random of single weights" in table
     assert "ceiling (all units (neurons and KV groups))" in table
-    refused = surgery(f"select {runs} --units mlp,weight -o {tmp_path}/x")[2]
-    assert "by D a budget for both goes to single weights" in " ".join(refused.split())
+    theirs, own = runs.replace("--units weight", "--units weight,mlp"), ("weight", "mlp")
+    for text, chosen in (
+        ("random", RandomSelector(0.01, 3, own)),
+        ("D --no-stop", EntrySelector(0.01, stop=False, units="mlp")),
+        ("D", DamageSelector(0.01, units=own)),
+    ):
+        words = f"select {theirs} --selector {text} --seed 3 --budget 0.01 -o {tmp_path}/m --overwrite"
+        assert "weights allowed" in surgery(words)[1]
+        assert load_mask(tmp_path / "m").equal(chosen.select(run, load_prompts(data, tmp_path / "qa")))
+    table = surgery(f"sweep {theirs} {score} --selectors M")[1]
+    assert "M of single weights of neurons" in table
+    assert "ceiling (all MLP neurons)" in table
 
 
 def test_strengths_from_the_shell(surgery, tmp_path: Path) -> None:

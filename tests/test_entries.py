@@ -93,7 +93,7 @@ def expected(later: dict, earlier: dict, layout: Layout, mask: Entries) -> dict:
 
 def law_exact(later: nn.Module, earlier: nn.Module, mask: Entries) -> None:
     """Exactly those numbers are earlier's; undo ∘ rollback = identity; the report counts; the copy is the same."""
-    before, layout = snapshot(later), finest(later)
+    before, layout = snapshot(later), find_layout(later, units=mask.units)
     want = expected(before, dict(State(earlier)), layout, mask)
     with operators.rollback(later, to=earlier, mask=mask) as done:
         assert same(snapshot(later), want)

@@ -42,15 +42,18 @@ from surgery import (
     weight_ranking,
     weight_selection,
 )
+from surgery.bench import units_of
 from surgery.checkpoint import State
 from surgery.entries import load_mask
 from surgery.papers import MASK
 from surgery.predictions import cross_entropy
+from surgery.weight_damage import entry_gains
 from surgery.weight_scores import Traits, entry_traits
 
 RANDOM = partial(RandomSelector, units="weight")
 KINDS = (
     DamageSelector(0.01, units="weight"),
+    DamageSelector(0.01, units=("mlp", "weight")),
     AMCSelector(0.01, units="weight"),
     AMCSelector(0.01, "M", "MC", "global", units="weight"),
     RANDOM(0.01),
@@ -83,7 +86,7 @@ def test_damage_takes_what_the_entry_selector_takes(family, dtype):
         assert ours.made_by["entries"] == theirs.made_by["entries"]
         assert ours.made_by["units"] == theirs.made_by["units"]
     assert ours.made_by["selector"] == {
-        "class": "DamageSelector", "budget": 0.05, "how": "global", "weight": 0.3, "loss": "kl", "units": "weight",
+        "class": "DamageSelector", "budget": 0.05, "how": "global", "loss": "kl", "units": "weight",
     }  # fmt: skip
 
 
@@ -116,6 +119,55 @@ def test_the_same_choice_has_the_same_name_and_no_other():
     assert RANDOM(0.1).name == "random of single weights"
     names = [one.name for one in KINDS]
     assert len(set(names)) == len(names)
+
+
+# Of some units alone.
+
+OWN: tuple[tuple[str, ...], ...] = (("mlp", "weight"), ("weight", "value_channel"), ("mlp", "kv_group", "weight"))
+
+
+@pytest.mark.parametrize("units", OWN, ids=str)
+@pytest.mark.parametrize("family", SEVEN)
+def test_weights_of_the_units_beside_them_are_the_candidates(family, units):
+    """The same Entries, names and ceiling as ``EntrySelector`` with those units, over their weights alone."""
+    run, data = bare(three(family)), batches(labels=True)
+    others = tuple(unit for unit in units if unit != "weight")
+    for ours, theirs in (
+        (DamageSelector(0.02, units=units), EntrySelector(0.02, units=others)),
+        (AMCSelector(0.02, how="global", units=units), EntrySelector(0.02, "AMC", units=others)),
+    ):
+        mask = ours.select(run, data)
+        assert mask.equal(theirs.select(run, data))
+        assert mask.units == others
+        assert ours.name == theirs.name
+        assert units_of(ours, run) == others
+    drawn = RANDOM(0.02, units=units).select(run)
+    assert drawn.sizes == mask.sizes
+    assert sum(drawn.count().values()) == round(0.02 * drawn.total)
+    assert RANDOM(0.1, units=("mlp", "weight")).name == "random of single weights of neurons"
+
+
+@pytest.mark.parametrize("family", SEVEN)
+def test_no_whole_units_are_worth_more_than_the_weights_taken(family):
+    """Why a budget of parameters for units and weights goes to weights: a unit's D, and M here, are its weights'."""
+    run, data, kinds = three(family), batches(labels=True), ("mlp", "kv_group")
+    gains = in_parts(entry_gains(replace(run, units=kinds), data))
+    changes = in_parts(entry_traits(replace(run, units=kinds), None, "M"))
+    for budget in (0.01, 0.2):
+        by_d: Any = EntrySelector(budget, rounds=1, stop=False, units=kinds).select(run, data)
+        by_m: Any = AMCSelector(budget, "M", "M", "global", (*kinds, "weight")).select(run)
+        for scores, weights, units in (
+            (gains, by_d, DamageSelector(budget, units=kinds).select(run, data)),
+            (changes, by_m, AMCSelector(budget, "M", "M", "global", kinds).select(run)),
+        ):
+            whole = sum(float(scores[part].double() @ held) for part, held in everywhere(units, scores).items())
+            assert sum(float(scores[part][chosen].double().sum()) for part, chosen in weights.items()) > whole > 0
+
+
+def everywhere(units: Any, parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A mask of units as one of every weight of theirs, in float64."""
+    masks = {part: units[part.rpartition("/")[0]] for part in parts}
+    return {part: mask.double().repeat_interleave(len(parts[part]) // len(mask)) for part, mask in masks.items()}
 
 
 # Other letters for the budgets.
@@ -303,8 +355,8 @@ def test_sweep_recommend_and_stability_take_them():
     table = sweep(later, run, data, selectors=kinds, **settings)  # type: ignore[arg-type]
     names = [row.selector for row in table]
     assert names[2:4] == ["ceiling (all units (neurons and KV groups))", "ceiling (all MLP neurons)"]
-    (total,) = {one.select(run, data).total for one in KINDS}
-    for one in KINDS[1:]:
+    (total,) = {one.select(run, data).total for one in KINDS if one.units == "weight"}
+    for one in KINDS[2:]:
         assert [row.neurons for row in table[one.name]] == [round(0.01 * total), round(0.1 * total)]
     found = recommend(later, run, data, selector=RANDOM(0.1), recovery=0.05, **settings)  # type: ignore[arg-type]
     assert found.budget == 0.1
@@ -384,7 +436,11 @@ def loss_forgotten(patch: pytest.MonkeyPatch) -> None:
 
 
 def neurons_weights_only(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(selection, "over_weights", lambda run: run)
+    patch.setattr(selection, "over_weights", lambda run, units: run)
+
+
+def all_weights(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(selection, "over_weights", lambda run, units: weight_selection.over_weights(run))
 
 
 def how_forgotten(patch: pytest.MonkeyPatch) -> None:
@@ -447,9 +503,9 @@ def truncated(patch: pytest.MonkeyPatch) -> None:
 
 
 MUTANTS = (
-    without_a_stop, one_look, loss_forgotten, neurons_weights_only, how_forgotten, letters_changed_places, own_budgets,
-    claims_of_a_smaller_budget, seed_forgotten, in_order, nearly_in_order, chunks_alike, drawn_for_each_budget,
-    one_short, truncated,
+    without_a_stop, one_look, loss_forgotten, neurons_weights_only, all_weights, how_forgotten, letters_changed_places,
+    own_budgets, claims_of_a_smaller_budget, seed_forgotten, in_order, nearly_in_order, chunks_alike,
+    drawn_for_each_budget, one_short, truncated,
 )  # fmt: skip
 
 
@@ -470,3 +526,4 @@ def _every_law() -> None:
     test_letters_take_what_the_entry_selector_takes("llama", torch.float32)
     test_damage_takes_what_the_entry_selector_takes("llama", torch.float32)
     test_the_loss_is_passed_on()
+    test_weights_of_the_units_beside_them_are_the_candidates("llama", ("mlp", "weight"))

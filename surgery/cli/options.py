@@ -8,13 +8,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from surgery.units import WEIGHT, kinds_of
+from surgery.units import kinds_of, owners_of, single
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +51,9 @@ LayoutFile = Annotated[
 Units = Annotated[
     str, typer.Option(help='"mlp", "kv_group", "query_head", "value_channel", or two like "mlp,kv_group".')
 ]
-Selected = Annotated[str, typer.Option("--units", help='As in inspect; or "weight": single weights.')]
+Selected = Annotated[
+    str, typer.Option("--units", help='As in inspect; or "weight", single weights; or theirs, "mlp,weight".')
+]
 NoStop = Annotated[
     bool,
     typer.Option("--no-stop", help="Of single weights by D take the whole budget, also where fewer lower the loss."),
@@ -63,12 +67,16 @@ def trajectory_of(checkpoints: list[str], layout: Path | None, units: str) -> Tr
         raise ValueError(f"expected [BASE] EARLIER LATER, got {len(checkpoints)} checkpoints")
     base = checkpoints[0] if len(checkpoints) == 3 else None
     own = layout_of(layout, checkpoints[-1])
-    kinds = ("mlp",) if units == WEIGHT else kinds_in(units)
+    kinds = ("mlp",) if single(asked(units)) else kinds_in(units)
     return Trajectory(base, checkpoints[-2], checkpoints[-1], layout=own, units=kinds)
 
 
 def kinds_in(units: str) -> tuple[str, ...]:
-    return kinds_of(tuple(kind.strip() for kind in units.split(",")))
+    return kinds_of(asked(units))
+
+
+def asked(units: str) -> tuple[str, ...]:
+    return tuple(kind.strip() for kind in units.split(","))
 
 
 def live(run: Trajectory, device: str | None, dtype: str | None) -> Trajectory:
@@ -104,14 +112,14 @@ def selector_of(text: str, budget: float, how: Any, seed: int, units: str, no_st
     from surgery.entry_selector import EntrySelector
     from surgery.selection import AMCSelector, DamageSelector, RandomSelector
 
-    text, weights = text.strip(), units == WEIGHT
-    own = WEIGHT if weights else None  # other units are the trajectory's
+    text, weights = text.strip(), single(asked(units))
+    own = asked(units) if weights else None  # other units are the trajectory's
     if text == "random":
         return RandomSelector(budget, seed, own)
     if text.partition(":")[0] == "D":
         loss: Any = text.partition(":")[2] or "kl"
         if weights and no_stop:
-            return EntrySelector(budget, how=how or "global", stop=False, loss=loss)
+            return EntrySelector(budget, how=how or "global", stop=False, loss=loss, units=owners_of(asked(units)))
         return DamageSelector(budget, how or "global", loss=loss, units=own)
     rank, _, spend = text.partition("/")
     return AMCSelector(budget, rank, spend or rank, how or ("global" if weights else "proportional"), own)
@@ -150,16 +158,22 @@ def function_of(name: str) -> Callable[..., Any] | str:
     home, _, attribute = name.rpartition(":")
     if not home:
         raise ValueError(f'--evaluate {name!r}: expected "module:function" or "file.py:function"')
-    if home.endswith(".py"):
-        path = Path(home).absolute()
-        sys.path.insert(0, str(path.parent))
-        home = path.stem
-    else:
-        sys.path.insert(0, str(Path.cwd()))
+    is_file = home.endswith(".py")
+    sys.path.insert(0, str(Path(home).absolute().parent if is_file else Path.cwd()))
     try:
-        return getattr(import_module(home), attribute)  # type: ignore[no-any-return]
-    except (ImportError, AttributeError) as error:
+        return getattr(_run(Path(home).absolute()) if is_file else import_module(home), attribute)  # type: ignore[no-any-return]
+    except (ImportError, AttributeError, FileNotFoundError) as error:
         raise ValueError(f"--evaluate {name!r}: {error}") from error
+
+
+def _run(file: Path) -> ModuleType:
+    """The module that a file is, whatever other module has its name (a ``math.py`` of one's own)."""
+    spec = spec_from_file_location(str(file), file)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{file} is no Python file")
+    module = sys.modules[str(file)] = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Which single weights? ``python -m benchmarks.single_weights SEED_FOLDER... [--out FOLDER]``
 
-Math was damaged by QA. D of each weight, the paper's A, M and C of each, and weights drawn at random, at equal numbers
-of weights of the MLPs and KV groups.
+Math was damaged by QA. D of each weight, by KL and by the Hellinger distance, of all and of one kind of unit alone; the
+paper's A, M and C of each; and weights drawn at random, at equal numbers of weights.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from benchmarks.hardware import statement
 from benchmarks.lab.evaluate import evaluator
 from benchmarks.seeds import asked_for
-from surgery import EntrySelector, RandomSelector, Trajectory, load_prompts, rollback
+from surgery import DamageSelector, EntrySelector, RandomSelector, Trajectory, load_prompts, rollback
 from surgery.scores import remembered
 
 BUDGETS, DRAWS = (0.002, 0.01, 0.02, 0.04), 3
@@ -27,6 +27,11 @@ SELECTORS: tuple[Any, ...] = (
     EntrySelector(0.01, stop=False),
     EntrySelector(0.01),
     EntrySelector(0.01, stop=False, rounds=1),
+    *(DamageSelector(0.01, units=(kind, "weight")) for kind in ("mlp", "kv_group")),
+    *(
+        DamageSelector(0.01, loss="hellinger", units=units)
+        for units in ("weight", ("mlp", "weight"), ("kv_group", "weight"))
+    ),
     *(EntrySelector(0.01, rank) for rank in ("AMC", "AM", "MC", "AC", "A", "M", "C")),
     EntrySelector(0.01, "AMC", "proportional"),
     EntrySelector(0.01, "MC", "proportional"),
@@ -46,13 +51,19 @@ def measure(folder: Path) -> list[Found]:
     with remembered():
         for selector in SELECTORS:
             for budget in BUDGETS:
-                mask = replace(selector, budget=budget).select(live, data)
+                mask = replace(selector, budget=budget * share(live, selector.units)).select(live, data)
                 with rollback(model, to=run.earlier, mask=mask):
                     now = score(model)
                 recovery = (now["math"] - later["math"]) / (earlier["math"] - later["math"])
                 worst = min(now[domain] - later[domain] for domain in now if domain != "math")
                 found[getattr(selector, "seed", 0)][selector.name, budget] = recovery, worst
     return found
+
+
+def share(run: Trajectory, units: Any) -> float:
+    """How many weights of MLPs and KV groups there are for each of those units'."""
+    whole, own = (RandomSelector(0.0, units=one).select(run).total for one in ("weight", units or "weight"))
+    return whole / own
 
 
 def table(runs: list[Found]) -> str:
@@ -74,9 +85,9 @@ def main() -> None:
     found = [run for folder in seeds for run in measure(folder)]
     text = (
         f"# Which single weights?\n\nRecovery of Math (damaged by QA) in %, mean ± standard deviation over "
-        f"{len(seeds)} seeds, by fraction of the weights of MLPs and KV groups that may be reverted; all but the "
-        f"default D take as many as they may. Δ: the worst of the other domains in points, mean over seeds, at the "
-        f"budget where it is worst. {statement()}\n\n{table(found)}\n"
+        f"{len(seeds)} seeds, by fraction of the weights of MLPs and KV groups that may be reverted (also where "
+        f"those of one kind are chosen from); all but D with its stop take as many as they may. Δ: the worst of the "
+        f"other domains in points, mean over seeds, at the budget where it is worst. {statement()}\n\n{table(found)}\n"
     )
     (out / "single-weights.md").write_text(text, encoding="utf-8")
     print(text)

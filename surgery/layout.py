@@ -10,16 +10,15 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from surgery.attention import attention_blocks
+from surgery.layout_checks import WAY_OUT, check_complete, check_dtypes, check_plan, plan_of, style
 from surgery.slots import Block, Layout, Slot
 from surgery.units import Units, kinds_of, module_of
 
 Spec = Mapping[str, Mapping[str, str]]
 Shapes = Mapping[str, tuple[int, ...]]
-WAY_OUT = "Describe it yourself with layout= (docs/how-to/add-an-architecture.md)"
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 
 
@@ -47,20 +46,20 @@ def find_layout(model: nn.Module, spec: Spec | None = None, *, units: Units = "m
         )
     if spec is not None:
         return spec_layout(spec, {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)})
-    hidden, plan, kinds = _hidden(model), _plan(model), kinds_of(units)
+    hidden, plan, kinds = _hidden(model), plan_of(model), kinds_of(units)
     blocks: list[Block] = []
     notes: tuple[str, ...] = ()
     if "mlp" in kinds:
         blocks += [*_expert_blocks(model), *_dense_blocks(model, hidden, plan)]
-        _check_complete(model, Layout(tuple(blocks)))
+        check_complete(model, Layout(tuple(blocks)))
     for kind in kinds:
         if kind != "mlp":
             found, notes = attention_blocks(model, kind, hidden)
             blocks += found
     order = {name: at for at, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
     layout = Layout(tuple(sorted(blocks, key=lambda block: order[module_of(block.name)])), notes)
-    _check_plan(model, layout, plan)
-    _check_dtypes(model, layout)
+    check_plan(model, layout, plan)
+    check_dtypes(model, layout)
     return layout
 
 
@@ -204,7 +203,7 @@ def _mlp(path: str, linears: Mapping[str, nn.Module], hidden: int, plan: Mapping
     square = [name for name, (into, out) in ends.items() if into == out == hidden]
     found = "structure: the shapes of its linear layers"
     if not consumers and len(square) >= 2:  # the MLP is as wide as the model: only the plan can tell which is which
-        consumers = [name for name in square if _style(plan, f"{path}.{name}").startswith("rowwise")]
+        consumers = [name for name in square if style(plan, f"{path}.{name}").startswith("rowwise")]
         found = "tensor-parallel plan (the MLP is as wide as the model)"
         if not consumers and any(re.search(r"mlp|ffn|feed_forward|fc\d", f"{path}.{name}") for name in square):
             raise ValueError(
@@ -258,55 +257,3 @@ def _producer(path: str, name: str, part: str, module: Any, width: int) -> Itera
             yield from _parts(f"{path}.{name}.{tensor}", pattern, shape, True, suffix)
         else:
             yield Slot(f"{part}{suffix}", f"{path}.{name}.{tensor}", pattern, shape)
-
-
-def _plan(model: nn.Module) -> dict[str, str]:
-    return {str(k): str(v) for k, v in (getattr(model, "_tp_plan", None) or {}).items()}
-
-
-def _style(plan: Mapping[str, str], path: str) -> str:
-    generic = re.sub(r"\.\d+(?=\.|$)", ".*", path)
-    return next((style for key, style in plan.items() if generic == key or generic.endswith(f".{key}")), "")
-
-
-def _check_plan(model: nn.Module, layout: Layout, plan: Mapping[str, str]) -> None:
-    """The sharded axis of the tensor-parallel plan has to be the neuron axis (linear layers only)."""
-    for block in layout.blocks if plan else ():
-        for slot in block.slots:
-            path = slot.tensor.rpartition(".")[0]
-            if block.experts or not isinstance(model.get_submodule(path), nn.Linear):
-                continue
-            wrong = "colwise" if slot.part in ("down", "o") else "rowwise"
-            if _style(plan, path).startswith(wrong):
-                whose = "an MLP" if block.kind == "mlp" else "an attention"
-                raise ValueError(
-                    f"{path} was taken for the {slot.part} of {whose}, but the model's tensor-parallel plan shards it "
-                    f"{_style(plan, path)!r}, across another axis. {WAY_OUT}"
-                )
-
-
-def _check_dtypes(model: nn.Module, layout: Layout) -> None:
-    held = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    for slot in (slot for block in layout.blocks for slot in block.slots):
-        if held[slot.tensor].dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-            raise ValueError(
-                f"{slot.tensor} is stored as {held[slot.tensor].dtype}: quantised weights can't be reverted exactly. "
-                f"Roll the unquantised checkpoint back and quantise it again"
-            )
-
-
-def _check_complete(model: nn.Module, layout: Layout) -> None:
-    if not layout.blocks:
-        raise ValueError(f"no MLP was recognised in {type(model).__name__}. {WAY_OUT}")
-    for path, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or re.search(r"\.\d+\.", f".{path}."):
-            continue
-        bare = [n for n, _ in module.named_children() if not _holds(layout, f"{path}.{n}")]
-        if 0 < len(bare) < len(module):
-            raise ValueError(
-                f"no MLP was recognised in {len(bare)} of {len(module)} layers of {path}: {bare[:5]}. {WAY_OUT}"
-            )
-
-
-def _holds(layout: Layout, path: str) -> bool:
-    return any(name == path or name.startswith(f"{path}.") for name in layout)

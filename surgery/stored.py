@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.layout import WAY_OUT, Shapes, Spec, find_layout, spec_layout
+from surgery.layout import Shapes, Spec, find_layout, spec_layout
+from surgery.layout_checks import WAY_OUT
 from surgery.slots import Block, Layout, Slot
 from surgery.units import Units
 

@@ -29,6 +29,7 @@ ORDER = (
     "hooks",
     "heads",
     "attention",
+    "layout_checks",
     "layout",
     "stored",
     "probing",

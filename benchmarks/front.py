@@ -6,34 +6,28 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.methods import LIBRARY, TRAINED
+from benchmarks.methods import BASELINE, LIBRARY, TRAINED
 from benchmarks.points import Point
-from benchmarks.table6 import PAPER
 from surgery.rows import CEILING, EARLIER, LATER
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette; every curve has a marker of its own as well, so that no reader depends on the colour
+# What is drawn in full, in Okabe and Ito's palette, and a marker of its own: no reader depends on the colour
 _STYLES: dict[str, tuple[str, str]] = {
     "A×M×C": ("#0072B2", "o"),
+    "D": ("black", "o"),
+    "D (Hellinger)": ("black", "h"),
+    "D (Hellinger) of units (neurons and value channels)": ("black", "^"),
+    "D (Hellinger) of units (neurons and KV groups)": ("black", "d"),
+    "D (Hellinger) of single weights": ("#CC79A7", "*"),
     "WiSE-FT": ("#E69F00", "s"),
-    "most-changed entries": ("#009E73", "^"),
-    "most-changed neurons": ("#7F7F00", "p"),
-    "layers, most changed first": ("#CC79A7", "D"),
-    "one layer": ("#CC79A7", "d"),
-    "TIES trim": ("#56B4E9", "v"),
-    "DARE": ("#A0522D", "<"),
+    "most-changed entries": ("#009E73", "v"),
     "spectral (DG-Hard)": ("#D55E00", "P"),
     "random neurons": ("0.45", "x"),
-    "random entries": ("0.45", "+"),
 }
-_MARKERS = {
-    "and KV groups": "d",
-    "and value channels": "^",
-    "single weights": "*",
-}  # of D's units
+_THIN = {LIBRARY: ("#56B4E9", "other selectors of the library"), BASELINE: ("0.6", "other baselines and controls")}
 _FLOOR = -35  # percent
 
 
@@ -108,7 +102,11 @@ def _panel(ax: Axes, found: Sequence[Point], x: Callable[[Point], float], sign: 
     )  # fmt: skip
     for name in dict.fromkeys(point.method for point in found if point.method not in (EARLIER, LATER, CEILING)):
         curve = [point for point in found if point.method == name]
-        ax.plot([x(point) for point in curve], [100 * point.recovery for point in curve], **_style(curve[0]))
+        style = _style(curve[0])
+        ax.plot([x(point) for point in curve], [100 * point.recovery for point in curve], **style)
+        if name in _STYLES:  # 95 % over items
+            span = [100 * point.low for point in curve], [100 * point.high for point in curve]
+            ax.vlines([x(point) for point in curve], *span, color=style["color"], alpha=0.3, linewidth=1, zorder=2)
     for point in found:
         if point.method == CEILING:
             ax.plot(x(point), 100 * point.recovery, "h", color="#0072B2", mfc="white", markersize=8, label=CEILING)
@@ -126,34 +124,19 @@ def _style(point: Point) -> dict[str, Any]:
     if point.kind == TRAINED:
         filled = "training" in point.method
         return {
-            "color": "black", "marker": "*", "markersize": 9, "linestyle": "none", "label": point.method,
+            "color": "black", "marker": "X", "markersize": 7, "linestyle": "none", "label": point.method,
             "markerfacecolor": "black" if filled else "none", "zorder": 3,
         }  # fmt: skip
     if point.method in _STYLES:
         colour, marker = _STYLES[point.method]
-        joined = "none" if point.method == "one layer" else "-"
+        label = re.sub(r"units \((.*?)\)", r"\1", point.method)
         return {
-            "color": colour, "marker": marker, "markersize": 5, "linewidth": 1.4, "linestyle": joined,
-            "label": point.method, "zorder": 3,
+            "color": colour, "marker": marker, "markersize": 9 if marker == "*" else 5, "linewidth": 1.4, "zorder": 3,
+            "markerfacecolor": "white" if point.method == "D" else colour,
+            "label": f"{label} of neurons" if point.method in ("A×M×C", "D", "D (Hellinger)") else label,
         }  # fmt: skip
-    if point.kind == LIBRARY and point.method in {getattr(selector, "name", "") for selector in PAPER}:
-        return {
-            "color": "#0072B2", "marker": ".", "markersize": 4, "linewidth": 0.8, "alpha": 0.45,
-            "label": "the paper's other selectors of neurons",
-        }  # fmt: skip
-    hellinger, further = "Hellinger" in point.method, "strengths" in point.method
-    if (
-        not point.method.startswith("D")
-        or any(word in point.method for word in ("protecting", "proportional", "D of value channels"))
-        or (further and not hellinger)
-    ):
-        return {
-            "color": "0.55", "marker": ".", "markersize": 4, "linewidth": 0.8, "alpha": 0.6,
-            "label": "other selectors",
-        }  # fmt: skip
-    marker = next((mark for units, mark in _MARKERS.items() if units in point.method), "o")
+    colour, label = _THIN[LIBRARY if point.kind == LIBRARY else BASELINE]
     return {
-        "color": "black", "marker": marker, "markerfacecolor": "#56B4E9" if hellinger else "#F0E442", "markersize": 6,
-        "linewidth": 1.0 if further else 1.6, "linestyle": "--" if further else "-",
-        "label": re.sub(r"units \((.*?)\)", r"\1", point.method),
+        "color": colour, "marker": ".", "markersize": 3, "linewidth": 0.7, "alpha": 0.5, "label": label,
+        "linestyle": "none" if point.method == "one layer" else "-",
     }  # fmt: skip

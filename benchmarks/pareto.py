@@ -1,8 +1,9 @@
-"""Every selector beside everything people use today: ``python -m benchmarks.pareto SEED_FOLDER... [--out FOLDER]``.
+"""Every selector beside everything people use today: ``python -m benchmarks.pareto [SEED_FOLDER...] [--out FOLDER]``.
 
 For every seed folder and every damaged pair each method is applied to the later model, evaluated and taken back, at
 each value of its knob. Writes ``pareto.json.gz`` (all rows), ``pareto.md`` (tables) and two pictures. Rows of the same
-checkpoints and data that ``pareto.json.gz`` already holds are not measured again (``--fresh`` measures all).
+checkpoints and data that ``pareto.json.gz`` already holds are not measured again: after a change of a selector say
+``--fresh``, which measures all. Without a seed folder tables and pictures are drawn from the rows alone.
 
 Seeds of another order of training: ``SEED_FOLDER:math,code,qa`` (the third stage does the damage).
 """
@@ -205,7 +206,7 @@ def asked_for(text: str) -> tuple[Path, tuple[str, ...]]:
 def main() -> None:
     """Measure what is missing, write the rows, the tables and the pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("seeds", nargs="+", type=asked_for, metavar="SEED_FOLDER[:first,second,third]")
+    parser.add_argument("seeds", nargs="*", type=asked_for, metavar="SEED_FOLDER[:first,second,third]")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--fresh", action="store_true", help="measure all rows again")
     asked = parser.parse_args()
@@ -215,7 +216,9 @@ def main() -> None:
     transformers_logging.disable_progress_bar()
     asked.out.mkdir(parents=True, exist_ok=True)
     store = Store(asked.out / "pareto.json.gz", asked.fresh)
-    runs = [measure_pair(folder, pair, store) for folder, order in asked.seeds for pair in pairs(order)]
+    runs = [measure_pair(folder, pair, store) for folder, order in asked.seeds for pair in pairs(order)] or store.runs
+    if not runs:
+        parser.error(f"{store.path} holds no rows: say the seed folders to measure")
     named: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
         named.setdefault(run["pair"]["name"], []).append(run)

@@ -23,7 +23,9 @@ OURS, OTHER, UNDECIDED = "library", "**baseline**", "not separated"
 class Point:
     """One method at one value of its knob, over the damaged seeds; all but seconds are fractions.
 
-    ``samples``: the bootstrap's recoveries ``[RESAMPLES]``, from the same resampled items for every point of a pair.
+    ``deltas``: Δ of every other domain, mean over seeds, and its 95 % interval: that of a mean of seeds whose items are
+    drawn independently. ``worst``: the least of a seed's Δ, mean over seeds. ``samples``: the bootstrap's recoveries
+    ``[RESAMPLES]``, from the same resampled items for every point of a pair.
     """
 
     method: str
@@ -38,6 +40,7 @@ class Point:
     worst: float
     seconds: float
     seeds: tuple[str, ...]
+    deltas: Mapping[str, tuple[float, float, float]] = field(repr=False, compare=False)
     samples: np.ndarray = field(repr=False, compare=False)
 
     def __str__(self) -> str:
@@ -107,8 +110,18 @@ def _point(seeds: Sequence[Seed], key: tuple[str, float]) -> Point:
         mean(worst),
         mean(lambda row: row["seconds"]),
         tuple(seed.name for seed in seeds),
+        {domain: _delta([[row["delta"][domain] for row in rows] for rows in groups]) for domain in first["delta"]},
         samples,
     )
+
+
+def _delta(groups: Sequence[Sequence[Sequence[float]]]) -> tuple[float, float, float]:
+    """The mean over seeds (each a mean over draws) of Δ with its interval; distances to the ends add as squares."""
+    mean = np.mean([np.mean([row[0] for row in rows]) for rows in groups])
+    below, above = (
+        np.sqrt(sum(np.mean([row[0] - row[at] for row in rows]) ** 2 for rows in groups)) / len(groups) for at in (1, 2)
+    )
+    return float(mean), float(mean - below), float(mean + above)
 
 
 def shown(point: Point) -> str:

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.front import front
 from benchmarks.hardware import statement
-from benchmarks.methods import BUDGETS
+from benchmarks.methods import BUDGETS, LIBRARY, REFERENCE, TRAINED
 from benchmarks.points import OTHER, OURS, UNDECIDED, Point, Seed, contests, shown, verdict
 from surgery.rows import CEILING, EARLIER
 
@@ -18,9 +19,14 @@ Written by `python -m benchmarks.pareto`; how it was done: [README.md](README.md
 
 All numbers but seconds in %. Recovery: mean ± standard deviation over seeds, in brackets its 95 % interval (paired
 bootstrap over evaluation items within each seed; it says nothing about other seeds). Touched: parameters whose bits
-differ from the later model's. Worst Δ: the least change among the other domains, in points, mean over seeds (below 0
-something is lost). Seconds: choosing and writing, or training, on one core; without the evaluation.
+differ from the later model's. Δ: the change of another domain, in points, mean over seeds; worst Δ: the least of them
+in each seed, mean over seeds (below 0 something is lost). Seconds: choosing and writing, or training, on one core;
+without the evaluation. β: a share of the neurons, of units of several kinds of their parameters; entries: a share of
+the weights that may be taken.
 """
+
+
+ALONE = ("D", "D (Hellinger)", "D (Hellinger) of single weights", "D (Hellinger) of units (neurons and value channels)")
 
 
 def _recovery(point: Point) -> str:
@@ -28,9 +34,14 @@ def _recovery(point: Point) -> str:
     return f"{100 * point.recovery:.1f}{spread} [{100 * point.low:.1f}, {100 * point.high:.1f}]"
 
 
+def _delta(change: tuple[float, float, float]) -> str:
+    mean, low, high = (100 * value for value in change)
+    return f"{mean:+.2f} [{low:.2f}, {high:.2f}]"
+
+
 def markdown(runs: Mapping[str, Sequence[Mapping[str, Any]]], found: Mapping[str, Sequence[Point]]) -> str:
     """The whole report; ``runs`` and ``found`` by the pair's name."""
-    parts = [HEAD.format(statement=statement()), *map(_summary, found, found.values()), ""]
+    parts = [HEAD.format(statement=statement()), _short(found), _targets(found)]
     measured = sorted({run["measured"] for group in runs.values() for run in group} - {statement()})
     parts += [f"Some rows were measured earlier: {one}.\n" for one in measured]
     for name, group in runs.items():
@@ -38,7 +49,9 @@ def markdown(runs: Mapping[str, Sequence[Mapping[str, Any]]], found: Mapping[str
         if not found[name]:
             parts.append("No seed lost anything beyond doubt: there is nothing to recover.\n")
             continue
-        parts += ["### Who wins\n", *_wins(found[name]), "### Neuron selectors\n", _budgets(found[name])]
+        parts += ["### Who wins\n", *_wins(found[name])]
+        parts += ["### The front\n\nWithout training; baselines and controls in bold.\n", _front(found[name])]
+        parts += ["### Neurons and units, by budget\n", _budgets(found[name])]
         everything = _everything(found[name], len(group))
         parts.append(
             f"<details><summary>Everything, at every value of its knob</summary>\n\n{everything}\n</details>\n"
@@ -62,7 +75,7 @@ def _references(group: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _budgets(found: Sequence[Point]) -> str:
-    """Recovery of everything that reverts whole MLP neurons, by budget."""
+    """Recovery of everything that reverts whole neurons or units, by budget."""
     lines = ["| | " + " | ".join(f"{100 * b:g} %" for b in BUDGETS) + " | touched | worst Δ | seconds |"]
     lines.append("|---|" + "---|" * (len(BUDGETS) + 3))
     for name in dict.fromkeys(point.method for point in found if point.knob == "β" and point.method != CEILING):
@@ -78,21 +91,77 @@ def _budgets(found: Sequence[Point]) -> str:
 
 
 def _everything(found: Sequence[Point], seeds: int) -> str:
-    lines = ["| method | knob | recovery | touched | worst Δ | seconds |", "|---|---|---|---|---|---|"]
+    domains = list(found[0].deltas)
+    lines = ["| method | knob | recovery | touched | " + " | ".join(f"Δ {domain}" for domain in domains)]
+    lines[0] += " | worst Δ | seconds |"
+    lines.append("|---|" + "---|" * (5 + len(domains)))
     for point in found:
         seen = f" ({len(point.seeds)} of {seeds} seeds)" if len(point.seeds) < seeds else ""
         lines.append(
             f"| {point.method}{seen} | {f'{point.knob} {shown(point)}' if point.knob else ''} | {_recovery(point)} "
-            f"| {100 * point.touched:.1f} | {100 * point.worst:+.2f} | {point.seconds:.2f} |"
+            f"| {100 * point.touched:.1f} | {' | '.join(map(_delta, point.deltas.values()))} "
+            f"| {100 * point.worst:+.2f} | {point.seconds:.2f} |"
         )
     return "\n".join(lines) + "\n"
 
 
-def _summary(name: str, found: Sequence[Point]) -> str:
-    """One line: how many of the contests each side wins."""
+def _short(found: Mapping[str, Sequence[Point]]) -> str:
+    """How many of the contests are won, by all selectors and by D alone, whose curve has no more points than others."""
+    lines = [
+        "How many comparisons within a bound (see *Who wins*) the library wins, loses to the best baseline or control,",
+        "and leaves open: with the best of all its selectors, and with one alone.\n",
+        f"| pair | all selectors | {' | '.join(ALONE)} |",
+        "|---|" + "---|" * (1 + len(ALONE)),
+    ]
+    for pair, group in found.items():
+        sides = [[point for point in group if point.kind != LIBRARY or point.method == name] for name in ALONE]
+        lines.append(f"| {pair} | " + " | ".join(map(_counts, [group, *sides])) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _counts(found: Sequence[Point]) -> str:
     results = [verdict(one.library, one.other)[1] for one in contests(found)]
-    counts = f"a baseline or control wins {results.count(OTHER)} of {len(results)} comparisons, a selector of surgery "
-    return f"- {name}: {counts}{results.count(OURS)}, {results.count(UNDECIDED)} are not separated."
+    return f"{results.count(OURS)} won, {results.count(OTHER)} lost, {results.count(UNDECIDED)} open"
+
+
+def _targets(found: Mapping[str, Sequence[Point]]) -> str:
+    """What was asked of D, as a table of what it does."""
+    lines = [
+        "What was asked of D of neurons, on the mean over seeds, up to 16 % of them; **bold** where it is not met:\n",
+        "| pair | by | × A×M×C at 1, 2, 4 % (≥ 2) | of the ceiling (≥ 90 %) | least Δ elsewhere (≥ −0.2) |",
+        "|---|---|---|---|---|",
+    ]
+    for pair, group in found.items():
+        held = {(point.method, point.value): point for point in group}
+        for name in ALONE[:2] if group else ():
+            times = [held[name, beta].recovery / held["A×M×C", beta].recovery for beta in BUDGETS[:3]]
+            few = [held[name, beta] for beta in BUDGETS if beta <= 0.16]
+            share = max(point.recovery for point in few) / held[CEILING, 1.0].recovery
+            least, domain = min((mean, d) for point in few for d, (mean, _, _) in point.deltas.items())
+            cells = (
+                ", ".join(_met(f"{one:.1f}", one >= 2) for one in times),
+                _met(f"{100 * share:.0f} %", share >= 0.9),
+                _met(f"{100 * least:+.2f}", least >= -0.002) + f" ({domain})",
+            )
+            lines.append(f"| {pair} | {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _met(text: str, met: bool) -> str:
+    return text if met else f"**{text}**"
+
+
+def _front(found: Sequence[Point]) -> str:
+    """The untrained points that no other one beats: none loses as little elsewhere and recovers more."""
+    ends = front(
+        [point for point in found if point.kind not in (TRAINED, REFERENCE)], lambda point: max(0, -point.worst)
+    )
+    lines = ["| worst loss elsewhere | recovery | touched | method |", "|---|---|---|---|"]
+    for point in ends:
+        name = str(point) if point.kind == LIBRARY else f"**{point}**"
+        cells = f"{100 * max(0, -point.worst):.2f} | {_recovery(point)} | {100 * point.touched:.1f} | {name}"
+        lines.append(f"| {cells} |")
+    return "\n".join(lines) + "\n"
 
 
 def _wins(found: Sequence[Point]) -> Iterator[str]:

@@ -15,6 +15,7 @@ from torch import nn
 from surgery.entries import Mask
 from surgery.entry_selector import EntrySelector
 from surgery.evaluators import evaluator
+from surgery.judging import check_items
 from surgery.neurons import Neurons
 from surgery.operators import rollback
 from surgery.papers import fingerprint
@@ -124,13 +125,14 @@ class Bench:
         return self._comparable(self._rows[key])
 
     def _comparable(self, row: Row) -> Row:
-        """The row, refused where it has other metrics than the later model's."""
+        """The row, refused where it has other metrics than the later model's, or other items."""
         later = self._rows.get((LATER, 0.0), row)
         if row.metrics.keys() != later.metrics.keys():
             raise ValueError(
                 f"{row.selector!r} has the metrics {sorted(row.metrics)}, and 'later' {sorted(later.metrics)}: "
                 f"evaluate has to return the same for every model (and rows of another evaluate need another file)"
             )
+        check_items(row, later)
         return row
 
     def _read(self) -> dict[tuple[str, float], Row]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from surgery import Neurons
+from surgery import Entries, Neurons
 
 
 def scores(*values: list[float], **extra: object) -> Neurons:
@@ -39,6 +39,17 @@ def test_a_mask_gives_back_a_mask(tmp_path):
     assert list(found) == ["b", "a"]
     assert found.equal(mask)
     assert found.count() == {"b": 1, "a": 1}
+
+
+@pytest.mark.parametrize("where", ["no/such/folder/mask", "folder", "file/mask"])
+@pytest.mark.parametrize("held", [Neurons({"a": torch.tensor([True])}), Entries({}, shapes={"a/up": (1, 1)})])
+def test_a_place_that_cannot_be_written_is_an_oserror(tmp_path, where, held):
+    """As of any file, with its name: safetensors' own error is none, and the command line showed a traceback."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=rf"{where} can't be written: .*I/O error"):
+        held.save(tmp_path / where)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder"]
 
 
 def test_other_files_are_refused(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -45,6 +46,15 @@ def test_sampling_has_a_seed_and_leaves_torchs_own_alone():
     assert torch.equal(torch.rand(1), want)
     assert [rows(b) for b in first] == [rows(b) for b in respond(model, asked, max_new_tokens=FEW, seed=1)]
     assert [rows(b) for b in first] != [rows(b) for b in respond(model, asked, max_new_tokens=FEW, seed=2)]
+
+
+def test_threads_get_the_answers_that_each_gets_alone():
+    """One sequence of random numbers is the whole process's: they drew from each other's, and D was another."""
+    asked, models = batches(labels=False), [build("qwen3") for _ in range(3)]
+    alone = [rows(batch) for batch in respond(models[0], asked, max_new_tokens=FEW)]
+    with ThreadPoolExecutor(len(models)) as threads:
+        found = list(threads.map(lambda model: respond(model, asked, max_new_tokens=FEW), models))
+    assert [[rows(batch) for batch in one] for one in found] == [alone] * len(models)
 
 
 def test_samples_come_from_the_whole_distribution():

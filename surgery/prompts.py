@@ -82,9 +82,7 @@ def batches_of(data: Iterable[Batch]) -> Iterator[Batch]:
     Raises:
         ValueError: a file's name, one batch by itself, or something else that is no batch.
     """
-    if isinstance(data, str | Path | Mapping):
-        file = f"{str(data)!r}: read the file first, load_prompts(file, tokenizer)"
-        raise ValueError(f"data is {'one batch: put it into a list' if isinstance(data, Mapping) else file}")
+    check_many(data)
     for batch in data:
         ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
         if not isinstance(ids, Tensor) or ids.ndim != 2 or not ids.numel():
@@ -93,6 +91,13 @@ def batches_of(data: Iterable[Batch]) -> Iterator[Batch]:
                 f"tensors [batch, token], as load_prompts(file, tokenizer) makes them"
             )
         yield batch
+
+
+def check_many(data: Any) -> None:
+    """Raise ``ValueError`` where data are a file's name or one batch by itself."""
+    if isinstance(data, str | Path | Mapping):
+        file = f"{str(data)!r}: read the file first, load_prompts(file, tokenizer)"
+        raise ValueError(f"data is {'one batch: put it into a list' if isinstance(data, Mapping) else file}")
 
 
 def _what(batch: Any) -> str:

@@ -169,6 +169,7 @@ def _lines(path: Path, limit: int | None) -> Iterator[tuple[str, dict[str, Any]]
 
 def _tokens(line: dict[str, Any], where: str, tokenizer: Any) -> tuple[list[int], list[int] | None]:
     """A line's prompt tokens, and its response's (None where it has none)."""
+    _check_characters({key: line[key] for key in ("prompt", "response", "messages", "text") if key in line}, where)
     response = None
     if isinstance(line.get("messages"), list) and line["messages"]:
         prompt, response = _chat(line["messages"], where, tokenizer)
@@ -189,6 +190,15 @@ def _tokens(line: dict[str, Any], where: str, tokenizer: Any) -> tuple[list[int]
     if length > limit:
         raise ValueError(f"{where}: {length} tokens, and the tokenizer's limit is {limit}: shorten or drop the line")
     return prompt, response
+
+
+def _check_characters(texts: dict[str, Any], where: str) -> None:
+    """Refuse half of a surrogate pair, which JSON can hold: tokenizers speak of the type of their input."""
+    try:
+        json.dumps(texts, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise ValueError(f"{where}: {half!a} is half of a surrogate pair and no character: remove it") from error
 
 
 def _chat(messages: list[Any], where: str, tokenizer: Any) -> tuple[list[int], list[int] | None]:

@@ -15,6 +15,7 @@ from torch import nn
 from surgery.entries import Mask
 from surgery.entry_selector import EntrySelector
 from surgery.evaluators import evaluator
+from surgery.judging import check_items
 from surgery.neurons import Neurons
 from surgery.operators import rollback
 from surgery.papers import fingerprint
@@ -124,13 +125,14 @@ class Bench:
         return self._comparable(self._rows[key])
 
     def _comparable(self, row: Row) -> Row:
-        """The row, refused where it has other metrics than the later model's."""
+        """The row, refused where it has other metrics than the later model's, or other items."""
         later = self._rows.get((LATER, 0.0), row)
         if row.metrics.keys() != later.metrics.keys():
             raise ValueError(
                 f"{row.selector!r} has the metrics {sorted(row.metrics)}, and 'later' {sorted(later.metrics)}: "
                 f"evaluate has to return the same for every model (and rows of another evaluate need another file)"
             )
+        check_items(row, later)
         return row
 
     def _read(self) -> dict[tuple[str, float], Row]:
@@ -139,15 +141,19 @@ class Bench:
         units = list(kinds_of(self.run.units))
         if self.path is None:
             return {}
-        if not (self.path.exists() and self.path.stat().st_size):
+        text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
+        lines = [line for line in text.splitlines() if line.strip()]
+        if not lines:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._append({"checkpoints": head, "units": units})
             return {}
-        first, *rest = self.path.read_text(encoding="utf-8").splitlines()
-        found = _parsed(first, self.path)
+        found = _parsed(lines[0], self.path)
         if found.get("checkpoints") != head or found.get("units", ["mlp"]) != units:
             raise ValueError(f"{self.path} holds a sweep of other checkpoints or units: choose another file")
-        rows = [_row(line, self.path) for line in rest]
+        rows = [_row(line, self.path) for line in lines[1:]]
+        if not text.endswith("\n"):  # an editor took it, or a full disk: the next row needs a line of its own
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write("\n")
         return {(row.selector, row.budget): row for row in rows}
 
     def _append(self, line: Mapping[str, Any]) -> None:
@@ -165,7 +171,7 @@ def _parsed(line: str, path: Path) -> dict[str, Any]:
         found = dict(json.loads(line))
         held = {name: [float(x) for x in items] for name, items in found.get("items", {}).items()}
         return {**found, "items": held} if "items" in found else found
-    except ValueError as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} is not a sweep's file, or its last line was cut: {error}. Remove that line to go on, or choose "
             f"another file"

@@ -146,6 +146,8 @@ def top(scores: Neurons, counts: Mapping[str, int]) -> Neurons:
     >>> top(Neurons({"a": torch.tensor([1.0, 5.0, 5.0])}), {"a": 1})["a"]
     tensor([False,  True, False])
     """
+    if not isinstance(counts, Mapping):
+        raise ValueError(f"counts={counts!r}: expected how many of each block, as allocate(scores, budget) gives them")
     if set(counts) != set(scores):
         raise ValueError(f"counts are for the blocks {sorted(counts)[:3]}…, the scores for {sorted(scores)[:3]}…")
     masks = {name: _best(name, scores, counts[name]) for name in scores}

@@ -91,6 +91,9 @@ class Entries(Mapping[str, Tensor]):
     def __or__(self, other: Entries) -> Entries:
         return self._combine(other, lambda a, b: torch.cat([a, b]).unique())
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Entries) and self.equal(other)  # a Mapping's own asks a tensor whether it is true
+
     def equal(self, other: Entries) -> bool:
         """Whether both select the same weights of the same parts in the same order."""
         same = list(self.shapes.items()) == list(other.shapes.items())
@@ -140,6 +143,8 @@ class Entries(Mapping[str, Tensor]):
         return "\n".join([f"Entries: mask of {of} ({self.fraction:.3%})", *lines])
 
     def _combine(self, other: Entries, function: Any) -> Entries:
+        if not isinstance(other, Entries):
+            raise ValueError(f"this operation is between two Entries, and the other one is a {type(other).__name__}")
         self.require(other.shapes, "the other Entries")
         values = {part: function(value, other[part]) for part, value in self.items()}
         return Entries(values, shapes=self.shapes, made_by={**self.made_by, **other.made_by})
@@ -155,7 +160,16 @@ def shapes_of(layout: Layout) -> dict[str, tuple[int, int]]:
 
 
 def units_of_mask(mask: Mask) -> tuple[str, ...]:
-    """The kinds of unit that a mask is over, or whose weights it selects."""
+    """The kinds of unit that a mask is over, or whose weights it selects.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not isinstance(mask, Neurons | Entries):
+        raise ValueError(
+            f"mask= is a {type(mask).__name__}: expected the Neurons or Entries that a selector gives (of a file "
+            f"Neurons.load(path) or Entries.load(path))"
+        )
     return mask.units if isinstance(mask, Entries) else units_in(mask)
 
 
@@ -174,6 +188,8 @@ def load_mask(path: str | Path) -> Mask:
 
 
 def _checked(part: str, positions: Tensor, size: int) -> Tensor:
+    if not isinstance(positions, Tensor):
+        raise ValueError(f"part {part!r} holds a {type(positions).__name__}: expected a tensor, torch.as_tensor(...)")
     if positions.ndim != 1 or positions.is_floating_point() or positions.dtype == torch.bool:
         raise ValueError(
             f"part {part!r}: expected positions as integers in one dimension, got {positions.dtype} of the shape "

@@ -17,17 +17,13 @@ def judged(rows: Sequence[Row], earlier: Row, later: Row, metric: str) -> list[R
     Raises:
         ValueError: two models were scored on different numbers of items.
     """
+    for row in (*rows, earlier):
+        check_items(row, later)
     found = [compared(row, earlier, later, metric) for row in rows]
     for name in later.items:
         having = [at for at, row in enumerate(rows) if name in row.items]
         held = [*(rows[at] for at in having), *([earlier] if name in earlier.items else [])]
         before = np.array(later.items[name])
-        for row in held:
-            if len(row.items[name]) != len(before):
-                raise ValueError(
-                    f"{name!r} has {len(row.items[name])} items in {row.selector!r} and {len(before)} in 'later': "
-                    f"evaluate has to score the same items in the same order"
-                )
         now = np.array([row.items[name] for row in held])
         each = paired(now, before) if having else []
         for at, one in zip(having, each, strict=False):
@@ -38,6 +34,16 @@ def judged(rows: Sequence[Row], earlier: Row, later: Row, metric: str) -> list[R
             if found[at].recovery is not None:
                 found[at] = dataclasses.replace(found[at], interval=span, underpowered=underpowered(each[-1], span))
     return found
+
+
+def check_items(row: Row, later: Row) -> None:
+    """Raise ``ValueError`` where a row was scored on another number of items than the later model."""
+    for name, items in later.items.items():
+        if name in row.items and len(row.items[name]) != len(items):
+            raise ValueError(
+                f"{name!r} has {len(row.items[name])} items in {row.selector!r} and {len(items)} in 'later': evaluate "
+                f"has to score the same items in the same order (and rows of other items need another file)"
+            )
 
 
 def compared(row: Row, earlier: Row, later: Row, metric: str) -> Row:

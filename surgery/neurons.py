@@ -29,7 +29,7 @@ class Neurons(Mapping[str, Tensor]):
         made_by: what made it (plain JSON values); saved with the file.
 
     Raises:
-        ValueError: a vector is not one-dimensional, the dtypes differ, or a score is NaN or infinite.
+        ValueError: a vector is no tensor or not one-dimensional, the dtypes differ, or a score is NaN or infinite.
 
     Source: ours.
 
@@ -47,6 +47,11 @@ class Neurons(Mapping[str, Tensor]):
         missing: Mapping[str, Tensor] | None = None,
         made_by: Mapping[str, Any] | None = None,
     ) -> None:
+        for name, value in values.items():
+            if not isinstance(value, Tensor):
+                raise ValueError(
+                    f"block {name!r} holds a {type(value).__name__}: expected a tensor, torch.as_tensor(...)"
+                )
         kinds = {value.dtype == torch.bool for value in values.values()}
         if len(kinds) > 1:
             raise ValueError("a Neurons is either a mask (all vectors bool) or scores (all real), not a mixture")
@@ -121,6 +126,9 @@ class Neurons(Mapping[str, Tensor]):
         self._need(mask=True, verb="~")
         return self._map(lambda _, value: ~value)
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Neurons) and self.equal(other)  # a Mapping's own asks a tensor whether it is true
+
     def equal(self, other: Neurons) -> bool:
         """Whether both hold the same blocks in the same order with the same numbers, bit for bit."""
         return list(self) == list(other) and all(torch.equal(value, other[name]) for name, value in self.items())
@@ -163,6 +171,8 @@ class Neurons(Mapping[str, Tensor]):
         return Neurons(values, missing=self.missing, made_by=self.made_by)
 
     def _combine(self, other: Neurons, function: Callable[[Tensor, Tensor], Tensor], mask: bool) -> Neurons:
+        if not isinstance(other, Neurons):
+            raise ValueError(f"this operation is between two Neurons, and the other one is a {type(other).__name__}")
         for operand in (self, other):
             operand._need(mask=mask, verb="this operation")
         self.require(other.sizes, "the other Neurons")

@@ -41,10 +41,7 @@ class Rollback:
 
         Rollbacks that overlap are undone in the reverse order in which they were made.
         """
-        with uninterrupted():
-            for tensor, edit, rows in reversed(self._old):
-                _write(tensor, edit, rows.to(tensor.device))
-            self._old.clear()
+        _put_back(self._old)
 
     def before(self, block: Block, slot: Slot) -> Tensor:
         """What the reverted rows of a live slot held before: ``[neuron, ...]``, in their order.
@@ -131,8 +128,8 @@ def rollback(
     old: list[tuple[Tensor, Edit, Tensor]] = []
     finite: list[Tensor] = []  # read at the end: a GPU is waited for once, not once an edit
     changed: list[Tensor] = []
-    with uninterrupted() as pending:
-        try:
+    try:
+        with uninterrupted() as pending:
             for edit in edits:
                 tensor = live.tensors[edit.slot.tensor]
                 before = edit.take(tensor)
@@ -146,15 +143,22 @@ def rollback(
             for edit, fine in zip(edits, numbers(finite), strict=True):
                 if not fine:
                     raise ValueError(_not_finite(edit, source, strength))
-        except BaseException:
-            for tensor, edit, rows in reversed(old):
-                _write(tensor, edit, rows.to(tensor.device))
-            raise
-    written = dict.fromkeys(live.layout, 0)
-    for edit in edits:
-        written[edit.block.name] += edit.numbers
-    touched, differing = len({edit.slot.tensor for edit in edits}), sum(numbers(changed))
-    return Rollback(mask.count(), written, touched, differing, recorded(strength, mask), noun_of(mask), old)
+            written = dict.fromkeys(live.layout, 0)
+            for edit in edits:
+                written[edit.block.name] += edit.numbers
+            touched, differing = len({edit.slot.tensor for edit in edits}), sum(numbers(changed))
+            done = Rollback(mask.count(), written, touched, differing, recorded(strength, mask), noun_of(mask), old)
+    except BaseException:  # also of a Ctrl-C that was held back to the end: nobody would have the undo
+        _put_back(old)
+        raise
+    return done
+
+
+def _put_back(old: list[tuple[Tensor, Edit, Tensor]]) -> None:
+    with uninterrupted():
+        for tensor, edit, rows in reversed(old):
+            _write(tensor, edit, rows.to(tensor.device))
+        old.clear()
 
 
 def _write(tensor: Tensor, edit: Edit, rows: Tensor) -> None:

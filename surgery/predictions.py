@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -82,6 +83,7 @@ def distillation(
 
     Raises:
         ValueError: no position predicts a response token, the model gives no logits, or another divergence.
+        OSError: the disk is full.
 
     Source: ours.
     """
@@ -96,7 +98,13 @@ def distillation(
             if not path.exists():
                 logits = predicting(earlier, batch)
                 partial = path.with_suffix(".partial")
-                save_file({"logits": logits.contiguous().cpu()}, partial)
+                try:
+                    save_file({"logits": logits.contiguous().cpu()}, partial)
+                except SafetensorError as error:  # no OSError, though what it tells of is one
+                    raise OSError(
+                        f"{place} has no room for what the earlier model predicts ({error}): logits take positions × "
+                        f"vocabulary numbers; give TMPDIR (or folder=) another disk, or pass fewer prompts"
+                    ) from error
                 partial.rename(path)
     return found
 

@@ -82,9 +82,7 @@ def batches_of(data: Iterable[Batch]) -> Iterator[Batch]:
     Raises:
         ValueError: a file's name, one batch by itself, or something else that is no batch.
     """
-    if isinstance(data, str | Path | Mapping):
-        file = f"{str(data)!r}: read the file first, load_prompts(file, tokenizer)"
-        raise ValueError(f"data is {'one batch: put it into a list' if isinstance(data, Mapping) else file}")
+    check_many(data)
     for batch in data:
         ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
         if not isinstance(ids, Tensor) or ids.ndim != 2 or not ids.numel():
@@ -93,6 +91,13 @@ def batches_of(data: Iterable[Batch]) -> Iterator[Batch]:
                 f"tensors [batch, token], as load_prompts(file, tokenizer) makes them"
             )
         yield batch
+
+
+def check_many(data: Any) -> None:
+    """Raise ``ValueError`` where data are a file's name or one batch by itself."""
+    if isinstance(data, str | Path | Mapping):
+        file = f"{str(data)!r}: read the file first, load_prompts(file, tokenizer)"
+        raise ValueError(f"data is {'one batch: put it into a list' if isinstance(data, Mapping) else file}")
 
 
 def _what(batch: Any) -> str:
@@ -164,6 +169,7 @@ def _lines(path: Path, limit: int | None) -> Iterator[tuple[str, dict[str, Any]]
 
 def _tokens(line: dict[str, Any], where: str, tokenizer: Any) -> tuple[list[int], list[int] | None]:
     """A line's prompt tokens, and its response's (None where it has none)."""
+    _check_characters({key: line[key] for key in ("prompt", "response", "messages", "text") if key in line}, where)
     response = None
     if isinstance(line.get("messages"), list) and line["messages"]:
         prompt, response = _chat(line["messages"], where, tokenizer)
@@ -184,6 +190,15 @@ def _tokens(line: dict[str, Any], where: str, tokenizer: Any) -> tuple[list[int]
     if length > limit:
         raise ValueError(f"{where}: {length} tokens, and the tokenizer's limit is {limit}: shorten or drop the line")
     return prompt, response
+
+
+def _check_characters(texts: dict[str, Any], where: str) -> None:
+    """Refuse half of a surrogate pair, which JSON can hold: tokenizers speak of the type of their input."""
+    try:
+        json.dumps(texts, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise ValueError(f"{where}: {half!a} is half of a surrogate pair and no character: remove it") from error
 
 
 def _chat(messages: list[Any], where: str, tokenizer: Any) -> tuple[list[int], list[int] | None]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from surgery.entries import Mask
 from surgery.predictions import Loss
+from surgery.prompts import check_many
 from surgery.refresh_copies import Leaves
 from surgery.refresh_report import Refresh, Step
 from surgery.rows import Score, scored
@@ -148,6 +149,7 @@ def _domains(loss: Loss, data: Iterable[Any], alternate: Alternate | None) -> li
 
 def _cycled(data: Iterable[Any], what: str) -> Iterator[Any]:
     """The batches for ever; they are asked for one by one, so that they may be made as training goes on."""
+    check_many(data)
     batches = cycle(data)
     for first in batches:
         return chain([first], batches)

@@ -106,12 +106,15 @@ def stability(
 
     Source: ours.
     """
-    batches = list(batches_of(data))
+    batches, sizes = list(batches_of(data)), list(sizes)  # a generator too is gone through more than once
     prompts = sum(_rows(batch) for batch in batches)
-    if bad := [size for size in sizes if not isinstance(size, int) or not 0 < size < prompts]:
+    if bad := [size for size in sizes if not isinstance(size, int | np.integer) or not 0 < size < prompts]:
         raise ValueError(
             f"sizes: {bad[0]} of {prompts} prompts: expected sizes from 1 to {prompts - 1}, or more prompts"
         )
+    if not sizes:
+        raise ValueError("sizes is empty: expected how many prompts a draw takes, like (4, 16, 64)")
+    sizes = [int(size) for size in sizes]
     if draws < 2:
         raise ValueError(f"draws={draws}: expected 2 or more, to have a pair to compare")
     model, generator = run.load(), torch.Generator().manual_seed(seed)

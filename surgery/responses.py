@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 from surgery.hooks import evaluating
 from surgery.prompts import Batch, batches_of, check_fits, padded
+
+_ALONE = threading.Lock()  # generate draws from torch's own random numbers, of which a process has one sequence
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ def _generate(model: Any, asked: list[list[list[int]]], settings: _Settings) -> 
     how: dict[str, Any] = sampled if settings.temperature > 0 else {"do_sample": False}
     answers = []
     forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-    with forked, torch.inference_mode(), evaluating(model), _own_settings(model):
+    with _ALONE, forked, torch.inference_mode(), evaluating(model), _own_settings(model):
         torch.manual_seed(settings.seed)
         for rows in asked:
             length = max(map(len, rows))

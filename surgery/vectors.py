@@ -11,12 +11,20 @@ from torch import Tensor
 
 
 def write_vectors(path: str | Path, kind: str, tensors: Mapping[str, Tensor], **told: Any) -> None:
-    """Write tensors and, as JSON in the metadata, what is told of them; ``kind`` is the class that reads them again."""
+    """Write tensors and, as JSON in the metadata, what is told of them; ``kind`` is the class that reads them again.
+
+    Raises:
+        OSError: there is no such folder, no room in it, or it can't be written.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     metadata = {**{key: json.dumps(value) for key, value in told.items()}, "format": f"surgery.{kind}"}
     # Blocks of one model often have equal vectors; safetensors refuses tensors that share memory.
-    save_file({name: value.clone() for name, value in tensors.items()}, path, metadata)
+    try:
+        save_file({name: value.clone() for name, value in tensors.items()}, path, metadata)
+    except SafetensorError as error:  # no OSError, though what it tells of is one
+        raise OSError(f"{path} can't be written: {error}") from error
 
 
 def read_vectors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

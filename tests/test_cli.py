@@ -92,6 +92,14 @@ def test_rollback_warns_where_the_mask_was_made_for_others(surgery, runs: Path, 
     assert "warning" not in error
 
 
+def test_ctrl_c_is_told(surgery, tmp_path: Path) -> None:
+    """typer ends with the code and no word: nobody knew what had become of the checkpoints."""
+    (tmp_path / "stop.py").write_text("def score(model):\n    raise KeyboardInterrupt\n")
+    code, out, error = surgery(f"sweep earlier later --evaluate {tmp_path}/stop.py:score --selectors random")
+    assert (code, out) == (130, "")
+    assert "interrupted: no checkpoint was changed" in error
+
+
 def test_sweep_prints_a_table_and_resumes(surgery, runs: Path, tmp_path: Path) -> None:
     (tmp_path / "scoring.py").write_text(
         "def score(model):\n    weight = model.model.layers[0].mlp.up_proj.weight\n"

@@ -104,6 +104,18 @@ def test_items_survive_the_file_and_old_files_load(models, tmp_path):
     assert {row.interval for row in without} == {None}
 
 
+def test_rows_of_other_items_are_refused_before_they_are_in_the_file(models, tmp_path):
+    """A resumed sweep of a longer evaluation: numpy spoke of shapes, and the file held rows of both from then on."""
+    file = tmp_path / "sweep.jsonl"
+    first = swept(models, PerItem(models["earlier"]), path=file)
+    head, *lines = file.read_text().splitlines()
+    file.write_text("\n".join([head, *lines[:-1]]) + "\n")
+    message = f"'math' has {N + 1} items in '{first.rows[-1].selector}' and {N} in 'later'.*another file"
+    with pytest.raises(ValueError, match=message):
+        swept(models, PerItem(models["earlier"], items=N + 1), path=file)
+    assert swept(models, PerItem(models["earlier"]), path=file).rows[-1].items == first.rows[-1].items
+
+
 def test_the_table_says_intervals_tests_and_doubt(models):
     """Intervals beside the numbers, a star where p < 0.05, the word underpowered where it is, in 160 columns."""
     text = str(swept(models, PerItem(models["earlier"])))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import sys
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache
@@ -500,6 +501,42 @@ def test_ctrl_c_is_held_back_until_the_weights_are_whole(monkeypatch):
         done.undo()
     assert same(snapshot(later), before)
     assert signal.getsignal(signal.SIGINT) is handler
+
+
+@pytest.mark.parametrize("kind", ["neurons", "weights"])
+def test_ctrl_c_anywhere_in_a_rollback_leaves_the_old_weights(kind):
+    """At whichever line the signal comes, the wait for the checks and the report too: else nobody has the undo."""
+    earlier, later = pair("llama")
+    before, sent = snapshot(later), []
+    mask = RandomSelector(0.1, units="weight" if kind == "weights" else None).select(Trajectory(None, earlier, later))
+    original, lines = sys.gettrace(), set()
+
+    def at(line):
+        def trace(frame, event, _):
+            if frame.f_code is not operators.rollback.__code__:
+                return None
+            if event == "line":
+                lines.add(frame.f_lineno)
+                if frame.f_lineno == line and not sent:
+                    sent.append(1)
+                    os.kill(os.getpid(), signal.SIGINT)
+            return trace
+
+        return trace
+
+    def traced(line):
+        sent.clear()
+        sys.settrace(at(line))
+        try:
+            operators.rollback(later, to=earlier, mask=mask).undo()
+        finally:
+            sys.settrace(original)
+
+    traced(None)
+    for line in sorted(lines - {max(lines)}):  # at the last line, the return, the caller has the undo
+        with pytest.raises(KeyboardInterrupt):
+            traced(line)
+        assert same(snapshot(later), before), line
 
 
 def test_nan_in_the_earlier_checkpoint_is_refused_before_it_stays():

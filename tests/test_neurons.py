@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from operator import and_, or_
+
+import numpy as np
 import pytest
 import torch
+from families import build
 from safetensors.torch import save_file
 
-from surgery import Neurons
+from surgery import Entries, Neurons, rollback, rolled_back, top
 
 
 def scores(*values: list[float], **extra: object) -> Neurons:
@@ -39,6 +43,17 @@ def test_a_mask_gives_back_a_mask(tmp_path):
     assert list(found) == ["b", "a"]
     assert found.equal(mask)
     assert found.count() == {"b": 1, "a": 1}
+
+
+@pytest.mark.parametrize("where", ["no/such/folder/mask", "folder", "file/mask"])
+@pytest.mark.parametrize("held", [Neurons({"a": torch.tensor([True])}), Entries({}, shapes={"a/up": (1, 1)})])
+def test_a_place_that_cannot_be_written_is_an_oserror(tmp_path, where, held):
+    """As of any file, with its name: safetensors' own error is none, and the command line showed a traceback."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=rf"{where} can't be written: .*I/O error"):
+        held.save(tmp_path / where)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder"]
 
 
 def test_other_files_are_refused(tmp_path):
@@ -143,3 +158,45 @@ def test_the_print_names_every_block_and_counts_the_missing():
     assert "layers.1.mlp" in text
     assert "1 without a value" in text
     assert repr(Neurons({})) == "Neurons(empty)"
+
+
+def test_equal_masks_are_equal():
+    """``==`` says what ``equal`` says, of masks and of single weights; a Mapping's own raised RuntimeError."""
+    bits, one = torch.tensor([True, False, True]), torch.tensor([1])
+    mask, other = Neurons({"a": bits}), Neurons({"a": ~bits})
+    entries = Entries({"a/up": one}, shapes={"a/up": (3, 3)})
+    assert mask == Neurons({"a": bits.clone()}, made_by={"other": 1})
+    assert mask != other
+    assert other in [mask, other]
+    assert entries == Entries({"a/up": one.clone()}, shapes={"a/up": (3, 3)})
+    assert entries != Entries({}, shapes={"a/up": (3, 3)})
+    assert mask != entries
+    assert mask != {"a": bits}
+
+
+@pytest.mark.parametrize("wrong", [None, "mask.safetensors", {"a": torch.tensor([True])}, 0.02])
+def test_what_is_no_mask_is_told_so(wrong):
+    """A file's path, say: AttributeError said that it has no 'is_mask'."""
+    model = build("qwen3")
+    for action in (rollback, rolled_back):
+        with pytest.raises(ValueError, match=f"mask= is a {type(wrong).__name__}: expected the Neurons or Entries"):
+            action(model, to=model, mask=wrong)
+    mask, entries = Neurons({"a": torch.tensor([True])}), Entries({}, shapes={"a/up": (1, 1)})
+    for one, other in ((mask, entries), (entries, mask), (mask, wrong), (entries, wrong)):
+        for combine in (and_, or_):
+            message = f"between two {type(one).__name__}, and the other one is a {type(other).__name__}"
+            with pytest.raises(ValueError, match=message):
+                combine(one, other)
+
+
+@pytest.mark.parametrize("values", [[True, False], np.array([1.0, 2.0])])
+def test_what_is_no_tensor_is_told_so(values):
+    with pytest.raises(ValueError, match=rf"block 'a' holds a {type(values).__name__}: expected a tensor"):
+        Neurons({"a": values})
+    with pytest.raises(ValueError, match=rf"part 'a/up' holds a {type(values).__name__}: expected a tensor"):
+        Entries({"a/up": values}, shapes={"a/up": (3, 3)})
+
+
+def test_a_budget_is_no_count():
+    with pytest.raises(ValueError, match=r"counts=0\.02: expected how many of each block, as allocate"):
+        top(Neurons({"a": torch.ones(3)}), 0.02)

@@ -164,6 +164,7 @@ BAD = {
     "bad messages": ('{"messages": ["hi"]}\n', 'line 1: expected "messages" like'),
     "no role": ('{"messages": [{"content": "x"}]}\n', 'expected "messages" like'),
     "response no string": ('{"prompt": "a", "response": 4}\n', 'line 1: "response" is no string'),
+    "half a pair": ('{"prompt": "a \\ud83d"}\n', r"line 1: '\\ud83d' is half of a surrogate pair"),
     "mixed": ('\n{"prompt": "a", "response": "b"}\n\n{"prompt": "a"}\n', "line 4 has no response, and other lines"),
     "nothing": ('{"prompt": ""}\n', "line 1: no token at all"),
     "long": (json.dumps({"prompt": "a" * 39, "response": "bc"}), "line 1: 42 tokens, and the tokenizer's limit is 40"),

@@ -551,6 +551,8 @@ def test_weights_that_cannot_be_trained_are_refused(spoil, masked, message):
     ("how", "message"),
     [
         ({"data": []}, "data holds no batch"),
+        ({"data": {"input_ids": torch.ones(1, 2)}}, "data is one batch: put it into a list"),
+        ({"data": "math.jsonl"}, r"data is 'math\.jsonl': read the file first"),
         ({"alternate": {"qa": (likelihood, [], 1.0)}}, r"alternate\['qa'\] holds no batch"),
         ({"alternate": {"qa": likelihood}}, r"expected \(loss, batches, weight\)"),
         ({"alternate": {"qa": (likelihood, [None], -1)}}, "weight -1"),

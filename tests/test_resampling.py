@@ -151,6 +151,14 @@ def test_it_prints_a_table_and_is_drawn(models):
         prompt_stability(found, of="chance")
 
 
+@pytest.mark.parametrize("sizes", [(size for size in (2, 6)), np.array([2, 6])])
+def test_sizes_may_be_a_generator_or_an_array(models, sizes):
+    """Of a generator the table had no line, and of NumPy's integers it was said that they are out of range."""
+    found = stability(Trajectory(**models), prompts(), RandomSelector(0.1), sizes=sizes, draws=2)
+    assert found == stability(Trajectory(**models), prompts(), RandomSelector(0.1), sizes=(2, 6), draws=2)
+    assert len(str(found).splitlines()) == 4
+
+
 def test_what_cannot_be_asked(models):
     """As many prompts as there are, or one draw, tell nothing."""
     run = Trajectory(**models)
@@ -158,6 +166,7 @@ def test_what_cannot_be_asked(models):
         ((18,), 5, "18 of 18 prompts.*from 1 to 17"),
         ((0,), 5, "0 of 18"),
         ((0.5,), 5, "0.5 of 18"),
+        ((), 5, "sizes is empty"),
         ((4,), 1, "2 or more"),
     ):
         with pytest.raises(ValueError, match=message):

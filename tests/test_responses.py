@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from families import build
+from safetensors import SafetensorError
 from test_scores import batches
 
-from surgery import Trajectory, activation, damage, distillation, likelihood, respond
+from surgery import Trajectory, activation, damage, distillation, likelihood, predictions, respond
 
 FEW = 6
 
@@ -45,6 +49,15 @@ def test_sampling_has_a_seed_and_leaves_torchs_own_alone():
     assert torch.equal(torch.rand(1), want)
     assert [rows(b) for b in first] == [rows(b) for b in respond(model, asked, max_new_tokens=FEW, seed=1)]
     assert [rows(b) for b in first] != [rows(b) for b in respond(model, asked, max_new_tokens=FEW, seed=2)]
+
+
+def test_threads_get_the_answers_that_each_gets_alone():
+    """One sequence of random numbers is the whole process's: they drew from each other's, and D was another."""
+    asked, models = batches(labels=False), [build("qwen3") for _ in range(3)]
+    alone = [rows(batch) for batch in respond(models[0], asked, max_new_tokens=FEW)]
+    with ThreadPoolExecutor(len(models)) as threads:
+        found = list(threads.map(lambda model: respond(model, asked, max_new_tokens=FEW), models))
+    assert [[rows(batch) for batch in one] for one in found] == [alone] * len(models)
 
 
 def test_samples_come_from_the_whole_distribution():
@@ -116,6 +129,20 @@ def test_answers_are_written_once_and_read_again(tmp_path, monkeypatch):
     path.write_text(json.dumps({"prompt": "1+1="}) + "\n{")
     with pytest.raises(ValueError, match="not a file that respond"):
         respond(model, asked, max_new_tokens=FEW, path=path)
+
+
+def test_a_full_disk_says_what_fills_it(monkeypatch, tmp_path):
+    """safetensors' error is no OSError: the command line showed a traceback, and nothing said what takes the room."""
+
+    def full(*_):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(predictions, "save_file", full)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(OSError, match=r"has no room for what the earlier model predicts .*No space left.* TMPDIR"):
+        distillation(build("qwen3"), batches(labels=True))
+    gc.collect()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_prompt_that_fills_the_context_is_refused():

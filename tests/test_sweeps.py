@@ -215,10 +215,24 @@ def test_a_file_that_was_cut_is_refused_by_name(models, tmp_path):
     run, file = Trajectory(**models), tmp_path / "sweep.jsonl"
     arguments = dict(selectors=SELECTORS[2:3], budgets=[0.1], path=file)
     sweep(models["later"], run, None, **arguments, evaluate=Evaluate(models["earlier"]))
-    for text in (file.read_text()[:-20], "hello\n"):
-        file.write_text(text)
+    whole = file.read_bytes()
+    for held in (whole[:-20], b"hello\n", b"[1, 2]\n", b"\xff\xfe\x00", whole + b'{"items": null}\n'):
+        file.write_bytes(held)
         with pytest.raises(ValueError, match=r"sweep\.jsonl is not a sweep's file"):
             sweep(models["later"], run, None, **arguments, evaluate=Evaluate(models["earlier"]))
+        assert file.read_bytes() == held
+
+
+@pytest.mark.parametrize("change", [lambda text: text[:-1], lambda text: text.replace("\n", "\n\n"), lambda _: "\n"])
+def test_a_file_goes_on_after_an_editor_was_at_it(models, tmp_path, change):
+    """Its last line break gone, or empty lines: the next row came behind the last one, and neither could be read."""
+    run, file = Trajectory(**models), tmp_path / "sweep.jsonl"
+    arguments = dict(selectors=SELECTORS[2:3], path=file)
+    sweep(models["later"], run, None, **arguments, budgets=[0.1], evaluate=Evaluate(models["earlier"]))
+    file.write_text(change(file.read_text()))
+    more = sweep(models["later"], run, None, **arguments, budgets=BUDGETS, evaluate=Evaluate(models["earlier"]))
+    again = sweep(models["later"], run, None, **arguments, budgets=BUDGETS, evaluate=Evaluate(models["earlier"], 1))
+    assert again == more
 
 
 def test_nothing_lost_is_no_recovery(models):

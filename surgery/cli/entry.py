@@ -12,6 +12,8 @@ from surgery.cli.measuring import sweep, tune
 from surgery.cli.options import err
 from surgery.cli.repairing import rollback, select, strengths
 
+INTERRUPTED = 130  # the exit code
+
 app = typer.Typer(
     help="git revert for LLM post-training: put back the neurons through which a later stage hurt an earlier skill.",
     no_args_is_help=True,
@@ -33,6 +35,7 @@ def main() -> None:
         text = error.args[0] if isinstance(error, KeyError) and error.args else error
         err.print(f"error: {text}", markup=False)
         sys.exit(1)
-    except KeyboardInterrupt:
-        err.print("interrupted: nothing was changed", markup=False)
-        sys.exit(130)
+    except SystemExit as end:  # what typer makes of Ctrl-C, without a word
+        if end.code == INTERRUPTED:
+            err.print("interrupted: no checkpoint was changed", markup=False)
+        raise

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from transformers import AutoTokenizer
@@ -20,7 +20,11 @@ from benchmarks.seeds import asked_for
 from surgery import DamageSelector, Trajectory, load_prompts, rollback
 from surgery.scores import remembered
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 BUDGETS, WEIGHTS = (0.08, 0.32, 0.64, 0.8), (0.0, 0.1, 0.3, 1.0, 3.0)
+_COLOURS = ("black", "#0072B2", "#009E73", "#E69F00", "#D55E00")
 OTHERS = ("qa", "code", "cw")
 Judged = tuple[float, dict[str, float]]
 Found = dict[tuple[float, float], Judged]
@@ -65,16 +69,40 @@ def table(seeds: Sequence[Mapping[tuple[Any, float], Judged]], budgets: Sequence
     return "\n".join(lines)
 
 
+def curves(seeds: Sequence[Found]) -> Figure:
+    """The trade-off: recovery against the worst of the others' mean Δ, a curve per weight along the budgets."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2, 3.8), dpi=150, layout="constrained")
+    ax = figure.add_subplot()
+    for weight, colour, marker in zip(WEIGHTS, _COLOURS, "o^sDv", strict=True):
+        recovery = [100 * np.mean([seed[weight, budget][0] for seed in seeds]) for budget in BUDGETS]
+        worst = [
+            100 * min(np.mean([seed[weight, budget][1][one] for seed in seeds]) for one in OTHERS) for budget in BUDGETS
+        ]
+        ax.plot(worst, recovery, color=colour, marker=marker, label=f"weight {weight:g}" if weight else "plain D")
+    for budget, x, y in zip(BUDGETS, worst, recovery, strict=True):
+        ax.annotate(f"{100 * budget:g} %", (x, y), xytext=(-6, -12), textcoords="offset points", fontsize="small")
+    ax.axvline(0, color="0.8", linewidth=1, zorder=0)
+    ax.set_xlabel("worst mean Δ on QA, Code or CW (points)")
+    ax.set_ylabel("recovery of Math (%)")
+    ax.legend(frameon=False, fontsize="small")
+    return figure
+
+
 def main() -> None:
-    """Measure every seed and write the table."""
+    """Measure every seed, write the table and draw the curves."""
     seeds, out = asked_for(__doc__)
     found = [measure(folder) for folder in seeds]
     text = (
         f"# What protecting the other domains buys, and costs\n\nRecovery of Math in % (mean ± standard deviation over "
         f"{len(found)} seeds) and the worst mean Δ among QA, Code and CW in points, by the weight of what reverting "
-        f"costs them (0: plain D) and the budget of MLP neurons. {statement()}\n\n{table(found, BUDGETS, 'weight')}\n"
+        f"costs them (0: plain D) and the budget of MLP neurons. The same as curves: "
+        f"[protect.png](protect.png). Weight 0.3 on the other pairs: [pareto.md](pareto.md). "
+        f"{statement()}\n\n{table(found, BUDGETS, 'weight')}\n"
     )
     (out / "protect.md").write_text(text, encoding="utf-8")
+    curves(found).savefig(out / "protect.png")
     print(text)
 
 

@@ -133,7 +133,9 @@ def _targets(found: Mapping[str, Sequence[Point]]) -> str:
     ]
     for pair, group in found.items():
         held = {(point.method, point.value): point for point in group}
-        for name in ALONE[:2] if group else ():
+        for name in ALONE[:2]:
+            if (name, BUDGETS[0]) not in held:
+                continue
             times = [held[name, beta].recovery / held["A×M×C", beta].recovery for beta in BUDGETS[:3]]
             few = [held[name, beta] for beta in BUDGETS if beta <= 0.16]
             share = max(point.recovery for point in few) / held[CEILING, 1.0].recovery

@@ -19,7 +19,7 @@ from benchmarks.baselines import differing
 from benchmarks.front import against_loss, against_size, front
 from benchmarks.lab.domains import DOMAINS
 from benchmarks.lab.evaluate import Evaluator
-from benchmarks.methods import BASELINE, CONTROL, LIBRARY, REFERENCE, TRAINED, Method, applied, methods
+from benchmarks.methods import BASELINE, BUDGETS, CONTROL, LIBRARY, REFERENCE, TRAINED, Method, applied, methods
 from benchmarks.pareto import Pair, Row, Store, asked_for, identity, measure, measure_pair, pairs, setting_of
 from benchmarks.points import OTHER, OURS, SCALE, UNDECIDED, Point, best, contests, points, verdict
 from benchmarks.report import markdown
@@ -142,6 +142,34 @@ def test_a_baseline_that_wins_is_named_and_so_is_one_that_loses() -> None:
     assert "**baseline**" in markdown(
         {PAIR.name: [run_of("seed1", 0.2, {"A": 0.3, "WiSE-FT": 0.9})]}, {PAIR.name: wins}
     )
+
+
+def test_changes_elsewhere_are_told_by_domain_and_independent_seeds_narrow_their_interval() -> None:
+    runs = [run_of(f"seed{seed}", 0.2, {"A": 0.5}) for seed in range(4)]
+    for at, run in enumerate(runs):
+        (changed,) = [one for one in run["rows"] if one["method"] == "A"]
+        changed["delta"] = {"qa": (0.01 * at, 0.01 * at - 0.02, 0.01 * at + 0.04), "cw": (0.0, -0.001, 0.001)}
+    deltas = named(points(runs), "A").deltas
+    assert deltas["qa"] == pytest.approx((0.015, 0.015 - 0.01, 0.015 + 0.02))
+    assert named(points(runs[:1]), "A").deltas["qa"] == pytest.approx((0.0, -0.02, 0.04))
+    text = markdown({PAIR.name: runs}, {PAIR.name: points(runs)})
+    assert "| Δ qa | Δ cw |" in text
+    assert "| +1.50 [0.50, 3.50] | +0.00 [-0.05, 0.05] |" in text
+
+
+def test_what_was_asked_of_d_is_bold_where_it_is_missed() -> None:
+    """Twice A×M×C at 1, 2, 4 %; 90 % of the ceiling by 16 %; no domain down by more than 0.2 points."""
+    runs = [run_of("seed0", 0.2, {}, noise=0.0)]
+    later = np.array(runs[0]["rows"][0]["items"]) / SCALE
+    for method, recovered in (("A×M×C", 0.1), ("D", 0.25), ("D (Hellinger)", 0.15)):
+        for budget in BUDGETS:
+            one = row(method, LIBRARY, budget, later + 0.2 * recovered)
+            one["delta"] = {"qa": (-0.001 if method == "D" else -0.004, -0.01, 0.01)}
+            runs[0]["rows"].append(one)
+    runs[0]["rows"].append(row(CEILING, LIBRARY, 1.0, later + 0.2 * 0.27))
+    text = markdown({PAIR.name: runs}, {PAIR.name: points(runs)})
+    assert "| D | 2.5, 2.5, 2.5 | 93 % | -0.10 (qa) |" in text
+    assert "| D (Hellinger) | **1.5**, **1.5**, **1.5** | **56 %** | **-0.40** (qa) |" in text
 
 
 def test_contests_respect_their_bounds_and_hold_every_kind() -> None:

@@ -164,9 +164,32 @@ def test_inspect_shows_slots_and_probes(surgery, tmp_path: Path) -> None:
     ("command", "code", "message"),
     [
         ("select base earlier later", 1, "say where the mask goes"),
-        ("select base earlier later --dry-run", 1, "pass data=load_prompts"),
-        ("select earlier later --selector MC --dry-run", 1, "needs the base checkpoint"),
-        ("select base earlier later --selector XY --dry-run", 1, "expected some of the letters"),
+        ("select base earlier later --dry-run", 1, "--selector AMC: A is measured on prompts of the damaged domain: "),
+        ("select base earlier later --dry-run", 1, "pass --data FILE"),
+        ("select earlier later --selector D --dry-run", 1, "--selector D: D is measured on prompts"),
+        ("select earlier later --selector D:hellinger --dry-run", 1, "pass --data FILE"),
+        ("select earlier later --dry-run", 1, "give three, BASE EARLIER LATER, or a selector without C"),
+        ("select earlier later --selector MC --dry-run", 1, "C needs the base checkpoint, and there are two"),
+        ("sweep earlier later --evaluate x.py:f --selectors M,AM", 1, "--selector AM: A is measured on prompts"),
+        ("tune earlier later --evaluate x.py:f", 1, "--selector AMC: C needs the base checkpoint"),
+        ("tune base earlier later --evaluate x.py:f", 1, "pass --data FILE"),
+        (
+            "select earlier later --data x --selector D:foo --dry-run",
+            1,
+            "--selector D:foo: expected D, D:hellinger, random",
+        ),
+        ("select earlier later --data x --selector D --units weight --how uniform --dry-run", 1, "leave --how out"),
+        (
+            "strengths earlier later --mask earlier/config.json --data x -o y --loss foo",
+            1,
+            "--loss foo: expected kl or hellinger",
+        ),
+        (
+            "select base earlier later --selector A/M/C --dry-run",
+            1,
+            "--selector A/M/C: expected D, D:hellinger, random",
+        ),
+        ("select base earlier later --selector XY --dry-run", 1, "or some of the letters A, M and C"),
         ("select base earlier later --selector MC --budget 2 --dry-run", 1, "in [0, 1]"),
         ("select base earlier nowhere --selector MC --dry-run", 1, "there is no folder nowhere"),
         ("select base --selector MC --dry-run", 1, "expected [BASE] EARLIER LATER"),
@@ -180,7 +203,9 @@ def test_inspect_shows_slots_and_probes(surgery, tmp_path: Path) -> None:
 def test_errors_say_what_to_do(surgery, command: str, code: int, message: str) -> None:
     found = surgery(command)
     assert found[0] == code
-    assert message in " ".join(found[2].split())
+    said = " ".join(found[2].split())
+    assert message in said
+    assert not [word for word in ("data=", "base=", "units=", "loss(", "Selector(") if word in said]  # not Python
 
 
 def test_a_layout_of_ones_own(surgery, runs: Path, tmp_path: Path) -> None:

@@ -101,6 +101,7 @@ ORDER = (
     "report_sections",
     "refresh_plots",
     "cli.options",
+    "cli.choosing",
     "cli.repairing",
     "cli.measuring",
     "cli.looking",

@@ -1,7 +1,7 @@
 """The command line: the library's own functions under the same words. Importing it imports no torch.
 
-options.py has the options and how they are read; repairing.py, measuring.py and looking.py the commands; entry.py the
-command ``surgery`` itself.
+options.py has the options and how they are read, choosing.py the selectors; repairing.py, measuring.py and looking.py
+the commands; entry.py the command ``surgery`` itself.
 """
 
 from surgery.cli.entry import app, main

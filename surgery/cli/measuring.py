@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from surgery.cli.choosing import check_selectors, selector_of
 from surgery.cli.options import (
     Checkpoints,
     Data,
@@ -28,7 +29,6 @@ from surgery.cli.options import (
     limit_of,
     live,
     out,
-    selector_of,
     trajectory_of,
     working,
 )
@@ -71,6 +71,7 @@ def sweep(
     from surgery.sweeps import sweep as run_sweep
 
     fractions = [fraction(text) for text in budgets.split(",")]
+    check_selectors(selectors.split(","), checkpoints, data, None, units)
     chosen = [selector_of(text, fractions[0], None, 0, units, no_stop) for text in selectors.split(",")]
     run = trajectory_of(checkpoints, layout, units)
     if dry_run:
@@ -118,6 +119,7 @@ def tune(
     from surgery.tuning import BUDGETS, recommend
 
     fractions = [fraction(text) for text in budgets.split(",")] if budgets else list(BUDGETS)
+    check_selectors([selector], checkpoints, data, how, units)
     chosen = selector_of(selector, fractions[0], how, 0, units, no_stop)
     limits = dict(map(limit_of, limit or ()))
     run = trajectory_of(checkpoints, layout, units)

@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from surgery.units import kinds_of, owners_of, single
+from surgery.units import kinds_of, single
 
 if TYPE_CHECKING:
     import torch
 
-    from surgery.selection import Selector
     from surgery.slots import Layout
     from surgery.strength_values import Strength
     from surgery.trajectory import Trajectory
@@ -106,23 +105,6 @@ def folder_of(source: Any) -> Path:
     from surgery.checkpoint import Checkpoint
 
     return Checkpoint(source).folder
-
-
-def selector_of(text: str, budget: float, how: Any, seed: int, units: str, no_stop: bool) -> Selector:
-    from surgery.entry_selector import EntrySelector
-    from surgery.selection import AMCSelector, DamageSelector, RandomSelector
-
-    text, weights = text.strip(), single(asked(units))
-    own = asked(units) if weights else None  # other units are the trajectory's
-    if text == "random":
-        return RandomSelector(budget, seed, own)
-    if text.partition(":")[0] == "D":
-        loss: Any = text.partition(":")[2] or "kl"
-        if weights and no_stop:
-            return EntrySelector(budget, how=how or "global", stop=False, loss=loss, units=owners_of(asked(units)))
-        return DamageSelector(budget, how or "global", loss=loss, units=own)
-    rank, _, spend = text.partition("/")
-    return AMCSelector(budget, rank, spend or rank, how or ("global" if weights else "proportional"), own)
 
 
 def fraction(text: str) -> float:

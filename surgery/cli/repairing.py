@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from surgery.cli.choosing import check_selectors, selector_of
 from surgery.cli.options import (
     Budget,
     Checkpoints,
@@ -22,7 +23,6 @@ from surgery.cli.options import (
     layout_of,
     live,
     out,
-    selector_of,
     strength_of,
     trajectory_of,
     working,
@@ -66,6 +66,7 @@ def select(
         raise ValueError("say where the mask goes: -o mask.safetensors (or --dry-run to see the counts only)")
     if output is not None and output.exists() and not (overwrite or dry_run):
         raise ValueError(f"{output} exists: choose another file, or pass --overwrite")
+    check_selectors([selector], checkpoints, data, how, units)
     run = trajectory_of(checkpoints, layout, units)
     chosen = selector_of(selector, budget, how, seed, units, no_stop)
     with working(f"reading {len(checkpoints)} checkpoints"):
@@ -155,6 +156,8 @@ def strengths(
         raise ValueError(f"{output} exists: choose another file, or pass --overwrite")
     if not mask.is_file():
         raise LookupError(f"there is no mask file {mask}")
+    if loss not in ("kl", "hellinger"):
+        raise ValueError(f"--loss {loss}: expected kl or hellinger")
     chosen = load_mask(mask)
     run = trajectory_of([earlier, later], layout, "mlp")
     with working("finding strengths"):

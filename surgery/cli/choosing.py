@@ -1,0 +1,69 @@
+"""Selectors in the shell: how their texts are read, and what they need, said in the shell's words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from surgery.cli.options import asked
+from surgery.units import owners_of, single
+
+if TYPE_CHECKING:
+    from surgery.selection import Selector
+
+
+def is_damage(text: str) -> bool:
+    """Whether a selector's text is D, of whatever loss."""
+    return text.partition(":")[0] == "D"
+
+
+def check_selectors(
+    texts: Iterable[str], checkpoints: list[str], data: Path | None, how: str | None, units: str
+) -> None:
+    """Refuse what the selectors can't do or lack, before anything is read: the library would say it in Python."""
+    for text in map(str.strip, texts):
+        _check_text(text)
+        if is_damage(text) and how not in (None, "global") and single(asked(units)):
+            raise ValueError(
+                f"--how {how}: D takes the best single weights of the whole model, in rounds: leave --how out, or rank "
+                f"by letters, like --selector AMC"
+            )
+        if "C" in text and len(checkpoints) == 2:
+            raise ValueError(
+                f"--selector {text}: C needs the base checkpoint, and there are two: give three, BASE EARLIER LATER, "
+                f"or a selector without C, like --selector AM"
+            )
+        if data is None and set(text) & set("AD"):
+            raise ValueError(
+                f"--selector {text}: {'D' if is_damage(text) else 'A'} is measured on prompts of the damaged domain: "
+                f'pass --data FILE, JSON lines like {{"prompt": "2+2="}}'
+            )
+
+
+def _check_text(text: str) -> None:
+    def some(letters: str) -> bool:
+        return bool(letters) and not set(letters) - set("AMC") and len(set(letters)) == len(letters)
+
+    if text not in ("random", "D", "D:kl", "D:hellinger") and not all(map(some, text.split("/", 1))):
+        raise ValueError(
+            f"--selector {text}: expected D, D:hellinger, random, or some of the letters A, M and C, each once, like "
+            f"AMC or A/AMC"
+        )
+
+
+def selector_of(text: str, budget: float, how: Any, seed: int, units: str, no_stop: bool) -> Selector:
+    from surgery.entry_selector import EntrySelector
+    from surgery.selection import AMCSelector, DamageSelector, RandomSelector
+
+    text, weights = text.strip(), single(asked(units))
+    own = asked(units) if weights else None  # other units are the trajectory's
+    if text == "random":
+        return RandomSelector(budget, seed, own)
+    if is_damage(text):
+        loss: Any = text.partition(":")[2] or "kl"
+        if weights and no_stop:
+            return EntrySelector(budget, how=how or "global", stop=False, loss=loss, units=owners_of(asked(units)))
+        return DamageSelector(budget, how or "global", loss=loss, units=own)
+    rank, _, spend = text.partition("/")
+    return AMCSelector(budget, rank, spend or rank, how or ("global" if weights else "proportional"), own)

@@ -27,8 +27,7 @@ def kinds_of(units: Units) -> tuple[str, ...]:
     if WEIGHT in asked:
         raise ValueError(
             f"units={units!r}: a model is not laid out or scored by single weights, selectors choose among them: pass "
-            f"units={units!r} to DamageSelector, AMCSelector or RandomSelector (--units {','.join(asked)} to select, "
-            f"sweep or tune)"
+            f"it to DamageSelector, AMCSelector or RandomSelector"
         )
     if not asked or set(asked) - set(KINDS):
         raise ValueError(

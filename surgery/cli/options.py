@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from surgery.units import kinds_of, single
+from surgery.units import KINDS, WEIGHT, kinds_of, single
 
 if TYPE_CHECKING:
     import torch
@@ -71,11 +71,22 @@ def trajectory_of(checkpoints: list[str], layout: Path | None, units: str) -> Tr
 
 
 def kinds_in(units: str) -> tuple[str, ...]:
+    if single(asked(units)):
+        raise ValueError(
+            f"--units {units}: single weights lie in units: inspect those, --units mlp or --units mlp,kv_group. "
+            f"weight is for select, sweep and tune, which choose among them"
+        )
     return kinds_of(asked(units))
 
 
 def asked(units: str) -> tuple[str, ...]:
-    return tuple(kind.strip() for kind in units.split(","))
+    kinds = tuple(kind.strip() for kind in units.split(","))
+    if set(kinds) - {*KINDS, WEIGHT}:
+        raise ValueError(
+            f"--units {units}: expected {', '.join(KINDS)}, or two like mlp,kv_group; to select, "
+            f"sweep and tune also weight"
+        )
+    return kinds
 
 
 def live(run: Trajectory, device: str | None, dtype: str | None) -> Trajectory:

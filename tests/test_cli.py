@@ -153,6 +153,16 @@ def test_tune_prints_a_verdict_and_says_by_its_exit_code_if_there_is_one(surgery
     assert surgery(f"{words} --limit other")[0] == 1
 
 
+def test_how_a_sweeps_selectors_spend_their_budget(surgery, tmp_path: Path) -> None:
+    (tmp_path / "how_score.py").write_text(
+        "def score(model):\n    return {'sum': float(model.model.layers[0].mlp.up_proj.weight.float().sum())}\n"
+    )
+    words = f"sweep base earlier later --evaluate {tmp_path}/how_score.py:score --selectors M,random --budgets 0.1"
+    assert "M (" not in surgery(words)[1]
+    assert "M (uniform)" in surgery(f"{words} --how uniform")[1]
+    assert 'expected "proportional"' in surgery(f"{words} --how most")[2]
+
+
 def test_inspect_shows_slots_and_probes(surgery, tmp_path: Path) -> None:
     code, out, _ = surgery("inspect later --probe")
     assert code == 0

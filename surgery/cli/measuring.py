@@ -18,6 +18,7 @@ from surgery.cli.options import (
     DryRun,
     Dtype,
     Evaluation,
+    How,
     LayoutFile,
     Metric,
     NoStop,
@@ -57,6 +58,7 @@ def sweep(
     data: Data = None,
     budgets: Annotated[str, typer.Option(help="Fractions, separated by commas.")] = "0.01,0.02,0.04",
     selectors: Annotated[str, typer.Option(help='Like "D,D:hellinger,AMC,MC,A/AMC,A,random".')] = "AMC,random",
+    how: How = None,
     units: Selected = "mlp",
     no_stop: NoStop = False,
     metric: Metric = None,
@@ -71,8 +73,8 @@ def sweep(
     from surgery.sweeps import sweep as run_sweep
 
     fractions = [fraction(text) for text in budgets.split(",")]
-    check_selectors(selectors.split(","), checkpoints, data, None, units)
-    chosen = [selector_of(text, fractions[0], None, 0, units, no_stop) for text in selectors.split(",")]
+    check_selectors(selectors.split(","), checkpoints, data, how, units)
+    chosen = [selector_of(text, fractions[0], how, 0, units, no_stop) for text in selectors.split(",")]
     run = trajectory_of(checkpoints, layout, units)
     if dry_run:
         rows = len(chosen) * len(fractions) + 3

@@ -47,6 +47,10 @@ Rows = Annotated[Path | None, typer.Option("-o", "--output", help="JSON lines; w
 LayoutFile = Annotated[
     Path | None, typer.Option("--layout", help="Your own layout: a JSON file (docs/how-to/add-an-architecture.md).")
 ]
+How = Annotated[
+    str | None,
+    typer.Option(help="proportional, global or uniform (default: global for D and single weights, else proportional)."),
+]
 Units = Annotated[
     str, typer.Option(help='"mlp", "kv_group", "query_head", "value_channel", or two like "mlp,kv_group".')
 ]

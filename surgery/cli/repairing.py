@@ -15,6 +15,7 @@ from surgery.cli.options import (
     Device,
     DryRun,
     Dtype,
+    How,
     LayoutFile,
     NoStop,
     Overwrite,
@@ -43,12 +44,7 @@ def select(
             help='"D" or "D:hellinger" (damage); letters of A, M, C that rank, "/" letters that split; "random".'
         ),
     ] = "AMC",
-    how: Annotated[
-        str | None,
-        typer.Option(
-            help="proportional, global or uniform (default: global for D and single weights, else proportional)."
-        ),
-    ] = None,
+    how: How = None,
     units: Selected = "mlp",
     no_stop: NoStop = False,
     seed: Annotated[int, typer.Option(help="Of the random selector.")] = 0,

@@ -163,6 +163,50 @@ def test_how_a_sweeps_selectors_spend_their_budget(surgery, tmp_path: Path) -> N
     assert 'expected "proportional"' in surgery(f"{words} --how most")[2]
 
 
+def test_protected_domains_from_the_shell(surgery, tmp_path: Path) -> None:
+    """The mask of DamageSelector(protect=, weight=), in select and in what tune prints; refused where D is not."""
+    three_stages(tmp_path, "qwen3")
+    for name, line in (
+        ("data", '{"prompt": "12+13=", "response": "25"}'),
+        ("other", '{"prompt": "7", "response": "8"}'),
+    ):
+        (tmp_path / f"{name}.jsonl").write_text(f"{line}\n" * 3)
+    runs, guard = f"{tmp_path}/math {tmp_path}/qa --data {tmp_path}/data.jsonl", f"--protect qa={tmp_path}/other.jsonl"
+    words = f"{guard} --protect-weight 2.5 --selector D:hellinger"
+    code, _, err = surgery(f"select {runs} {words} --budget 0.1 -o {tmp_path}/m")
+    assert not code, err
+    data, qa = (load_prompts(tmp_path / f"{name}.jsonl", tmp_path / "qa") for name in ("data", "other"))
+    run = Trajectory(earlier=tmp_path / "math", later=tmp_path / "qa")
+    chosen = DamageSelector(0.1, loss="hellinger", protect={"qa": qa}, weight=2.5)
+    found, want = load_mask(tmp_path / "m"), chosen.select(run, data)
+    assert found.equal(want)
+    assert not found.equal(replace(chosen, protect=None).select(run, data))
+    assert found.made_by["selector"] == want.made_by["selector"]
+    (tmp_path / "guard_score.py").write_text(
+        "from surgery import Trajectory\n"
+        "def score(model):\n"
+        f"    w = Trajectory(later='{tmp_path}/math').load().model.layers[0].mlp.up_proj.weight\n"
+        "    return {'sum': (model.model.layers[0].mlp.up_proj.weight == w).float().mean().item()}\n"
+    )
+    score = f"--evaluate {tmp_path}/guard_score.py:score --budgets 0.5"
+    table = surgery(f"sweep {runs} {score} {guard} --selectors D,random")[1]
+    assert "D protecting qa × 0.3" in table
+    code, out, err = surgery(f"tune {runs} {score} {words} --recovery 0.01")
+    assert not code, err
+    assert "D (Hellinger) protecting qa × 2.5" in out
+    assert f"{guard} --protect-weight 2.5 --budget 0.5 -o" in out
+    for more, message in (
+        (f"{guard} --selector M", "--protect: only D can spare a domain, and the selector is M: take D"),
+        ("--protect other.jsonl --selector D", "--protect 'other.jsonl': expected a domain and its file"),
+        (f"{guard} --selector D --units weight", "the costs of single weights do not add up"),
+        (f"{guard} --selector D --protect-weight -1", "--protect-weight -1.0: expected a number ≥ 0"),
+    ):
+        code, _, err = surgery(f"select {runs} {more} --dry-run")
+        assert code == 1
+        assert message in err
+        assert "protect=" not in err
+
+
 def test_inspect_shows_slots_and_probes(surgery, tmp_path: Path) -> None:
     code, out, _ = surgery("inspect later --probe")
     assert code == 0

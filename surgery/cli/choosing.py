@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgery.cli.options import asked
+from surgery.cli.options import asked, files_of, folder_of
 from surgery.units import owners_of, single
 
 if TYPE_CHECKING:
+    from surgery.prompts import Batch
     from surgery.selection import Selector
+    from surgery.trajectory import Trajectory
+
+    Guard = tuple[dict[str, list[Batch]], float]  # prompts of the domains to protect, and the weight of their loss
 
 
 def is_damage(text: str) -> bool:
@@ -19,10 +23,18 @@ def is_damage(text: str) -> bool:
 
 
 def check_selectors(
-    texts: Iterable[str], checkpoints: list[str], data: Path | None, how: str | None, units: str
+    texts: list[str], checkpoints: list[str], data: Path | None, how: str | None, units: str, protect: list[str] | None
 ) -> None:
     """Refuse what the selectors can't do or lack, before anything is read: the library would say it in Python."""
-    for text in map(str.strip, texts):
+    texts = [text.strip() for text in texts]
+    if protect and not any(map(is_damage, texts)):
+        raise ValueError(f"--protect: only D can spare a domain, and the selector is {', '.join(texts)}: take D")
+    if protect and single(asked(units)):
+        raise ValueError(
+            "--protect: the costs of single weights do not add up, and to guard by them did harm where it was measured "
+            "(benchmarks/results/protect-weights.md): leave --protect out and look at Δ in a sweep, or take --units mlp"
+        )
+    for text in texts:
         _check_text(text)
         if is_damage(text) and how not in (None, "global") and single(asked(units)):
             raise ValueError(
@@ -52,7 +64,19 @@ def _check_text(text: str) -> None:
         )
 
 
-def selector_of(text: str, budget: float, how: Any, seed: int, units: str, no_stop: bool) -> Selector:
+def protected(protect: list[str] | None, weight: float, run: Trajectory, batch_size: int) -> Guard:
+    """The prompts of each protected domain, and how much its loss counts."""
+    from surgery.prompts import load_prompts
+
+    if not 0 <= weight < math.inf:
+        raise ValueError(f"--protect-weight {weight}: expected a number ≥ 0")
+    files = files_of(protect or [], "--protect")
+    return {
+        domain: load_prompts(file, folder_of(run.later), batch_size=batch_size) for domain, file in files.items()
+    }, weight
+
+
+def selector_of(text: str, budget: float, how: Any, seed: int, units: str, no_stop: bool, guard: Guard) -> Selector:
     from surgery.entry_selector import EntrySelector
     from surgery.selection import AMCSelector, DamageSelector, RandomSelector
 
@@ -64,6 +88,7 @@ def selector_of(text: str, budget: float, how: Any, seed: int, units: str, no_st
         loss: Any = text.partition(":")[2] or "kl"
         if weights and no_stop:
             return EntrySelector(budget, how=how or "global", stop=False, loss=loss, units=owners_of(asked(units)))
-        return DamageSelector(budget, how or "global", loss=loss, units=own)
+        protect, weight = guard
+        return DamageSelector(budget, how or "global", protect or None, weight, loss, own)
     rank, _, spend = text.partition("/")
     return AMCSelector(budget, rank, spend or rank, how or ("global" if weights else "proportional"), own)

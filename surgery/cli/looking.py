@@ -17,6 +17,7 @@ from surgery.cli.options import (
     Overwrite,
     Units,
     dtype_of,
+    files_of,
     folder_of,
     fraction,
     function_of,
@@ -66,7 +67,7 @@ def analyse(
     if output.exists() and not overwrite:
         raise ValueError(f"{output} exists: choose another folder, or pass --overwrite")
     stages = _named(checkpoints)
-    files = _domains(data or [])
+    files = files_of(data or [], "--data")
     run = Trajectory.through(stages, layout=layout_of(layout, list(stages.values())[-1]))
     prompts = {
         domain: load_prompts(file, folder_of(run.later), batch_size=batch_size, limit=limit)
@@ -103,18 +104,6 @@ def _named(checkpoints: list[str]) -> dict[str, str]:
         if not equals or "/" in name:
             name, folder = Path(text).name or text, text
         found[name if name not in found else f"{name} ({at + 1})"] = folder
-    return found
-
-
-def _domains(data: list[str]) -> dict[str, Path]:
-    found: dict[str, Path] = {}
-    for text in data:
-        domain, equals, file = text.partition("=")
-        if not equals or not domain or not file:
-            raise ValueError(f'--data {text!r}: expected a domain and its file, like "math=math.jsonl"')
-        if domain in found:
-            raise ValueError(f"--data names {domain!r} twice: put its prompts into one file")
-        found[domain] = Path(file)
     return found
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from surgery.cli.choosing import check_selectors, selector_of
+from surgery.cli.choosing import check_selectors, protected, selector_of
 from surgery.cli.options import (
     Checkpoints,
     Data,
@@ -22,6 +22,8 @@ from surgery.cli.options import (
     LayoutFile,
     Metric,
     NoStop,
+    Protect,
+    ProtectWeight,
     Rows,
     Selected,
     folder_of,
@@ -59,6 +61,8 @@ def sweep(
     budgets: Annotated[str, typer.Option(help="Fractions, separated by commas.")] = "0.01,0.02,0.04",
     selectors: Annotated[str, typer.Option(help='Like "D,D:hellinger,AMC,MC,A/AMC,A,random".')] = "AMC,random",
     how: How = None,
+    protect: Protect = None,
+    protect_weight: ProtectWeight = 0.3,
     units: Selected = "mlp",
     no_stop: NoStop = False,
     metric: Metric = None,
@@ -73,9 +77,10 @@ def sweep(
     from surgery.sweeps import sweep as run_sweep
 
     fractions = [fraction(text) for text in budgets.split(",")]
-    check_selectors(selectors.split(","), checkpoints, data, how, units)
-    chosen = [selector_of(text, fractions[0], how, 0, units, no_stop) for text in selectors.split(",")]
+    check_selectors(selectors.split(","), checkpoints, data, how, units, protect)
     run = trajectory_of(checkpoints, layout, units)
+    guard = protected(protect, protect_weight, run, batch_size)
+    chosen = [selector_of(text, fractions[0], how, 0, units, no_stop, guard) for text in selectors.split(",")]
     if dry_run:
         rows = len(chosen) * len(fractions) + 3
         out.print(f"{len(chosen)} selectors × {len(fractions)} budgets + 3 references = {rows} rows")
@@ -101,6 +106,8 @@ def tune(
     data: Data = None,
     selector: Annotated[str, typer.Option(help="As in select.")] = "AMC",
     how: Annotated[str, typer.Option(help="As in select; only the masks of global are nested.")] = "global",
+    protect: Protect = None,
+    protect_weight: ProtectWeight = 0.3,
     recovery: Annotated[float, typer.Option(help="The wanted part of what was lost.")] = 0.8,
     limit: Annotated[
         list[str] | None, typer.Option(help='The least change allowed elsewhere, like "qa=-0.002"; repeat for more.')
@@ -121,10 +128,11 @@ def tune(
     from surgery.tuning import BUDGETS, recommend
 
     fractions = [fraction(text) for text in budgets.split(",")] if budgets else list(BUDGETS)
-    check_selectors([selector], checkpoints, data, how, units)
-    chosen = selector_of(selector, fractions[0], how, 0, units, no_stop)
+    check_selectors([selector], checkpoints, data, how, units, protect)
     limits = dict(map(limit_of, limit or ()))
     run = trajectory_of(checkpoints, layout, units)
+    guard = protected(protect, protect_weight, run, batch_size)
+    chosen = selector_of(selector, fractions[0], how, 0, units, no_stop, guard)
     with _loaded(run, data, evaluate, batch_size, device, dtype) as (run, batches, function, say):
         found = recommend(
             run.load(),
@@ -143,6 +151,9 @@ def tune(
     if found.budget is None:
         raise typer.Exit(1)
     words = [*checkpoints, *(["--data", str(data)] if data else []), "--selector", selector, "--how", how]
+    for text in protect or ():
+        words += ["--protect", text]
+    words += ["--protect-weight", f"{protect_weight:g}"] if protect else []
     words += ["--units", units] if units != "mlp" else []
     words += ["--layout", str(layout)] if layout else []
     words += ["--no-stop"] if no_stop else []

@@ -44,6 +44,11 @@ Evaluation = Annotated[
 ]
 Metric = Annotated[str | None, typer.Option(help="Whose recovery to report (default: the one that fell most).")]
 Rows = Annotated[Path | None, typer.Option("-o", "--output", help="JSON lines; what was interrupted resumes.")]
+Protect = Annotated[
+    list[str] | None,
+    typer.Option(help='Of D: a domain that should keep what it won, like "qa=qa.jsonl"; repeat for more.'),
+]
+ProtectWeight = Annotated[float, typer.Option(help="How much a loss there counts beside a gain in the damaged domain.")]
 LayoutFile = Annotated[
     Path | None, typer.Option("--layout", help="Your own layout: a JSON file (docs/how-to/add-an-architecture.md).")
 ]
@@ -138,6 +143,19 @@ def strength_of(text: str) -> Strength:
         if not Path(text).is_file():
             raise ValueError(f"--strength {text!r}: expected a number, or a file as strengths writes it") from None
     return Neurons.load(text)
+
+
+def files_of(texts: list[str], option: str) -> dict[str, Path]:
+    """Files by the name of their domain."""
+    found: dict[str, Path] = {}
+    for text in texts:
+        domain, equals, file = text.partition("=")
+        if not equals or not domain or not file:
+            raise ValueError(f'{option} {text!r}: expected a domain and its file, like "math=math.jsonl"')
+        if domain in found:
+            raise ValueError(f"{option} names {domain!r} twice: put its prompts into one file")
+        found[domain] = Path(file)
+    return found
 
 
 def limit_of(text: str) -> tuple[str, float]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from surgery.cli.choosing import check_selectors, selector_of
+from surgery.cli.choosing import check_selectors, protected, selector_of
 from surgery.cli.options import (
     Budget,
     Checkpoints,
@@ -19,6 +19,8 @@ from surgery.cli.options import (
     LayoutFile,
     NoStop,
     Overwrite,
+    Protect,
+    ProtectWeight,
     Selected,
     folder_of,
     layout_of,
@@ -45,6 +47,8 @@ def select(
         ),
     ] = "AMC",
     how: How = None,
+    protect: Protect = None,
+    protect_weight: ProtectWeight = 0.3,
     units: Selected = "mlp",
     no_stop: NoStop = False,
     seed: Annotated[int, typer.Option(help="Of the random selector.")] = 0,
@@ -62,9 +66,10 @@ def select(
         raise ValueError("say where the mask goes: -o mask.safetensors (or --dry-run to see the counts only)")
     if output is not None and output.exists() and not (overwrite or dry_run):
         raise ValueError(f"{output} exists: choose another file, or pass --overwrite")
-    check_selectors([selector], checkpoints, data, how, units)
+    check_selectors([selector], checkpoints, data, how, units, protect)
     run = trajectory_of(checkpoints, layout, units)
-    chosen = selector_of(selector, budget, how, seed, units, no_stop)
+    guard = protected(protect, protect_weight, run, batch_size)
+    chosen = selector_of(selector, budget, how, seed, units, no_stop, guard)
     with working(f"reading {len(checkpoints)} checkpoints"):
         batches = load_prompts(data, folder_of(run.later), batch_size=batch_size) if data else None
         if batches is not None and set(selector) & set("AD"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -76,18 +77,19 @@ def answered(run: Trajectory, data: Iterable[Batch], loss: Loss | Divergence) ->
     check_loss(loss)
     if not isinstance(loss, str):
         return _some(data), loss
-    batches = _answers(replace(run, base=None, units="mlp"), data)  # the same whatever is scored
+    batches = earlier_answers(replace(run, base=None, units="mlp"), data)  # the same whatever is scored
     with earlier_model(run) as earlier:
         return batches, distillation(earlier, batches, divergence=loss)
 
 
 @remember
-def _answers(run: Trajectory, data: Iterable[Batch]) -> list[Batch]:
+def earlier_answers(run: Trajectory, data: Iterable[Batch], path: Path | None = None) -> list[Batch]:
+    """The batches, answered by the earlier model where they have no labels; kept in a file, or read from it."""
     batches = _some(data)
     if all("labels" in batch for batch in batches):
         return batches
     with earlier_model(run) as earlier:
-        return respond(earlier, batches)
+        return respond(earlier, batches, path=path)
 
 
 def _path(model: nn.Module, nodes: int | None) -> list[tuple[float, float]]:

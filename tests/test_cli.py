@@ -23,6 +23,7 @@ from surgery import (
     RandomSelector,
     Trajectory,
     load_prompts,
+    responses,
     rolled_back,
     strengths,
 )
@@ -205,6 +206,67 @@ def test_protected_domains_from_the_shell(surgery, tmp_path: Path) -> None:
         assert code == 1
         assert message in err
         assert "protect=" not in err
+
+
+def test_answers_are_written_once_and_read_by_later_commands(
+    surgery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Masks and rows are those without a file, also of a selector that is swept beside D; the output says which."""
+    three_stages(tmp_path, "qwen3")
+    (tmp_path / "data.jsonl").write_text("".join(f'{{"prompt": "{n}+1="}}\n' for n in (2, 30, 400)))
+    (tmp_path / "answers_score.py").write_text(
+        "from surgery import Trajectory\n"
+        "def score(model):\n"
+        f"    w = Trajectory(later='{tmp_path}/math').load().model.layers[0].mlp.up_proj.weight\n"
+        "    return {'sum': (model.model.layers[0].mlp.up_proj.weight == w).float().mean().item()}\n"
+    )
+    generated: list[object] = []
+    generate = responses._generate
+    monkeypatch.setattr(responses, "_generate", lambda *given: generated.append(given) or generate(*given))
+    file = tmp_path / "answers" / "math.jsonl"
+    runs, kept = f"{tmp_path}/math {tmp_path}/qa --data {tmp_path}/data.jsonl", f"--answers {file}"
+    score = f"--evaluate {tmp_path}/answers_score.py:score --budgets 0.3"
+    wrote, read = f"wrote the earlier model's answers: {file}", f"read the earlier model's answers: {file}"
+    assert wrote not in surgery(f"select {runs} --selector D --dry-run {kept}")[1]
+    assert not file.exists()  # a dry run writes nothing
+    for name, command in (
+        ("select", f"select {runs} --selector D --budget 0.3 -o {tmp_path}/m{{}}"),
+        ("sweep", f"sweep {runs} {score} --selectors D:hellinger,A,D -o {tmp_path}/rows{{}}"),
+        ("tune", f"tune {runs} {score} --selector D --recovery 0.01 -o {tmp_path}/tuned{{}}"),
+        ("strengths", f"strengths {runs} --mask {tmp_path}/m -o {tmp_path}/s{{}} --passes 2"),
+    ):
+        assert not surgery(command.format(""))[0]
+        if name != "strengths":  # in float32 the answers could be others
+            file.unlink(missing_ok=True)
+            code, out, err = surgery(f"{command.format(2)} {kept}")
+            assert not code, err
+            assert wrote in out
+        before = len(generated)
+        code, out, err = surgery(f"{command.format(3)} {kept}")
+        assert not code, err
+        assert read in out
+        assert len(generated) == before
+        assert f"--answers {file} --" in out or name != "tune"
+    for number in (2, 3):
+        found, want = load_mask(tmp_path / f"m{number}"), load_mask(tmp_path / "m")
+        assert found.equal(want)
+        assert found.made_by == want.made_by
+        for kind in ("rows", "tuned"):
+            assert _rows(tmp_path / f"{kind}{number}") == _rows(tmp_path / kind)
+    (tmp_path / "labelled.jsonl").write_text('{"prompt": "2+1=", "response": "3"}\n')
+    other = runs.replace("data.jsonl", "labelled.jsonl")
+    for command, message in (
+        (f"select {other} --selector D", "have responses: leave --answers out"),
+        (f"select {runs} --selector M", "--answers: only D needs them, and the selector is M: take D"),
+        (f"select {runs.replace('data.jsonl', 'x.jsonl')} --selector D", "there is no prompt file"),
+    ):
+        code, _, err = surgery(f"{command} --dry-run {kept}")
+        assert code == 1
+        assert message in err
+
+
+def _rows(path: Path) -> list[dict[str, object]]:
+    return [{**json.loads(line), "seconds": 0} for line in path.read_text().splitlines()]
 
 
 def test_inspect_shows_slots_and_probes(surgery, tmp_path: Path) -> None:

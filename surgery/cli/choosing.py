@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from surgery.cli.options import asked, files_of, folder_of
 from surgery.units import owners_of, single
 
 if TYPE_CHECKING:
+    from surgery.entries import Mask
     from surgery.prompts import Batch
     from surgery.selection import Selector
     from surgery.trajectory import Trajectory
@@ -23,12 +25,20 @@ def is_damage(text: str) -> bool:
 
 
 def check_selectors(
-    texts: list[str], checkpoints: list[str], data: Path | None, how: str | None, units: str, protect: list[str] | None
+    texts: list[str],
+    checkpoints: list[str],
+    data: Path | None,
+    how: str | None,
+    units: str,
+    protect: list[str] | None,
+    answers: Path | None,
 ) -> None:
     """Refuse what the selectors can't do or lack, before anything is read: the library would say it in Python."""
     texts = [text.strip() for text in texts]
-    if protect and not any(map(is_damage, texts)):
-        raise ValueError(f"--protect: only D can spare a domain, and the selector is {', '.join(texts)}: take D")
+    if not any(map(is_damage, texts)):
+        for option, given, what in (("protect", protect, "can spare a domain"), ("answers", answers, "needs them")):
+            if given:
+                raise ValueError(f"--{option}: only D {what}, and the selector is {', '.join(texts)}: take D")
     if protect and single(asked(units)):
         raise ValueError(
             "--protect: the costs of single weights do not add up, and to guard by them did harm where it was measured "
@@ -74,6 +84,47 @@ def protected(protect: list[str] | None, weight: float, run: Trajectory, batch_s
     return {
         domain: load_prompts(file, folder_of(run.later), batch_size=batch_size) for domain, file in files.items()
     }, weight
+
+
+def answered(run: Trajectory, prompts: Any, file: Path | None, write: bool = True) -> tuple[Any, str]:
+    """The prompts with the earlier model's answers, where a file is named that keeps them; and what was done."""
+    from surgery.attribution import earlier_answers
+
+    if file is None:
+        return prompts, ""
+    if all("labels" in batch for batch in prompts):
+        raise ValueError(f"--answers {file}: the lines of --data have responses: leave --answers out")
+    if not file.exists() and not write:
+        return prompts, ""
+    done = "read" if file.exists() else "wrote"
+    return earlier_answers(run, prompts, file), f"{done} the earlier model's answers: {file}"
+
+
+def unanswered(selectors: list[Any], prompts: list[Batch] | None) -> list[Any]:
+    """The selectors, those by letters on the prompts alone: A of answered ones is another, a mean over the answers."""
+    from surgery.selection import AMCSelector
+
+    return [_OnPrompts(one.budget, one, prompts) if isinstance(one, AMCSelector) else one for one in selectors]
+
+
+@dataclass(frozen=True)
+class _OnPrompts:
+    """A selector on prompts of its own, whatever a sweep gives the others."""
+
+    budget: float
+    own: Any
+    prompts: list[Batch] | None
+
+    @property
+    def name(self) -> str:
+        return str(self.own.name)
+
+    @property
+    def units(self) -> Any:
+        return self.own.units
+
+    def select(self, run: Trajectory, data: Any = None) -> Mask:
+        return replace(self.own, budget=self.budget).select(run, self.prompts)  # type: ignore[no-any-return]
 
 
 def selector_of(text: str, budget: float, how: Any, seed: int, units: str, no_stop: bool, guard: Guard) -> Selector:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from surgery.cli.choosing import check_selectors, protected, selector_of
+from surgery.cli.choosing import answered, check_selectors, protected, selector_of, unanswered
 from surgery.cli.options import (
+    Answers,
     Checkpoints,
     Data,
     Device,
@@ -32,6 +33,7 @@ from surgery.cli.options import (
     limit_of,
     live,
     out,
+    tell,
     trajectory_of,
     working,
 )
@@ -63,6 +65,7 @@ def sweep(
     how: How = None,
     protect: Protect = None,
     protect_weight: ProtectWeight = 0.3,
+    answers: Answers = None,
     units: Selected = "mlp",
     no_stop: NoStop = False,
     metric: Metric = None,
@@ -77,7 +80,7 @@ def sweep(
     from surgery.sweeps import sweep as run_sweep
 
     fractions = [fraction(text) for text in budgets.split(",")]
-    check_selectors(selectors.split(","), checkpoints, data, how, units, protect)
+    check_selectors(selectors.split(","), checkpoints, data, how, units, protect, answers)
     run = trajectory_of(checkpoints, layout, units)
     guard = protected(protect, protect_weight, run, batch_size)
     chosen = [selector_of(text, fractions[0], how, 0, units, no_stop, guard) for text in selectors.split(",")]
@@ -85,18 +88,20 @@ def sweep(
         rows = len(chosen) * len(fractions) + 3
         out.print(f"{len(chosen)} selectors × {len(fractions)} budgets + 3 references = {rows} rows")
         return
-    with _loaded(run, data, evaluate, batch_size, device, dtype) as (run, batches, function, say):
+    with _loaded(run, data, evaluate, batch_size, device, dtype) as (run, prompts, function, say):
+        batches, told = answered(run, prompts, answers)
         found = run_sweep(
             run.load(),
             run,
             batches,
-            selectors=chosen,
+            selectors=unanswered(chosen, prompts) if answers else chosen,
             budgets=fractions,
             evaluate=function,
             metric=metric,
             path=output,
             progress=say,
         )
+    tell(told)
     out.print(str(found), markup=False)
 
 
@@ -108,6 +113,7 @@ def tune(
     how: Annotated[str, typer.Option(help="As in select; only the masks of global are nested.")] = "global",
     protect: Protect = None,
     protect_weight: ProtectWeight = 0.3,
+    answers: Answers = None,
     recovery: Annotated[float, typer.Option(help="The wanted part of what was lost.")] = 0.8,
     limit: Annotated[
         list[str] | None, typer.Option(help='The least change allowed elsewhere, like "qa=-0.002"; repeat for more.')
@@ -128,12 +134,13 @@ def tune(
     from surgery.tuning import BUDGETS, recommend
 
     fractions = [fraction(text) for text in budgets.split(",")] if budgets else list(BUDGETS)
-    check_selectors([selector], checkpoints, data, how, units, protect)
+    check_selectors([selector], checkpoints, data, how, units, protect, answers)
     limits = dict(map(limit_of, limit or ()))
     run = trajectory_of(checkpoints, layout, units)
     guard = protected(protect, protect_weight, run, batch_size)
     chosen = selector_of(selector, fractions[0], how, 0, units, no_stop, guard)
-    with _loaded(run, data, evaluate, batch_size, device, dtype) as (run, batches, function, say):
+    with _loaded(run, data, evaluate, batch_size, device, dtype) as (run, prompts, function, say):
+        batches, told = answered(run, prompts, answers)
         found = recommend(
             run.load(),
             run,
@@ -147,6 +154,7 @@ def tune(
             path=output,
             progress=say,
         )
+    tell(told)
     out.print(str(found), markup=False)
     if found.budget is None:
         raise typer.Exit(1)
@@ -154,6 +162,7 @@ def tune(
     for text in protect or ():
         words += ["--protect", text]
     words += ["--protect-weight", f"{protect_weight:g}"] if protect else []
+    words += ["--answers", str(answers)] if answers else []
     words += ["--units", units] if units != "mlp" else []
     words += ["--layout", str(layout)] if layout else []
     words += ["--no-stop"] if no_stop else []

@@ -49,6 +49,10 @@ Protect = Annotated[
     typer.Option(help='Of D: a domain that should keep what it won, like "qa=qa.jsonl"; repeat for more.'),
 ]
 ProtectWeight = Annotated[float, typer.Option(help="How much a loss there counts beside a gain in the damaged domain.")]
+Answers = Annotated[
+    Path | None,
+    typer.Option(help="Of D, for --data without responses: the file of the earlier model's answers, written or read."),
+]
 LayoutFile = Annotated[
     Path | None, typer.Option("--layout", help="Your own layout: a JSON file (docs/how-to/add-an-architecture.md).")
 ]
@@ -189,6 +193,12 @@ def _run(file: Path) -> ModuleType:
     module = sys.modules[str(file)] = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def tell(text: str) -> None:
+    """Print a text, if there is any."""
+    if text:
+        out.print(text, markup=False)
 
 
 @contextmanager

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from surgery.cli.choosing import check_selectors, protected, selector_of
+from surgery.cli.choosing import answered, check_selectors, protected, selector_of
 from surgery.cli.options import (
+    Answers,
     Budget,
     Checkpoints,
     Data,
@@ -27,6 +28,7 @@ from surgery.cli.options import (
     live,
     out,
     strength_of,
+    tell,
     trajectory_of,
     working,
 )
@@ -49,6 +51,7 @@ def select(
     how: How = None,
     protect: Protect = None,
     protect_weight: ProtectWeight = 0.3,
+    answers: Answers = None,
     units: Selected = "mlp",
     no_stop: NoStop = False,
     seed: Annotated[int, typer.Option(help="Of the random selector.")] = 0,
@@ -66,7 +69,7 @@ def select(
         raise ValueError("say where the mask goes: -o mask.safetensors (or --dry-run to see the counts only)")
     if output is not None and output.exists() and not (overwrite or dry_run):
         raise ValueError(f"{output} exists: choose another file, or pass --overwrite")
-    check_selectors([selector], checkpoints, data, how, units, protect)
+    check_selectors([selector], checkpoints, data, how, units, protect, answers)
     run = trajectory_of(checkpoints, layout, units)
     guard = protected(protect, protect_weight, run, batch_size)
     chosen = selector_of(selector, budget, how, seed, units, no_stop, guard)
@@ -74,7 +77,9 @@ def select(
         batches = load_prompts(data, folder_of(run.later), batch_size=batch_size) if data else None
         if batches is not None and set(selector) & set("AD"):
             run = live(run, device, dtype)
+        batches, told = answered(run, batches, answers, write=not dry_run)
         mask = chosen.select(run, batches)
+    tell(told)
     out.print(repr(mask), markup=False)
     for note in mask.made_by.get("not_covered", []):
         out.print(note, markup=False)
@@ -142,6 +147,7 @@ def strengths(
     joint: Annotated[bool, typer.Option("--joint", help="One strength for all.")] = False,
     passes: Annotated[int, typer.Option(help="Forward and backward passes over the data.")] = 16,
     loss: Annotated[str, typer.Option(help='"kl" or "hellinger", from the earlier model.')] = "kl",
+    answers: Answers = None,
     batch_size: int = 16,
     device: Device = None,
     layout: LayoutFile = None,
@@ -162,9 +168,11 @@ def strengths(
     chosen = load_mask(mask)
     run = trajectory_of([earlier, later], layout, "mlp")
     with working("finding strengths"):
-        batches = load_prompts(data, folder_of(later), batch_size=batch_size)
+        prompts = load_prompts(data, folder_of(later), batch_size=batch_size)
         run = live(run, device, "float32")
+        batches, kept = answered(run, prompts, answers)
         found = find(run, batches, chosen, most=most, joint=joint, passes=passes, loss=cast("Divergence", loss))
+    tell(kept)
     told = found.made_by["strengths"]
     none, full = told["loss"][:2]
     out.print(f"loss {none:.5g} in the later model, {full:.5g} at strength {min(1.0, most):g}, {told['least']:.5g} now")

@@ -63,9 +63,15 @@ class Tuning:
         asked = f"{100 * self.wanted:g} % recovery of {self.metric}" + _within(self.limits)
         whole = self.ceiling.selector.removeprefix("ceiling (").removesuffix(")")
         ceiling = f"ceiling: {_recovery(self.ceiling)} with {whole}"
+        if any((row.recovery or 0.0) > (self.ceiling.recovery or 0.0) for row in self.sweep):
+            ceiling += "; fewer can give more, as not everything that is reverted helps"
         if self.chosen is not None:
             least = "the smallest" if self.nested and self.monotone else "perhaps not the smallest"
-            return f"budget {self.chosen.budget:g} gives {asked}, {least} that does: {_result(self.chosen)}. {ceiling}"
+            doubt, span = "", self.chosen.interval
+            if span is not None and span[0] < self.wanted:
+                doubt = f", but not for certain (its interval reaches down to {100 * span[0]:.0f} %)"
+            found = f"budget {self.chosen.budget:g} gives {asked}, {least} that does{doubt}"
+            return f"{found}: {_result(self.chosen)}. {ceiling}"
         if self.best is None:
             return f"no budget gives {asked}: none that was measured keeps the limits. {ceiling}"
         best = f"the best within the limits is budget {self.best.budget:g}: {_result(self.best)}"
@@ -192,7 +198,8 @@ def _tuning(
     kept = [_keeps(row, limits) for row in found]
     monotone = recoveries == sorted(recoveries) and kept == sorted(kept, reverse=True)
     notes = [
-        f"{len(found)} of {offered} budgets were measured ({evaluations} evaluations now); " + _order(nested, monotone)
+        f"{len(found)} of {offered} budgets were measured ({evaluations} evaluations now); "
+        + _order(nested, monotone, chosen is not None)
     ]
     if best is not None:
         notes += _doubts(best, earlier, wanted, limits)
@@ -201,24 +208,21 @@ def _tuning(
     )
 
 
-def _order(nested: bool, monotone: bool) -> str:
+def _order(nested: bool, monotone: bool, found: bool) -> str:
     if nested and monotone:
         return "recovery is taken to grow with the budget between them, as it does among them"
-    why = (
-        [] if nested else ['the masks are not nested (with how="global" they are, single weights by D without a stop)']
-    )
+    why = [] if nested else ['the masks are not nested (with "global" they are, single weights by D without a stop)']
     why += [] if monotone else ["what was measured does not go one way with the budget"]
-    return f"{' and '.join(why)}: a smaller budget may do as well, so measure those in question with sweep(...)"
+    other = "a smaller budget may do as well" if found else "a budget that was not measured may do"
+    return f"{' and '.join(why)}: {other}, so measure those in question with a sweep"
 
 
 def _doubts(row: Row, earlier: Row, wanted: float, limits: Mapping[str, float]) -> list[str]:
     """Where the items leave open whether the row keeps what was asked; nothing without items."""
     found = []
-    if lost := next((earlier.paired[name] for name in earlier.paired if name not in row.delta), None):
-        if reason := underpowered(lost, row.interval, wanted):
-            found.append(f"underpowered: {reason}")
-        elif row.interval and row.interval[0] < wanted <= (row.recovery or 0.0):
-            found.append(f"not certain: the interval of recovery reaches down to {100 * row.interval[0]:.0f} %")
+    lost = next((earlier.paired[name] for name in earlier.paired if name not in row.delta), None)
+    if lost and (reason := underpowered(lost, row.interval, wanted)):
+        found.append(f"underpowered: {reason}")
     for name, least in limits.items():
         if name in row.paired and row.paired[name].interval[0] < least:
             low = row.paired[name].interval[0]

@@ -100,6 +100,17 @@ def test_above_the_ceiling(models):
     assert found.chosen is None
     assert found.best.budget == 1.0
     assert "ceiling: 40.0 %" in str(found)
+    assert "fewer can give more" not in str(found)
+
+
+def test_more_than_the_ceiling_is_explained(models):
+    """Some of what is reverted does harm, so that fewer give more; and where none is enough, none "may do as well"."""
+    found = tuned(models, Planted(models, lambda x: 1.6 * x if x <= 0.5 else 1.2 - 0.8 * x), recovery=0.9)
+    assert found.chosen is None
+    assert found.best.recovery > found.ceiling.recovery
+    assert "with all MLP neurons; fewer can give more, as not everything that is reverted helps" in str(found)
+    assert "a budget that was not measured may do" in str(found)
+    assert "as well" not in str(found)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -181,11 +192,16 @@ def test_doubt_is_said_where_items_leave_it(models):
     """An interval that reaches below what was asked, or below a limit, is no certainty."""
     found = tuned(models, Planted(models, lambda x: x**0.5, items=40), recovery=0.6, limits={"qa": -0.4})
     assert found.chosen.interval[0] < 0.6
-    assert "not certain: the interval of recovery" in str(found)
+    verdict = next(line for line in str(found).splitlines() if line.startswith("budget "))
+    low = round(100 * found.chosen.interval[0])
+    assert f"the smallest that does, but not for certain (its interval reaches down to {low} %): " in verdict
+    assert str(found).count("reaches down to") == 2  # of recovery once, and of qa
     assert "not certain: the interval of Δ qa reaches down" in str(found)
     few = tuned(models, Planted(models, items=5), recovery=0.5)
     assert "underpowered: " in "\n".join(few.notes)
-    assert len(tuned(models, Planted(models), recovery=0.5).notes) == 1  # without items there is nothing to say
+    none = tuned(models, Planted(models), recovery=0.5)
+    assert len(none.notes) == 1  # without items there is nothing to say
+    assert "certain" not in str(none)
 
 
 def test_any_selector_with_a_budget_and_the_default_budgets(models):

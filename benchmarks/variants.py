@@ -97,6 +97,11 @@ class Scorer:
         half = 2 * sum(float(now[name][mask[name]].sum()) for name in mask)  # half of δ is left there
         return mask, min(3.0, start / (2 * (start - half))) if start > half else 3.0
 
+    def alone(self, budget: float, most: float) -> Choice:
+        """Plain D's choice, each neuron where its own parabola, s · D − s² · curvature, is best with all others fixed."""
+        mask = self.best(self.plain, budget)
+        return mask, Neurons({n: (self.plain[n] / (2 * self.curvature[n])).clamp(0, most) for n in self.plain})
+
     def optimal(self, budget: float, most: float, joint: bool = False) -> Choice:
         """Plain D's choice, at the strengths with the least loss."""
         mask = self.best(self.plain, budget)
@@ -113,6 +118,7 @@ class Scorer:
             "2 rounds": lambda b: (self.rounds(b, 2), 1.0),
             "4 rounds": lambda b: (self.rounds(b, 4), 1.0),
             "D, one strength, one parabola": self.predicted,
+            "D, each its own parabola ≤ 2": lambda b: self.alone(b, 2.0),
             "D, one strength ≤ 3": lambda b: self.optimal(b, 3.0, joint=True),
             "D, one strength ≤ 2": lambda b: self.optimal(b, 2.0, joint=True),
             "D, each its own ≤ 1": lambda b: self.optimal(b, 1.0),

@@ -9,11 +9,12 @@ import pytest
 import torch
 from families import pair
 from mutants import dies
-from test_attribution import vectors
+from test_attribution import hellinger, kl, vectors
 from test_scores import batches
+from torch import nn
 
-from surgery import Trajectory, attribution, damage, distillation, find_layout
-from surgery.predictions import Divergence, positions, summed
+from surgery import Neurons, Trajectory, attribution, damage, distillation, find_layout, rollback
+from surgery.predictions import Divergence, positions, predicting, summed
 
 JOINT = ("mlp", "kv_group")
 PRECISE = [("qwen3", "mlp"), ("gpt2", JOINT), ("qwen3", JOINT), ("mixtral", "mlp"), ("gpt_oss", JOINT)]
@@ -103,3 +104,87 @@ def test_a_narrow_reduction_dies(mutant: Any):
 
 def test_batches_that_are_added_up_in_bf16_die():
     dies(batches_in_bf16, law_summed_wide, AssertionError)
+
+
+# Along the way.
+
+
+def everything(model: nn.Module, units: Any) -> Neurons:
+    return Neurons({name: torch.ones(n, dtype=torch.bool) for name, n in find_layout(model, units=units).sizes.items()})
+
+
+def lost(earlier: nn.Module, model: nn.Module, loss: str) -> float:
+    """The loss by its definition, in float64."""
+    definition = {"kl": kl, "hellinger": hellinger}[loss]
+    with torch.no_grad():
+        pairs = [(predicting(model, one).double(), predicting(earlier, one).double()) for one in batches(labels=True)]
+    return float(sum(definition(*pair) for pair in pairs)) / sum(len(logits) for logits, _ in pairs)
+
+
+def unrouted(family: str) -> tuple[nn.Module, nn.Module]:
+    """A pair in which every token goes to all experts: the one kind of router that can't jump, whatever is reverted."""
+    earlier, later = pair(family, step=0.05)
+    for model in (earlier, later):
+        for module in model.modules():
+            if hasattr(module, "top_k"):
+                module.top_k = 4
+    return earlier, later
+
+
+def law_complete(family: str = "qwen3", units: Any = "mlp", loss: Divergence = "kl", routed: bool = True) -> None:
+    """Σ D along the way is what reverting all gains, to a thousandth of what was lost; the slope alone is not."""
+    earlier, later = pair(family, step=0.05) if routed else unrouted(family)
+    run, data = Trajectory(earlier=earlier, later=later, units=units), batches(labels=True)
+    before = {name: tensor.clone() for name, tensor in later.state_dict().items()}
+    found = damage(run, data, loss=loss, nodes=12)
+    slope = damage(run, data, loss=loss).made_by["damage"]["sum"]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in later.state_dict().items())
+    whole = gain = lost(earlier, later, loss)
+    with rollback(later, to=earlier, mask=everything(later, units)):
+        gain -= lost(earlier, later, loss)
+    assert abs(sum(float(value.double().sum()) for value in found.values()) - gain) < 1e-3 * whole
+    assert abs(slope - gain) > 4e-3 * whole
+
+
+@pytest.mark.parametrize("loss", ["kl", "hellinger"])
+@pytest.mark.parametrize("units", ["mlp", "kv_group", JOINT])
+@pytest.mark.parametrize("family", ["qwen3", "gpt2", "phi3", "bloom"])
+def test_along_the_way_the_scores_add_up_to_the_whole_damage(family: str, units: Any, loss: Divergence):
+    law_complete(family, units, loss)
+
+
+@pytest.mark.parametrize("loss", ["kl", "hellinger"])
+@pytest.mark.parametrize(
+    ("family", "units", "routed"),
+    [("qwen3_moe", "mlp", True), ("mixtral", "mlp", False), ("mixtral", JOINT, False), ("gpt_oss", JOINT, False)],
+)
+def test_so_do_those_of_experts_where_the_router_does_not_jump(family: str, units: Any, routed: bool, loss: Divergence):
+    """The router of this Qwen3 is in the first layer, and the MLPs come after all that it reads."""
+    law_complete(family, units, loss, routed)
+
+
+def without_weights(patch: pytest.MonkeyPatch) -> None:
+    """Every node counts alike."""
+    path = attribution._path
+    patch.setattr(attribution, "_path", lambda *args: [(t, 1 / 12) for t, _ in path(*args)])
+
+
+def from_the_other_end(patch: pytest.MonkeyPatch) -> None:
+    moved = attribution._moved
+    patch.setattr(attribution, "_moved", lambda model, run, t: moved(model, run, 1 - t))
+
+
+def with_what_is_left(patch: pytest.MonkeyPatch) -> None:
+    """The change at the node, which is t · δB, in place of δB."""
+    path = attribution._path
+    patch.setattr(attribution, "_path", lambda *args: [(t, w * t) for t, w in path(*args)])
+
+
+def without_moving(patch: pytest.MonkeyPatch) -> None:
+    moved = attribution._moved
+    patch.setattr(attribution, "_moved", lambda model, run, t: moved(model, run, 1))
+
+
+@pytest.mark.parametrize("mutant", [without_weights, from_the_other_end, with_what_is_left, without_moving])
+def test_another_way_dies(mutant: Any):
+    dies(mutant, lambda: law_complete("qwen3", "kv_group"), AssertionError)

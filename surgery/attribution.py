@@ -14,7 +14,7 @@ from surgery.deltas import check_finite
 from surgery.gradient_hooks import as_live, collecting, in_runs
 from surgery.neurons import Neurons
 from surgery.opening import Weights, open_weights
-from surgery.operators import rollback
+from surgery.operators import Rollback, rollback
 from surgery.predictions import Divergence, Loss, check_loss, distillation, positions, summed
 from surgery.prompts import Batch, batches_of
 from surgery.responses import respond
@@ -115,8 +115,7 @@ def _moved(model: nn.Module, run: Trajectory, t: float) -> Iterator[None]:
     if t == 1:
         yield
         return
-    everything = _everything(open_weights(model, run.layout, units=run.units))
-    with rollback(model, to=run.source("earlier"), mask=everything, strength=1 - t, layout=run.layout):
+    with _all_back(model, run, open_weights(model, run.layout, units=run.units), 1 - t):
         yield
 
 
@@ -145,7 +144,7 @@ def reversal_cost(run: Trajectory, data: Iterable[Batch], *, loss: Divergence = 
     far = distillation(model, batches, divergence=loss)
     live = open_weights(model, run.layout, units=run.units)
     tokens = sum(int(positions(batch).sum()) for batch in batches)
-    with rollback(model, to=run.source("earlier"), mask=_everything(live), layout=run.layout) as done:
+    with _all_back(model, run, live) as done:
         total = _Total(live, done.before)
         with total.collecting(model):
             for batch in batches:
@@ -168,8 +167,11 @@ def _total(run: Trajectory) -> tuple[_Total, nn.Module]:
     return _Total(live, lambda block, slot: as_live(earlier, live, block, slot)), model
 
 
-def _everything(weights: Weights) -> Neurons:
-    return Neurons({name: torch.ones(size, dtype=torch.bool) for name, size in weights.layout.sizes.items()})
+def _all_back(model: nn.Module, run: Trajectory, live: Weights, strength: float = 1.0) -> Rollback:
+    """All units reverted. What they held is most of a model, so it is kept off the GPU, which has room for one."""
+    mask = Neurons({name: torch.ones(size, dtype=torch.bool) for name, size in live.layout.sizes.items()})
+    source = run.source("earlier")
+    return rollback(model, to=source, mask=mask, strength=strength, keep_on="cpu", layout=run.layout)
 
 
 @dataclass

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -188,3 +191,71 @@ def without_moving(patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("mutant", [without_weights, from_the_other_end, with_what_is_left, without_moving])
 def test_another_way_dies(mutant: Any):
     dies(mutant, lambda: law_complete("qwen3", "kv_group"), AssertionError)
+
+
+# In memory.
+
+
+MEMORY = """
+import sys, tempfile, threading, torch
+from pathlib import Path
+from transformers import AutoModelForCausalLM, Qwen3Config
+from surgery import Trajectory, attribution, damage
+
+def anonymous():
+    lines = Path("/proc/self/status").read_text().split("\\n")
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
+
+def run(folder, hidden, layers):
+    sizes = dict(hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers, vocab_size=512)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=hidden // 4)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(Qwen3Config(**sizes, **heads))
+    for name in ("earlier", "later"):
+        model.save_pretrained(f"{folder}/{hidden}/{name}")
+        for p in model.parameters():
+            p.data += 0.001
+    folders = {name: f"{folder}/{hidden}/{name}" for name in ("earlier", "later")}
+    live = Trajectory(**folders).load()
+    for p in live.parameters():
+        p.data = p.data.clone()  # in memory of its own, not the file's
+    return Trajectory(**folders, model=live), sum(p.numel() * p.element_size() for p in live.parameters()) / 2**20
+
+kept, add = [], attribution._Total.add
+if sys.argv[1] == "mutant":
+    def keeping(self, block, slot, grad, now):
+        kept.append(grad)
+        add(self, block, slot, grad, now)
+    attribution._Total.add = keeping
+ids = torch.arange(3, 7)[None]
+data = [{"input_ids": ids + shift, "attention_mask": torch.ones_like(ids), "labels": ids + shift} for shift in (0, 9)]
+with tempfile.TemporaryDirectory() as folder:
+    damage(run(folder, 32, 1)[0], data)  # what torch loads late
+    large, size = run(folder, 384, 12)
+    start, peak, done = anonymous(), [0.0], threading.Event()
+    def watch():
+        while not done.wait(0.002):
+            peak[0] = max(peak[0], anonymous())
+    thread = threading.Thread(target=watch); thread.start()
+    found = damage(large, data)
+    done.set(); thread.join()
+    assert found.made_by["damage"]["loss"] > 0
+    print(peak[0] - start, size)
+"""
+
+
+def law_one_model_in_memory(how: str = "as it is") -> None:
+    """Beside the model a fifth of it: a gradient and what reduces it, activations, and no second model."""
+    found = subprocess.run(
+        [sys.executable, "-c", MEMORY, how], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]
+    )
+    more, model = map(float, found.stdout.split()[-2:])
+    assert more < model / 5, f"{more:.0f} MB beside a model of {model:.0f} MB"
+
+
+def test_damage_holds_one_model_in_memory():
+    law_one_model_in_memory()
+
+
+def test_gradients_that_are_kept_are_noticed():
+    dies(lambda _: None, lambda: law_one_model_in_memory("mutant"), AssertionError)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,6 +70,26 @@ def damage(
     gain = sum(float(sums.sum()) for sums in total.sums.values()) / tokens
     told = {"tokens": tokens, "sum": gain, **({"loss": value / tokens} if nodes is None else {"nodes": nodes})}
     return Neurons(found, made_by={"damage": told})
+
+
+def promised(scores: Neurons, mask: Neurons) -> float:
+    """What D says that reverting a mask gains: its scores added up."""
+    return sum(float(scores[name][chosen].double().sum()) for name, chosen in mask.items())
+
+
+def overpromised(made_by: Mapping[str, Any]) -> str | None:
+    """A sentence where the D of a mask's units adds up to more than the loss, which is the most that can be won back.
+
+    A loss of one's own may be negative, so that nothing follows from it.
+    """
+    told, loss = made_by.get("damage", {}), made_by.get("selector", {}).get("loss")
+    if loss not in ("kl", "hellinger") or "promised" not in told or told["promised"] <= told["loss"]:
+        return None
+    unit = " nats" if loss == "kl" else ""
+    return (
+        f"their D adds up to {told['promised']:.3g}{unit}, and the loss is {told['loss']:.3g}: more than there is to "
+        f"win back, so expect less than the sum, and measure with surgery sweep"
+    )
 
 
 def answered(run: Trajectory, data: Iterable[Batch], loss: Loss | Divergence) -> tuple[list[Batch], Loss]:

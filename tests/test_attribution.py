@@ -322,6 +322,16 @@ def test_the_hellinger_distance_bounds_what_can_be_lost():
         assert 0.5 * float((p.exp() - q.exp()).abs().sum()) <= 2**0.5 * distance
 
 
+def test_rounding_logits_moves_the_hellinger_distance_by_about_epsilon():
+    """Logits between 16 and 32, which bfloat16 keeps to 1/16: √(Var/8) of what they are off by."""
+    torch.manual_seed(0)
+    logits = (24 + torch.randn(200, 1000)).double()
+    rounded = logits.bfloat16().double()
+    distances = (1 - (logits.softmax(-1) * rounded.softmax(-1)).sqrt().sum(-1)).sqrt()
+    assert float(distances.mean()) == pytest.approx(float(((logits - rounded).var() / 8).sqrt()), rel=0.05)
+    assert 0.5 < float(distances.mean()) / predictions._NOISE < 2
+
+
 @pytest.mark.parametrize("family", ["qwen3", "gpt2", "phi3", "gpt_oss"])
 def test_a_named_loss_is_the_gradient_of_its_definition(family):
     earlier, later = pair(family)

@@ -1,4 +1,4 @@
-"""What D promises in numbers: how precise it is in bf16, what it adds up to, how much memory it takes; with mutants."""
+"""What D promises in numbers: its precision in bf16, what it adds up to, how much memory it takes; with mutants."""
 
 from __future__ import annotations
 
@@ -13,10 +13,20 @@ import torch
 from families import pair
 from mutants import dies
 from test_attribution import hellinger, kl, vectors
-from test_scores import batches
+from test_scores import Batch, batches
 from torch import nn
 
-from surgery import Neurons, Trajectory, attribution, damage, distillation, find_layout, rollback
+from surgery import (
+    DamageSelector,
+    Neurons,
+    RandomSelector,
+    Trajectory,
+    attribution,
+    damage,
+    distillation,
+    find_layout,
+    rollback,
+)
 from surgery.predictions import Divergence, positions, predicting, summed
 
 JOINT = ("mlp", "kv_group")
@@ -259,3 +269,62 @@ def test_damage_holds_one_model_in_memory():
 
 def test_gradients_that_are_kept_are_noticed():
     dies(lambda _: None, lambda: law_one_model_in_memory("mutant"), AssertionError)
+
+
+# What it promises.
+
+
+@pytest.mark.parametrize(("power", "times"), [(2, 2.0), (1, 1.0)])
+def test_all_of_d_is_twice_a_square_and_once_a_distance(power: int, times: float):
+    """Of a loss that is nothing at the earlier model and grows so on the way to the later one."""
+    earlier, later = pair("qwen3")
+    there = dict(earlier.named_parameters())
+    held = {slot.tensor for block in find_layout(later).blocks for slot in block.slots}
+
+    def loss(model: nn.Module, batch: Batch) -> torch.Tensor:
+        squares = sum((p - there[name].detach()).square().sum() for name, p in model.named_parameters() if name in held)
+        return squares ** (power / 2)
+
+    run, data = Trajectory(earlier=earlier, later=later), batches(labels=True)
+    told = DamageSelector(1.0, loss=loss).select(run, data).made_by["damage"]
+    assert told["promised"] == pytest.approx(times * told["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("units", ["mlp", JOINT])
+def test_a_mask_says_what_its_units_d_adds_up_to(units: Any):
+    """With a guard too: what is taken off D for other domains is no gain that was lost."""
+    earlier, later = pair("qwen3")
+    run, data = Trajectory(earlier=earlier, later=later, units=units), batches(labels=True)
+    scores = damage(run, data)
+    others = [{key: value.flip(1) for key, value in batch.items()} for batch in data]
+    for protect in (None, {"other": others}):
+        mask = DamageSelector(0.2, protect=protect).select(run, data)
+        told = mask.made_by["damage"]
+        assert told["promised"] == pytest.approx(sum(float(scores[name][mask[name]].sum()) for name in mask), rel=1e-5)
+        assert {**told, "promised": 0} == {**scores.made_by["damage"], "promised": 0}
+        assert told["promised"] > 0
+
+
+@pytest.mark.parametrize(
+    ("loss", "promised", "said"),
+    [
+        ("kl", 0.3, "their D adds up to 0.3 nats, and the loss is 0.2: more than there is"),
+        ("hellinger", 0.3, "their D adds up to 0.3, and the loss is 0.2: more than there is"),
+        ("kl", 0.2, None),
+        ("hellinger", -0.1, None),
+        (None, 0.3, None),  # one's own may be negative
+    ],
+)
+def test_more_than_there_is_to_win_back_is_told(loss: str | None, promised: float, said: str | None):
+    made_by = {"damage": {"loss": 0.2, "promised": promised}, "selector": {"loss": loss} if loss else {}}
+    found = attribution.overpromised(made_by)
+    assert found is None if said is None else str(found).startswith(said)
+
+
+def test_nothing_is_told_of_other_masks():
+    earlier, later = pair("qwen3")
+    run, data = Trajectory(earlier=earlier, later=later), batches(labels=True)
+    by_hand = damage(run, data)
+    weights = DamageSelector(0.1, units="weight").select(run, data)
+    for made_by in (by_hand.made_by, RandomSelector(0.1).select(run).made_by, weights.made_by, {}):
+        assert attribution.overpromised(made_by) is None

@@ -98,7 +98,7 @@ class Scorer:
         return mask, min(3.0, start / (2 * (start - half))) if start > half else 3.0
 
     def alone(self, budget: float, most: float) -> Choice:
-        """Plain D's choice, each neuron where its own parabola, s · D − s² · curvature, is best with all others fixed."""
+        """Plain D's choice, each neuron at the best of its own parabola, s · D − s² · curvature, the others fixed."""
         mask = self.best(self.plain, budget)
         return mask, Neurons({n: (self.plain[n] / (2 * self.curvature[n])).clamp(0, most) for n in self.plain})
 

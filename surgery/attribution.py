@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from surgery.deltas import check_finite
 from surgery.gradient_hooks import as_live, collecting, in_runs
 from surgery.neurons import Neurons
 from surgery.opening import Weights, open_weights
-from surgery.operators import rollback
+from surgery.operators import Rollback, rollback
 from surgery.predictions import Divergence, Loss, check_loss, distillation, positions, summed
 from surgery.prompts import Batch, batches_of
 from surgery.responses import respond
@@ -72,6 +73,26 @@ def damage(
     return Neurons(found, made_by={"damage": told})
 
 
+def promised(scores: Neurons, mask: Neurons) -> float:
+    """What D says that reverting a mask gains: its scores added up."""
+    return sum(float(scores[name][chosen].double().sum()) for name, chosen in mask.items())
+
+
+def overpromised(made_by: Mapping[str, Any]) -> str | None:
+    """A sentence where the D of a mask's units adds up to more than the loss, which is the most that can be won back.
+
+    A loss of one's own may be negative, so that nothing follows from it.
+    """
+    told, loss = made_by.get("damage", {}), made_by.get("selector", {}).get("loss")
+    if loss not in ("kl", "hellinger") or "promised" not in told or told["promised"] <= told["loss"]:
+        return None
+    unit = " nats" if loss == "kl" else ""
+    return (
+        f"their D adds up to {told['promised']:.3g}{unit}, and the loss is {told['loss']:.3g}: more than there is to "
+        f"win back, so expect less than the sum, and measure with surgery sweep"
+    )
+
+
 def answered(run: Trajectory, data: Iterable[Batch], loss: Loss | Divergence) -> tuple[list[Batch], Loss]:
     """The batches, answered by the earlier model where they have no labels, and the loss that a name stands for."""
     check_loss(loss)
@@ -117,8 +138,7 @@ def _moved(model: nn.Module, run: Trajectory, t: float) -> Iterator[None]:
     if t == 1:
         yield
         return
-    everything = _everything(open_weights(model, run.layout, units=run.units))
-    with rollback(model, to=run.source("earlier"), mask=everything, strength=1 - t, layout=run.layout):
+    with _all_back(model, run, open_weights(model, run.layout, units=run.units), 1 - t):
         yield
 
 
@@ -147,7 +167,7 @@ def reversal_cost(run: Trajectory, data: Iterable[Batch], *, loss: Divergence = 
     far = distillation(model, batches, divergence=loss)
     live = open_weights(model, run.layout, units=run.units)
     tokens = sum(int(positions(batch).sum()) for batch in batches)
-    with rollback(model, to=run.source("earlier"), mask=_everything(live), layout=run.layout) as done:
+    with _all_back(model, run, live) as done:
         total = _Total(live, done.before)
         with total.collecting(model):
             for batch in batches:
@@ -170,8 +190,11 @@ def _total(run: Trajectory) -> tuple[_Total, nn.Module]:
     return _Total(live, lambda block, slot: as_live(earlier, live, block, slot)), model
 
 
-def _everything(weights: Weights) -> Neurons:
-    return Neurons({name: torch.ones(size, dtype=torch.bool) for name, size in weights.layout.sizes.items()})
+def _all_back(model: nn.Module, run: Trajectory, live: Weights, strength: float = 1.0) -> Rollback:
+    """All units reverted. What they held is most of a model, so it is kept off the GPU, which has room for one."""
+    mask = Neurons({name: torch.ones(size, dtype=torch.bool) for name, size in live.layout.sizes.items()})
+    source = run.source("earlier")
+    return rollback(model, to=source, mask=mask, strength=strength, keep_on="cpu", layout=run.layout)
 
 
 @dataclass

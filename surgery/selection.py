@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
-from surgery.attribution import damage, reversal_cost
+from surgery.attribution import damage, promised, reversal_cost
 from surgery.budget import Allocation, allocate, top
 from surgery.entries import Mask
 from surgery.neurons import Neurons
@@ -150,6 +150,9 @@ class DamageSelector:
         loss: "kl", "hellinger" or a loss of your own (see ``damage``). "hellinger" chooses better from few prompts.
         units: as in ``AMCSelector``; several kinds share a budget of parameters, spent by D per parameter.
 
+    ``made_by["damage"]["promised"]`` of the mask is what its units' D adds up to. Where that is more than the ``loss``
+    beside it, they can't gain so much together, and ``surgery select`` says so.
+
     ``units="weight"`` takes single weights in rounds, and only as many as lower the loss on ``data``: the Entries that
     ``EntrySelector(budget)`` takes. It has neither another ``how`` nor ``protect``: the costs of single weights do not
     add up (benchmarks/results/protect-weights.md).
@@ -197,12 +200,14 @@ class DamageSelector:
         if data is None:
             raise ValueError("D is measured on prompts of the damaged domain: pass data=load_prompts(file, tokenizer)")
         run = over(run, self.units)
-        scores = damage(run, data, loss=self.loss)
+        scores = gains = damage(run, data, loss=self.loss)
         for other in (self.protect or {}).values():
             cost = reversal_cost(run, other, loss="kl" if callable(self.loss) else self.loss)
-            scores = Neurons({n: scores[n] - self.weight * cost[n] for n in scores}, made_by=scores.made_by)
+            scores = Neurons({n: scores[n] - self.weight * cost[n] for n in scores})
         spend = scores if self.how == "global" else Neurons({n: scores[n].clamp(min=0) for n in scores})
-        return signed(top(scores, allocate(spend, self.budget, how=self.how, costs=costs_of(run))), self, run)
+        mask = top(scores, allocate(spend, self.budget, how=self.how, costs=costs_of(run)))
+        told = {**gains.made_by["damage"], "promised": promised(gains, mask)}
+        return signed(Neurons(mask, made_by={"damage": told}), self, run)
 
 
 def _check_unprotected(protect: Mapping[str, Data] | None) -> None:

@@ -322,6 +322,16 @@ def test_the_hellinger_distance_bounds_what_can_be_lost():
         assert 0.5 * float((p.exp() - q.exp()).abs().sum()) <= 2**0.5 * distance
 
 
+def test_rounding_logits_moves_the_hellinger_distance_by_about_epsilon():
+    """Logits between 16 and 32, which bfloat16 keeps to 1/16: √(Var/8) of what they are off by."""
+    torch.manual_seed(0)
+    logits = (24 + torch.randn(200, 1000)).double()
+    rounded = logits.bfloat16().double()
+    distances = (1 - (logits.softmax(-1) * rounded.softmax(-1)).sqrt().sum(-1)).sqrt()
+    assert float(distances.mean()) == pytest.approx(float(((logits - rounded).var() / 8).sqrt()), rel=0.05)
+    assert 0.5 < float(distances.mean()) / predictions._NOISE < 2
+
+
 @pytest.mark.parametrize("family", ["qwen3", "gpt2", "phi3", "gpt_oss"])
 def test_a_named_loss_is_the_gradient_of_its_definition(family):
     earlier, later = pair(family)
@@ -495,23 +505,6 @@ def test_a_sweep_lets_the_earlier_model_answer_once(monkeypatch):
     for one in kinds:
         mask = one.select(run, answers)
         assert table[one.name][0].neurons == sum(mask.count().values())
-
-
-@pytest.mark.parametrize("family", ["qwen3", "gpt2", "phi3", "bloom"])
-def test_along_the_way_the_scores_add_up_to_the_whole_damage(family):
-    earlier, later = pair(family, step=0.05)
-    run, data = Trajectory(earlier=earlier, later=later), batches(labels=True)
-    before = {name: tensor.clone() for name, tensor in later.state_dict().items()}
-    found = damage(run, data, nodes=6)
-    everything = Neurons({name: torch.ones(len(found[name]), dtype=torch.bool) for name in found})
-    with torch.no_grad():
-        whole = divergence(earlier, later, data)
-        with rollback(later, to=earlier, mask=everything):
-            whole = whole - divergence(earlier, later, data)
-    assert sum(float(found[name].double().sum()) for name in found) == pytest.approx(float(whole), rel=1e-2)
-    first_order = sum(float(value.double().sum()) for value in damage(run, data).values())
-    assert abs(first_order - float(whole)) > 0.03 * abs(float(whole))  # the law is not met by the gradient alone
-    assert all(torch.equal(tensor, before[name]) for name, tensor in later.state_dict().items())
 
 
 @pytest.mark.parametrize(("nodes", "dtype", "message"), [(0, torch.float32, "1 or more"), (4, torch.bfloat16, "wider")])

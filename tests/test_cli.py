@@ -11,7 +11,7 @@ import families
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_docs import three_stages
+from test_docs import build_tokenizer, three_stages
 
 from surgery import (
     AMCSelector,
@@ -22,8 +22,10 @@ from surgery import (
     Neurons,
     RandomSelector,
     Trajectory,
+    find_layout,
     load_prompts,
     responses,
+    rollback,
     rolled_back,
     strengths,
 )
@@ -342,6 +344,30 @@ def test_a_layout_of_ones_own(surgery, runs: Path, tmp_path: Path) -> None:
     code, out, _ = surgery(f"inspect odd --layout {tmp_path}/layout.json")
     assert code == 0
     assert "6 neurons in 1 blocks" in out
+
+
+def test_select_says_where_d_promises_more_than_there_is(surgery, tmp_path: Path) -> None:
+    """A small step of the neurons alone, so that all their D is about twice the loss."""
+    three_stages(tmp_path, "qwen3")
+    (tmp_path / "data.jsonl").write_text('{"prompt": "12+13=", "response": "25"}\n' * 3)
+    run = Trajectory(earlier=tmp_path / "math", later=tmp_path / "qa")
+    model = Trajectory(later=run.earlier).load()
+    everything = Neurons({name: torch.ones(n, dtype=torch.bool) for name, n in find_layout(model).sizes.items()})
+    with rollback(model, to=tmp_path / "qa", mask=everything, strength=0.3):
+        model.save_pretrained(tmp_path / "near")  # type: ignore[operator]
+    build_tokenizer().save_pretrained(tmp_path / "near")
+    words = (
+        f"select {tmp_path}/math {tmp_path}/near --data {tmp_path}/data.jsonl -o {tmp_path}/m --overwrite --selector"
+    )
+    for selector, budget, said in (("D", 0.01, False), ("D", 1, True), ("D:hellinger", 1, True), ("M", 1, False)):
+        code, out, err = surgery(f"{words} {selector} --budget {budget}")
+        assert not code, err
+        assert ("more than there is to win back" in out) is said
+        if said:
+            told = Neurons.load(tmp_path / "m").made_by["damage"]
+            assert told["promised"] > told["loss"]
+            unit = " nats" if selector == "D" else ""
+            assert f"their D adds up to {told['promised']:.3g}{unit}, and the loss is {told['loss']:.3g}" in out
 
 
 def test_single_weights_from_the_shell(surgery, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -18,8 +19,10 @@ from surgery import (
     Masked,
     Neurons,
     RandomSelector,
+    Rollback,
     Trajectory,
     activation,
+    attribution,
     conflict,
     damage,
     damage_terms,
@@ -29,6 +32,7 @@ from surgery import (
     likelihood,
     magnitude,
     refresh,
+    reversal_cost,
     rollback,
     strengths,
     sweep,
@@ -99,6 +103,27 @@ def test_what_is_selected_there_is_reverted_and_undone_to_the_bit(family, dtype,
         with rollback(model, to=run.earlier, mask=mask):
             assert same(bits(model), once)
     assert same(bits(model), before)
+
+
+@pytest.mark.parametrize("score", [lambda run: damage(run, DATA, nodes=2), lambda run: reversal_cost(run, DATA)])
+@pytest.mark.parametrize("family", ["qwen3", "gpt2", "qwen3_moe"])
+def test_scores_that_move_the_model_keep_what_was_there_off_the_gpu(family, score, monkeypatch):
+    """All neurons are two thirds of a model: beside the weights they would be most of a second one."""
+    (here, model), (there, _) = run_on(family, DEVICE), run_on(family, "cpu")
+    before, kept = bits(model), []
+
+    def watched(*args: Any, **settings: Any) -> Rollback:
+        done = rollback(*args, **settings)
+        kept.extend(rows.device.type for _, _, rows in done._old)
+        return done
+
+    monkeypatch.setattr(attribution, "rollback", watched)
+    found, expected = score(here), score(there)
+    assert set(kept) == {"cpu"}
+    assert same(bits(model), before)
+    for name, values in expected.items():
+        scale = float(values.abs().max())
+        assert torch.allclose(found[name], values, rtol=1e-3, atol=1e-3 * scale + 1e-7), name
 
 
 @pytest.mark.parametrize("family", SOME)

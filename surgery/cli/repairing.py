@@ -63,6 +63,7 @@ def select(
     overwrite: Overwrite = False,
 ) -> None:
     """Choose the neurons to revert and write them as a mask file."""
+    from surgery.attribution import overpromised
     from surgery.prompts import load_prompts
 
     if output is None and not dry_run:
@@ -90,6 +91,8 @@ def select(
             out.print(f"  {count:>10} reverted: loss {loss:.5g}{' (kept)' if count == taken else ''}")
     elif budget and not taken:
         out.print(f"budget {budget} buys not one of these units: pass a larger --budget")
+    if warning := overpromised(mask.made_by):
+        out.print(warning, markup=False)
     for expert in mask.made_by.get("never_routed", []):
         out.print(f"never routed, so without an activation: {expert}")
     if output is not None and not dry_run:

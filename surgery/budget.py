@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -154,6 +154,13 @@ def top(scores: Neurons, counts: Mapping[str, int]) -> Neurons:
     return Neurons(masks, made_by=scores.made_by)
 
 
+def check_budget(budget: Any) -> None:
+    """Raise ``ValueError`` unless a budget is a fraction."""
+    if isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 <= budget <= 1:
+        kind = "a fraction" if isinstance(budget, int | float) else "a plain number, a fraction"
+        raise ValueError(f"budget={budget!r}: expected {kind} of the model's neurons in [0, 1] (0.02 is 2 %)")
+
+
 def _neurons(scores: Neurons, budget: float) -> int:
     return round(_checked(scores, budget) * scores.total)
 
@@ -161,8 +168,7 @@ def _neurons(scores: Neurons, budget: float) -> int:
 def _checked(scores: Neurons, budget: float) -> float:
     if scores.is_mask:
         raise ValueError("expected scores, got a mask")
-    if not (isinstance(budget, int | float) and 0 <= budget <= 1):
-        raise ValueError(f"budget={budget!r}: expected a fraction of the model's neurons in [0, 1] (0.02 is 2 %)")
+    check_budget(budget)
     return budget
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from surgery.budget import Allocation
+from surgery.budget import Allocation, check_budget
 from surgery.entries import Entries
 from surgery.predictions import Divergence, Loss, check_loss
-from surgery.selector_settings import Data, check_budget, check_how, check_letters, named, signed
+from surgery.selector_settings import Data, check_how, check_letters, named, signed
 from surgery.trajectory import Trajectory
 from surgery.units import Units, kinds_of, single
 from surgery.weight_selection import (

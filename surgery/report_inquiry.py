@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from surgery.budget import check_budget
 from surgery.evidence import write_json
 from surgery.evidence_changes import Changes
 from surgery.evidence_directions import Directions
@@ -18,7 +19,6 @@ from surgery.prompts import Batch, batches_of
 from surgery.report_parts import PARTS, Missing, Refreshed, Sites, Study
 from surgery.rows import Evaluate, Sweep
 from surgery.scores import remembered
-from surgery.selector_settings import check_budget
 from surgery.theory_damage import DamageTerms
 from surgery.trajectory import Trajectory
 

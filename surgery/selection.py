@@ -10,7 +10,7 @@ from typing import Protocol, runtime_checkable
 import torch
 
 from surgery.attribution import damage, promised, reversal_cost
-from surgery.budget import Allocation, allocate, top
+from surgery.budget import Allocation, allocate, check_budget, top
 from surgery.entries import Mask
 from surgery.neurons import Neurons
 from surgery.predictions import Divergence, Loss, check_loss
@@ -18,7 +18,6 @@ from surgery.score_products import costs_of, product, worth
 from surgery.scores import activation, conflict, magnitude
 from surgery.selector_settings import (
     Data,
-    check_budget,
     check_how,
     check_letters,
     check_units,

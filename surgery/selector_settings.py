@@ -18,12 +18,6 @@ Data = Iterable[Batch]
 Chosen = TypeVar("Chosen", Neurons, Entries)
 
 
-def check_budget(budget: Any) -> None:
-    """Raise ``ValueError`` unless a budget is a fraction."""
-    if isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 <= budget <= 1:
-        raise ValueError(f"budget={budget!r}: expected a fraction of the model's neurons in [0, 1] (0.02 is 2 %)")
-
-
 def check_letters(name: str, letters: str) -> None:
     """Raise ``ValueError`` unless letters are some of A, M and C."""
     if not letters or set(letters) - set("AMC") or len(set(letters)) != len(letters):

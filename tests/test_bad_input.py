@@ -204,9 +204,7 @@ def test_nan_and_infinity_in_scores():
 @pytest.mark.parametrize("budget", [-0.01, 1.01, 2, float("nan"), float("inf"), "0.1", None, torch.tensor(0.1)])
 def test_a_budget_outside_0_to_1(budget):
     for make in (AMCSelector, RandomSelector, lambda b: allocate(Neurons({"a": torch.ones(4)}), b)):
-        with pytest.raises(
-            ValueError, match=r"expected a (plain number, a )?fraction of the model's neurons in \[0, 1\]"
-        ):
+        with pytest.raises(ValueError, match=r"expected a .*fraction of the model's neurons in \[0, 1\]"):
             make(budget)
 
 

@@ -98,7 +98,7 @@ def main() -> None:
         f"# What protecting the other domains buys, and costs\n\nRecovery of Math in % (mean ± standard deviation over "
         f"{len(found)} seeds) and the worst mean Δ among QA, Code and CW in points, by the weight of what reverting "
         f"costs them (0: plain D) and the budget of MLP neurons. The same as curves: "
-        f"[protect.png](protect.png). Weight 0.3 on the other pairs: [pareto.md](pareto.md). "
+        f"[protect.png](protect.png). Weight 0.3 on the other pairs: `python -m benchmarks.pareto`. "
         f"{statement()}\n\n{table(found, BUDGETS, 'weight')}\n"
     )
     (out / "protect.md").write_text(text, encoding="utf-8")

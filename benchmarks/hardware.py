@@ -19,5 +19,6 @@ def statement() -> str:
         name = ""
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU"
     libraries = ", ".join(f"{package} {number}" for package, number in versions().items())
-    processor = f"{torch.get_num_threads()} threads of {name or platform.machine()}{gpu}"
+    threads = torch.get_num_threads()
+    processor = f"{threads} thread{'s' if threads > 1 else ''} of {name or platform.machine()}{gpu}"
     return f"{processor}; Python {platform.python_version()}, {libraries}; {datetime.date.today()}"

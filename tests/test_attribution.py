@@ -495,7 +495,7 @@ def test_a_sweep_lets_the_earlier_model_answer_once(monkeypatch):
     """By KL and Hellinger, of neurons, units and weights; and takes what each takes with those answers."""
     earlier, later = pair("qwen3")
     asked, calls = batches(labels=False), []
-    monkeypatch.setattr(attribution, "respond", lambda model, data: calls.append(1) or respond(model, data))
+    monkeypatch.setattr(attribution, "respond", lambda *given, **how: calls.append(1) or respond(*given, **how))
     run = Trajectory(earlier=earlier, later=later)
     kinds: list[Any] = [DamageSelector(0.1), DamageSelector(0.1, loss="hellinger")]
     kinds += [DamageSelector(0.1, units=units) for units in ("kv_group", "weight")]

@@ -6,8 +6,8 @@ export OMP_NUM_THREADS ?= 2
 demo: venv ## the main job on the lab's checkpoints: select, dry run, rollback to a folder, sweep, plot
 	$(BIN)/python -m benchmarks.demo
 
-test: venv lint ## everything that CI runs
-	$(BIN)/python -m pytest -q
+test: venv lint ## everything that CI runs, a process and a thread per core
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --dist worksteal
 
 lint: venv
 	$(BIN)/ruff format --check .

@@ -159,8 +159,7 @@ def tune(
     if found.budget is None:
         raise typer.Exit(1)
     words = [*checkpoints, *(["--data", str(data)] if data else []), "--selector", selector, "--how", how]
-    for text in protect or ():
-        words += ["--protect", text]
+    words += [word for text in protect or () for word in ("--protect", text)]
     words += ["--protect-weight", f"{protect_weight:g}"] if protect else []
     words += ["--answers", str(answers)] if answers else []
     words += ["--units", units] if units != "mlp" else []

@@ -34,6 +34,7 @@ from surgery.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from surgery.entries import Mask
     from surgery.predictions import Divergence
 
 
@@ -63,7 +64,6 @@ def select(
     overwrite: Overwrite = False,
 ) -> None:
     """Choose the neurons to revert and write them as a mask file."""
-    from surgery.attribution import overpromised
     from surgery.prompts import load_prompts
 
     if output is None and not dry_run:
@@ -81,6 +81,17 @@ def select(
         batches, told = answered(run, batches, answers, write=not dry_run)
         mask = chosen.select(run, batches)
     tell(told)
+    _describe(mask, budget)
+    if output is not None and not dry_run:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        mask.save(output)
+        out.print(f"wrote {output}")
+
+
+def _describe(mask: Mask, budget: float) -> None:
+    """What was chosen, and what a reader of it should know."""
+    from surgery.attribution import overpromised
+
     out.print(repr(mask), markup=False)
     for note in mask.made_by.get("not_covered", []):
         out.print(note, markup=False)
@@ -95,10 +106,6 @@ def select(
         out.print(warning, markup=False)
     for expert in mask.made_by.get("never_routed", []):
         out.print(f"never routed, so without an activation: {expert}")
-    if output is not None and not dry_run:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        mask.save(output)
-        out.print(f"wrote {output}")
 
 
 def rollback(

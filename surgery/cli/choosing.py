@@ -64,14 +64,18 @@ def check_selectors(
 
 
 def _check_text(text: str) -> None:
-    def some(letters: str) -> bool:
-        return bool(letters) and not set(letters) - set("AMC") and len(set(letters)) == len(letters)
+    from surgery.selector_settings import check_letters
 
-    if text not in ("random", "D", "D:kl", "D:hellinger") and not all(map(some, text.split("/", 1))):
+    if text in ("random", "D", "D:kl", "D:hellinger"):
+        return
+    try:
+        for letters in text.split("/", 1):
+            check_letters("--selector", letters)
+    except ValueError as error:
         raise ValueError(
             f"--selector {text}: expected D, D:hellinger, random, or some of the letters A, M and C, each once, like "
             f"AMC or A/AMC"
-        )
+        ) from error
 
 
 def protected(protect: list[str] | None, weight: float, run: Trajectory, batch_size: int) -> Guard:

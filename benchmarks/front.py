@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.methods import BASELINE, LIBRARY, TRAINED
+from benchmarks.changes import BASELINE, LIBRARY, TRAINED
 from benchmarks.points import Point
 from surgery.rows import CEILING, EARLIER, LATER
 

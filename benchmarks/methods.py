@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from benchmarks import baselines
+from benchmarks.changes import (
+    BASELINE,
+    BUDGETS,
+    CONTROL,
+    LIBRARY,
+    REFERENCE,
+    TRAINED,
+    Change,
+    Method,
+    Reversal,
+    Setting,
+    wide,
+)
 from benchmarks.lab.domains import read_items
 from benchmarks.refresh_grpo import STEPS, refreshed, training_items
 from benchmarks.table6 import CHANNELS, GROUPS, PAPER
-from surgery import AMCSelector, DamageSelector, EntrySelector, Neurons, RandomSelector, Trajectory, rollback, strengths
-from surgery.entries import Mask
-from surgery.prompts import Batch
+from benchmarks.variants import variants
+from surgery import AMCSelector, DamageSelector, EntrySelector, Neurons, RandomSelector, strengths
 from surgery.rows import CEILING, EARLIER, LATER
-from surgery.strength_values import Strength
 
-LIBRARY, BASELINE, CONTROL, TRAINED, REFERENCE = "library", "baseline", "control", "trained", "reference"
-BUDGETS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64)
 WEIGHTS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.04)
 FRACTIONS = (0.001, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64)
 ALPHAS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -32,58 +37,6 @@ PROBABILITIES = (0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9)
 FACTORS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)
 DRAWS = 3
 FURTHEST = 2.0  # of the strengths
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What a method may look at: the checkpoints, the damaged domain's calibration prompts, the live later model."""
-
-    folder: Path
-    metric: str
-    run: Trajectory
-    data: list[Batch]
-    others: Mapping[str, list[Batch]]  # calibration prompts of the other domains
-    later: Mapping[str, Tensor]  # a copy: the live model's parameters, before any edit
-    earlier: Mapping[str, Tensor]
-
-    @property
-    def model(self) -> nn.Module:
-        return self.run.load()
-
-
-@dataclass(frozen=True)
-class Reversal:
-    """What goes back towards the earlier model, and how far."""
-
-    mask: Mask
-    strength: Strength = 1.0
-
-
-Change = Reversal | Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Method:
-    """One curve: for each value of its knob, ``change`` gives what to revert or the new tensors."""
-
-    name: str
-    kind: str
-    knob: str
-    values: tuple[float, ...]
-    change: Callable[[Setting, float, int], Change]
-    draws: int = 1
-
-
-@contextmanager
-def applied(setting: Setting, change: Change) -> Iterator[None]:
-    """The later model with the change while the body runs; whole again after."""
-    if isinstance(change, Reversal):
-        earlier = setting.run.weights("earlier")[0].tensors
-        with rollback(setting.model, to=earlier, mask=change.mask, strength=change.strength):
-            yield
-    else:
-        with baselines.edited(setting.model, change):
-            yield
 
 
 def methods(setting: Setting) -> list[Method]:
@@ -96,6 +49,7 @@ def methods(setting: Setting) -> list[Method]:
         *map(of_selector, selectors(setting)),
         *map(going_further, (DamageSelector(0.01, units=units) for units in (None, CHANNELS, GROUPS))),
         going_further(DamageSelector(0.01, loss="hellinger", units=CHANNELS)),
+        *variants(),
         Method("WiSE-FT", BASELINE, "α", ALPHAS, _interpolated),
         Method("most-changed entries", BASELINE, "entries", FRACTIONS, _entries),
         Method("most-changed neurons", BASELINE, "β", BUDGETS, _neurons),
@@ -163,9 +117,7 @@ def going_further(selector: DamageSelector) -> Method:
 
     def change(setting: Setting, value: float, draw: int) -> Change:
         mask = replace(selector, budget=value).select(setting.run, setting.data)
-        apart = replace(setting.run, model=None)  # the live model keeps its dtype: strengths are found on another
-        wide = replace(apart, model=apart.load(dtype=torch.float32))
-        return Reversal(mask, strengths(wide, setting.data, mask, most=FURTHEST, loss=selector.loss))
+        return Reversal(mask, strengths(wide(setting), setting.data, mask, most=FURTHEST, loss=selector.loss))
 
     return Method(f"{selector.name}, strengths ≤ {FURTHEST:g}", LIBRARY, "β", BUDGETS, change)
 

@@ -26,11 +26,12 @@ from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.baselines import differing
+from benchmarks.changes import Method, Setting, applied
 from benchmarks.front import against_loss, against_size
 from benchmarks.hardware import statement
 from benchmarks.lab.domains import DOMAINS
 from benchmarks.lab.evaluate import Evaluator, Scores, bootstrap_interval
-from benchmarks.methods import Method, Setting, applied, methods
+from benchmarks.methods import methods
 from benchmarks.points import SCALE, points
 from benchmarks.report import markdown
 from surgery import Trajectory, load_prompts
@@ -155,7 +156,7 @@ class Store:
                     return run
                 self.runs.remove(run)
                 break
-        new = {"seed": seed, "pair": asdict(pair), "checkpoints": checkpoints, "measured": statement(), "rows": []}
+        new = {"seed": seed, "pair": asdict(pair), "checkpoints": checkpoints, "measured": [], "rows": []}
         self.runs.append(new)
         return new
 
@@ -176,7 +177,7 @@ def measure_pair(folder: Path, pair: Pair, store: Store) -> dict[str, Any]:
     """All rows of one seed and pair; those that the store holds are taken from it."""
     run = store.run(folder.name, pair, identity(folder, pair))
     setting = setting_of(folder, pair)
-    evaluate = Evaluator(folder / "data", AutoTokenizer.from_pretrained(folder / pair.later))
+    evaluate = Evaluator(folder / "data", AutoTokenizer.from_pretrained(folder / pair.later), dtype=torch.float32)
     before = evaluate.per_item(setting.model)
     done = {(row["method"], row["value"], row["draw"]): row for row in run["rows"]}
     kept = []
@@ -187,6 +188,7 @@ def measure_pair(folder: Path, pair: Pair, store: Store) -> dict[str, Any]:
             for name, value, draw in new:
                 done[name, value, draw] = asdict(measure(setting, method, value, draw, evaluate, before))
             run["rows"] = list(done.values())
+            run["measured"] = list(dict.fromkeys([*run["measured"], statement()]))
             store.write()
         kept += [done[key] for key in asked]
     run["rows"] = kept  # in the order of the methods; what is no longer asked for goes

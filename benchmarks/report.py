@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.changes import BUDGETS, LIBRARY, REFERENCE, TRAINED
 from benchmarks.front import front
 from benchmarks.hardware import statement
-from benchmarks.methods import BUDGETS, LIBRARY, REFERENCE, TRAINED
 from benchmarks.points import OTHER, OURS, UNDECIDED, Point, Seed, contests, shown, verdict
 from surgery.rows import CEILING, EARLIER
 
@@ -42,7 +42,7 @@ def _delta(change: tuple[float, float, float]) -> str:
 def markdown(runs: Mapping[str, Sequence[Mapping[str, Any]]], found: Mapping[str, Sequence[Point]]) -> str:
     """The whole report; ``runs`` and ``found`` by the pair's name."""
     parts = [HEAD.format(statement=statement()), _short(found), _targets(found)]
-    measured = sorted({run["measured"] for group in runs.values() for run in group} - {statement()})
+    measured = sorted({one for group in runs.values() for run in group for one in run["measured"]} - {statement()})
     parts += [f"Some rows were measured earlier: {one}.\n" for one in measured]
     for name, group in runs.items():
         parts += [f"## {name}\n", _references(group)]

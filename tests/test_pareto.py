@@ -16,10 +16,11 @@ import torch
 
 from benchmarks import pareto
 from benchmarks.baselines import differing
+from benchmarks.changes import BASELINE, BUDGETS, CONTROL, LIBRARY, REFERENCE, TRAINED, Method, applied
 from benchmarks.front import against_loss, against_size, front
 from benchmarks.lab.domains import DOMAINS
 from benchmarks.lab.evaluate import Evaluator
-from benchmarks.methods import BASELINE, BUDGETS, CONTROL, LIBRARY, REFERENCE, TRAINED, Method, applied, methods
+from benchmarks.methods import methods
 from benchmarks.pareto import Pair, Row, Store, asked_for, identity, measure, measure_pair, pairs, setting_of
 from benchmarks.points import OTHER, OURS, SCALE, UNDECIDED, Point, best, contests, points, verdict
 from benchmarks.report import markdown
@@ -57,7 +58,7 @@ def run_of(seed: str, lost: float, gains: dict[str, float], noise: float = 0.05)
         gained = share * lost + noise * rng.standard_normal(ITEMS)
         rows.append(row(name, LIBRARY if name.startswith("A") else BASELINE, 0.02, later + gained))
     pair = asdict(PAIR)
-    return {"seed": seed, "pair": pair, "checkpoints": {}, "measured": "somewhere", "rows": rows}
+    return {"seed": seed, "pair": pair, "checkpoints": {}, "measured": ["somewhere"], "rows": rows}
 
 
 def named(found: list[Point], method: str) -> Point:

@@ -8,6 +8,7 @@ at each of those positions, so one forward pass gives both.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,15 +53,24 @@ def score_batch(model: torch.nn.Module, batch: Batch) -> tuple[np.ndarray, np.nd
 
 
 class Evaluator:
-    """Scores a model on the evaluation items of a data folder; calling it gives the mean probability per domain."""
+    """Scores a model on the evaluation items of a data folder; calling it gives the mean probability per domain.
 
-    def __init__(self, data_folder: str | Path, tokenizer: Any, split: str = "evaluation") -> None:
+    ``dtype``: that of the arithmetic, on a copy, where it is not to be the weights' own. In float32 a bf16 model's
+    scores are free of the rounding of its activations, and on a CPU they come several times as fast.
+    """
+
+    def __init__(
+        self, data_folder: str | Path, tokenizer: Any, split: str = "evaluation", dtype: torch.dtype | None = None
+    ) -> None:
+        self._dtype = dtype
         self._batches = {
             domain: Batch(read_items(Path(data_folder) / f"{domain}.{split}.jsonl"), tokenizer) for domain in DOMAINS
         }
 
     def both(self, model: torch.nn.Module) -> tuple[Scores, Scores]:
         """Exact probabilities and greedy outcomes, per domain and item."""
+        if self._dtype is not None:
+            model = copy.deepcopy(model).to(self._dtype)
         training = model.training
         model.eval()
         try:

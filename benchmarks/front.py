@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.changes import BASELINE, LIBRARY, TRAINED
+from benchmarks.changes import BASELINE, LIBRARY, TRAINED, VARIANT
 from benchmarks.points import Point
 from surgery.rows import CEILING, EARLIER, LATER
 
@@ -27,7 +27,11 @@ _STYLES: dict[str, tuple[str, str]] = {
     "spectral (DG-Hard)": ("#D55E00", "P"),
     "random neurons": ("0.45", "x"),
 }
-_THIN = {LIBRARY: ("#56B4E9", "other selectors of the library"), BASELINE: ("0.6", "other baselines and controls")}
+_THIN = {
+    LIBRARY: ("#56B4E9", "other selectors of the library"),
+    VARIANT: ("#F0A0C8", "variants of D"),
+    BASELINE: ("0.6", "other baselines and controls"),
+}
 _FLOOR = -35  # percent
 
 
@@ -135,7 +139,7 @@ def _style(point: Point) -> dict[str, Any]:
             "markerfacecolor": "white" if point.method == "D" else colour,
             "label": f"{label} of neurons" if point.method in ("A×M×C", "D", "D (Hellinger)") else label,
         }  # fmt: skip
-    colour, label = _THIN[LIBRARY if point.kind == LIBRARY else BASELINE]
+    colour, label = _THIN.get(point.kind, _THIN[BASELINE])
     return {
         "color": colour, "marker": ".", "markersize": 3, "linewidth": 0.7, "alpha": 0.5, "label": label,
         "linestyle": "none" if point.method == "one layer" else "-",

@@ -35,7 +35,7 @@ from benchmarks.methods import methods
 from benchmarks.points import SCALE, points
 from benchmarks.report import markdown
 from surgery import Trajectory, load_prompts
-from surgery.papers import fingerprint
+from surgery.fingerprints import fingerprint
 
 ORDER = ("code", "math", "qa")
 
@@ -177,7 +177,7 @@ def measure_pair(folder: Path, pair: Pair, store: Store) -> dict[str, Any]:
     """All rows of one seed and pair; those that the store holds are taken from it."""
     run = store.run(folder.name, pair, identity(folder, pair))
     setting = setting_of(folder, pair)
-    evaluate = Evaluator(folder / "data", AutoTokenizer.from_pretrained(folder / pair.later), dtype=torch.float32)
+    evaluate = Evaluator(folder / "data", AutoTokenizer.from_pretrained(folder / pair.later))
     before = evaluate.per_item(setting.model)
     done = {(row["method"], row["value"], row["draw"]): row for row in run["rows"]}
     kept = []

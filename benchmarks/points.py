@@ -141,7 +141,10 @@ class Contest:
 
 
 def contests(found: Sequence[Point]) -> Iterator[Contest]:
-    """One for every bound on the loss elsewhere and on the parameters touched; all MLP neurons is a library's point."""
+    """One for every bound on the loss elsewhere and on the parameters touched; all MLP neurons is a library's point.
+
+    Variants of D take no part: they are no selectors of the library.
+    """
 
     def within(inside: Sequence[Point], cost: str, bound: str) -> Contest:
         return Contest(cost, bound, *(best(inside, kinds) for kinds in ((LIBRARY,), (BASELINE, CONTROL), (TRAINED,))))

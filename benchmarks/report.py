@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.changes import BUDGETS, LIBRARY, REFERENCE, TRAINED
+from benchmarks.changes import BASELINE, BUDGETS, CONTROL, LIBRARY, REFERENCE, TRAINED, VARIANT
 from benchmarks.front import front
 from benchmarks.hardware import statement
 from benchmarks.points import OTHER, OURS, UNDECIDED, Point, Seed, contests, shown, verdict
@@ -26,6 +26,7 @@ the weights that may be taken.
 """
 
 
+FITTED = "D, strengths ≤ 2"
 ALONE = ("D", "D (Hellinger)", "D (Hellinger) of single weights", "D (Hellinger) of units (neurons and value channels)")
 
 
@@ -50,8 +51,13 @@ def markdown(runs: Mapping[str, Sequence[Mapping[str, Any]]], found: Mapping[str
             parts.append("No seed lost anything beyond doubt: there is nothing to recover.\n")
             continue
         parts += ["### Who wins\n", *_wins(found[name])]
-        parts += ["### The front\n\nWithout training; baselines and controls in bold.\n", _front(found[name])]
+        parts += [
+            "### The front\n\nWithout training; baselines and controls in bold, variants of D that are no selectors of "
+            "the library in italics.\n",
+            _front(found[name]),
+        ]
         parts += ["### Neurons and units, by budget\n", _budgets(found[name])]
+        parts += ["### Variants of D\n", _variants(found[name])]
         everything = _everything(found[name], len(group))
         parts.append(
             f"<details><summary>Everything, at every value of its knob</summary>\n\n{everything}\n</details>\n"
@@ -78,8 +84,8 @@ def _budgets(found: Sequence[Point]) -> str:
     """Recovery of everything that reverts whole neurons or units, by budget."""
     lines = ["| | " + " | ".join(f"{100 * b:g} %" for b in BUDGETS) + " | touched | worst Δ | seconds |"]
     lines.append("|---|" + "---|" * (len(BUDGETS) + 3))
-    for name in dict.fromkeys(point.method for point in found if point.knob == "β" and point.method != CEILING):
-        row = sorted((point for point in found if point.method == name), key=lambda point: point.value)
+    of_units = [point for point in found if point.knob == "β" and point.kind != VARIANT and point.method != CEILING]
+    for name, row in _curves(of_units).items():
         last = f"{100 * row[-1].touched:.1f} | {100 * min(point.worst for point in row):+.2f}"
         seconds = np.mean([point.seconds for point in row])
         lines.append(f"| {name} | " + " | ".join(map(_recovery, row)) + f" | {last} | {seconds:.2f} |")
@@ -88,6 +94,40 @@ def _budgets(found: Sequence[Point]) -> str:
             last = f"{100 * point.touched:.1f} | {100 * point.worst:+.2f} | {point.seconds:.2f} |"
             lines.append(f"| {point.method} | " + " | " * (len(BUDGETS) - 1) + f"{_recovery(point)} | {last}")
     return "\n".join(lines) + "\n\nTouched at the largest budget; the worst Δ over all budgets.\n"
+
+
+def _curves(found: Sequence[Point]) -> dict[str, list[Point]]:
+    """Each method's points, by rising budget."""
+    curves: dict[str, list[Point]] = {}
+    for point in sorted(found, key=lambda point: point.value):
+        curves.setdefault(point.method, []).append(point)
+    return {name: curves[name] for name in dict.fromkeys(point.method for point in found)}
+
+
+def _variants(found: Sequence[Point]) -> str:
+    """What each variant of D recovers more than D with as many neurons, and what it costs elsewhere."""
+    of = [point for point in found if point.kind == VARIANT or point.method in ("D", FITTED)]
+    curves = _curves(of)
+    if "D" not in curves or len(curves) == 1:
+        return "None was measured.\n"
+    plain = {point.value: point for point in curves["D"]}
+    lines = [
+        "D itself; then what a variant of it recovers more with as many neurons, in points, and in brackets 95 % of",
+        "that difference over the same resampled items. The worst Δ is that of all budgets up to the one named.\n",
+        "| | " + " | ".join(f"{100 * b:g} %" for b in BUDGETS) + " | worst Δ to 4 % | to 32 % | seconds |",
+        "|---|" + "---|" * (len(BUDGETS) + 3),
+    ]
+    for name, row in curves.items():
+        cells = [_recovery(point) if name == "D" else _gain(point, plain[point.value]) for point in row]
+        worst = [f"{100 * min(point.worst for point in row if point.value <= end):+.2f}" for end in (0.04, 0.32)]
+        seconds = f"{np.mean([point.seconds for point in row]):.2f}"
+        lines.append(f"| {' | '.join([name, *cells, *worst, seconds])} |")
+    return "\n".join(lines) + "\n"
+
+
+def _gain(point: Point, plain: Point) -> str:
+    low, high = (100 * float(value) for value in np.quantile(point.samples - plain.samples, [0.025, 0.975]))
+    return f"{100 * (point.recovery - plain.recovery):+.1f} [{low:.1f}, {high:.1f}]"
 
 
 def _everything(found: Sequence[Point], seeds: int) -> str:
@@ -160,7 +200,8 @@ def _front(found: Sequence[Point]) -> str:
     )
     lines = ["| worst loss elsewhere | recovery | touched | method |", "|---|---|---|---|"]
     for point in ends:
-        name = str(point) if point.kind == LIBRARY else f"**{point}**"
+        marks = {BASELINE: "**", CONTROL: "**", VARIANT: "*"}.get(point.kind, "")
+        name = f"{marks}{point}{marks}"
         cells = f"{100 * max(0, -point.worst):.2f} | {_recovery(point)} | {100 * point.touched:.1f} | {name}"
         lines.append(f"| {cells} |")
     return "\n".join(lines) + "\n"

@@ -15,10 +15,10 @@ from torch import nn
 from surgery.entries import Mask
 from surgery.entry_selector import EntrySelector
 from surgery.evaluators import evaluator
+from surgery.fingerprints import known
 from surgery.judging import check_items
 from surgery.neurons import Neurons
 from surgery.operators import rollback
-from surgery.papers import fingerprint
 from surgery.prompts import Batch, batches_of
 from surgery.rows import EARLIER, LATER, Evaluate, Row, Score, ceiling_of, measured
 from surgery.scores import identity
@@ -136,11 +136,11 @@ class Bench:
         return row
 
     def _read(self) -> dict[tuple[str, float], Row]:
-        names = ("earlier", "later")
-        head = {name: fingerprint(weights) for name, weights in zip(names, self.run.weights(*names), strict=True)}
-        units = list(kinds_of(self.run.units))
         if self.path is None:
             return {}
+        names = ("earlier", "later")
+        head = {name: known(weights) for name, weights in zip(names, self.run.weights(*names), strict=True)}
+        units = list(kinds_of(self.run.units))
         text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
         lines = [line for line in text.splitlines() if line.strip()]
         if not lines:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 import warnings
@@ -12,6 +11,7 @@ from typing import Any
 
 from surgery.checkpoint import Checkpoint
 from surgery.entries import Entries, Mask
+from surgery.fingerprints import fingerprint
 from surgery.neurons import Neurons
 from surgery.opening import Weights
 from surgery.strength_values import Strength, recorded, spoken
@@ -31,32 +31,6 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def fingerprint(weights: Weights) -> dict[str, Any]:
-    """What tells a checkpoint from another: its name and, for a folder, a sha256 of every weight file.
-
-    The hash is taken over the file's header, its size and 1024 evenly spaced runs of 4 KiB: two training stages never
-    agree on those, and hashing all of a large checkpoint would cost more than rolling it back.
-    """
-    if not isinstance(weights.tensors, Checkpoint):
-        return {"name": weights.name}
-    folder, files = weights.tensors.folder, sorted(weights.tensors.headers)
-    found = {"name": folder.resolve().name, "sha256_of": "header, size and 1024 samples of 4 KiB"}
-    return {**found, "sha256": {file: _sha256(folder / file) for file in files}}
-
-
-def _sha256(path: Path, samples: int = 1024, run: int = 4096) -> str:
-    digest, size = hashlib.sha256(str(path.stat().st_size).encode()), path.stat().st_size
-    with open(path, "rb") as file:
-        prefix = file.read(8)
-        digest.update(prefix + file.read(int.from_bytes(prefix, "little")))
-        start = file.tell()
-        step = max(run, (size - start) // samples)
-        for at in range(start, size, step):
-            file.seek(at)
-            digest.update(file.read(run))
-    return digest.hexdigest()
 
 
 def warn_if_made_for_others(mask: Mask, **used: Weights) -> None:

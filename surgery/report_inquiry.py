@@ -12,9 +12,10 @@ from surgery.evidence import write_json
 from surgery.evidence_changes import Changes
 from surgery.evidence_directions import Directions
 from surgery.evidence_overlap import Overlap
+from surgery.fingerprints import fingerprint
 from surgery.gradient_cosines import Gradients
 from surgery.histories import History, Lost
-from surgery.papers import fingerprint, versions
+from surgery.papers import versions
 from surgery.prompts import Batch, batches_of
 from surgery.report_parts import PARTS, Missing, Refreshed, Sites, Study
 from surgery.rows import Evaluate, Sweep

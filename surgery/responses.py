@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgery.fingerprints import sampled
 from surgery.hooks import evaluating
 from surgery.prompts import Batch, batches_of, check_fits, padded
 
@@ -45,15 +46,14 @@ def respond(
         temperature: of the sampling, from the model's whole distribution; 0 is greedy. What the model's own generation
             settings say (a repetition penalty, beams) is left out.
         seed: of the sampling; torch's own random state stays as it was.
-        path: JSON lines of token ids; if the file is there and answers the same prompts, it is read instead. Which
-            model answered it does not know: give every model its own file.
+        path: JSON lines of token ids; if the file is there, it is read instead.
 
     Returns:
         The batches, padded on the right, with ``labels`` on the answers (end-of-sequence token included).
 
     Raises:
-        ValueError: the file answers other prompts or was made with other settings, a prompt leaves no room, or a
-            setting is out of range.
+        ValueError: the file answers other prompts, has another model's answers or was made with other settings, a
+            prompt leaves no room, or a setting is out of range.
 
     Source: ours.
     """
@@ -64,12 +64,15 @@ def respond(
     batches, settings = list(batches_of(prompts)), _Settings(max_new_tokens, temperature, seed)
     asked = [_rows(batch) for batch in batches if "labels" not in batch]
     file = Path(path) if path is not None else None
-    if file is not None and file.exists():
-        answers = _read(file, settings, asked)
-    else:
+    if file is None:
         answers = _generate(model, asked, settings)
-        if file is not None:
-            _write(file, settings, asked, answers)
+    else:
+        head = {**asdict(settings), "model": sampled(model.parameters())}
+        if file.exists():
+            answers = _read(file, head, asked)
+        else:
+            answers = _generate(model, asked, settings)
+            _write(file, head, asked, answers)
     made = iter(zip(asked, answers, strict=True))
     pad = _special(model, "pad_token_id") or [0]
     return [batch if "labels" in batch else _joined(*next(made), pad[0]) for batch in batches]
@@ -148,22 +151,25 @@ def _until(row: list[int], ends: list[int]) -> list[int]:
     return row
 
 
-def _read(path: Path, settings: _Settings, asked: list[list[list[int]]]) -> list[list[list[int]]]:
+def _read(path: Path, head: dict[str, Any], asked: list[list[list[int]]]) -> list[list[list[int]]]:
     try:
-        head, *lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        found, *lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         pairs = [(line["prompt_ids"], line["response_ids"]) for line in lines]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a file that respond() wrote: {error!r}") from error
-    if head != asdict(settings):
-        raise ValueError(f"{path} was made with {head}, and now {asdict(settings)} is asked for: choose another file")
+    settings = {name: value for name, value in head.items() if name != "model"}
+    if (made := {name: found.get(name) for name in settings}) != settings:
+        raise ValueError(f"{path} was made with {made}, and now {settings} is asked for: choose another file")
+    if found.get("model") != head["model"]:
+        raise ValueError(f"{path} has the answers of another model: choose another file")
     if [prompt for prompt, _ in pairs] != [row for rows in asked for row in rows]:
         raise ValueError(f"{path} answers other prompts than these: choose another file")
     answers = iter(pairs)
     return [[next(answers)[1] for _ in rows] for rows in asked]
 
 
-def _write(path: Path, settings: _Settings, asked: list[list[list[int]]], answers: list[list[list[int]]]) -> None:
-    lines: list[dict[str, Any]] = [asdict(settings)]
+def _write(path: Path, head: dict[str, Any], asked: list[list[list[int]]], answers: list[list[list[int]]]) -> None:
+    lines = [head]
     for rows, replies in zip(asked, answers, strict=True):
         lines += [{"prompt_ids": p, "response_ids": r} for p, r in zip(rows, replies, strict=True)]
     path.parent.mkdir(parents=True, exist_ok=True)

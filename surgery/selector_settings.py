@@ -7,8 +7,9 @@ from dataclasses import fields, replace
 from typing import Any, TypeVar
 
 from surgery.entries import Entries
+from surgery.fingerprints import fingerprint
 from surgery.neurons import Neurons
-from surgery.papers import fingerprint, versions
+from surgery.papers import versions
 from surgery.predictions import Divergence, Loss
 from surgery.prompts import Batch
 from surgery.trajectory import Trajectory

@@ -38,6 +38,7 @@ ORDER = (
     "saving",
     "prompts",
     "opening",
+    "fingerprints",
     "trajectory",
     "deltas",
     "tensor_places",

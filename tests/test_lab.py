@@ -167,26 +167,48 @@ def test_bootstrap_interval_holds_the_mean():
     assert bootstrap_interval(values) == (low, high)
 
 
+SEEDS = [f"{order}{seed}" for order in ("seed", "reverse") for seed in range(3)]
+
+
 @needs_checkpoints
-def test_committed_data_is_what_the_seed_gives():
+@pytest.mark.parametrize("name", SEEDS)
+def test_committed_data_is_what_the_seed_gives(name):
     for domain in domains.DOMAINS:
-        splits = domains.generate(domain, 0)
+        splits = domains.generate(domain, int(name[-1]))
         for split in ("calibration", "evaluation"):
-            assert domains.read_items(SEED0 / "data" / f"{domain}.{split}.jsonl") == splits[split]
+            assert domains.read_items(LAB / name / "data" / f"{domain}.{split}.jsonl") == splits[split]
 
 
 @needs_checkpoints
-def test_committed_table_is_reproduced_and_qa_hurts_math():
-    report = json.loads((LAB / "results" / "accuracy.json").read_text())
-    assert seed_folders()[0] == SEED0
-    tokenizer = AutoTokenizer.from_pretrained(SEED0 / "base")
-    scores = evaluator(SEED0 / "data", tokenizer)
+def test_every_seed_of_the_tables_is_here():
+    assert list(seed_folders()) == SEEDS
+    assert list(json.loads((LAB / "results" / "accuracy.json").read_text())["seeds"]) == SEEDS
+    assert seed_folders()["seed0"] == SEED0
+
+
+@needs_checkpoints
+@pytest.mark.parametrize("name", SEEDS)
+def test_committed_table_is_reproduced_and_the_third_stage_hurts_the_second(name):
+    entry = json.loads((LAB / "results" / "accuracy.json").read_text())["seeds"][name]
+    folder = LAB / name
+    scores = evaluator(folder / "data", AutoTokenizer.from_pretrained(folder / "base"))
     assert isinstance(scores, Evaluator)
     found = {}
-    for stage, row in report["seeds"]["0"]["stages"].items():
-        model = AutoModelForCausalLM.from_pretrained(SEED0 / stage, dtype=torch.bfloat16).float()
-        found[stage] = scores(model)
+    for stage, row in entry["stages"].items():
+        found[stage] = scores(AutoModelForCausalLM.from_pretrained(folder / stage, dtype=torch.bfloat16))
         for domain in domains.DOMAINS:
-            assert found[stage][domain] == pytest.approx(row[domain]["exact"]["mean"], abs=0.01)
-    assert list(found) == ["base", "code", "math", "qa", "cw"]
-    assert found["qa"]["math"] < found["math"]["math"] - 0.03
+            assert found[stage][domain] == pytest.approx(row[domain]["exact"]["mean"], abs=0.001)
+    stages = ["base", "code", "qa", "math"] if name.startswith("reverse") else ["base", "code", "math", "qa", "cw"]
+    assert list(found) == stages
+    damaged, third = stages[2:4]
+    assert (entry["damaged"], entry["third"]) == (damaged, third)
+    assert found[third][damaged] < found[damaged][damaged] - 0.02
+
+
+@needs_checkpoints
+def test_a_bf16_model_is_scored_in_float32_and_stays_as_it_was():
+    model = AutoModelForCausalLM.from_pretrained(SEED0 / "qa", dtype=torch.bfloat16)
+    scores = evaluator(SEED0 / "data", AutoTokenizer.from_pretrained(SEED0 / "qa"))
+    found = scores(model)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert found == scores(model.float())

@@ -16,7 +16,7 @@ import torch
 
 from benchmarks import pareto
 from benchmarks.baselines import differing
-from benchmarks.changes import BASELINE, BUDGETS, CONTROL, LIBRARY, REFERENCE, TRAINED, Method, applied
+from benchmarks.changes import BASELINE, BUDGETS, CONTROL, LIBRARY, REFERENCE, TRAINED, VARIANT, Method, applied
 from benchmarks.front import against_loss, against_size, front
 from benchmarks.lab.domains import DOMAINS
 from benchmarks.lab.evaluate import Evaluator
@@ -171,6 +171,34 @@ def test_what_was_asked_of_d_is_bold_where_it_is_missed() -> None:
     text = markdown({PAIR.name: runs}, {PAIR.name: points(runs)})
     assert "| D | 2.5, 2.5, 2.5 | 93 % | -0.10 (qa) |" in text
     assert "| D (Hellinger) | **1.5**, **1.5**, **1.5** | **56 %** | **-0.40** (qa) |" in text
+
+
+def test_a_variant_of_d_is_told_beside_d_and_takes_no_part_in_contests() -> None:
+    run = run_of("seed0", 0.2, {})
+    later = np.array(run["rows"][0]["items"]) / SCALE
+    shares = {
+        "A×M×C": (LIBRARY, 0.1),
+        "D": (LIBRARY, 0.3),
+        "D, 2 rounds": (VARIANT, 0.4),
+        "D (Hellinger)": (LIBRARY, 0.35),
+    }
+    noise = {name: 0.05 * np.random.default_rng(3).standard_normal(ITEMS) for name in shares}
+    for name, (kind, share) in shares.items():
+        run["rows"] += [row(name, kind, budget, later + 0.2 * share + noise[name]) for budget in BUDGETS]
+    run["rows"].append(row(CEILING, LIBRARY, 1.0, later + 0.2 * 0.35))
+    for one in run["rows"]:
+        one["knob"] = "β" if one["kind"] in (LIBRARY, VARIANT) else "α"
+    found = points([run])
+    text = markdown({PAIR.name: [run]}, {PAIR.name: found})
+    told = text.split("### Variants of D")[1].split("<details>")[0]
+    (line,) = [line for line in told.splitlines() if line.startswith("| D, 2 rounds")]
+    assert line.count("| +10.") == len(BUDGETS)  # the same noise: the difference is 0.1 of the loss on every item
+    assert "[9." in line or "[10." in line
+    assert "Hellinger" not in told
+    assert "*D, 2 rounds, β" in text.split("### The front")[1].split("###")[0]
+    assert "2 rounds" not in text.split("### Who wins")[1].split("### The front")[0]
+    assert "2 rounds" not in text.split("### Neurons and units")[1].split("### Variants")[0]
+    assert "None was measured" in markdown({PAIR.name: [run]}, {PAIR.name: [p for p in found if p.kind != VARIANT]})
 
 
 def test_contests_respect_their_bounds_and_hold_every_kind() -> None:

@@ -131,6 +131,23 @@ def test_answers_are_written_once_and_read_again(tmp_path, monkeypatch):
         respond(model, asked, max_new_tokens=FEW, path=path)
 
 
+def test_a_file_has_the_answers_of_one_model(tmp_path):
+    """Of another one it is refused; the same one in another dtype is the same, and what a file lacks is no match."""
+    model, asked, path = build("qwen3"), batches(labels=False), tmp_path / "answers.jsonl"
+    first = respond(model.bfloat16(), asked, max_new_tokens=FEW, path=path)
+    again = respond(model.float(), asked, max_new_tokens=FEW, path=path)
+    assert [rows(batch) for batch in first] == [rows(batch) for batch in again]
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(1.1)
+    with pytest.raises(ValueError, match="another model"):
+        respond(model, asked, max_new_tokens=FEW, path=path)
+    head, *lines = path.read_text().splitlines()
+    kept = {name: value for name, value in json.loads(head).items() if name != "model"}
+    path.write_text("\n".join([json.dumps(kept), *lines]) + "\n")
+    with pytest.raises(ValueError, match="another model"):
+        respond(build("qwen3"), asked, max_new_tokens=FEW, path=path)
+
+
 def test_a_full_disk_says_what_fills_it(monkeypatch, tmp_path):
     """safetensors' error is no OSError: the command line showed a traceback, and nothing said what takes the room."""
 

@@ -1,7 +1,6 @@
 """The accuracy of every trained seed, after each stage, on each domain: ``python -m benchmarks.lab.accuracy``.
 
-Writes ``results/accuracy.md`` and ``results/accuracy.json`` beside this file.  Seed 0 is read from the committed
-checkpoints, other seeds from ``runs/``.
+Writes ``results/accuracy.md`` and ``results/accuracy.json`` beside this file, about the committed checkpoints.
 """
 
 from __future__ import annotations
@@ -23,17 +22,18 @@ from benchmarks.lab.domains import DOMAINS
 from benchmarks.lab.evaluate import Evaluator, Scores, bootstrap_interval
 
 LAB = Path(__file__).parent
-STAGES = ("base", "code", "math", "qa", "cw")
+ORDERS = {"seed": ("base", "code", "math", "qa", "cw"), "reverse": ("base", "code", "qa", "math")}
 
 
-def seed_folders(lab: Path = LAB) -> dict[int, Path]:
-    """The folder of every seed whose last stage is there; the committed folder wins over ``runs/``."""
-    found: dict[int, Path] = {}
-    for folder in sorted([*lab.glob("seed*"), *lab.glob("runs/seed*")], key=lambda f: f.parent != lab):
-        number = folder.name.removeprefix("seed")
-        if number.isdigit() and (folder / "cw").is_dir():
-            found.setdefault(int(number), folder)
-    return dict(sorted(found.items()))
+def seed_folders(lab: Path = LAB) -> dict[str, Path]:
+    """The folder of every seed, by name: ``seed0``, .. and of the other order ``reverse0``, .."""
+    found = (folder for kind in ORDERS for folder in sorted(lab.glob(f"{kind}[0-9]*")))
+    return {folder.name: folder for folder in found if (folder / "base").is_dir()}
+
+
+def stages_of(folder: Path) -> tuple[str, ...]:
+    """The stages in the order of their training; the fourth did damage to the third."""
+    return ORDERS[folder.name.rstrip("0123456789")]
 
 
 def summary(values: np.ndarray) -> dict[str, float]:
@@ -46,21 +46,22 @@ def stage_scores(folder: Path) -> dict[str, tuple[Scores, Scores]]:
     """Per stage: the exact probabilities and greedy outcomes of each domain's items."""
     evaluate = Evaluator(folder / "data", AutoTokenizer.from_pretrained(folder / "base"))
     result = {}
-    for stage in STAGES:
+    for stage in stages_of(folder):
         model = AutoModelForCausalLM.from_pretrained(folder / stage, dtype=torch.bfloat16)
-        result[stage] = evaluate.both(model.float())
+        result[stage] = evaluate.both(model)
     return result
 
 
 def seed_report(folder: Path) -> dict[str, Any]:
-    """Stage by domain summaries of a seed, and what the QA stage did to Math (paired over items)."""
+    """Stage by domain summaries of a seed, and what the third GRPO stage did to the second's domain (paired)."""
     scores = stage_scores(folder)
     stages = {
         stage: {domain: {"exact": summary(exact[domain]), "greedy": summary(greedy[domain])} for domain in DOMAINS}
         for stage, (exact, greedy) in scores.items()
     }
-    change = scores["qa"][0]["math"] - scores["math"][0]["math"]
-    return {"stages": stages, "math_during_qa": summary(change)}
+    _, _, damaged, third, *_ = stages
+    change = scores[third][0][damaged] - scores[damaged][0][damaged]
+    return {"stages": stages, "damaged": damaged, "third": third, "change": summary(change)}
 
 
 def _cell(value: dict[str, float]) -> str:
@@ -74,12 +75,13 @@ def markdown(report: dict[str, Any]) -> str:
     lines += ["In brackets: 95 % bootstrap interval over the evaluation items.", ""]
     for seed, entry in report["seeds"].items():
         for metric in ("exact", "greedy"):
-            lines += [f"## Seed {seed}, {metric}", ""]
+            lines += [f"## {seed}, {metric}", ""]
             lines += ["| after stage | " + " | ".join(DOMAINS) + " |", "|---|" + "---|" * len(DOMAINS)]
             for stage, row in entry["stages"].items():
                 lines.append(f"| {stage} | " + " | ".join(_cell(row[d][metric]) for d in DOMAINS) + " |")
             lines.append("")
-        lines += [f"Math during the QA stage (exact, paired over items): {_cell(entry['math_during_qa'])} points.", ""]
+        what = f"What the stage {entry['third']} did to {entry['damaged']}"
+        lines += [f"{what} (exact, paired over items): {_cell(entry['change'])} points.", ""]
     about = report["about"]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     lines += [f"{about['hardware']}; {versions}; {about['date']}. Written by `python -m benchmarks.lab.accuracy`."]
@@ -99,7 +101,7 @@ def main() -> None:
     hardware = parser.parse_args().hardware
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
-    seeds = {str(seed): seed_report(folder) for seed, folder in seed_folders().items()}
+    seeds = {name: seed_report(folder) for name, folder in seed_folders().items()}
     report = {"about": about(hardware), "seeds": seeds}
     results = LAB / "results"
     results.mkdir(exist_ok=True)

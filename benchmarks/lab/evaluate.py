@@ -55,22 +55,19 @@ def score_batch(model: torch.nn.Module, batch: Batch) -> tuple[np.ndarray, np.nd
 class Evaluator:
     """Scores a model on the evaluation items of a data folder; calling it gives the mean probability per domain.
 
-    ``dtype``: that of the arithmetic, on a copy, where it is not to be the weights' own. In float32 a bf16 model's
-    scores are free of the rounding of its activations, and on a CPU they come several times as fast.
+    It computes in float32 on a copy: a bf16 model's scores are then free of the rounding of its activations, which
+    differs from machine to machine, and on a CPU they come several times as fast.
     """
 
-    def __init__(
-        self, data_folder: str | Path, tokenizer: Any, split: str = "evaluation", dtype: torch.dtype | None = None
-    ) -> None:
-        self._dtype = dtype
+    def __init__(self, data_folder: str | Path, tokenizer: Any, split: str = "evaluation") -> None:
         self._batches = {
             domain: Batch(read_items(Path(data_folder) / f"{domain}.{split}.jsonl"), tokenizer) for domain in DOMAINS
         }
 
     def both(self, model: torch.nn.Module) -> tuple[Scores, Scores]:
         """Exact probabilities and greedy outcomes, per domain and item."""
-        if self._dtype is not None:
-            model = copy.deepcopy(model).to(self._dtype)
+        if any(parameter.dtype != torch.float32 for parameter in model.parameters()):
+            model = copy.deepcopy(model).float()
         training = model.training
         model.eval()
         try:

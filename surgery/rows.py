@@ -158,7 +158,7 @@ class Sweep:
         """Why there is no recovery, and what the signs in the table mean where rows have items."""
         risen = [
             f"no recovery: {self.metric} did not fall from earlier ({before:.4f}) to later ({after:.4f}). Is another "
-            f"metric the damaged one (metric=), or are the checkpoints in the wrong order?"
+            f"metric the damaged one, or are the checkpoints in the wrong order?"
             for one, other in zip(self[EARLIER], self[LATER], strict=False)
             if (before := one.metrics[self.metric]) <= (after := other.metrics[self.metric])
         ]

@@ -78,5 +78,5 @@ def metric_of(earlier: Row, later: Row, metric: str | None = None) -> str:
         ValueError: there is no such metric.
     """
     if metric is not None and metric not in later.metrics:
-        raise ValueError(f"metric={metric!r}: evaluate returns {sorted(later.metrics)}")
+        raise ValueError(f"the metric {metric!r} is none of those that evaluate returns: {sorted(later.metrics)}")
     return metric or max(earlier.metrics, key=lambda name: earlier.metrics[name] - later.metrics[name])

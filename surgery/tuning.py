@@ -171,7 +171,7 @@ def _check(limits: Mapping[str, float], metric: str, earlier: Row, later: Row) -
     if earlier.metrics[metric] <= later.metrics[metric]:
         raise ValueError(
             f"{metric!r} did not fall from earlier ({earlier.metrics[metric]:.4f}) to later "
-            f"({later.metrics[metric]:.4f}): there is nothing to recover. Name the damaged one with metric="
+            f"({later.metrics[metric]:.4f}): there is nothing to recover. Is another metric the damaged one?"
         )
 
 

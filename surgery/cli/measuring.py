@@ -165,4 +165,6 @@ def tune(
     words += ["--units", units] if units != "mlp" else []
     words += ["--layout", str(layout)] if layout else []
     words += ["--no-stop"] if no_stop else []
+    words += ["--batch-size", str(batch_size)] if batch_size != 16 else []
+    words += [word for name, text in (("--device", device), ("--dtype", dtype)) if text for word in (name, text)]
     out.print(f"\nsurgery select {shlex.join(words)} --budget {found.budget} -o mask.safetensors", markup=False)

@@ -106,7 +106,7 @@ def _curves(found: Sequence[Point]) -> dict[str, list[Point]]:
 
 def _variants(found: Sequence[Point]) -> str:
     """What each variant of D recovers more than D with as many neurons, and what it costs elsewhere."""
-    of = [point for point in found if point.kind == VARIANT or point.method in ("D", FITTED)]
+    of = [point for point in found if point.kind == VARIANT or point.method in ("D", "D (Hellinger)", FITTED)]
     curves = _curves(of)
     if "D" not in curves or len(curves) == 1:
         return "None was measured.\n"

@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.changes import BUDGETS, VARIANT, Method, Reversal, Setting, wide
 from surgery import Neurons, Trajectory, allocate, damage, distillation, earlier_model, rollback, strengths, top
-from surgery.predictions import Loss, positions, predicting
+from surgery.predictions import Divergence, Loss, positions, predicting
 from surgery.prompts import Batch
 
 SAMPLES = 4  # draws of labels for the curvature
@@ -31,6 +31,8 @@ def variants() -> list[Method]:
         "D + own curvature": lambda run, data, budget: _scored(curved(run, data, 1), budget),
         "D, 2 rounds": lambda run, data, budget: Reversal(rounds(run, data, budget, 2)),
         "D, 4 rounds": lambda run, data, budget: Reversal(rounds(run, data, budget, 4)),
+        "D (Hellinger), 2 rounds": lambda run, data, budget: Reversal(rounds(run, data, budget, 2, "hellinger")),
+        "D (Hellinger), 4 rounds": lambda run, data, budget: Reversal(rounds(run, data, budget, 4, "hellinger")),
         "D, one strength, one parabola ≤ 3": lambda run, data, budget: predicted(run, data, budget, 3.0),
         "D, each its own parabola ≤ 2": lambda run, data, budget: alone(run, data, budget, 2.0),
         "D, one strength ≤ 2": lambda run, data, budget: optimal(run, data, budget, 2.0, joint=True),
@@ -57,9 +59,9 @@ def _scored(scores: Neurons, budget: float) -> Reversal:
     return Reversal(best(scores, budget))
 
 
-def _loss(run: Trajectory, data: list[Batch]) -> Loss:
+def _loss(run: Trajectory, data: list[Batch], divergence: Divergence = "kl") -> Loss:
     with earlier_model(run) as earlier:
-        return distillation(earlier, data)
+        return distillation(earlier, data, divergence=divergence)
 
 
 def curvature(run: Trajectory, data: list[Batch]) -> Neurons:
@@ -85,9 +87,9 @@ def curved(run: Trajectory, data: list[Batch], sign: float) -> Neurons:
     return Neurons({name: plain[name] + sign * bend[name] for name in plain})
 
 
-def rounds(run: Trajectory, data: list[Batch], budget: float, count: int) -> Neurons:
+def rounds(run: Trajectory, data: list[Batch], budget: float, count: int, divergence: Divergence = "kl") -> Neurons:
     """Spend the budget in equal parts; each sees the model with the parts before it reverted."""
-    loss = _loss(run, data)
+    loss = _loss(run, data, divergence)
     mask = best(damage(run, data, loss=loss), budget / count)
     for at in range(2, count + 1):
         with rollback(run.load(), to=run.weights("earlier")[0].tensors, mask=mask):

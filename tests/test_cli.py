@@ -149,7 +149,8 @@ def test_tune_prints_a_verdict_and_says_by_its_exit_code_if_there_is_one(surgery
     assert "ceiling: 100.0 % with all MLP neurons" in out
     assert "surgery select base earlier later --selector M --how global --budget 0.5 -o mask.safetensors" in out
     again = surgery(f"{words} --limit other=-0.9 --device cpu --batch-size 4 --dtype float32")[1]
-    assert "--budget 0.5" in again and again.count("--batch-size 4 --device cpu --dtype float32") == 1
+    assert "--budget 0.5" in again
+    assert again.count("--batch-size 4 --device cpu --dtype float32") == 1
     assert surgery(f"{words} --limit other=-0.9")[:2] == (0, out.replace("8 evaluations now", "0 evaluations now"))
     code, out, _ = surgery(f"{words} --limit other=-0.4 --budgets 0.3,0.5,0.7")
     assert code == 1

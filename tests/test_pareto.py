@@ -180,7 +180,7 @@ def test_a_variant_of_d_is_told_beside_d_and_takes_no_part_in_contests() -> None
         "A×M×C": (LIBRARY, 0.1),
         "D": (LIBRARY, 0.3),
         "D, 2 rounds": (VARIANT, 0.4),
-        "D (Hellinger)": (LIBRARY, 0.35),
+        "D (proportional)": (LIBRARY, 0.35),
     }
     noise = {name: 0.05 * np.random.default_rng(3).standard_normal(ITEMS) for name in shares}
     for name, (kind, share) in shares.items():
@@ -194,7 +194,7 @@ def test_a_variant_of_d_is_told_beside_d_and_takes_no_part_in_contests() -> None
     (line,) = [line for line in told.splitlines() if line.startswith("| D, 2 rounds")]
     assert line.count("| +10.") == len(BUDGETS)  # the same noise: the difference is 0.1 of the loss on every item
     assert "[9." in line or "[10." in line
-    assert "Hellinger" not in told
+    assert "proportional" not in told
     assert "*D, 2 rounds, β" in text.split("### The front")[1].split("###")[0]
     assert "2 rounds" not in text.split("### Who wins")[1].split("### The front")[0]
     assert "2 rounds" not in text.split("### Neurons and units")[1].split("### Variants")[0]

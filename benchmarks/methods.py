@@ -48,7 +48,7 @@ def methods(setting: Setting) -> list[Method]:
         Method(CEILING, LIBRARY, "β", (1.0,), _everything),
         *map(of_selector, selectors(setting)),
         *map(going_further, (DamageSelector(0.01, units=units) for units in (None, CHANNELS, GROUPS))),
-        going_further(DamageSelector(0.01, loss="hellinger", units=CHANNELS)),
+        *(going_further(DamageSelector(0.01, loss="hellinger", units=units)) for units in (None, CHANNELS)),
         *variants(),
         Method("WiSE-FT", BASELINE, "α", ALPHAS, _interpolated),
         Method("most-changed entries", BASELINE, "entries", FRACTIONS, _entries),

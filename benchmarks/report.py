@@ -26,7 +26,8 @@ the weights that may be taken.
 """
 
 
-FITTED = "D, strengths ≤ 2"
+FITTED = "D, strengths ≤ 2", "D (Hellinger), strengths ≤ 2"
+ASKED = "D", "D (Hellinger)", FITTED[1]  # of neurons
 ALONE = ("D", "D (Hellinger)", "D (Hellinger) of single weights", "D (Hellinger) of units (neurons and value channels)")
 
 
@@ -106,7 +107,7 @@ def _curves(found: Sequence[Point]) -> dict[str, list[Point]]:
 
 def _variants(found: Sequence[Point]) -> str:
     """What each variant of D recovers more than D with as many neurons, and what it costs elsewhere."""
-    of = [point for point in found if point.kind == VARIANT or point.method in ("D", "D (Hellinger)", FITTED)]
+    of = [point for point in found if point.kind == VARIANT or point.method in ("D", "D (Hellinger)", *FITTED)]
     curves = _curves(of)
     if "D" not in curves or len(curves) == 1:
         return "None was measured.\n"
@@ -126,6 +127,8 @@ def _variants(found: Sequence[Point]) -> str:
 
 
 def _gain(point: Point, plain: Point) -> str:
+    if point.seeds != plain.seeds:
+        return "–"
     low, high = (100 * float(value) for value in np.quantile(point.samples - plain.samples, [0.025, 0.975]))
     return f"{100 * (point.recovery - plain.recovery):+.1f} [{low:.1f}, {high:.1f}]"
 
@@ -173,7 +176,7 @@ def _targets(found: Mapping[str, Sequence[Point]]) -> str:
     ]
     for pair, group in found.items():
         held = {(point.method, point.value): point for point in group}
-        for name in ALONE[:2]:
+        for name in ASKED:
             if (name, BUDGETS[0]) not in held:
                 continue
             times = [held[name, beta].recovery / held["A×M×C", beta].recovery for beta in BUDGETS[:3]]

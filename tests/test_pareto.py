@@ -344,3 +344,49 @@ def test_the_earlier_models_row_is_the_earlier_checkpoint() -> None:
     with applied(setting, earlier.change(setting, 1.0, 0)):
         found = evaluate(setting.model)
     assert found == evaluate(AutoModelForCausalLM.from_pretrained(SEED0 / "math", dtype="auto"))
+
+
+README = {
+    "2 % of the neurons, random": ("random neurons", 0.02),
+    "2 % of the neurons, A×M×C (the paper's)": ("A×M×C", 0.02),
+    "2 % of the neurons, **D** (ours)": ("D", 0.02),
+    "2 % of neurons and value channels, **D**": ("D of units (neurons and value channels)", 0.02),
+    "the same, each up to twice as far back": ("D of units (neurons and value channels), strengths ≤ 2", 0.02),
+    "0.2 % of single weights, **D** by Hellinger": ("D (Hellinger) of single weights", 0.002),
+    "1 % of single weights, **D** by Hellinger": ("D (Hellinger) of single weights", 0.01),
+    "4 % of single weights, **D** by Hellinger": ("D (Hellinger) of single weights", 0.04),
+    "32 % of neurons and KV groups, **D** by Hellinger": ("D (Hellinger) of units (neurons and KV groups)", 0.32),
+    "the most changed 16 % of all weights": ("most-changed entries", 0.16),
+    "the noise in every matrix's change (DG-Hard, factor 2)": ("spectral (DG-Hard)", 2.0),
+    "everything, half-way (WiSE-FT, α = 0.5)": ("WiSE-FT", 0.5),
+    "everything": (EARLIER, 1.0),
+    "nothing: 20 more GRPO steps of training": ("GRPO, training prompts", 20.0),
+}
+
+
+def test_the_readmes_first_table_is_what_the_rows_say() -> None:
+    """Each recovery with its interval, what was touched and the worst change elsewhere, on the two pairs it shows."""
+    root = Path(pareto.__file__).parent
+    named_runs: dict[str, list[dict[str, Any]]] = {}
+    for run in Store(root / "results" / "pareto.json.gz").runs:
+        rows = [row for row in run["rows"] if (row["method"], row["value"]) in {*README.values(), (LATER, 0.0)}]
+        named_runs.setdefault(run["pair"]["name"].split(" (")[0], []).append({**run, "rows": rows})
+    found = [
+        {(point.method, point.value): point for point in points(named_runs[pair])}
+        for pair in ("Math by QA", "QA by Math")
+    ]
+    lines = (root.parent / "README.md").read_text(encoding="utf-8").splitlines()
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    told = {label: cells for label, *cells in table if label in README}
+    assert list(told) == list(README)
+    for label, key in README.items():
+        both, cells = [one[key] for one in found], told[label]
+        for point, cell in zip(both, cells, strict=False):
+            numbers = f"{100 * point.recovery:.1f} [{100 * point.low:.1f}, {100 * point.high:.1f}]"
+            assert cell.replace("**", "") in (numbers, "100"), label
+        share = 100 * float(np.mean([point.touched for point in both]))
+        assert abs(float(cells[2].removesuffix(" %")) - share) <= (0.051 if "." in cells[2] else 0.51), label
+        worst = [f"{100 * point.worst:+.1f}".replace("-", "−") for point in both]
+        assert cells[3].removesuffix(" points").split(", ") == [
+            "0.0" if float(text.replace("−", "-")) == 0 else text for text in worst
+        ], label

@@ -26,13 +26,13 @@ from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.baselines import differing
-from benchmarks.changes import Method, Setting, applied
+from benchmarks.changes import REFERENCE, Method, Setting, applied
 from benchmarks.front import against_loss, against_size
 from benchmarks.hardware import statement
 from benchmarks.lab.domains import DOMAINS
 from benchmarks.lab.evaluate import Evaluator, Scores, bootstrap_interval
 from benchmarks.methods import methods
-from benchmarks.points import SCALE, points
+from benchmarks.points import SCALE, Seed, points
 from benchmarks.report import markdown
 from surgery import Trajectory, load_prompts
 from surgery.fingerprints import fingerprint
@@ -174,14 +174,19 @@ class Store:
 
 
 def measure_pair(folder: Path, pair: Pair, store: Store) -> dict[str, Any]:
-    """All rows of one seed and pair; those that the store holds are taken from it."""
+    """All rows of one seed and pair; those that the store holds are taken from it.
+
+    Where nothing was lost beyond doubt there is nothing to recover, and only the references are measured.
+    """
     run = store.run(folder.name, pair, identity(folder, pair))
     setting = setting_of(folder, pair)
     evaluate = Evaluator(folder / "data", AutoTokenizer.from_pretrained(folder / pair.later))
     before = evaluate.per_item(setting.model)
     done = {(row["method"], row["value"], row["draw"]): row for row in run["rows"]}
-    kept = []
-    for method in methods(setting):
+    kept: list[dict[str, Any]] = []
+    for method in methods(setting):  # the references first
+        if method.kind != REFERENCE and not Seed({**run, "rows": kept}).damaged:
+            continue
         asked = [(method.name, value, draw) for value in method.values for draw in range(method.draws)]
         if new := [key for key in asked if key not in done]:
             print(f"{folder.name}, {pair.name}: {method.name}", flush=True)

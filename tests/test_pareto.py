@@ -316,6 +316,14 @@ def test_measuring_leaves_the_model_whole_and_resumes(tmp_path: Path, monkeypatc
 
 
 @needs_checkpoints
+def test_where_nothing_was_lost_only_the_references_are_measured(tmp_path: Path) -> None:
+    unharmed = replace(PAIR, earlier="qa")
+    run = measure_pair(SEED0, unharmed, Store(tmp_path / "pareto.json.gz"))
+    assert [one["method"] for one in run["rows"]] == [LATER, EARLIER]
+    assert points([run]) == []
+
+
+@needs_checkpoints
 def test_strengths_keep_ds_masks_and_leave_the_live_model_in_its_own_dtype() -> None:
     """What is measured has the bits of the folder that ``rolled_back`` would give."""
     setting = setting_of(SEED0, PAIR)

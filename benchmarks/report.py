@@ -177,14 +177,15 @@ def _targets(found: Mapping[str, Sequence[Point]]) -> str:
     for pair, group in found.items():
         held = {(point.method, point.value): point for point in group}
         for name in ASKED:
-            if (name, BUDGETS[0]) not in held:
+            first = held.get((name, BUDGETS[0]))
+            if first is None or first.seeds != held["A×M×C", BUDGETS[0]].seeds:
                 continue
-            times = [held[name, beta].recovery / held["A×M×C", beta].recovery for beta in BUDGETS[:3]]
+            pairs = [(held[name, beta].recovery, held["A×M×C", beta].recovery) for beta in BUDGETS[:3]]
             few = [held[name, beta] for beta in BUDGETS if beta <= 0.16]
             share = max(point.recovery for point in few) / held[CEILING, 1.0].recovery
             least, domain = min((mean, d) for point in few for d, (mean, _, _) in point.deltas.items())
             cells = (
-                ", ".join(_met(f"{one:.1f}", one >= 2) for one in times),
+                ", ".join(_met(f"{d / amc:.1f}" if amc > 0 else "–", d >= 2 * amc) for d, amc in pairs),
                 _met(f"{100 * share:.0f} %", share >= 0.9),
                 _met(f"{100 * least:+.2f}", least >= -0.002) + f" ({domain})",
             )

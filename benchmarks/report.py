@@ -120,7 +120,8 @@ def _variants(found: Sequence[Point]) -> str:
     ]
     for name, row in curves.items():
         cells = [_recovery(point) if name == "D" else _gain(point, plain[point.value]) for point in row]
-        worst = [f"{100 * min(point.worst for point in row if point.value <= end):+.2f}" for end in (0.04, 0.32)]
+        least = [min((point.worst for point in row if point.value <= end), default=np.nan) for end in (0.04, 0.32)]
+        worst = [f"{100 * value:+.2f}" for value in least]
         seconds = f"{np.mean([point.seconds for point in row]):.2f}"
         lines.append(f"| {' | '.join([name, *cells, *worst, seconds])} |")
     return "\n".join(lines) + "\n"

@@ -154,12 +154,13 @@ def _short(found: Mapping[str, Sequence[Point]]) -> str:
     lines = [
         "How many comparisons within a bound (see *Who wins*) the library wins, loses to the best baseline or control,",
         "and leaves open: with the best of all its selectors, and with one alone.\n",
-        f"| pair | all selectors | {' | '.join(ALONE)} |",
-        "|---|" + "---|" * (1 + len(ALONE)),
+        f"| pair | seeds | all selectors | {' | '.join(ALONE)} |",
+        "|---|" + "---|" * (2 + len(ALONE)),
     ]
     for pair, group in found.items():
         sides = [[point for point in group if point.kind != LIBRARY or point.method == name] for name in ALONE]
-        lines.append(f"| {pair} | " + " | ".join(map(_counts, [group, *sides])) + " |")
+        seeds = len(group[0].seeds) if group else 0
+        lines.append(f"| {pair} | {seeds} | " + " | ".join(map(_counts, [group, *sides])) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -171,7 +172,8 @@ def _counts(found: Sequence[Point]) -> str:
 def _targets(found: Mapping[str, Sequence[Point]]) -> str:
     """What was asked of D, as a table of what it does."""
     lines = [
-        "What was asked of D of neurons, on the mean over seeds, up to 16 % of them; **bold** where it is not met:\n",
+        "What was asked of D of neurons, on the mean over seeds, up to 16 % of them; **bold** where it is not met,",
+        "and – where A×M×C recovers nothing:\n",
         "| pair | by | × A×M×C at 1, 2, 4 % (≥ 2) | of the ceiling (≥ 90 %) | least Δ elsewhere (≥ −0.2) |",
         "|---|---|---|---|---|",
     ]

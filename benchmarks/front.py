@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -119,7 +120,8 @@ def _panel(ax: Axes, found: Sequence[Point], x: Callable[[Point], float], sign: 
     ax.set_ylim(_FLOOR, 8 + 100 * max(1.0, *(point.recovery for point in found)))
     if below := sorted({point.method for point in found if 100 * point.recovery < _FLOOR}):
         ax.text(
-            0.03, 0.02, f"off the picture, below: {', '.join(below)}", transform=ax.transAxes, fontsize="x-small",
+            0.03, 0.02, textwrap.fill(f"off the picture, below: {', '.join(below)}", 60), transform=ax.transAxes,
+            fontsize="x-small",
             bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
         )  # fmt: skip
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.checkpoint import Checkpoint, Source, tensors_of
+from surgery.checkpoint import Checkpoint, Source, in_force, tensors_of
 from surgery.edits import Edit, Rows, edits_of, new_values
 from surgery.entries import Mask, noun_of, units_of_mask
 from surgery.opening import Weights, open_weights
@@ -34,13 +34,22 @@ class Rollback:
     changed: int  # entries whose bits really differ now
     strength: Any  # the number, or of many what ``reach.recorded`` gives
     noun: str  # what ``neurons`` counts
+    _model: nn.Module = field(repr=False)
     _old: list[tuple[Tensor, Edit, Tensor]] = field(repr=False)
+
+    def __post_init__(self) -> None:
+        in_force(self._model).append(self._named())
+
+    def _named(self) -> str:
+        return f"a rollback of {sum(self.neurons.values())} {self.noun}"
 
     def undo(self) -> None:
         """Put the original bits back. Undoing twice is undoing once.
 
         Rollbacks that overlap are undone in the reverse order in which they were made.
         """
+        if self._old:
+            in_force(self._model).remove(self._named())
         _put_back(self._old)
 
     def before(self, block: Block, slot: Slot) -> Tensor:
@@ -147,7 +156,9 @@ def rollback(
             for edit in edits:
                 written[edit.block.name] += edit.numbers
             touched, differing = len({edit.slot.tensor for edit in edits}), sum(numbers(changed))
-            done = Rollback(mask.count(), written, touched, differing, recorded(strength, mask), noun_of(mask), old)
+            done = Rollback(
+                mask.count(), written, touched, differing, recorded(strength, mask), noun_of(mask), model, old
+            )
     except BaseException:  # also of a Ctrl-C that was held back to the end: nobody would have the undo
         _put_back(old)
         raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import shutil
 import tempfile
@@ -17,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from surgery.hooks import evaluating
-from surgery.prompts import Batch, batches_of, check_fits, response_mask, right_padded
+from surgery.prompts import Batch, batches_of, check_fits, digest_of, response_mask, right_padded
 from surgery.shards import header_of, mapped
 
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -56,7 +55,7 @@ class Distillation:
 
     def of(self, batch: Batch) -> Tensor:
         """The earlier model's logits for a batch: ``[predicting position, token of the vocabulary]``."""
-        path = self.folder / f"{_key(batch)}.safetensors"
+        path = self.folder / f"{digest_of([batch])}.safetensors"
         if not path.exists():
             raise LookupError("the earlier model was not asked about this batch: pass it to distillation() as well")
         return mapped(path, header_of(path), writable=False)["logits"]
@@ -94,7 +93,7 @@ def distillation(
     found = Distillation(place, folder is None, divergence)
     with evaluating(earlier), torch.no_grad():
         for batch in batches_of(data):
-            path = place / f"{_key(batch)}.safetensors"
+            path = place / f"{digest_of([batch])}.safetensors"
             if not path.exists():
                 logits = predicting(earlier, batch)
                 partial = path.with_suffix(".partial")
@@ -174,15 +173,6 @@ def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
 
 def _keeps(kind: type[nn.Module]) -> bool:
     return "logits_to_keep" in inspect.signature(kind.forward).parameters
-
-
-def _key(batch: Batch) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for name in ("input_ids", "attention_mask", "labels"):
-        if name in batch:
-            digest.update(f"{name}{tuple(batch[name].shape)}".encode())
-            digest.update(batch[name].to("cpu", torch.int64).contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def check_loss(loss: Any) -> None:

@@ -25,7 +25,7 @@ class Trajectory:
         later: after the later domain: what is rolled back.
         layout: where the neurons lie, if surgery can't find them by itself; it wins over ``units``.
         model: the later model, if it is live already; ``load`` returns it instead of reading the folder again.
-        units: what scores and masks of this trajectory are over: "mlp" (default), "kv_group", "query_head",
+        units: what scores and masks of this trajectory are over: "mlp" (default), "kv_group",
             "value_channel", or a tuple of "mlp" and one of the others (see ``find_layout``).
         stages: every checkpoint in training order by name, where there are more than three (see ``through``).
 

@@ -105,7 +105,7 @@ def test_each_neuron_goes_as_far_as_it_was_told(family, dtype):
     law_each(later, earlier, some_neurons(find_layout(later)))
 
 
-@pytest.mark.parametrize("units", ["kv_group", "query_head", ("mlp", "value_channel")], ids=str)
+@pytest.mark.parametrize("units", ["kv_group", ("mlp", "value_channel")], ids=str)
 def test_units_of_attention_go_as_far_as_they_were_told(units):
     earlier, later = build("qwen3", torch.bfloat16, 1), build("qwen3", torch.bfloat16, 2)
     law_each(later, earlier, all_neurons(find_layout(later, units=units)), units)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from scipy.optimize import minimize_scalar
 
 from benchmarks.changes import BUDGETS, VARIANT, Method, Reversal, Setting, wide
 from surgery import Neurons, Trajectory, allocate, damage, distillation, earlier_model, rollback, strengths, top
@@ -35,8 +36,8 @@ def variants() -> list[Method]:
         "D (Hellinger), 4 rounds": lambda run, data, budget: Reversal(rounds(run, data, budget, 4, "hellinger")),
         "D, one strength, one parabola ≤ 3": lambda run, data, budget: predicted(run, data, budget, 3.0),
         "D, each its own parabola ≤ 2": lambda run, data, budget: alone(run, data, budget, 2.0),
-        "D, one strength ≤ 2": lambda run, data, budget: optimal(run, data, budget, 2.0, joint=True),
-        "D, one strength ≤ 3": lambda run, data, budget: optimal(run, data, budget, 3.0, joint=True),
+        "D, one strength ≤ 2": lambda run, data, budget: together(run, data, budget, 2.0),
+        "D, one strength ≤ 3": lambda run, data, budget: together(run, data, budget, 3.0),
         "D, strengths ≤ 1": lambda run, data, budget: optimal(run, data, budget, 1.0),
         "D, strengths ≤ 3": lambda run, data, budget: optimal(run, data, budget, 3.0),
     }
@@ -121,7 +122,21 @@ def alone(run: Trajectory, data: list[Batch], budget: float, most: float) -> Rev
     return Reversal(best(plain, budget), furthest)
 
 
-def optimal(run: Trajectory, data: list[Batch], budget: float, most: float, joint: bool = False) -> Reversal:
+def optimal(run: Trajectory, data: list[Batch], budget: float, most: float) -> Reversal:
     """D's choice, at the strengths with the least loss on the prompts."""
     mask = best(damage(run, data), budget)
-    return Reversal(mask, strengths(run, data, mask, most=most, joint=joint))
+    return Reversal(mask, strengths(run, data, mask, most=most))
+
+
+def together(run: Trajectory, data: list[Batch], budget: float, most: float) -> Reversal:
+    """D's choice, all at the one strength with the least loss on the prompts."""
+    loss, mask = _loss(run, data), best(damage(run, data), budget)
+    model, earlier = run.load(), run.weights("earlier")[0].tensors
+
+    @torch.no_grad()
+    def at(strength: float) -> float:
+        with rollback(model, to=earlier, mask=mask, strength=float(strength)):
+            return sum(float(loss(model, batch)) * int(positions(batch).sum()) for batch in data)
+
+    found = minimize_scalar(at, bounds=(0, most), method="bounded", options={"xatol": 1e-2})
+    return Reversal(mask, float(found.x))

@@ -31,7 +31,6 @@ def strengths(
     mask: Mask,
     *,
     most: float = 2.0,
-    joint: bool = False,
     passes: int = 16,
     loss: Loss | Divergence = "kl",
 ) -> Neurons:
@@ -50,7 +49,6 @@ def strengths(
         data: batches of the damaged domain, as for ``damage``.
         mask: what is to be reverted. Of entries, all weights of a neuron go equally far.
         most: the furthest that a neuron may go, in (0, 3]; 1 never goes past the earlier values.
-        joint: one strength for all instead; it is found in half as many passes.
         passes: forward and backward passes over the data, at least 2.
         loss: "kl", "hellinger" or a loss of your own (see ``damage``).
 
@@ -72,13 +70,13 @@ def strengths(
     model = run.load()
     check_wide(model)
     along = _Along(model, run, mask, batches, loss)
-    seen = _search(along, most, passes, joint)
+    seen = _search(along, most, passes)
     best = min(seen, key=lambda point: point[0])
-    told = {"loss": [value for value, _ in seen], "least": best[0], "most": most, "joint": joint}
+    told = {"loss": [value for value, _ in seen], "least": best[0], "most": most}
     return Neurons(along.split(best[1].float()), made_by={"strengths": told})
 
 
-def _search(along: _Along, most: float, passes: int, joint: bool) -> list[tuple[float, Tensor]]:
+def _search(along: _Along, most: float, passes: int) -> list[tuple[float, Tensor]]:
     """The points that were looked at, each with its loss: none, all, then projected Barzilai-Borwein steps."""
     everything = along.touched.double().clamp(max=most)
     seen: list[tuple[float, Tensor]] = []
@@ -86,7 +84,7 @@ def _search(along: _Along, most: float, passes: int, joint: bool) -> list[tuple[
     def looked(s: Tensor) -> tuple[Tensor, Tensor]:
         value, slope = along.at(s)
         seen.append((value, s))
-        return s, along.touched * slope[along.touched].mean() if joint else slope
+        return s, slope
 
     before, now = looked(torch.zeros_like(everything)), looked(everything)
     if seen[0][0] < seen[1][0]:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+<<<<<<< HEAD
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+=======
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+>>>>>>> removals
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,6 +33,7 @@ from surgery.units import Units
 
 
 @remember
+<<<<<<< HEAD
 def damage(
     run: Trajectory,
     data: Iterable[Batch],
@@ -37,6 +43,10 @@ def damage(
     nodes: int | None = None,
 ) -> Neurons:
     """D, damage: the first-order gain of reverting a neuron, D_n = ⟨∇L(θB), δB,n⟩.
+=======
+def damage(run: Trajectory, data: Iterable[Batch], *, loss: Loss | Divergence = "kl") -> Neurons:
+    """D, damage: the first-order gain of reverting a neuron, D_n = ⟨∇L(θB), δB,n⟩ with L = KL(p_earlier ‖ p_later).
+>>>>>>> removals
 
     L is how far the later model's predictions are from the earlier one's. Positive where going back lowers the loss. The sum over some neurons estimates what reverting them together gains
     (in the loss's unit per response token), as long as the step is small.
@@ -48,12 +58,15 @@ def damage(
         loss: "hellinger" or "kl", the ``distillation`` from the earlier checkpoint, or a ``loss(model, batch)`` of
             your own: a scalar mean over the batch's response tokens, smaller = better. The Hellinger distance counts
             every changed answer alike; in the lab it chose better, most of all from few prompts (benchmarks/results).
+<<<<<<< HEAD
         units: which kinds of unit: "mlp", "kv_group", "value_channel", or a tuple (see ``find_layout``).
         nodes: integrate along the straight way from the reverted neurons to the later ones, ∫⟨∇L(θ(t)), δB,n⟩dt, at so
             many Gauss–Legendre nodes. Then the scores add up to the whole difference: Σ D_n = L(θB) − L(θB with all
             neurons reverted), but for the jumps of a router that changes its mind on the way. It says where the
             damage sits; for choosing neurons the gradient at θB alone is as good (benchmarks/results). The weights
             have to be float32 or wider: run.load(dtype=torch.float32).
+=======
+>>>>>>> removals
 
     Returns:
         Scores of either sign, in the loss's unit. Gradients have the weights' dtype; products and sums are float32,
@@ -69,6 +82,7 @@ def damage(
     batches, loss = answered(run, data, loss)
     total, model = _total(run, units), run.load()
     tokens, value = sum(int(positions(batch).sum()) for batch in batches), 0.0
+<<<<<<< HEAD
     for t, weight in _path(model, nodes):
         with _moved(model, run, units, t), total.collecting(model):
             for batch in batches:
@@ -76,9 +90,16 @@ def damage(
                 (one * (weight / t)).backward()  # what is left of δ at t is t · δ
                 value += weight * float(one.detach())
     found = total.mean(tokens, run, units)
+=======
+    with total.collecting(model):
+        for batch in batches:
+            one = summed(loss, model, batch)
+            one.backward()
+            value += float(one.detach())
+    found = total.mean(tokens, run)
+>>>>>>> removals
     gain = sum(float(sums.sum()) for sums in total.sums.values()) / tokens
-    told = {"tokens": tokens, "sum": gain, **({"loss": value / tokens} if nodes is None else {"nodes": nodes})}
-    return Neurons(found, made_by={"damage": told})
+    return Neurons(found, made_by={"damage": {"tokens": tokens, "sum": gain, "loss": value / tokens}})
 
 
 def promised(scores: Neurons, mask: Neurons) -> float:
@@ -124,17 +145,6 @@ def earlier_answers(run: Trajectory, data: Iterable[Batch], path: Path | None = 
         return respond(earlier, batches, path=path)
 
 
-def _path(model: nn.Module, nodes: int | None) -> list[tuple[float, float]]:
-    """Places t between the reverted neurons (0) and the later ones (1), and their weights."""
-    if nodes is None:
-        return [(1.0, 1.0)]
-    if not isinstance(nodes, int) or nodes < 1:
-        raise ValueError(f"nodes={nodes!r}: expected 1 or more, or None for the gradient at the later model")
-    check_wide(model)
-    places, weights = np.polynomial.legendre.leggauss(nodes)
-    return [((1 + float(x)) / 2, float(w) / 2) for x, w in zip(places, weights, strict=True)]
-
-
 def check_wide(model: nn.Module) -> None:
     """Raise ``ValueError`` unless there are points between two checkpoints in the model's dtype."""
     if narrow := {p.dtype for p in model.parameters()} - {torch.float32, torch.float64}:
@@ -144,6 +154,7 @@ def check_wide(model: nn.Module) -> None:
         )
 
 
+<<<<<<< HEAD
 @contextmanager
 def _moved(model: nn.Module, run: Trajectory, units: Units, t: float) -> Iterator[None]:
     if t == 1:
@@ -153,6 +164,8 @@ def _moved(model: nn.Module, run: Trajectory, units: Units, t: float) -> Iterato
         yield
 
 
+=======
+>>>>>>> removals
 @remember
 def reversal_cost(
     run: Trajectory, data: Iterable[Batch], *, loss: Divergence = "hellinger", units: Units = "mlp"
@@ -202,11 +215,16 @@ def _total(run: Trajectory, units: Units) -> _Total:
     return _Total(live, lambda block, slot: as_live(earlier, live, block, slot))
 
 
-def _all_back(model: nn.Module, run: Trajectory, live: Weights, strength: float = 1.0) -> Rollback:
+def _all_back(model: nn.Module, run: Trajectory, live: Weights) -> Rollback:
     """All units reverted. What they held is most of a model, so it is kept off the GPU, which has room for one."""
     mask = Neurons({name: torch.ones(size, dtype=torch.bool) for name, size in live.layout.sizes.items()})
+<<<<<<< HEAD
     source = run.tensors("earlier")
     return rollback(model, to=source, mask=mask, strength=strength, keep_on="cpu", layout=run.layout)
+=======
+    source = run.source("earlier")
+    return rollback(model, to=source, mask=mask, keep_on="cpu", layout=run.layout)
+>>>>>>> removals
 
 
 @dataclass

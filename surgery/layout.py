@@ -29,7 +29,7 @@ def find_layout(model: nn.Module, spec: Spec | None = None, *, units: Units = "m
         model: a causal LM of transformers, or any module built of linear layers in a ``ModuleList``.
         spec: your own layout: ``{"model.layers.{layer}.mlp": {"gate_proj.weight": "n d -> n d", ...}}``, tensor names
             relative to the block and their einops patterns, the consumer last. It wins over ``units``.
-        units: "mlp"; "kv_group", "query_head" or "value_channel" for attention; or a tuple of "mlp" and one of those.
+        units: "mlp"; "kv_group" or "value_channel" for attention; or a tuple of "mlp" and one of those.
 
     Returns:
         The blocks in the model's own order; ``notes`` says which attention is not covered, and why.
@@ -37,7 +37,7 @@ def find_layout(model: nn.Module, spec: Spec | None = None, *, units: Units = "m
     Raises:
         ValueError: the units can't be found for certain; the message says why and what to do.
 
-    Source: ours; KV groups and query heads are the paper's attention units in kind.
+    Source: ours; KV groups are the paper's attention units in kind.
     """
     if hasattr(model, "_orig_mod"):
         raise ValueError(

@@ -70,7 +70,7 @@ class AMCSelector:
         rank: which of the letters A, M, C make the ranking score, as a product ("AMC", "MC", "A", ...).
         allocate: the same for the score that splits the budget over layers.
         how: "proportional", "global" or "uniform" (see ``surgery.allocate``).
-        units: "mlp", "kv_group", "query_head", "value_channel" or a tuple (see ``find_layout``); or "weight", single
+        units: "mlp", "kv_group", "value_channel" or a tuple (see ``find_layout``); or "weight", single
             weights, whose candidates are those of ``EntrySelector``; None: the run's own. ("mlp", "weight") are the
             weights of neurons: under one budget a whole unit is a choice of its weights.
 

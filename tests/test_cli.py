@@ -319,7 +319,7 @@ def test_inspect_shows_slots_and_probes(surgery, tmp_path: Path) -> None:
         ("inspect later --nonsense", 2, "No such option"),
         ("inspect later --units weight", 1, "--units weight: single weights lie in units: inspect those, --units mlp"),
         ("inspect later --units mlp,weight", 1, "--units mlp,weight: single weights lie in units"),
-        ("inspect later --units foo", 1, "--units foo: expected mlp, kv_group, query_head, value_channel, or two"),
+        ("inspect later --units foo", 1, "--units foo: expected mlp, kv_group, value_channel, or two"),
         (
             "select earlier later --selector M --units foo,weight --dry-run",
             1,

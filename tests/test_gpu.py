@@ -105,9 +105,8 @@ def test_what_is_selected_there_is_reverted_and_undone_to_the_bit(family, dtype,
     assert same(bits(model), before)
 
 
-@pytest.mark.parametrize("score", [lambda run: damage(run, DATA, nodes=2), lambda run: reversal_cost(run, DATA)])
 @pytest.mark.parametrize("family", ["qwen3", "gpt2", "qwen3_moe"])
-def test_scores_that_move_the_model_keep_what_was_there_off_the_gpu(family, score, monkeypatch):
+def test_a_score_that_moves_the_model_keeps_what_was_there_off_the_gpu(family, monkeypatch):
     """All neurons are two thirds of a model: beside the weights they would be most of a second one."""
     (here, model), (there, _) = run_on(family, DEVICE), run_on(family, "cpu")
     before, kept = bits(model), []
@@ -118,7 +117,7 @@ def test_scores_that_move_the_model_keep_what_was_there_off_the_gpu(family, scor
         return done
 
     monkeypatch.setattr(attribution, "rollback", watched)
-    found, expected = score(here), score(there)
+    found, expected = reversal_cost(here, DATA), reversal_cost(there, DATA)
     assert set(kept) == {"cpu"}
     assert same(bits(model), before)
     for name, values in expected.items():

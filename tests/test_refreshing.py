@@ -23,7 +23,7 @@ from surgery.refresh_copies import Leaves
 from surgery.slots import Layout
 
 SGD = torch.optim.SGD
-ATTENTION = [("llama", "kv_group"), ("qwen3", "value_channel"), ("phi3", "query_head"), ("gpt2", "value_channel")]
+ATTENTION = [("llama", "kv_group"), ("qwen3", "value_channel"), ("phi3", "kv_group"), ("gpt2", "value_channel")]
 
 
 def likelihood(model: nn.Module, batch: Batch) -> torch.Tensor:

@@ -60,9 +60,7 @@ How = Annotated[
     str | None,
     typer.Option(help="proportional, global or uniform (default: global for D and single weights, else proportional)."),
 ]
-Units = Annotated[
-    str, typer.Option(help='"mlp", "kv_group", "query_head", "value_channel", or two like "mlp,kv_group".')
-]
+Units = Annotated[str, typer.Option(help='"mlp", "kv_group", "value_channel", or two like "mlp,kv_group".')]
 Selected = Annotated[
     str, typer.Option("--units", help='As in inspect; or "weight", single weights; or theirs, "mlp,weight".')
 ]

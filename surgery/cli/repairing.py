@@ -154,7 +154,6 @@ def strengths(
     data: Annotated[Path, typer.Option(help="JSON lines of the damaged domain.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The file to write, for rollback --strength.")],
     most: Annotated[float, typer.Option(help="The furthest a neuron may go, up to 3; 1 is the earlier value.")] = 2.0,
-    joint: Annotated[bool, typer.Option("--joint", help="One strength for all.")] = False,
     passes: Annotated[int, typer.Option(help="Forward and backward passes over the data.")] = 16,
     loss: Annotated[str, typer.Option(help='"kl" or "hellinger", from the earlier model.')] = "kl",
     answers: Answers = None,
@@ -181,7 +180,7 @@ def strengths(
         prompts = load_prompts(data, folder_of(later), batch_size=batch_size)
         run = live(run, device, "float32")
         batches, kept = answered(run, prompts, answers)
-        found = find(run, batches, chosen, most=most, joint=joint, passes=passes, loss=cast("Divergence", loss))
+        found = find(run, batches, chosen, most=most, passes=passes, loss=cast("Divergence", loss))
     tell(kept)
     told = found.made_by["strengths"]
     none, full = told["loss"][:2]

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-<<<<<<< HEAD
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
-=======
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
->>>>>>> removals
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,23 +27,13 @@ from surgery.units import Units
 
 
 @remember
-<<<<<<< HEAD
 def damage(
-    run: Trajectory,
-    data: Iterable[Batch],
-    *,
-    loss: Loss | Divergence = "hellinger",
-    units: Units = "mlp",
-    nodes: int | None = None,
+    run: Trajectory, data: Iterable[Batch], *, loss: Loss | Divergence = "hellinger", units: Units = "mlp"
 ) -> Neurons:
     """D, damage: the first-order gain of reverting a neuron, D_n = ⟨∇L(θB), δB,n⟩.
-=======
-def damage(run: Trajectory, data: Iterable[Batch], *, loss: Loss | Divergence = "kl") -> Neurons:
-    """D, damage: the first-order gain of reverting a neuron, D_n = ⟨∇L(θB), δB,n⟩ with L = KL(p_earlier ‖ p_later).
->>>>>>> removals
 
-    L is how far the later model's predictions are from the earlier one's. Positive where going back lowers the loss. The sum over some neurons estimates what reverting them together gains
-    (in the loss's unit per response token), as long as the step is small.
+    L is how far the later model's predictions are from the earlier one's. Positive where going back lowers it. The sum
+    over some neurons estimates what reverting them together gains, per response token, as long as the step is small.
 
     Args:
         run: a trajectory with ``earlier`` and ``later``; the later model is loaded once (``run.load``).
@@ -58,15 +42,7 @@ def damage(run: Trajectory, data: Iterable[Batch], *, loss: Loss | Divergence = 
         loss: "hellinger" or "kl", the ``distillation`` from the earlier checkpoint, or a ``loss(model, batch)`` of
             your own: a scalar mean over the batch's response tokens, smaller = better. The Hellinger distance counts
             every changed answer alike; in the lab it chose better, most of all from few prompts (benchmarks/results).
-<<<<<<< HEAD
         units: which kinds of unit: "mlp", "kv_group", "value_channel", or a tuple (see ``find_layout``).
-        nodes: integrate along the straight way from the reverted neurons to the later ones, ∫⟨∇L(θ(t)), δB,n⟩dt, at so
-            many Gauss–Legendre nodes. Then the scores add up to the whole difference: Σ D_n = L(θB) − L(θB with all
-            neurons reverted), but for the jumps of a router that changes its mind on the way. It says where the
-            damage sits; for choosing neurons the gradient at θB alone is as good (benchmarks/results). The weights
-            have to be float32 or wider: run.load(dtype=torch.float32).
-=======
->>>>>>> removals
 
     Returns:
         Scores of either sign, in the loss's unit. Gradients have the weights' dtype; products and sums are float32,
@@ -82,22 +58,12 @@ def damage(run: Trajectory, data: Iterable[Batch], *, loss: Loss | Divergence = 
     batches, loss = answered(run, data, loss)
     total, model = _total(run, units), run.load()
     tokens, value = sum(int(positions(batch).sum()) for batch in batches), 0.0
-<<<<<<< HEAD
-    for t, weight in _path(model, nodes):
-        with _moved(model, run, units, t), total.collecting(model):
-            for batch in batches:
-                one = summed(loss, model, batch)
-                (one * (weight / t)).backward()  # what is left of δ at t is t · δ
-                value += weight * float(one.detach())
-    found = total.mean(tokens, run, units)
-=======
     with total.collecting(model):
         for batch in batches:
             one = summed(loss, model, batch)
             one.backward()
             value += float(one.detach())
-    found = total.mean(tokens, run)
->>>>>>> removals
+    found = total.mean(tokens, run, units)
     gain = sum(float(sums.sum()) for sums in total.sums.values()) / tokens
     return Neurons(found, made_by={"damage": {"tokens": tokens, "sum": gain, "loss": value / tokens}})
 
@@ -154,18 +120,6 @@ def check_wide(model: nn.Module) -> None:
         )
 
 
-<<<<<<< HEAD
-@contextmanager
-def _moved(model: nn.Module, run: Trajectory, units: Units, t: float) -> Iterator[None]:
-    if t == 1:
-        yield
-        return
-    with _all_back(model, run, run.live(units=units)[0], 1 - t):
-        yield
-
-
-=======
->>>>>>> removals
 @remember
 def reversal_cost(
     run: Trajectory, data: Iterable[Batch], *, loss: Divergence = "hellinger", units: Units = "mlp"
@@ -218,13 +172,7 @@ def _total(run: Trajectory, units: Units) -> _Total:
 def _all_back(model: nn.Module, run: Trajectory, live: Weights) -> Rollback:
     """All units reverted. What they held is most of a model, so it is kept off the GPU, which has room for one."""
     mask = Neurons({name: torch.ones(size, dtype=torch.bool) for name, size in live.layout.sizes.items()})
-<<<<<<< HEAD
-    source = run.tensors("earlier")
-    return rollback(model, to=source, mask=mask, strength=strength, keep_on="cpu", layout=run.layout)
-=======
-    source = run.source("earlier")
-    return rollback(model, to=source, mask=mask, keep_on="cpu", layout=run.layout)
->>>>>>> removals
+    return rollback(model, to=run.tensors("earlier"), mask=mask, keep_on="cpu", layout=run.layout)
 
 
 @dataclass

@@ -166,7 +166,7 @@ class Trajectory:
                 changed since the model was read; a dtype is asked for that it can't be had in any more.
         """
         if isinstance(self.later, nn.Module):
-            return self.later.to(device=device, dtype=dtype).eval() if (device or dtype) else self.later
+            return _moved(self.later, device, dtype)
         if self._held.model is None:
             self._held.model = self._read(device, dtype)
             return self._held.model
@@ -178,8 +178,7 @@ class Trajectory:
             )
         if dtype is not None:
             _check_conversion(self._held.model, dtype, self._held.read)
-        moved = {"device": None if device == "auto" else device, "dtype": dtype}
-        return self._held.model.to(**moved) if any(moved.values()) else self._held.model
+        return _moved(self._held.model, None if device == "auto" else device, dtype)
 
     def check_whole(self) -> None:
         """Raise ``ValueError`` where the live later model is not what ``later`` says, because of edits in force."""
@@ -198,11 +197,13 @@ class Trajectory:
             raise ValueError("a bare mapping of tensors has no forward pass: pass a folder or an nn.Module as later")
         from transformers import AutoModelForCausalLM
 
-        self._held.read = self.later if isinstance(self.later, Checkpoint) else self._folder(self.later)
+        source = self.tensors("later")
+        assert isinstance(source, Checkpoint)
         spread = {"device_map": "auto"} if device == "auto" else {}
         model: nn.Module = AutoModelForCausalLM.from_pretrained(
-            self._held.read.folder, dtype=dtype or "auto", local_files_only=True, **spread
+            source.folder, dtype=dtype or "auto", local_files_only=True, **spread
         )
+        self._held.read = source
         return (model.to(device) if device and not spread else model).eval()
 
     def _stage(self, name: str) -> Source:
@@ -228,6 +229,10 @@ class Trajectory:
             found = open_weights(tensors, self.layout, like, units)
             self._held.weights[key] = (like, found)
         return found
+
+
+def _moved(model: nn.Module, device: Any, dtype: torch.dtype | None) -> nn.Module:
+    return model.to(device=device, dtype=dtype) if device or dtype else model
 
 
 def _check_conversion(model: nn.Module, dtype: torch.dtype, stored: Checkpoint) -> None:

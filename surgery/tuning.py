@@ -172,7 +172,9 @@ def repair(
 DEFAULT = DamageSelector(0.01, units="weight")
 
 
-def _kept(run: Trajectory, keep: Mapping[str, Iterable[Batch]] | Iterable[str] | None, metric: str) -> dict[str, list[Batch]]:
+def _kept(
+    run: Trajectory, keep: Mapping[str, Iterable[Batch]] | Iterable[str] | None, metric: str
+) -> dict[str, list[Batch]]:
     """The prompts of each domain to keep, with responses."""
     if keep is None:
         return {}
@@ -220,12 +222,16 @@ class _Search:
                 self.bench.run, "intact", self.metric, lost, wanted, 0.0, limits, None, None, None, None, table,
                 tuple(notes),
             )  # fmt: skip
-        ceiling = compared(self.bench.ceiling(units_of(self.selector, self.bench.run)), self.earlier, self.later, self.metric)
+        ceiling = compared(
+            self.bench.ceiling(units_of(self.selector, self.bench.run)), self.earlier, self.later, self.metric
+        )
         goal, before = self._goal(wanted, ceiling), -1.0
         while goal > before:  # a measured row may show that more can be won back
             self._bisect(goal, limits)
             goal, before = self._goal(wanted, ceiling), goal
-        table = Sweep(self.metric, tuple(judged([earlier, later, ceiling, *self._measured()], earlier, later, self.metric)))
+        table = Sweep(
+            self.metric, tuple(judged([earlier, later, ceiling, *self._measured()], earlier, later, self.metric))
+        )
         rows = table.rows[3:]
         within = [row for row in rows if _keeps(row, limits)]
         chosen = next((row for row in within if goal > 0 and _recovers(row, goal)), None)

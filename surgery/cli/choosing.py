@@ -84,10 +84,7 @@ def protected(protect: list[str] | None, weight: float, run: Trajectory, batch_s
 
     if not 0 <= weight < math.inf:
         raise ValueError(f"--protect-weight {weight}: expected a number ≥ 0")
-    files = files_of(protect or [], "--protect")
-    return {
-        domain: load_prompts(file, folder_of(run.later), batch_size=batch_size) for domain, file in files.items()
-    }, weight
+    return prompts_of(files_of(protect or [], "--protect"), run, batch_size), weight
 
 
 def answered(run: Trajectory, prompts: Any, file: Path | None, write: bool = True) -> tuple[Any, str]:

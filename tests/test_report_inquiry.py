@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 from dataclasses import fields, replace
@@ -18,7 +19,7 @@ from surgery import DamageSelector, Trajectory, analyse, likelihood, load_prompt
 from surgery.histories import History, Lost
 from surgery.prompts import padded
 from surgery.report_inquiry import Inquiry
-from surgery.report_parts import PARTS, halved
+from surgery.report_parts import PARTS, Study, halved
 from surgery.report_sections import sections
 from surgery.report_verdict import verdict
 from surgery.significance import Paired
@@ -215,6 +216,31 @@ def test_what_can_not_be_analysed_is_refused():
     different = Trajectory.through({"a": build("llama"), "b": build("gpt2")})
     with pytest.raises(ValueError):
         analyse(different)
+
+
+def with_part(error: Exception, monkeypatch: pytest.MonkeyPatch) -> Inquiry:
+    """An inquiry of which one part fails like that."""
+
+    def failing(_: Study) -> None:
+        raise error
+
+    monkeypatch.setitem(PARTS, "changed", failing)
+    return analyse(lab(), skip=set(PARTS) - {"changed"})
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("w"), IndexError("of 3"), TypeError("None"), FileNotFoundError(2, "no such file")]
+)
+def test_a_bug_in_a_part_is_not_told_as_a_reason(error, monkeypatch):
+    with pytest.raises(type(error)):
+        with_part(error, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("of another model"), LookupError("no such task"), OSError(errno.ENOSPC, "no room")]
+)
+def test_what_is_refused_on_purpose_is_told_and_the_rest_goes_on(error, monkeypatch):
+    assert with_part(error, monkeypatch).skipped["changed"] == str(error)
 
 
 def lost(domain: str, amount: float, p: float = 0.001) -> Lost:

@@ -30,6 +30,7 @@ def earlier_model(run: Trajectory) -> Iterator[nn.Module]:
 
     Raises:
         ValueError: there is no earlier checkpoint, or it is of another model.
+        ExceptionGroup: at the end, where tensors could not be put back; it names them, and all others are back.
 
     Source: ours.
     """
@@ -76,13 +77,28 @@ def _swapped(names: list[str], live: Weights, to: Weights, back: Weights | None)
         yield
     finally:
         with uninterrupted():
-            for name, old in kept.items():
-                before = old
-                if before is None and back is not None:
-                    before = live_tensor(back, live, name)
-                assert before is not None
-                with torch.no_grad():
-                    live.tensors[name].copy_(before)
+            _put_back(kept, live, back)
+
+
+def _put_back(kept: Mapping[str, Tensor | None], live: Weights, back: Weights | None) -> None:
+    """Every tensor that can be put back; then an ``ExceptionGroup`` that names those that could not."""
+    failed: dict[str, Exception] = {}
+    for name, old in kept.items():
+        try:
+            before = old
+            if before is None and back is not None:
+                before = live_tensor(back, live, name)
+            assert before is not None
+            with torch.no_grad():
+                live.tensors[name].copy_(before)
+        except Exception as error:  # raised below, once the others are back
+            failed[name] = error
+    if failed:
+        raise ExceptionGroup(
+            f"{len(failed)} tensors of {live.name} could not be put back, all others were: load the model again before "
+            f"you use it ({', '.join(failed)})",
+            list(failed.values()),
+        )
 
 
 def _same_bits(tensor: Tensor, other: Tensor) -> bool:

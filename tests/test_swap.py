@@ -9,6 +9,7 @@ from test_attribution import pair
 from test_scores import batches
 
 from surgery import Trajectory, swap
+from surgery.opening import Weights
 from surgery.swap import earlier_model
 
 
@@ -55,6 +56,33 @@ def test_put_back_after_an_error_and_when_it_is_not_what_the_folder_holds(family
         stopped()
     for name, tensor in later.state_dict().items():
         assert torch.equal(tensor.view(torch.int16), before[name].view(torch.int16))
+
+
+def test_what_can_not_be_put_back_is_named_and_the_rest_is_put_back(tmp_path, monkeypatch):
+    earlier, later = pair("qwen3")
+    earlier.save_pretrained(tmp_path / "earlier")
+    later.save_pretrained(tmp_path / "later")
+    before = {name: tensor.clone() for name, tensor in later.state_dict().items()}
+    names, real = list(before), swap.live_tensor
+    spoiled = [names[0], names[4]]
+
+    def unreadable(source: Weights, live: Weights, name: str) -> torch.Tensor:
+        if name in spoiled:
+            raise OSError(f"{source.name} is gone")
+        return real(source, live, name)
+
+    def gone() -> None:
+        with earlier_model(Trajectory(earlier=tmp_path / "earlier", later=tmp_path / "later", model=later)):
+            monkeypatch.setattr(swap, "live_tensor", unreadable)
+            raise KeyError("stop")
+
+    with pytest.raises(ExceptionGroup, match=r"2 tensors of .* could not be put back") as told:
+        gone()
+    assert all(name in str(told.value) for name in spoiled)
+    assert len(told.value.exceptions) == 2
+    assert isinstance(told.value.__context__, KeyError)  # what the body raised is still to be seen
+    for name, tensor in later.state_dict().items():
+        assert torch.equal(tensor, before[name]) == (name not in spoiled)
 
 
 def test_what_the_disk_holds_is_not_kept_in_memory(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, build, pair
+from families import build, downstream, pair
 from test_scores import Batch, batches
 from torch import nn
 from torch.nn import functional as F
@@ -58,7 +58,7 @@ def vectors(tensors: dict[str, torch.Tensor], block: Any) -> torch.Tensor:
     return torch.cat(parts, 1).double()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", downstream())
 def test_damage_is_the_gradient_times_what_changed(family):
     earlier, later = pair(family)
     data = batches(labels=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, build
+from families import build, downstream
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mutants import NOTICED, dies
@@ -122,7 +122,7 @@ def law_ends(later: nn.Module, earlier: nn.Module, _: Entries) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", downstream())
 def test_live_laws(family, dtype):
     earlier, later = build(family, dtype, 1), build(family, dtype, 2)
     mask = some_entries(finest(later))
@@ -157,7 +157,7 @@ def test_a_partial_step_blends():
             assert torch.allclose(tensor, before[name].lerp(whole[name], 0.25))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", downstream())
 def test_live_and_folder_agree(family, tmp_path):
     """One mask from both, one result of both, bit for bit, also where names and shapes differ; no input is written."""
     models = dict(zip(("earlier", "later"), (build(family, torch.bfloat16, seed) for seed in (1, 2)), strict=True))
@@ -197,7 +197,7 @@ def in_parts(found: Gains) -> dict[str, torch.Tensor]:
     return dict(zip(found.shapes, found.flat.split(sizes), strict=True))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", downstream())
 def test_gains_add_up_to_the_damage_of_each_neuron(family):
     _, later, run = small_pair(family)
     run = EntrySelector(0.1).over(run)

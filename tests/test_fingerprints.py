@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import families
 import pytest
 import torch
-from families import build
+from families import build, downstream
 
 from surgery import RandomSelector, Trajectory, sweep
 from surgery.fingerprints import known, sampled
 from surgery.opening import open_weights
 
 
-@pytest.mark.parametrize("family", families.FAMILIES)
+@pytest.mark.parametrize("family", downstream())
 def test_one_changed_tensor_makes_another_model(family: str) -> None:
     model = build(family)
     before = sampled(model.parameters())

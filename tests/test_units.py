@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, build
+from families import FAMILIES, build, downstream
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_laws import all_neurons, data, expected, hashes, same, snapshot, some_neurons
-from test_layout import double, logits, moved
+from test_layout import double, law_same_rows, logits, moved
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.bloom import modeling_bloom
@@ -54,6 +54,7 @@ REFUSED = ("deepseek_v2", "deepseek_v3", "glm_moe_dsa", "jetmoe")
 WHOLE_NORM = ("olmo2", "olmoe", "minimax_m2")  # no head stands alone, value channels do
 COVERED = [(f, u) for f in FAMILIES for u in ATTENTION if f not in REFUSED]
 COVERED = [(f, u) for f, u in COVERED if f not in WHOLE_NORM or u == "value_channel"]
+DOWNSTREAM = [(f, u) for f, u in COVERED if f in downstream(kind=u)]
 MHA = ("gpt2", "gpt_neo", "gptj", "codegen", "gpt_neox", "bloom", "opt", "mpt", "bert")
 GROUPS = {**dict.fromkeys(MHA, 4), "gpt_bigcode": 1, "falcon": 1}  # the others have 2, for 4 query heads of 8
 HYBRID = ("qwen3_5_text", "lfm2", "qwen3_next")
@@ -343,7 +344,7 @@ def test_one_order_of_kinds():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("family", "unit"), COVERED)
+@pytest.mark.parametrize(("family", "unit"), DOWNSTREAM)
 def test_rollback_laws(family, unit, dtype):
     """Undo is the identity; twice is once; the masked slices are earlier's, all else later's; the counts fit."""
     earlier, later = build(family, dtype, 1), build(family, dtype, 2)
@@ -379,8 +380,14 @@ PROJECTIONS = re.compile(
 )
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("family", [f for f, u in COVERED if u == "kv_group"])
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        *((f, torch.bfloat16) for f, u in COVERED if u == "kv_group"),
+        *((f, torch.float32) for f, u in DOWNSTREAM if u == "kv_group"),
+    ],
+    ids=str,
+)
 def test_every_kv_group_is_the_earlier_attention(family, dtype):
     """Budget 1: exactly the projections (told by their names) are earlier's, whole tensors; with the MLP, those too."""
     earlier, later = build(family, dtype, 1), build(family, dtype, 2)
@@ -403,7 +410,17 @@ def test_every_kv_group_is_the_earlier_attention(family, dtype):
         assert same(snapshot(later), before)
 
 
-@pytest.mark.parametrize(("family", "unit"), COVERED)
+@pytest.mark.parametrize("family", sorted({f for f, _ in COVERED}))
+def test_a_folder_holds_the_same_rows(family, tmp_path):
+    """What ``save_pretrained`` wrote, read by the folder's layout, is bit for bit what the live layout reads."""
+    model = build(family, torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    folder = Checkpoint(tmp_path)
+    for unit in (u for f, u in COVERED if f == family):
+        law_same_rows(find_layout(model, units=unit), model, folder_layout(tmp_path, folder.shapes, units=unit), folder)
+
+
+@pytest.mark.parametrize(("family", "unit"), DOWNSTREAM)
 def test_live_and_folder_agree(family, unit, tmp_path):
     """One mask from both and one result of both, bit for bit; no other file of the output differs."""
     models = {name: build(family, torch.bfloat16, seed) for seed, name in enumerate(("base", "earlier", "later"))}
@@ -458,7 +475,7 @@ def test_a_layout_and_other_units_contradict_each_other():
 
 
 @pytest.mark.parametrize(
-    ("name", "unit"), [*COVERED, ("falcon, new decoder", "kv_group"), ("codegen, 8 heads", "value_channel")]
+    ("name", "unit"), [*DOWNSTREAM, ("falcon, new decoder", "kv_group"), ("codegen, 8 heads", "value_channel")]
 )
 def test_activation_is_the_mean_over_the_units_channels(name, unit):
     """The input of o, heard by a hook of the test's own, folded by the configuration's head counts."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, build
+from families import build, downstream
 from mutants import NOTICED, dies
 from test_entries import SEVEN, finest, law_exact
 from test_laws import same, snapshot
@@ -97,7 +97,7 @@ def law_defined(family: str, rank: str, dtype: torch.dtype = torch.float32) -> N
         assert (score == 0).equal(want[part] == 0), part
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", downstream())
 def test_a_product_is_that_of_the_definitions(family):
     law_defined(family, "AMC")
 

@@ -1,4 +1,6 @@
-"""Can single weights be chosen so that other domains are protected? ``python -m benchmarks.protect_weights SEED...``
+"""Can single weights be chosen so that other domains are protected?
+
+``python -m benchmarks.questions.protect_weights SEED...``.
 
 Math was damaged by QA. The library refuses ``protect=`` with ``units="weight"``, and this is why. D of each weight is
 reduced by what reverting it costs QA, Code and CW: measured as the cost of neurons is (``reversal_cost``, where
@@ -19,7 +21,7 @@ from transformers import AutoTokenizer
 
 from benchmarks.hardware import statement
 from benchmarks.lab.evaluate import evaluator
-from benchmarks.protect import OTHERS, Judged, table
+from benchmarks.questions.protect import OTHERS, Judged, table
 from benchmarks.seeds import asked_for
 from surgery import Rollback, Trajectory, load_prompts, respond, reversal_cost, rollback
 from surgery.predictions import distillation

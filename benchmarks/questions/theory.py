@@ -1,4 +1,6 @@
-"""Where does the theory's picture hold in the lab? ``python -m benchmarks.theory SEED_FOLDER... [--out FOLDER]``
+"""Where does the theory's picture hold in the lab?
+
+``python -m benchmarks.questions.theory SEED_FOLDER... [--out FOLDER]``.
 
 Math was damaged by QA. The terms of Propositions 1 and 2, the damage in few dimensions, the constants, and Theorem 1's
 contraction, on the calibration prompts with their right answers as responses.

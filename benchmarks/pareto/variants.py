@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.changes import BUDGETS, VARIANT, Method, Reversal, Setting, wide
+from benchmarks.pareto.changes import BUDGETS, VARIANT, Method, Reversal, Setting, wide
 from surgery import Neurons, Trajectory, allocate, damage, distillation, earlier_model, rollback, strengths, top
 from surgery.predictions import Divergence, Loss, positions, predicting
 from surgery.prompts import Batch

@@ -1,4 +1,6 @@
-"""Would whole units be taken beside single weights? ``python -m benchmarks.weights_beside_units SEED_FOLDER...``
+"""Would whole units be taken beside single weights?
+
+``python -m benchmarks.questions.weights_beside_units SEED_FOLDER...``.
 
 Math was damaged by QA. One budget of parameters for units (neurons and KV groups) and single weights together, taken in
 the order of what a parameter is worth: a unit's is its score, for D the mean over its weights. In favour of units, that

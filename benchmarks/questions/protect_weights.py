@@ -28,7 +28,7 @@ from surgery.predictions import distillation
 from surgery.weight_damage import entry_gains
 from surgery.weight_selection import ROUNDS
 
-BUDGETS, WEIGHTS = (0.002, 0.01, 0.02, 0.04), (0.1, 0.3, 1.0)
+BUDGETS, WEIGHTS = (0.002, 0.01, 0.04), (0.3,)
 Found = dict[tuple[str, float], Judged]
 
 

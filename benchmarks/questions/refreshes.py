@@ -135,7 +135,7 @@ class Desk:
         """What D chooses on the calibration prompts."""
         if (budget, units) not in self._masks:
             data, _ = self.answered
-            self._masks[budget, units] = DamageSelector(budget, units=units).select(
+            self._masks[budget, units] = DamageSelector(budget, loss="hellinger", units=units).select(
                 replace(self.run, units=units), data
             )
         return self._masks[budget, units]

@@ -78,7 +78,7 @@ def measure(folder: Path) -> Found:
     whole = eigenspace(land, DIMENSIONS, steps=60)
     routes = eigenspace(land, DIMENSIONS, mask=active, steps=60)
     few = eigenspace(land, FEW, steps=60)
-    d = damage(run, data["math"])
+    d = damage(run, data["math"], loss="kl")  # as L_A
     parts = {
         f"the {FEW} directions of largest curvature": damage_split(land, few),
         f"the {DIMENSIONS} directions of largest curvature": damage_split(land, whole),

@@ -14,21 +14,21 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import pareto
-from benchmarks.baselines import differing
-from benchmarks.changes import BASELINE, BUDGETS, CONTROL, LIBRARY, REFERENCE, TRAINED, VARIANT, Method, applied
-from benchmarks.front import against_loss, against_size, front
 from benchmarks.lab.domains import DOMAINS
 from benchmarks.lab.evaluate import Evaluator
-from benchmarks.methods import methods
-from benchmarks.pareto import Pair, Row, Store, asked_for, identity, measure, measure_pair, pairs, setting_of
-from benchmarks.points import OTHER, OURS, SCALE, UNDECIDED, Point, best, contests, points, verdict
-from benchmarks.report import markdown
+from benchmarks.pareto import comparison as pareto
+from benchmarks.pareto.baselines import differing
+from benchmarks.pareto.changes import BASELINE, BUDGETS, CONTROL, LIBRARY, REFERENCE, TRAINED, VARIANT, Method, applied
+from benchmarks.pareto.comparison import Pair, Row, Store, asked_for, identity, measure, measure_pair, pairs, setting_of
+from benchmarks.pareto.front import against_loss, against_size, front
+from benchmarks.pareto.methods import methods
+from benchmarks.pareto.points import OTHER, OURS, SCALE, UNDECIDED, Point, best, contests, points, verdict
+from benchmarks.pareto.report import markdown
 from surgery import rolled_back
 from surgery.rows import CEILING, EARLIER, LATER
 from surgery.strength_values import applied as used
 
-SEED0 = Path(pareto.__file__).parent / "lab" / "seed0"
+SEED0 = Path(pareto.__file__).parents[1] / "lab" / "seed0"
 needs_checkpoints = pytest.mark.skipif(not (SEED0 / "qa").is_dir(), reason="seed 0 has not been trained here")
 ITEMS = 200
 PAIR = pairs()[0]
@@ -374,7 +374,7 @@ README = {
 
 def test_the_readmes_first_table_is_what_the_rows_say() -> None:
     """Each recovery with its interval, what was touched and the worst change elsewhere, on the two pairs it shows."""
-    root = Path(pareto.__file__).parent
+    root = Path(pareto.__file__).parents[1]
     named_runs: dict[str, list[dict[str, Any]]] = {}
     for run in Store(root / "results" / "pareto.json.gz").runs:
         rows = [row for row in run["rows"] if (row["method"], row["value"]) in {*README.values(), (LATER, 0.0)}]

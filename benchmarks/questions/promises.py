@@ -1,4 +1,6 @@
-"""What D's sum promises, and what reverting wins: ``python -m benchmarks.promises SEED_FOLDER [--out FOLDER]``
+"""What D's sum promises, and what reverting wins.
+
+``python -m benchmarks.questions.promises SEED_FOLDER [--out FOLDER]``.
 
 For three damaged pairs and two distances: the selected units' D, added up, and how much of the loss on the same prompts
 is gone when they are reverted, both in parts of the loss that there is. Then what the Hellinger distance owes to its ε.

@@ -1,4 +1,4 @@
-"""Do the lab's domains pull apart? ``python -m benchmarks.conflict SEED_FOLDER... [--out FOLDER]``
+"""Do the lab's domains pull apart? ``python -m benchmarks.questions.conflict SEED_FOLDER... [--out FOLDER]``
 
 Gradient cosines of the four domains at every checkpoint, on the calibration prompts; each beside what two halves of the
 same prompts say, since a cosine that the halves do not share is noise.
@@ -95,7 +95,8 @@ def main() -> None:
     asked = parser.parse_args()
     transformers_logging.disable_progress_bar()
     found = {folder.name: measure(folder) for folder in asked.seeds}
-    text = f"# Do the lab's domains pull apart?\n\n`python -m benchmarks.conflict`. {statement()}\n\n{report(found)}\n"
+    command = "`python -m benchmarks.questions.conflict SEED...`"
+    text = f"# Do the lab's domains pull apart?\n\n{command}. {statement()}\n\n{report(found)}\n"
     if asked.out is None:
         print(text)
     else:

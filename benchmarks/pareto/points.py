@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.changes import BASELINE, CONTROL, LIBRARY, TRAINED
 from benchmarks.lab.evaluate import bootstrap_interval
+from benchmarks.pareto.changes import BASELINE, CONTROL, LIBRARY, TRAINED
 from surgery.rows import EARLIER, LATER
 
 SCALE = 10_000  # stored per-item probabilities are whole numbers of 1/SCALE

@@ -1,4 +1,4 @@
-"""What comparing gradients costs, beside plain backward passes: ``python -m benchmarks.gradients [--layers N]``.
+"""What comparing gradients costs, beside plain backward passes: ``python -m benchmarks.speed.gradients [--layers N]``.
 
 Two domains of one batch each on a Qwen3-0.6B shape (random weights, bfloat16; ``--layers`` shrinks it); then a real
 training, watched and not watched in turn. Memory is the peak of anonymous memory above what it was before.

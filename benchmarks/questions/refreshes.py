@@ -1,4 +1,6 @@
-"""Refreshes in the lab: ``python -m benchmarks.refreshes SEED_FOLDER... [--reverse FOLDER...] [--out FOLDER]``.
+"""Refreshes in the lab.
+
+``python -m benchmarks.questions.refreshes SEED_FOLDER... [--reverse FOLDER...] [--out FOLDER]``.
 
 Four questions (the paper's Figures 9 and 11, its Appendix D.2, and one of ours):
 
@@ -31,9 +33,9 @@ from transformers.utils import logging as transformers_logging
 from benchmarks.hardware import statement
 from benchmarks.lab.domains import Item, read_items
 from benchmarks.lab.evaluate import Evaluator
+from benchmarks.lab.refresh import grpo, training_items
 from benchmarks.lab.train import GRPO, THIRD, Stage
-from benchmarks.refresh_grpo import grpo, training_items
-from benchmarks.refresh_report import draw, markdown
+from benchmarks.questions.refresh_report import draw, markdown
 from surgery import (  # fmt: skip
     DamageSelector,
     Neurons,
@@ -133,7 +135,7 @@ class Desk:
         """What D chooses on the calibration prompts."""
         if (budget, units) not in self._masks:
             data, _ = self.answered
-            self._masks[budget, units] = DamageSelector(budget, units=units).select(
+            self._masks[budget, units] = DamageSelector(budget, loss="hellinger", units=units).select(
                 replace(self.run, units=units), data
             )
         return self._masks[budget, units]

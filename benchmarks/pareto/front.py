@@ -7,8 +7,8 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.changes import BASELINE, LIBRARY, TRAINED, VARIANT
-from benchmarks.points import Point
+from benchmarks.pareto.changes import BASELINE, LIBRARY, TRAINED, VARIANT
+from benchmarks.pareto.points import Point
 from surgery.rows import CEILING, EARLIER, LATER
 
 if TYPE_CHECKING:

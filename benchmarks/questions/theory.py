@@ -1,4 +1,6 @@
-"""Where does the theory's picture hold in the lab? ``python -m benchmarks.theory SEED_FOLDER... [--out FOLDER]``
+"""Where does the theory's picture hold in the lab?
+
+``python -m benchmarks.questions.theory SEED_FOLDER... [--out FOLDER]``.
 
 Math was damaged by QA. The terms of Propositions 1 and 2, the damage in few dimensions, the constants, and Theorem 1's
 contraction, on the calibration prompts with their right answers as responses.
@@ -76,7 +78,7 @@ def measure(folder: Path) -> Found:
     whole = eigenspace(land, DIMENSIONS, steps=60)
     routes = eigenspace(land, DIMENSIONS, mask=active, steps=60)
     few = eigenspace(land, FEW, steps=60)
-    d = damage(run, data["math"])
+    d = damage(run, data["math"], loss="kl")  # as L_A
     parts = {
         f"the {FEW} directions of largest curvature": damage_split(land, few),
         f"the {DIMENSIONS} directions of largest curvature": damage_split(land, whole),

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.changes import BASELINE, BUDGETS, CONTROL, LIBRARY, REFERENCE, TRAINED, VARIANT
-from benchmarks.front import front
 from benchmarks.hardware import statement
-from benchmarks.points import OTHER, OURS, UNDECIDED, Point, Seed, contests, shown, verdict
+from benchmarks.pareto.changes import BASELINE, BUDGETS, CONTROL, LIBRARY, REFERENCE, TRAINED, VARIANT
+from benchmarks.pareto.front import front
+from benchmarks.pareto.points import OTHER, OURS, UNDECIDED, Point, Seed, contests, shown, verdict
 from surgery.rows import CEILING, EARLIER
 
 HEAD = """# Recovery, and what it costs elsewhere: every selector beside everything people use today

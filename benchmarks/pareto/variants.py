@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from scipy.optimize import minimize_scalar
 
-from benchmarks.changes import BUDGETS, VARIANT, Method, Reversal, Setting, wide
+from benchmarks.pareto.changes import BUDGETS, VARIANT, Method, Reversal, Setting, wide
 from surgery import Neurons, Trajectory, allocate, damage, distillation, earlier_model, rollback, strengths, top
 from surgery.attribution import check_wide
 from surgery.predictions import Divergence, Loss, positions, predicting

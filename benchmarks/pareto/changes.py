@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks import baselines
+from benchmarks.pareto import baselines
 from surgery import Trajectory, rollback
 from surgery.entries import Mask
 from surgery.prompts import Batch

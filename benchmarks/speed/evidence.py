@@ -1,4 +1,4 @@
-"""What the structural evidence costs, beside reading the files: ``python -m benchmarks.evidence``.
+"""What the structural evidence costs, beside reading the files: ``python -m benchmarks.speed.evidence``.
 
 Three checkpoints of a Qwen3-0.6B shape (random weights, bfloat16; ``--layers`` shrinks them) are made in a temporary
 folder: two stages, three comparisons. Every analysis is a process of its own; CPU seconds are of user and system
@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.hardware import statement
-from benchmarks.speed import make
+from benchmarks.speed.operations import make
 
 CHILD = """
 import sys, threading, time

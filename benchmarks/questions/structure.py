@@ -1,4 +1,4 @@
-"""The structural evidence of the lab: ``python -m benchmarks.structure SEED...`` (folders of seeds).
+"""The structural evidence of the lab: ``python -m benchmarks.questions.structure SEED...`` (folders of seeds).
 
 Prints Markdown: how far each stage moved the parameters, which neurons the domains change and use together, and
 whether the updates point the same way, beside chance. ``--figures FOLDER`` draws the figures of the first seed.
@@ -74,7 +74,9 @@ def main() -> None:
     parser.add_argument("seeds", nargs="*", type=Path, default=[Path("benchmarks/lab/seed0")])
     parser.add_argument("--figures", type=Path)
     asked = parser.parse_args()
-    print(f"# The structural evidence in the lab\n\n`python -m benchmarks.structure SEED...`\n\n{statement()}\n")
+    print(
+        f"# The structural evidence in the lab\n\n`python -m benchmarks.questions.structure SEED...`\n\n{statement()}\n"
+    )
     for at, seed in enumerate(asked.seeds):
         moved, changed, active, along, uniform = evidence(seed)
         print(f"## {seed.name}\n")

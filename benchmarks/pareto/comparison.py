@@ -25,15 +25,15 @@ import torch
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from benchmarks.baselines import differing
-from benchmarks.changes import REFERENCE, Method, Setting, applied
-from benchmarks.front import against_loss, against_size
 from benchmarks.hardware import statement
 from benchmarks.lab.domains import DOMAINS
 from benchmarks.lab.evaluate import Evaluator, Scores, bootstrap_interval
-from benchmarks.methods import methods
-from benchmarks.points import SCALE, Seed, points
-from benchmarks.report import markdown
+from benchmarks.pareto.baselines import differing
+from benchmarks.pareto.changes import REFERENCE, Method, Setting, applied
+from benchmarks.pareto.front import against_loss, against_size
+from benchmarks.pareto.methods import methods
+from benchmarks.pareto.points import SCALE, Seed, points
+from benchmarks.pareto.report import markdown
 from surgery import Trajectory, load_prompts
 from surgery.fingerprints import fingerprint
 

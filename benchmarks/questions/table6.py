@@ -1,4 +1,6 @@
-"""The paper's Table 6 in kind, on every lab seed: ``python -m benchmarks.table6 benchmarks/lab/seed0 [more seeds]``.
+"""The paper's Table 6 in kind, on every lab seed.
+
+``python -m benchmarks.questions.table6 benchmarks/lab/seed0 [more seeds]``.
 
 Math was trained after Code and then damaged by QA. Every selector at every budget, with recovery of Math and Δ on the
 other domains: the paper's selectors of MLP neurons, its joint MLP + attention selector, and D beside both. The layer

@@ -1,4 +1,4 @@
-"""What the operations cost, each beside the least that could be done: ``python -m benchmarks.speed``.
+"""What the operations cost, each beside the least that could be done: ``python -m benchmarks.speed.operations``.
 
 A Qwen3-0.6B-shaped pair (random weights, bfloat16, one file) is made in a temporary folder; ``--layers`` shrinks it.
 CPU seconds are of user and system together; memory is the peak of anonymous memory above the start's.

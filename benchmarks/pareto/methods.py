@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
-from benchmarks import baselines
-from benchmarks.changes import (
+from benchmarks.lab.domains import read_items
+from benchmarks.lab.refresh import STEPS, refreshed, training_items
+from benchmarks.pareto import baselines
+from benchmarks.pareto.changes import (
     BASELINE,
     BUDGETS,
     CONTROL,
@@ -22,10 +24,8 @@ from benchmarks.changes import (
     Setting,
     wide,
 )
-from benchmarks.lab.domains import read_items
-from benchmarks.refresh_grpo import STEPS, refreshed, training_items
-from benchmarks.table6 import CHANNELS, GROUPS, PAPER
-from benchmarks.variants import variants
+from benchmarks.pareto.variants import variants
+from benchmarks.questions.table6 import CHANNELS, GROUPS, PAPER
 from surgery import AMCSelector, DamageSelector, EntrySelector, Neurons, RandomSelector, strengths
 from surgery.rows import CEILING, EARLIER, LATER
 

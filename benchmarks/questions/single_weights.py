@@ -1,4 +1,4 @@
-"""Which single weights? ``python -m benchmarks.single_weights SEED_FOLDER... [--out FOLDER]``
+"""Which single weights? ``python -m benchmarks.questions.single_weights SEED_FOLDER... [--out FOLDER]``
 
 Math was damaged by QA. D of each weight, by KL and by the Hellinger distance, of all and of one kind of unit alone; the
 paper's A, M and C of each; and weights drawn at random, at equal numbers of weights.

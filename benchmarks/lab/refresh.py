@@ -1,6 +1,6 @@
 """A short GRPO refresh on the damaged domain with TRL, on all parameters or on a mask's units alone.
 
-``python -m benchmarks.refresh_grpo SEED_FOLDER [--budget 0.16] [--steps 20]`` chooses neurons and value channels by
+``python -m benchmarks.lab.refresh SEED_FOLDER [--budget 0.16] [--steps 20]`` chooses neurons and value channels by
 the damage score, refreshes Math after QA on them alone, and shows every domain before and after. Under a mask it is
 TRL's own ``GRPOTrainer``: with an optimiser made of the masked slices, and with ``surgery.Masked`` as a callback.
 

@@ -1,4 +1,4 @@
-"""What the curves of ``benchmarks.refreshes`` say: tables that a person reads, and pictures."""
+"""What the curves of ``benchmarks.questions.refreshes`` say: tables that a person reads, and pictures."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAMES = {"math": "Math", "code": "Code", "qa": "QA", "cw": "CW"}
 
 HEAD = """# Refreshes: a few training steps on the damaged domain
 
-Written by `python -m benchmarks.refreshes`. {statement}
+Written by `python -m benchmarks.questions.refreshes`. {statement}
 
 Scores: the probability of exactly the right answer on 256 items a domain, in %, mean ± standard deviation over the
 seeds ({seeds}). GRPO has the lab's own settings (32 training prompts × 8 samples a step, reward 1 for the right

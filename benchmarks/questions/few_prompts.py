@@ -1,4 +1,4 @@
-"""From how few unlabelled prompts? ``python -m benchmarks.few_prompts SEED_FOLDER... [--out FOLDER]``
+"""From how few unlabelled prompts? ``python -m benchmarks.questions.few_prompts SEED_FOLDER... [--out FOLDER]``
 
 Math was damaged by QA. Prompts are drawn from a pool of training prompts (none of them is an evaluation prompt), which
 the lab generates again from the seed. They lose their answers, and the earlier model writes its own; then D selects 2 %
@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from benchmarks.hardware import statement
 from benchmarks.lab.domains import Item
 from benchmarks.lab.evaluate import evaluator
-from benchmarks.refresh_grpo import training_items
+from benchmarks.lab.refresh import training_items
 from benchmarks.seeds import asked_for
 from surgery import (
     AMCSelector,

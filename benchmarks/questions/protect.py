@@ -1,4 +1,6 @@
-"""What does protecting the other domains buy, and cost? ``python -m benchmarks.protect SEED_FOLDER... [--out FOLDER]``
+"""What does protecting the other domains buy, and cost?
+
+``python -m benchmarks.questions.protect SEED_FOLDER... [--out FOLDER]``.
 
 Math was damaged by QA. D is reduced by ``weight`` times what reverting would cost QA, Code and CW; at budgets so large
 that plain D begins to hurt them.

@@ -1,4 +1,6 @@
-"""Can single weights be chosen so that other domains are protected? ``python -m benchmarks.protect_weights SEED...``
+"""Can single weights be chosen so that other domains are protected?
+
+``python -m benchmarks.questions.protect_weights SEED...``.
 
 Math was damaged by QA. The library refuses ``protect=`` with ``units="weight"``, and this is why. D of each weight is
 reduced by what reverting it costs QA, Code and CW: measured as the cost of neurons is (``reversal_cost``, where
@@ -19,14 +21,14 @@ from transformers import AutoTokenizer
 
 from benchmarks.hardware import statement
 from benchmarks.lab.evaluate import evaluator
-from benchmarks.protect import OTHERS, Judged, table
+from benchmarks.questions.protect import OTHERS, Judged, table
 from benchmarks.seeds import asked_for
 from surgery import Rollback, Trajectory, load_prompts, respond, reversal_cost, rollback
 from surgery.predictions import distillation
 from surgery.weight_damage import entry_gains
 from surgery.weight_selection import ROUNDS
 
-BUDGETS, WEIGHTS = (0.002, 0.01, 0.02, 0.04), (0.1, 0.3, 1.0)
+BUDGETS, WEIGHTS = (0.002, 0.01, 0.04), (0.3,)
 Found = dict[tuple[str, float], Judged]
 
 

@@ -117,7 +117,7 @@ FAMILIES = DENSE + MOE
 REPRESENTATIVES = {
     "mlp": ("llama", "phi3", "gpt2", "qwen2_moe", "gpt_oss", "llama4_text", "granitemoe", "jetmoe"),
     **dict.fromkeys(
-        ("kv_group", "query_head", "value_channel"),
+        ("kv_group", "value_channel"),
         ("qwen3_5_text", "gpt2", "gpt_bigcode", "codegen", "gpt_neox", "opt", "mpt", "gpt_oss"),
     ),
 }

@@ -76,7 +76,7 @@ class Repair:
         if self.outcome == "intact":
             return f"No significant loss: {_lost(self.metric, self.lost, self.sweep)}. Nothing was changed."
         fell = f"{_lost(self.metric, self.lost, self.sweep)}."
-        within = "".join(f", while {name} changes by {least:+g} or more" for name, least in self.limits.items())
+        within = "".join(f" while {name} loses at most {-least:g}" for name, least in self.limits.items())
         asked = f"{100 * self.wanted:g} % of what can be won back ({100 * self.goal:.0f} % of the loss){within}"
         if self.chosen is not None and self.mask is not None:
             taken = f"{self.chosen.neurons} of {self.mask.total} {self.mask.noun} ({self.mask.fraction:.2%})"
@@ -92,7 +92,7 @@ class Repair:
 
 def repair(
     run: Trajectory,
-    data: Iterable[Batch],
+    data: Iterable[Batch] | None,
     *,
     keep: Mapping[str, Iterable[Batch]] | Iterable[str] | None = None,
     recovery: float = 0.9,
@@ -120,7 +120,7 @@ def repair(
         run: a trajectory with ``earlier`` and ``later``; the later model is loaded once (``run.load``), and is
             bit-identical at the end, also after an error.
         data: prompts of the damaged domain. Without responses the earlier model answers them first, and any change of
-            its answers counts as a loss.
+            its answers counts as a loss. None only with ``evaluate`` and a selector that needs none.
         keep: prompts of domains that should not be hurt, by name (without responses the later model answers them); with
             ``evaluate`` the names of its metrics are enough.
         recovery: the wanted share of what can be won back, in (0, 1].
@@ -149,8 +149,10 @@ def repair(
     if not 0 < recovery <= 1:
         raise ValueError(f"recovery={recovery!r}: expected a share in (0, 1] (0.9 is 90 % of what can be won back)")
     run.check_whole()
-    batches, notes = list(batches_of(data)), []
+    batches, notes = None if data is None else list(batches_of(data)), []
     if evaluate is None:
+        if batches is None:
+            raise ValueError("the loss is measured on prompts of the damaged domain: pass data, or evaluate=")
         metric, kept = metric or "damaged", _kept(run, keep, metric or "damaged")
         if any("labels" not in batch for batch in batches):
             notes.append(

@@ -199,11 +199,11 @@ def run(folder, hidden, layers):
         model.save_pretrained(f"{folder}/{hidden}/{name}")
         for p in model.parameters():
             p.data += 0.001
-    folders = {name: f"{folder}/{hidden}/{name}" for name in ("earlier", "later")}
-    live = Trajectory(**folders).load()
+    run = Trajectory(**{name: f"{folder}/{hidden}/{name}" for name in ("earlier", "later")})
+    live = run.load()
     for p in live.parameters():
         p.data = p.data.clone()  # in memory of its own, not the file's
-    return Trajectory(**folders, model=live), sum(p.numel() * p.element_size() for p in live.parameters()) / 2**20
+    return run, sum(p.numel() * p.element_size() for p in live.parameters()) / 2**20
 
 kept, add = [], attribution._Total.add
 if sys.argv[1] == "mutant":

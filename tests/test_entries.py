@@ -476,7 +476,7 @@ def test_sweep_and_recommend_measure_single_weights():
         return {"like earlier": -float(divergence(earlier, model, data)), "other": 0.0}
 
     kinds = [EntrySelector(0.1), EntrySelector(0.1, stop=False)]
-    table = sweep(later, run, data, selectors=kinds, budgets=[0.0005, 0.01], evaluate=evaluate)
+    table = sweep(run, data, selectors=kinds, budgets=[0.0005, 0.01], evaluate=evaluate)
     names = [row.selector for row in table]
     assert names[2] == "ceiling (all units (neurons and KV groups))"
     assert [row.neurons for row in table["D of single weights, no stop"]] == [
@@ -484,7 +484,7 @@ def test_sweep_and_recommend_measure_single_weights():
     ]
     (small, large) = table["D of single weights"]
     assert 0 < (small.recovery or 0) < (large.recovery or 0)
-    found = recommend(later, run, data, selector=kinds[1], evaluate=evaluate, recovery=0.2, budgets=[0.001, 0.01, 0.1])
+    found = recommend(run, data, selector=kinds[1], evaluate=evaluate, recovery=0.2, budgets=[0.001, 0.01, 0.1])
     assert found.nested
     assert found.ceiling.selector == names[2]
     assert "with all units (neurons and KV groups)" in str(found)

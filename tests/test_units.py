@@ -724,7 +724,7 @@ def test_a_sweep_over_kinds_has_a_ceiling_for_each():
         return {"math": sum(float((state[n] == old[n]).double().mean()) for n in state)}
 
     selectors = [AMCSelector(0.0, "MC", "MC", units=u) for u in (None, "kv_group", ("mlp", "kv_group"))]
-    table = sweep(model, Trajectory(**models), None, selectors=selectors, budgets=[0.5], evaluate=evaluate)
+    table = sweep(Trajectory(**models), None, selectors=selectors, budgets=[0.5], evaluate=evaluate)
     names = ["ceiling (all MLP neurons)", "ceiling (all KV groups)", "ceiling (all units (neurons and KV groups))"]
     assert [row.selector for row in table][2:5] == names
     assert [row.neurons for row in table][2:5] == [96, 4, 100]
@@ -733,7 +733,7 @@ def test_a_sweep_over_kinds_has_a_ceiling_for_each():
     assert rows["M×C of KV groups"].neurons == 2
     assert rows[names[2]].recovery == pytest.approx(rows[names[0]].recovery + rows[names[1]].recovery)
     assert same(snapshot(model), before)
-    empty = sweep(model, Trajectory(**models), None, selectors=[], budgets=[], evaluate=evaluate)
+    empty = sweep(Trajectory(**models), None, selectors=[], budgets=[], evaluate=evaluate)
     assert [row.selector for row in empty][2:] == names[:1]
 
 
@@ -744,10 +744,10 @@ def test_a_sweeps_file_is_of_one_kind(tmp_path):
         selectors=[RandomSelector(0.5)], budgets=[0.5], evaluate=lambda _: {"math": 1.0}, path=tmp_path / "rows"
     )
     for _ in range(2):
-        sweep(models["later"], Trajectory(**models, units="kv_group"), None, **rest)
+        sweep(Trajectory(**models, units="kv_group"), None, **rest)
     for units in ("mlp", ("mlp", "kv_group")):
         with pytest.raises(ValueError, match="other checkpoints or units"):
-            sweep(models["later"], Trajectory(**models, units=units), None, **rest)
+            sweep(Trajectory(**models, units=units), None, **rest)
 
 
 def test_a_mask_file_says_which_units_it_holds(tmp_path):

@@ -253,12 +253,12 @@ def test_sweep_and_recommend_rank_single_weights_by_letters():
         return {"same": float((model.model.layers[0].mlp.up_proj.weight == weight).float().mean()), "other": 0.0}
 
     kinds = [EntrySelector(0.1, "M"), EntrySelector(0.1, "AMC", "proportional")]
-    table = sweep(later, run, data, selectors=kinds, budgets=[0.01, 0.1], evaluate=evaluate)
+    table = sweep(run, data, selectors=kinds, budgets=[0.01, 0.1], evaluate=evaluate)
     assert [row.neurons for row in table["M of single weights"]] == [
         round(budget * entry_traits(run, None, "M").flat.numel()) for budget in (0.01, 0.1)
     ]
     assert [row.selector for row in table][2] == "ceiling (all units (neurons and KV groups))"
-    found = recommend(later, run, data, selector=kinds[0], evaluate=evaluate, recovery=0.1, budgets=[0.01, 0.1, 0.5])
+    found = recommend(run, data, selector=kinds[0], evaluate=evaluate, recovery=0.1, budgets=[0.01, 0.1, 0.5])
     assert found.nested
     assert found.budget is not None
     assert same(snapshot(later), before)

@@ -75,7 +75,7 @@ def measure(folder: Path) -> tuple[Sweep, dict[str, dict[str, int]]]:
     data = load_prompts(folder / "data" / "math.calibration.jsonl", folder / "qa")
     score = evaluator(folder / "data", AutoTokenizer.from_pretrained(folder / "qa"))
     found = sweep(
-        run.load(), run, data, selectors=NEURONS + JOINT, budgets=BUDGETS, evaluate=score, metric="math", progress=print
+        run, data, selectors=NEURONS + JOINT, budgets=BUDGETS, evaluate=score, metric="math", progress=print
     )
     at_two = [replace(selector, budget=0.02) for selector in PAPER]
     return found, {selector.name: selector.select(run, data).count() for selector in at_two}

@@ -115,7 +115,7 @@ def rollback(
             leaves them; else the blend is computed in float32 and rounded to the weights' dtype. Beyond 1 it goes on
             past the earlier values, and writes numbers that no checkpoint had.
         keep_on: where the originals are kept (default: beside the weights).
-        layout: where the neurons lie (default: found).
+        layout: where the neurons lie (default: found); also of ``to``, where its tensors have the same names.
 
     Returns:
         A report that is also the undo; as a ``with`` block it undoes itself on exit.
@@ -130,7 +130,7 @@ def rollback(
     """
     live = open_weights(model, layout, units=units_of_mask(mask))
     check_strength(strength, live.layout)
-    source = open_weights(to, layout if layout is None or layout.fits(tensors_of(to)) else None, live)
+    source = _opened(to, layout, live)
     edits = list(edits_of(live.layout, mask, "the model"))
     warn_if_made_for_others(mask, earlier=source)
     check_writable(live, edits)
@@ -163,6 +163,15 @@ def rollback(
         _put_back(old)
         raise
     return done
+
+
+def _opened(to: Source, layout: Layout | None, later: Weights) -> Weights:
+    """The earlier checkpoint by the user's layout, where that names its tensors, else by the one that is found there.
+
+    A live model and its folder may hold one neuron under different names, so a layout of the one need not fit the
+    other.
+    """
+    return open_weights(to, layout if layout is None or layout.fits(tensors_of(to)) else None, later)
 
 
 def _put_back(old: list[tuple[Tensor, Edit, Tensor]]) -> None:
@@ -275,7 +284,7 @@ def rolled_back(
     """
     opened = open_weights(later, layout, units=units_of_mask(mask))
     check_strength(strength, opened.layout)
-    view = RolledBack(opened, open_weights(to, None, opened), mask, strength)
+    view = RolledBack(opened, _opened(to, layout, opened), mask, strength)
     warn_if_made_for_others(mask, earlier=view.source, later=opened)
     for name in view._edits:
         if opened.tensors[name].dtype not in REAL:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.hardware import statement
-from benchmarks.seeds import asked_for
+from benchmarks.seeds import asked_for, write
 from surgery import Neurons, Trajectory, allocate, damage, distillation, earlier_model, load_prompts, rollback, top
 from surgery import predictions as measured
 from surgery.attribution import promised
@@ -127,8 +127,7 @@ def main() -> None:
         f"{table('| ε', BUDGETS[:-1], by_epsilon(pair))}\n\nRounding its logits to bfloat16 moves the later model's "
         f"predictions by a Hellinger distance of {rounding(pair):.4f} (mean over tokens, without ε).\n"
     )
-    (out / "promises.md").write_text(text, encoding="utf-8")
-    print(text)
+    write(out, "promises", text)
 
 
 if __name__ == "__main__":

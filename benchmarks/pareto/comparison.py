@@ -5,7 +5,7 @@ each value of its knob. Writes ``pareto.json.gz`` (all rows), ``pareto.md`` (tab
 checkpoints and data that ``pareto.json.gz`` already holds are not measured again: after a change of a selector say
 ``--fresh``, which measures all. Without a seed folder tables and pictures are drawn from the rows alone.
 
-Seeds of another order of training: ``SEED_FOLDER:math,code,qa`` (the third stage does the damage).
+Seeds of another order of training: ``SEED_FOLDER:code,qa,math`` (the third stage does the damage).
 """
 
 from __future__ import annotations
@@ -202,11 +202,11 @@ def measure_pair(folder: Path, pair: Pair, store: Store) -> dict[str, Any]:
 
 
 def asked_for(text: str) -> tuple[Path, tuple[str, ...]]:
-    """A seed folder and the order of its stages: ``folder`` or ``folder:math,code,qa``."""
+    """A seed folder and the order of its stages: ``folder`` or ``folder:code,qa,math``."""
     folder, _, order = text.partition(":")
     stages = tuple(order.split(",")) if order else ORDER
     if len(stages) < 3:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected three stages after the colon, like :math,code,qa")
+        raise argparse.ArgumentTypeError(f"{text!r}: expected three stages after the colon, like :code,qa,math")
     return Path(folder), stages
 
 

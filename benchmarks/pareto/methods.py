@@ -6,8 +6,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
-
 from benchmarks.lab.domains import read_items
 from benchmarks.lab.refresh import STEPS, refreshed, training_items
 from benchmarks.pareto import baselines
@@ -25,10 +23,19 @@ from benchmarks.pareto.changes import (
     wide,
 )
 from benchmarks.pareto.variants import variants
-from benchmarks.questions.table6 import CHANNELS, GROUPS, PAPER
-from surgery import AMCSelector, DamageSelector, EntrySelector, Neurons, RandomSelector, strengths
-from surgery.rows import CEILING, EARLIER, LATER
+from surgery import AMCSelector, DamageSelector, EntrySelector, RandomSelector, strengths
+from surgery.rows import EARLIER, LATER, ceiling_of
 
+GROUPS, CHANNELS = ("mlp", "kv_group"), ("mlp", "value_channel")
+PAPER = (
+    RandomSelector(0.01),
+    AMCSelector(0.01, "AM", "AM"),
+    AMCSelector(0.01, "AC", "AC"),
+    AMCSelector(0.01, "MC", "MC"),
+    AMCSelector(0.01, "AMC", "AMC"),
+    AMCSelector(0.01, "A", "AMC"),
+    AMCSelector(0.01, "A", "A"),
+)
 WEIGHTS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.04)
 FRACTIONS = (0.001, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64)
 ALPHAS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -45,7 +52,7 @@ def methods(setting: Setting) -> list[Method]:
     fixed = [
         Method(LATER, REFERENCE, "", (0.0,), _nothing),
         Method(EARLIER, REFERENCE, "", (1.0,), _interpolated),
-        Method(CEILING, LIBRARY, "β", (1.0,), _everything),
+        *map(ceiling, (("mlp",), GROUPS, CHANNELS)),
         *map(of_selector, selectors(setting)),
         *map(going_further, (DamageSelector(0.01, units=units) for units in (None, CHANNELS, GROUPS))),
         *(going_further(DamageSelector(0.01, loss="hellinger", units=units)) for units in (None, CHANNELS)),
@@ -86,6 +93,7 @@ def selectors(setting: Setting) -> list[Any]:
         DamageSelector(0.01, units="value_channel"),
         DamageSelector(0.01, units=CHANNELS),
         DamageSelector(0.01, units=GROUPS),
+        RandomSelector(0.01, units=GROUPS),
         AMCSelector(0.01, units=GROUPS),
         EntrySelector(0.01),
         EntrySelector(0.01, "AMC"),
@@ -107,9 +115,19 @@ def of_selector(selector: Any) -> Method:
         return Reversal(one.select(setting.run, setting.data))
 
     if drawn:
-        return Method(f"{selector.name} neurons", CONTROL, "β", BUDGETS, change, DRAWS)
+        name = selector.name if selector.units else f"{selector.name} neurons"
+        return Method(name, CONTROL, "β", BUDGETS, change, DRAWS)
     single = isinstance(selector, EntrySelector)
     return Method(selector.name, LIBRARY, "entries" if single else "β", WEIGHTS if single else BUDGETS, change)
+
+
+def ceiling(units: tuple[str, ...]) -> Method:
+    """Every unit of those kinds."""
+
+    def change(setting: Setting, value: float, draw: int) -> Change:
+        return Reversal(RandomSelector(1.0, units=units).select(setting.run))
+
+    return Method(ceiling_of(units), LIBRARY, "β", (1.0,), change)
 
 
 def going_further(selector: DamageSelector) -> Method:
@@ -142,11 +160,6 @@ def _random_entries(setting: Setting, value: float, draw: int) -> Change:
 
 def _neurons(setting: Setting, value: float, draw: int) -> Change:
     return Reversal(AMCSelector(value, "M", "M", how="global").select(setting.run))
-
-
-def _everything(setting: Setting, value: float, draw: int) -> Change:
-    (later,) = setting.run.weights("later")
-    return Reversal(Neurons({name: torch.ones(size, dtype=torch.bool) for name, size in later.layout.sizes.items()}))
 
 
 def _layers(setting: Setting, value: float, draw: int) -> Change:

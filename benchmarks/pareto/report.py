@@ -11,11 +11,11 @@ from benchmarks.hardware import statement
 from benchmarks.pareto.changes import BASELINE, BUDGETS, CONTROL, LIBRARY, REFERENCE, TRAINED, VARIANT
 from benchmarks.pareto.front import front
 from benchmarks.pareto.points import OTHER, OURS, UNDECIDED, Point, Seed, contests, shown, verdict
-from surgery.rows import CEILING, EARLIER
+from surgery.rows import CEILING, EARLIER, is_ceiling
 
 HEAD = """# Recovery, and what it costs elsewhere: every selector beside everything people use today
 
-Written by `python -m benchmarks.pareto`; how it was done: [README.md](README.md). {statement}
+Written by `python -m benchmarks.pareto`; [how it was done](#how-it-was-done). {statement}
 
 All numbers but seconds in %. Recovery: mean ± standard deviation over seeds, in brackets its 95 % interval (paired
 bootstrap over evaluation items within each seed; it says nothing about other seeds). Touched: parameters whose bits
@@ -24,6 +24,43 @@ in each seed, mean over seeds (below 0 something is lost). Seconds: choosing and
 without the evaluation. β: a share of the neurons, of units of several kinds of their parameters; entries: a share of
 the weights that may be taken.
 """
+
+HOW = """## How it was done
+
+On live models, what is done today about an earlier skill that a later stage damaged. Each method edits the later
+checkpoint, at every value of its knob; the edited model is evaluated and put back bit for bit. All values are in this
+report and in `pareto.json.gz`; none was left out and none was chosen.
+
+**Axes.** Recovery of the damaged domain; the change on every other domain, of which the worst counts; parameters whose
+bits differ from the later model's, after rounding to the checkpoint's bf16; seconds to choose and write, or to train.
+Scores are exact probabilities of the right answer on 256 items a domain, so they have no sampling noise. Intervals
+resample items within a seed (paired, 2 000 times, the same items for every method); the spread between seeds is the ±.
+A seed that did not lose significantly is left out: it has nothing to recover.
+
+**What each may see.** The selectors see the 128 calibration prompts of the damaged domain, never an evaluation item;
+A, M and C see what they need of them and of the checkpoints. Strengths are fitted to the same prompts, on a copy in
+float32. The baselines see only weights. Random controls are drawn three times and averaged.
+
+| method | what was taken | what is ours |
+|---|---|---|
+| WiSE-FT | θB + α (θA − θB), all parameters (arXiv 2109.01903) | θA takes the place of the zero-shot model; α = 1 is full restoration |
+| most-changed entries | ParamRestore: single entries with the largest abs(δB) / (abs(θA) + 1e-8) of all layers' weights together, without norms and embeddings (its default region) | ranked in float32; the tool ranks in bf16 by default |
+| most-changed neurons | the largest ‖δB,n‖ of the whole model (what marv does) | the neurons are those of the library's layout |
+| layers | whole layers set back: attention, MLP, norms | most changed first (by ‖δB‖), and each layer alone: all are shown, so the best of them is chosen by the reader, on evaluation items |
+| TIES trim | the first step of TIES (arXiv 2306.01708): per tensor keep the share `density` of δB's largest entries | with one task vector the other two steps do nothing. What is dropped is reverted, so this reverts the *least* changed entries |
+| DARE | drop entries of δB with probability p, divide the rest by 1 − p (arXiv 2311.03099) | applied to one δB, not to a merge. What stays moves *away* from θA |
+| spectral | DG-Hard (Spectral Unforgetting): per matrix of at least 1 024 entries keep the singular values of δB above factor · ω(β) · median / μ(β) (arXiv 1305.5870); the tool's factor is 1 | the sweep over the factor; bits are copied where all or nothing stays |
+| GRPO | the damaged domain's own stage in `lab/train.py` (rate, group size), 5, 10 and 20 steps from the later checkpoint, in float32, rounded to bf16 | once on the 128 calibration prompts, once on the training prompts; one run each |
+
+**Reading it.** *Who wins* takes, within a bound on the loss elsewhere or on the parameters touched, the best point of
+the library's selectors and the best of everything else that trains nothing, and names a winner only where the paired
+interval of their difference leaves out zero. Both are maxima over many points on the same items, so both are a little
+too good; the side with more points gains more from that, and the library has more. Most baselines touch attention, norms
+or embeddings as well, which neuron selectors can't: the ceiling row says what all MLP neurons give.
+
+**Seeds of another order** of training: `SEED_FOLDER:code,qa,math` (the third stage does the damage). Rows of the same
+checkpoints and prompts are taken from `pareto.json.gz`, not measured again; `--fresh` measures all.
+"""  # noqa: E501
 
 
 FITTED = "D, strengths ≤ 2", "D (Hellinger), strengths ≤ 2"
@@ -63,7 +100,7 @@ def markdown(runs: Mapping[str, Sequence[Mapping[str, Any]]], found: Mapping[str
         parts.append(
             f"<details><summary>Everything, at every value of its knob</summary>\n\n{everything}\n</details>\n"
         )
-    return "\n".join(parts)
+    return "\n".join([*parts, HOW])
 
 
 def _references(group: Sequence[Mapping[str, Any]]) -> str:
@@ -85,13 +122,15 @@ def _budgets(found: Sequence[Point]) -> str:
     """Recovery of everything that reverts whole neurons or units, by budget."""
     lines = ["| | " + " | ".join(f"{100 * b:g} %" for b in BUDGETS) + " | touched | worst Δ | seconds |"]
     lines.append("|---|" + "---|" * (len(BUDGETS) + 3))
-    of_units = [point for point in found if point.knob == "β" and point.kind != VARIANT and point.method != CEILING]
+    of_units = [
+        point for point in found if point.knob == "β" and point.kind != VARIANT and not is_ceiling(point.method)
+    ]
     for name, row in _curves(of_units).items():
         last = f"{100 * row[-1].touched:.1f} | {100 * min(point.worst for point in row):+.2f}"
         seconds = np.mean([point.seconds for point in row])
         lines.append(f"| {name} | " + " | ".join(map(_recovery, row)) + f" | {last} | {seconds:.2f} |")
     for point in found:
-        if point.method in (CEILING, EARLIER):
+        if point.method == EARLIER or is_ceiling(point.method):
             last = f"{100 * point.touched:.1f} | {100 * point.worst:+.2f} | {point.seconds:.2f} |"
             lines.append(f"| {point.method} | " + " | " * (len(BUDGETS) - 1) + f"{_recovery(point)} | {last}")
     return "\n".join(lines) + "\n\nTouched at the largest budget; the worst Δ over all budgets.\n"

@@ -6,16 +6,14 @@ same prompts say, since a cosine that the halves do not share is noise.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers.utils import logging as transformers_logging
 
 from benchmarks.hardware import statement
+from benchmarks.seeds import asked_for, write
 from surgery import Gradients, GradientSeries, Trajectory, gradients_along, load_prompts
-from surgery.gradient_plots import gradient_courses, gradient_extremes, gradient_heatmap
 
 DOMAINS, STAGES = ("math", "code", "qa", "cw"), ("base", "code", "math", "qa", "cw")
 
@@ -79,29 +77,12 @@ def report(found: dict[str, tuple[GradientSeries, GradientSeries]]) -> str:
     )
 
 
-def draw(series: GradientSeries, folder: Path) -> None:
-    """The figures of one seed: the modules after Math, and the strongest over the checkpoints."""
-    after = series.stages["math"]
-    drawn = {kind: gradient_heatmap(after, kind) for kind in ("attention", "mlp")}
-    for name, ax in {**drawn, "extremes": gradient_extremes(after), "stages": gradient_courses(series)}.items():
-        ax.figure.savefig(folder / f"conflict-{name}.png")  # type: ignore[union-attr]
-
-
 def main() -> None:
-    """Measure every seed and print or write the tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("seeds", nargs="+", type=Path)
-    parser.add_argument("--out", type=Path)
-    asked = parser.parse_args()
-    transformers_logging.disable_progress_bar()
-    found = {folder.name: measure(folder) for folder in asked.seeds}
+    """Measure every seed and write the tables."""
+    seeds, out = asked_for(__doc__)
+    found = {folder.name: measure(folder) for folder in seeds}
     command = "`python -m benchmarks.questions.conflict SEED...`"
-    text = f"# Do the lab's domains pull apart?\n\n{command}. {statement()}\n\n{report(found)}\n"
-    if asked.out is None:
-        print(text)
-    else:
-        (asked.out / "conflict.md").write_text(text, encoding="utf-8")
-        draw(next(iter(found.values()))[0], asked.out)
+    write(out, "conflict", f"# Do the lab's domains pull apart?\n\n{command}. {statement()}\n\n{report(found)}\n")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from benchmarks.hardware import statement
 from benchmarks.lab.domains import Item
 from benchmarks.lab.evaluate import evaluator
 from benchmarks.lab.refresh import training_items
-from benchmarks.seeds import asked_for
+from benchmarks.seeds import asked_for, write
 from surgery import (
     AMCSelector,
     DamageSelector,
@@ -110,9 +110,8 @@ def main() -> None:
         f"training prompts, none of which is evaluated on (all: the whole pool). The picture: {seeds[0].name}. "
         f"{statement()}\n\n{table(found)}\n"
     )
-    (out / "few-prompts.md").write_text(text, encoding="utf-8")
+    write(out, "few-prompts", text)
     picture(found[0]).savefig(out / "few-prompts.png")
-    print(text)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.hardware import statement
-from benchmarks.seeds import asked_for
-from benchmarks.variants import integrated
+from benchmarks.seeds import asked_for, write
 from surgery import Neurons, Trajectory, allocate, damage, distillation, earlier_model, load_prompts, rollback, top
 from surgery import predictions as measured
 from surgery.attribution import promised
@@ -72,7 +71,7 @@ def rows(folder: Path) -> Iterator[str]:
                 whole = scores.made_by["damage"]["loss"]
                 masks = [pair.best(scores, budget) for budget in BUDGETS]
                 parts = [(promised(scores, one) / whole, pair.won(pair.losses[loss], one) / whole) for one in masks]
-                along = sum(float(part.double().sum()) for part in integrated(pair.run, pair.data, 4, loss).values())
+                along = damage(pair.run, pair.data, loss=loss, nodes=4).made_by["damage"]["sum"]
                 told = [f"{domain} by {stage}", name, loss, f"{whole:.4f}", f"{scores.made_by['damage']['sum']:.4f}"]
                 yield "| " + " | ".join([*told, f"{along:.4f}", *(f"{p:.2f}, {w:.2f}" for p, w in parts)]) + " |"
 
@@ -128,8 +127,7 @@ def main() -> None:
         f"{table('| ε', BUDGETS[:-1], by_epsilon(pair))}\n\nRounding its logits to bfloat16 moves the later model's "
         f"predictions by a Hellinger distance of {rounding(pair):.4f} (mean over tokens, without ε).\n"
     )
-    (out / "promises.md").write_text(text, encoding="utf-8")
-    print(text)
+    write(out, "promises", text)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from benchmarks.hardware import statement
 from benchmarks.lab.evaluate import evaluator
-from benchmarks.seeds import asked_for
+from benchmarks.seeds import asked_for, write
 from surgery import DamageSelector, Trajectory, load_prompts, rollback
 from surgery.scores import remembered
 
@@ -103,9 +103,8 @@ def main() -> None:
         f"[protect.png](protect.png). Weight 0.3 on the other pairs: `python -m benchmarks.pareto`. "
         f"{statement()}\n\n{table(found, BUDGETS, 'weight')}\n"
     )
-    (out / "protect.md").write_text(text, encoding="utf-8")
+    write(out, "protect", text)
     curves(found).savefig(out / "protect.png")
-    print(text)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer
 from benchmarks.hardware import statement
 from benchmarks.lab.evaluate import evaluator
 from benchmarks.questions.protect import OTHERS, Judged, table
-from benchmarks.seeds import asked_for
+from benchmarks.seeds import asked_for, write
 from surgery import Rollback, Trajectory, load_prompts, respond, reversal_cost, rollback
 from surgery.predictions import distillation
 from surgery.weight_damage import entry_gains
@@ -136,8 +136,7 @@ def main() -> None:
         f"without a stop. {statement()}\n\n{rows}\n\n## How far costs cancel\n\nIn nats per response token, where "
         f"everything is reverted; means over seeds.\n\n{sums}\n"
     )
-    (out / "protect-weights.md").write_text(text, encoding="utf-8")
-    print(text)
+    write(out, "protect-weights", text)
 
 
 if __name__ == "__main__":

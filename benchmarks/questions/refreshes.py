@@ -52,7 +52,7 @@ from surgery.prompts import Batch
 from surgery.refresh_copies import Leaves
 
 BATCH = 32
-BUDGETS = (0.02, 0.16)
+BUDGETS, CHANNELS = (0.02, 0.16), ("mlp", "value_channel")
 # chosen on seed 0 among 1e-4, 3e-4, 1e-3 and 3e-3: the fewer parameters are trained, the faster
 RATES = {("KL", None): 1e-4, ("GRPO", None): 3e-4, **{(kind, 0.02): 1e-3 for kind in ("KL", "GRPO")},
          **{(kind, 0.16): 3e-4 for kind in ("KL", "GRPO")}}  # fmt: skip
@@ -172,11 +172,11 @@ def re_math(folder: Path) -> Iterator[tuple[str, Callable[[Curve], None]]]:
     yield "GRPO", lambda curve: trained(desk, curve, "math", plan)
 
     def masked(curve: Curve) -> None:
-        trained(desk, curve, "math", plan, desk.mask(0.16, ("mlp", "value_channel")))
+        trained(desk, curve, "math", plan, desk.mask(0.16, CHANNELS))
 
     yield "GRPO on D 16 % neurons + value channels", masked
     yield "KL", lambda curve: costed(desk, curve, "KL", None, None, False, lambda step: True)
-    yield "rollback of D 16 % neurons + value channels", partial(rolled, desk, 0.16, ("mlp", "value_channel"))
+    yield "rollback of D 16 % neurons + value channels", partial(rolled, desk, 0.16, CHANNELS)
 
 
 def orders(folder: Path) -> Iterator[tuple[str, Callable[[Curve], None]]]:
@@ -199,20 +199,17 @@ def at_equal_cost(folder: Path) -> Iterator[tuple[str, Callable[[Curve], None]]]
     yield "earlier", partial(reference, desk)
     for kind in ("KL", "KL, fresh prompts", "GRPO"):
         yield f"{kind}: all parameters", partial(costed, desk, kind=kind, budget=None, units=None, first=False)
-    kinds = {"neurons": "mlp", "neurons + value channels": ("mlp", "value_channel")}
     for budget in BUDGETS:
-        for noun, units in kinds.items():
-            what = f"D {100 * budget:g} % {noun}"
-            yield f"rollback: {what}", partial(rolled, desk, budget, units)
-            for kind in ("KL", "GRPO"):
-                given = {"kind": kind, "budget": budget, "units": units}
-                yield f"{kind}: {what}", partial(costed, desk, first=False, **given)
-                if kind == "KL" or "channels" in noun:
-                    yield f"rollback, then {kind}: {what}", partial(costed, desk, first=True, **given)
-                    whole = {**given, "everywhere": True}
-                    yield f"rollback, then {kind} of all: {what}", partial(costed, desk, first=True, **whole)
-    for kind in ("KL", "GRPO"):
-        yield f"{kind}: random 2 % neurons", partial(costed, desk, kind=kind, budget=0.02, units="random", first=False)
+        what, given = f"D {100 * budget:g} % neurons + value channels", {"budget": budget, "units": CHANNELS}
+        yield f"rollback: {what}", partial(rolled, desk, budget, CHANNELS)
+        for kind in ("KL", "GRPO"):
+            yield f"{kind}: {what}", partial(costed, desk, kind=kind, first=False, **given)
+            whole = partial(costed, desk, kind=kind, first=True, everywhere=True, **given)
+            yield f"rollback, then {kind} of all: {what}", whole
+    for name, units in (("D", "mlp"), ("random", "random")):
+        for kind in ("KL", "GRPO"):
+            alone = partial(costed, desk, kind=kind, budget=0.02, units=units, first=False)
+            yield f"{kind}: {name} 2 % neurons", alone
 
 
 def reference(desk: Desk, curve: Curve) -> None:

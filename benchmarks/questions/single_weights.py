@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from benchmarks.hardware import statement
 from benchmarks.lab.evaluate import evaluator
-from benchmarks.seeds import asked_for
+from benchmarks.seeds import asked_for, write
 from surgery import DamageSelector, EntrySelector, RandomSelector, Trajectory, load_prompts, rollback
 from surgery.scores import remembered
 
@@ -89,8 +89,7 @@ def main() -> None:
         f"those of one kind are chosen from); all but D with its stop take as many as they may. Δ: the worst of the "
         f"other domains in points, mean over seeds, at the budget where it is worst. {statement()}\n\n{table(found)}\n"
     )
-    (out / "single-weights.md").write_text(text, encoding="utf-8")
-    print(text)
+    write(out, "single-weights", text)
 
 
 if __name__ == "__main__":

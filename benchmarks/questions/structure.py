@@ -1,15 +1,15 @@
-"""The structural evidence of the lab: ``python -m benchmarks.questions.structure SEED...`` (folders of seeds).
+"""The structural evidence of the lab: ``python -m benchmarks.questions.structure SEED_FOLDER... [--out FOLDER]``
 
-Prints Markdown: how far each stage moved the parameters, which neurons the domains change and use together, and
-whether the updates point the same way, beside chance. ``--figures FOLDER`` draws the figures of the first seed.
+How far each stage moved the parameters, which neurons the domains change and use together, and whether the updates
+point the same way, beside chance. The figures are of the first seed.
 """
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from benchmarks.hardware import statement
+from benchmarks.seeds import asked_for, write
 from surgery import (
     Changes,
     Directions,
@@ -68,30 +68,32 @@ def draw(folder: Path, moved: Changes, changed: Overlap, active: Overlap, along:
     plots.directional_cosine(along).figure.savefig(folder / "evidence-directions.png")
 
 
+def section(seed: Path, found: tuple[Changes, Overlap, Overlap, Directions, Directions]) -> str:
+    """One seed's tables."""
+    moved, changed, active, along, uniform = found
+    per_layer = [table for table in uniform.tables() if "math–qa" in table.title or "top" in table.title]
+    parts = [
+        f"## {seed.name}\n",
+        markdown(moved.tables()[0]),
+        f"Changed neurons: mean Jaccard {changed.mean:.3f}\n",
+        markdown(changed.tables()[0]),
+        f"Active neurons in the last checkpoint: mean Jaccard {active.mean:.3f}\n",
+        markdown(active.tables()[0]),
+        "Directions on the most changed neurons of the whole model, then of every layer:\n",
+        markdown(along.tables()[0]),
+        *map(markdown, per_layer),
+    ]
+    return "\n".join(parts)
+
+
 def main() -> None:
-    """Measure every seed and print it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("seeds", nargs="*", type=Path, default=[Path("benchmarks/lab/seed0")])
-    parser.add_argument("--figures", type=Path)
-    asked = parser.parse_args()
-    print(
-        f"# The structural evidence in the lab\n\n`python -m benchmarks.questions.structure SEED...`\n\n{statement()}\n"
-    )
-    for at, seed in enumerate(asked.seeds):
-        moved, changed, active, along, uniform = evidence(seed)
-        print(f"## {seed.name}\n")
-        print(markdown(moved.tables()[0]))
-        print(f"Changed neurons: mean Jaccard {changed.mean:.3f}\n")
-        print(markdown(changed.tables()[0]))
-        print(f"Active neurons in the last checkpoint: mean Jaccard {active.mean:.3f}\n")
-        print(markdown(active.tables()[0]))
-        print("Directions on the most changed neurons of the whole model, then of every layer:\n")
-        print(markdown(along.tables()[0]))
-        print(
-            "\n".join(markdown(table) for table in uniform.tables() if "math–qa" in table.title or "top" in table.title)
-        )
-        if asked.figures and at == 0:
-            draw(asked.figures, moved, changed, active, uniform)
+    """Measure every seed, write the tables, draw the first seed's figures."""
+    seeds, out = asked_for(__doc__)
+    found = [evidence(seed) for seed in seeds]
+    head = "# The structural evidence in the lab\n\n`python -m benchmarks.questions.structure SEED...`"
+    write(out, "evidence", "\n".join([f"{head}. {statement()}\n", *map(section, seeds, found)]))
+    moved, changed, active, _, uniform = found[0]
+    draw(out, moved, changed, active, uniform)
 
 
 if __name__ == "__main__":

@@ -1,54 +1,47 @@
-"""The paper's Table 6 in kind, on every lab seed.
+"""The paper's Table 6 in kind: ``python -m benchmarks.questions.table6 SEED_FOLDER... [--out FOLDER]``
 
-``python -m benchmarks.questions.table6 benchmarks/lab/seed0 [more seeds]``.
-
-Math was trained after Code and then damaged by QA. Every selector at every budget, with recovery of Math and Δ on the
-other domains: the paper's selectors of MLP neurons, its joint MLP + attention selector, and D beside both. The layer
-budgets (Figure 12) and the dose-response (Figure 13) of the paper's selectors of neurons as pictures. Scores are
-measured on the calibration prompts, evaluated on others.
+Math was trained after Code and then damaged by QA: the paper's selectors of MLP neurons, its joint MLP + attention
+selector, and D beside both. No model is evaluated here: the rows are those of ``benchmarks.pareto``, so the two reports
+agree. The dose-response (the paper's Figure 13) is drawn from them too; for the layer budgets (Figure 12) the selectors
+choose once more on the first seed.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-from transformers import AutoTokenizer
-
 from benchmarks.hardware import statement
-from benchmarks.lab.evaluate import evaluator
-from surgery import AMCSelector, DamageSelector, RandomSelector, Selector, Sweep, Trajectory, load_prompts, sweep
-from surgery.bench import name_of
+from benchmarks.pareto.comparison import Store, pairs
+from benchmarks.pareto.methods import CHANNELS, GROUPS, PAPER
+from benchmarks.pareto.points import Point, Seed, points
+from benchmarks.seeds import asked_for, write
+from surgery import AMCSelector, DamageSelector, RandomSelector, Sweep, Trajectory, load_prompts
 from surgery.plots import dose_response, layer_budgets
-from surgery.rows import CEILING, EARLIER, LATER, ceiling_of
+from surgery.rows import CEILING, Row, ceiling_of
 
 BUDGETS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32)
-PAPER = (
-    RandomSelector(0.01),
-    AMCSelector(0.01, "AM", "AM"),
-    AMCSelector(0.01, "AC", "AC"),
-    AMCSelector(0.01, "MC", "MC"),
-    AMCSelector(0.01, "AMC", "AMC"),
-    AMCSelector(0.01, "A", "AMC"),
-    AMCSelector(0.01, "A", "A"),
-)
-NEURONS = (*PAPER, DamageSelector(0.01))
-GROUPS, CHANNELS = ("mlp", "kv_group"), ("mlp", "value_channel")
-JOINT = (
-    RandomSelector(0.01, units=GROUPS),
-    AMCSelector(0.01, units=GROUPS),
-    DamageSelector(0.01, units=GROUPS),
-    DamageSelector(0.01, units=CHANNELS),
-)
+RANDOM = "random neurons"
+PAPERS = [RANDOM, *(one.name for one in PAPER if not isinstance(one, RandomSelector))]
+NEURONS = [*PAPERS, DamageSelector(0.01).name]
+JOINT = [
+    one.name
+    for one in (
+        RandomSelector(0.01, units=GROUPS),
+        AMCSelector(0.01, units=GROUPS),
+        *(DamageSelector(0.01, units=units) for units in (GROUPS, CHANNELS)),
+    )
+]
+Points = Mapping[tuple[str, float], Point]
 
 TEXT = """# The paper's Table 6 in kind
 
-Recovery of Math in %, mean ± standard deviation over {seeds} seeds; Δ in points. A ceiling is what reverting every unit
-of those kinds recovers. {statement}
+Math damaged by QA, from the rows of [pareto](pareto.md), which says when and on what they were measured. Recovery of
+Math in %, mean ± standard deviation over {seeds} seeds (random: means of {draws} draws); Δ in points: of QA at 32 %,
+and the worst mean of any other domain at any of these budgets. A ceiling is what reverting every unit of those
+kinds recovers.
+`python -m benchmarks.questions.table6`. {statement}
 
 {references}
 
@@ -57,6 +50,12 @@ of those kinds recovers. {statement}
 The budget is a share of the MLP neurons. D is ours.
 
 {neurons}
+
+![recovery by budget: mean over seeds, and the 95 % interval over items](dose-response.png)
+
+How many neurons each layer gives at 2 %, on {first}:
+
+![neurons reverted by layer](layer-budgets.png)
 
 ## MLP neurons and attention
 
@@ -68,79 +67,64 @@ source does not say. D is ours.
 """
 
 
-def measure(folder: Path) -> tuple[Sweep, dict[str, dict[str, int]]]:
-    """The sweep of one seed, and the layer budgets of its selectors at β = 2 %."""
-    run = Trajectory(folder / "code", folder / "math", folder / "qa")
-    run = replace(run, model=run.load())
-    data = load_prompts(folder / "data" / "math.calibration.jsonl", folder / "qa")
-    score = evaluator(folder / "data", AutoTokenizer.from_pretrained(folder / "qa"))
-    found = sweep(
-        run, data, selectors=NEURONS + JOINT, budgets=BUDGETS, evaluate=score, metric="math", progress=print
-    )
-    at_two = [replace(selector, budget=0.02) for selector in PAPER]
-    return found, {selector.name: selector.select(run, data).count() for selector in at_two}
-
-
-def table(sweeps: Sequence[Sweep], selectors: Sequence[Selector], ceilings: Sequence[tuple[str, ...]]) -> str:
-    """Mean over seeds (± standard deviation) of recovery, the mean Δ on QA, the worst Δ anywhere, as Markdown.
-
-    Below the selectors a ceiling for each of those kinds of unit.
-    """
+def table(found: Points, names: Sequence[str], ceilings: Sequence[str]) -> str:
+    """Recovery at each budget, Δ of QA, the worst Δ, as Markdown; below the selectors the ceilings."""
     lines = ["| selector | " + " | ".join(f"{100 * b:g} %" for b in BUDGETS) + " | Δ QA at 32 % | worst Δ elsewhere |"]
     lines.append("|---|" + "---|" * (len(BUDGETS) + 2))
-    for name in map(name_of, selectors):
-        rows = [sorted(one[name], key=lambda row: row.budget) for one in sweeps]
-        recovery = 100 * np.array([[row.recovery for row in seed] for seed in rows], dtype=float)
-        cells = [f"{m:.1f} ± {s:.1f}" for m, s in zip(recovery.mean(0), recovery.std(0), strict=True)]
-        qa = 100 * np.mean([seed[-1].delta["qa"] for seed in rows])
-        worst = 100 * min(value for seed in rows for row in seed for value in row.delta.values())
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | {qa:+.2f} | {worst:+.2f} |")
-    for name in map(ceiling_of, ceilings):
+    for name in names:
+        row = [found[name, budget] for budget in BUDGETS]
+        worst = min(mean for point in row for mean, _, _ in point.deltas.values())
+        last = f"{100 * row[-1].deltas['qa'][0]:+.2f} | {100 * worst:+.2f} |"
+        lines.append(f"| {name} | " + " | ".join(map(recovery, row)) + f" | {last}")
+    for name in ceilings:
         rest = " | " * (len(BUDGETS) - 1)
-        each = [100 * (row.recovery or 0) for one in sweeps for row in one[name]]
-        lines.append(f"| {name} | {rest}{np.mean(each):.1f} ± {np.std(each):.1f} | | |")
+        lines.append(f"| {name} | {rest}{recovery(found[name, 1.0])} | | |")
     return "\n".join(lines)
 
 
-def references(sweeps: Sequence[Sweep]) -> str:
-    """What each seed lost: Math before and after QA."""
-    lines = []
-    for at, one in enumerate(sweeps):
-        earlier, later = one[EARLIER][0].metrics, one[LATER][0].metrics
-        lines.append(
-            f"- seed {at}: math {earlier['math']:.4f} → {later['math']:.4f}, qa {earlier['qa']:.4f} → {later['qa']:.4f}"
-        )
-    return "\n".join(lines)
+def recovery(point: Point) -> str:
+    return f"{100 * point.recovery:.1f} ± {100 * point.sd:.1f}"
 
 
-def of_the_paper(one: Sweep) -> Sweep:
-    """Without our rows: more than its seven lines can't be told apart in a picture."""
-    kept = {EARLIER, LATER, CEILING, *map(name_of, PAPER)}
-    return Sweep(one.metric, tuple(row for row in one if row.selector in kept))
+def reference(seed: Seed) -> str:
+    """What a seed lost: Math and QA before and after."""
+    earlier, later = seed.earlier["metrics"], seed.later["metrics"]
+    moved = (f"{domain} {100 * earlier[domain]:.2f} → {100 * later[domain]:.2f}" for domain in ("math", "qa"))
+    return f"- {seed.name}: {', '.join(moved)}"
+
+
+def responses(found: Points) -> Sweep:
+    """The paper's selectors of neurons as a sweep's rows; with D as well the lines can't be told apart."""
+    shown = [found[name, budget] for name in PAPERS for budget in BUDGETS]
+    rows = [Row(one.method, one.value, 1, {}, 0.0, one.recovery, interval=(one.low, one.high)) for one in shown]
+    return Sweep("math", (*rows, Row(CEILING, 1.0, 1, {}, 0.0, found[CEILING, 1.0].recovery)))
+
+
+def layers(folder: Path) -> dict[str, dict[str, int]]:
+    """Selector → block → neurons at 2 %."""
+    run = Trajectory(folder / "code", folder / "math", folder / "qa")
+    data = load_prompts(folder / "data" / "math.calibration.jsonl", folder / "qa")
+    return {one.name: replace(one, budget=0.02).select(run, data).count() for one in PAPER}
 
 
 def main() -> None:
-    """Measure every seed, write the table, the rows and the pictures."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("seeds", nargs="+", type=Path)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    asked = parser.parse_args()
-    asked.out.mkdir(parents=True, exist_ok=True)
-    found = [measure(folder) for folder in asked.seeds]
-    sweeps = [one for one, _ in found]
+    """Write the table and the two pictures."""
+    seeds, out = asked_for(__doc__)
+    asked = {(folder.name, pairs()[0].name) for folder in seeds}
+    runs = [run for run in Store(out / "pareto.json.gz").runs if (run["seed"], run["pair"]["name"]) in asked]
+    found = {(point.method, point.value): point for point in points(runs)}
     text = TEXT.format(
-        seeds=len(sweeps),
+        seeds=len(runs),
+        draws=len({row["draw"] for row in runs[0]["rows"] if row["method"] == RANDOM}),
         statement=statement(),
-        references=references(sweeps),
-        neurons=table(sweeps, NEURONS, [("mlp",)]),
-        joint=table(sweeps, JOINT, [GROUPS, CHANNELS]),
+        references="\n".join(reference(Seed(run)) for run in runs),
+        neurons=table(found, NEURONS, [CEILING]),
+        first=seeds[0].name,
+        joint=table(found, JOINT, [ceiling_of(GROUPS), ceiling_of(CHANNELS)]),
     )
-    (asked.out / "table6.md").write_text(text, encoding="utf-8")
-    rows = [{"seed": at, "rows": [asdict(row) for row in one]} for at, one in enumerate(sweeps)]
-    (asked.out / "table6.json").write_text(json.dumps({"statement": statement(), "seeds": rows}, indent=1) + "\n")
-    dose_response(of_the_paper(sweeps[0])).figure.savefig(asked.out / "dose-response.png")
-    layer_budgets(found[0][1]).figure.savefig(asked.out / "layer-budgets.png")
-    print(text)
+    write(out, "table6", text)
+    dose_response(responses(found)).figure.savefig(out / "dose-response.png")
+    layer_budgets(layers(seeds[0])).figure.savefig(out / "layer-budgets.png")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Where does the theory's picture hold in the lab?
 
-``python -m benchmarks.questions.theory SEED_FOLDER... [--out FOLDER]``.
+``python -m benchmarks.questions.theory SEED_FOLDER... [--out FOLDER]``
 
 Math was damaged by QA. The terms of Propositions 1 and 2, the damage in few dimensions, the constants, and Theorem 1's
 contraction, on the calibration prompts with their right answers as responses.
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.hardware import statement
-from benchmarks.seeds import asked_for
+from benchmarks.seeds import asked_for, write
 from surgery import (
     Contraction,
     CurvatureBounds,
@@ -137,7 +137,7 @@ def page(found: dict[str, Found]) -> str:
     """The results as markdown: Propositions 1 and 2 of every seed, the rest too, seed by seed."""
     parts = [
         f"# The theory, measured in the lab\n\nMath damaged by QA; L_A = KL(p_math ‖ p) on Math's 128 calibration "
-        f"prompts, in float32. {statement()}\n",
+        f"prompts, in float32. `python -m benchmarks.questions.theory SEED...`. {statement()}\n",
         "## Proposition 1\n",
         *(f"{name}\n\n{block(one.terms)}" for name, one in found.items()),
         "![terms](theory-terms.png)\n\n## Proposition 2\n",
@@ -168,12 +168,11 @@ def main() -> None:
     """Measure every seed, write the page and the figures."""
     seeds, out = asked_for(__doc__)
     found = {folder.resolve().name: measure(folder) for folder in seeds}
-    (out / "theory.md").write_text(page(found), encoding="utf-8")
+    write(out, "theory", page(found))
     first = next(iter(found.values()))
     expansion(first.terms).figure.savefig(out / "theory-terms.png")
     damage_curve(first.spectra["all parameters"]).figure.savefig(out / "theory-dimensions.png")
     contracting_distance(first.contractions[0.5]).figure.savefig(out / "theory-contraction.png")
-    print(page(found))
 
 
 if __name__ == "__main__":

@@ -26,8 +26,9 @@ from benchmarks.lab.domains import read_items
 from benchmarks.refresh_grpo import STEPS, refreshed, training_items
 from benchmarks.table6 import CHANNELS, GROUPS, PAPER
 from benchmarks.variants import variants
-from surgery import AMCSelector, DamageSelector, EntrySelector, Neurons, RandomSelector, strengths
+from surgery import AMCSelector, DamageSelector, Neurons, RandomSelector, strengths
 from surgery.rows import CEILING, EARLIER, LATER
+from surgery.units import single
 
 WEIGHTS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.04)
 FRACTIONS = (0.001, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64)
@@ -87,11 +88,10 @@ def selectors(setting: Setting) -> list[Any]:
         DamageSelector(0.01, units=CHANNELS),
         DamageSelector(0.01, units=GROUPS),
         AMCSelector(0.01, units=GROUPS),
-        EntrySelector(0.01),
-        EntrySelector(0.01, "AMC"),
-        EntrySelector(0.01, "M"),
+        DamageSelector(0.01, units="weight"),
+        AMCSelector(0.01, "M", "M", "global", "weight"),
         *(DamageSelector(0.01, loss="hellinger", units=units) for units in (None, CHANNELS, GROUPS)),
-        EntrySelector(0.01, loss="hellinger"),
+        DamageSelector(0.01, loss="hellinger", units="weight"),
     ]
 
 
@@ -108,8 +108,8 @@ def of_selector(selector: Any) -> Method:
 
     if drawn:
         return Method(f"{selector.name} neurons", CONTROL, "β", BUDGETS, change, DRAWS)
-    single = isinstance(selector, EntrySelector)
-    return Method(selector.name, LIBRARY, "entries" if single else "β", WEIGHTS if single else BUDGETS, change)
+    weights = single(selector.units)
+    return Method(selector.name, LIBRARY, "entries" if weights else "β", WEIGHTS if weights else BUDGETS, change)
 
 
 def going_further(selector: DamageSelector) -> Method:

@@ -22,11 +22,8 @@ from surgery import (
     AMCSelector,
     DamageSelector,
     Entries,
-    EntrySelector,
     Neurons,
     Trajectory,
-    activation,
-    conflict,
     damage,
     load_prompts,
     magnitude,
@@ -35,10 +32,11 @@ from surgery import (
 from surgery.entries import Mask, shapes_of
 from surgery.weight_damage import entry_gains
 from surgery.weight_ranking import entries_of
-from surgery.weight_scores import entry_traits
+from surgery.weight_scores import entry_magnitude
+from surgery.weight_selection import by_damage
 
 BUDGETS, UNITS = (0.002, 0.01, 0.02, 0.04, 0.08), ("mlp", "kv_group")
-KINDS = ("D", "M", "A×M×C")
+KINDS = ("D", "M")
 Found = dict[tuple[str, float], tuple[float, ...]]  # the units' share of the budget; recovery: mixed, weights, units
 
 
@@ -78,19 +76,10 @@ class Pool:
 
 
 def worths(run: Trajectory, data: list[dict[str, Tensor]], pool: Pool) -> dict[str, tuple[Tensor, Tensor]]:
-    """What a parameter is worth, in units and by itself. Letters: A and M by their layer's mean, C by its kind's."""
-    A, M, C = activation(run.load(), data, units=UNITS).relative(), magnitude(run).relative(), conflict(run)
-    kinds = {name: "[" in name for name in C}
-    means = {
-        kind: float(torch.cat([value for name, value in C.items() if kinds[name] == kind]).mean())
-        for kind in kinds.values()
-    }
-    whole = A * M * Neurons({name: value / means[kinds[name]] for name, value in C.items()})
-    agree = entry_traits(run, None, "C").flat.double().mean()
+    """What a parameter is worth, in units and by itself; M by its layer's mean."""
     return {
         "D": (_flat(damage(run, data)) / pool.width, entry_gains(run, data).flat),
-        "M": (_flat(M), entry_traits(run, None, "M").flat),
-        "A×M×C": (_flat(whole), entry_traits(run, data, "AMC").flat / agree),
+        "M": (_flat(magnitude(run).relative()), entry_magnitude(run)),
     }
 
 
@@ -112,12 +101,16 @@ def measure(folder: Path) -> Found:
 
     found, pool = {}, Pool.of(run)
     for kind, (units, weights) in worths(run, data, pool).items():
-        rank = "D" if kind == "D" else kind.replace("×", "")
         for budget in BUDGETS:
             mixed, share = pool.mixed(units, weights, budget)
-            single = EntrySelector(budget, rank, rounds=1, stop=False)
-            whole = DamageSelector(budget) if rank == "D" else AMCSelector(budget, rank, rank, "global")
-            masks = mixed, single.select(run, data), whole.select(run, data)
+            if kind == "D":
+                masks = (
+                    mixed,
+                    by_damage(run, data, budget, stop=False, rounds=1),
+                    DamageSelector(budget).select(run, data),
+                )
+            else:
+                masks = mixed, *(AMCSelector(budget, "M", "M", "global", of).select(run) for of in ("weight", UNITS))
             found[kind, budget] = share, *map(recovery, masks)
     return found
 

@@ -22,7 +22,6 @@ from surgery.cli.options import (
     How,
     LayoutFile,
     Metric,
-    NoStop,
     Protect,
     ProtectWeight,
     Rows,
@@ -67,7 +66,6 @@ def sweep(
     protect_weight: ProtectWeight = 0.3,
     answers: Answers = None,
     units: Selected = "mlp",
-    no_stop: NoStop = False,
     metric: Metric = None,
     output: Rows = None,
     batch_size: int = 16,
@@ -83,7 +81,7 @@ def sweep(
     check_selectors(selectors.split(","), checkpoints, data, how, units, protect, answers)
     run = trajectory_of(checkpoints, layout, units)
     guard = protected(protect, protect_weight, run, batch_size)
-    chosen = [selector_of(text, fractions[0], how, 0, units, no_stop, guard) for text in selectors.split(",")]
+    chosen = [selector_of(text, fractions[0], how, 0, units, guard) for text in selectors.split(",")]
     if dry_run:
         rows = len(chosen) * len(fractions) + 3
         out.print(f"{len(chosen)} selectors × {len(fractions)} budgets + 3 references = {rows} rows")
@@ -122,7 +120,6 @@ def tune(
         str | None, typer.Option(help="Fractions to choose among (default: 19 from 0.001 to 1).")
     ] = None,
     units: Selected = "mlp",
-    no_stop: NoStop = False,
     metric: Metric = None,
     output: Rows = None,
     batch_size: int = 16,
@@ -138,7 +135,7 @@ def tune(
     limits = dict(map(limit_of, limit or ()))
     run = trajectory_of(checkpoints, layout, units)
     guard = protected(protect, protect_weight, run, batch_size)
-    chosen = selector_of(selector, fractions[0], how, 0, units, no_stop, guard)
+    chosen = selector_of(selector, fractions[0], how, 0, units, guard)
     with _loaded(run, data, evaluate, batch_size, device, dtype) as (run, prompts, function, say):
         batches, told = answered(run, prompts, answers)
         found = recommend(
@@ -164,7 +161,6 @@ def tune(
     words += ["--answers", str(answers)] if answers else []
     words += ["--units", units] if units != "mlp" else []
     words += ["--layout", str(layout)] if layout else []
-    words += ["--no-stop"] if no_stop else []
     words += ["--batch-size", str(batch_size)] if batch_size != 16 else []
     words += [word for name, text in (("--device", device), ("--dtype", dtype)) if text for word in (name, text)]
     out.print(f"\nsurgery select {shlex.join(words)} --budget {found.budget} -o mask.safetensors", markup=False)

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from surgery.budget import allocate, top
     from surgery.checkpoint import Checkpoint
     from surgery.entries import Entries
-    from surgery.entry_selector import EntrySelector
     from surgery.evaluators import harness, likelihood
     from surgery.evidence_changes import Changes, changes
     from surgery.evidence_directions import Directions, directions
@@ -66,7 +65,6 @@ _HOME = {
     "budget": ("allocate", "top"),
     "checkpoint": ("Checkpoint",),
     "entries": ("Entries",),
-    "entry_selector": ("EntrySelector",),
     "evaluators": ("harness", "likelihood"),
     "evidence_changes": ("Changes", "changes"),
     "evidence_directions": ("Directions", "directions"),
@@ -129,7 +127,6 @@ __all__ = [
     "Directions",
     "Distillation",
     "Entries",
-    "EntrySelector",
     "GradientCosines",
     "GradientSeries",
     "Gradients",

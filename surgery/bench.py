@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from surgery.entries import Mask
-from surgery.entry_selector import EntrySelector
 from surgery.evaluators import evaluator, signature
 from surgery.fingerprints import known
 from surgery.judging import check_items
@@ -229,7 +228,7 @@ def _watched(evaluate: Evaluate) -> Evaluate:
 def units_of(selector: Any, run: Trajectory) -> tuple[str, ...]:
     """The kinds of unit that a selector chooses among, or among whose weights."""
     units = getattr(selector, "units", None)
-    if isinstance(selector, EntrySelector) or single(units):
+    if single(units):
         return kinds_of(over_weights(run, units).units)
     return kinds_of(units or run.units)
 

@@ -32,10 +32,11 @@ from surgery.units import Units, owners_of, single
 from surgery.weight_selection import (
     at_random,
     by_damage,
-    by_letters,
+    by_magnitude,
+    check_magnitude,
     check_rounds_how,
     name_by_damage,
-    name_by_letters,
+    name_by_magnitude,
     over_weights,
 )
 
@@ -71,14 +72,14 @@ class AMCSelector:
         allocate: the same for the score that splits the budget over layers.
         how: "proportional", "global" or "uniform" (see ``surgery.allocate``).
         units: "mlp", "kv_group", "value_channel" or a tuple (see ``find_layout``); or "weight", single
-            weights, whose candidates are those of ``EntrySelector``; None: the run's own. ("mlp", "weight") are the
+            weights of MLPs and KV groups, whatever the run's units; None: the run's own. ("mlp", "weight") are the
             weights of neurons: under one budget a whole unit is a choice of its weights.
 
     Several kinds of unit share a budget of parameters. There A and M are relative to their layer's mean also alone, C
     to the mean of its kind, and a unit is worth score × parameters: the score is what one parameter of it is worth.
 
-    Of single weights A, M and C are those of ``EntrySelector``, and budgets are split over layers as those of neurons;
-    ``select`` gives Entries. A weight whose score is zero is never taken, so there may be fewer.
+    Single weights are ranked by M alone, rank="M" and allocate="M": abs(δB,w) by its layer's mean. ``select`` then
+    gives Entries. A weight that did not change is never taken, so there may be fewer.
 
     Raises:
         ValueError: a setting is none of those above; from ``select``: C without a base checkpoint, A without data, and
@@ -100,12 +101,14 @@ class AMCSelector:
         check_letters("allocate", self.allocate)
         check_how(self.how)
         check_units(self.units)
+        if single(self.units):
+            check_magnitude(self.rank, self.allocate)
 
     @property
     def name(self) -> str:
         """What a table calls it."""
         if single(self.units):
-            return named(name_by_letters(self.rank, self.allocate, self.how), owners_of(self.units))
+            return named(name_by_magnitude(self.how), owners_of(self.units))
         own = letters_named(self.rank, self.allocate)
         return named(own if self.how == "proportional" else f"{own} ({self.how})", self.units)
 
@@ -113,7 +116,7 @@ class AMCSelector:
         """The mask; ``data`` may be left out where neither score contains A."""
         if single(self.units):
             run = over_weights(run, self.units)
-            return signed(by_letters(run, data, self.budget, self.rank, self.allocate, self.how), self, run)
+            return signed(by_magnitude(run, self.budget, self.how), self, run)
         run, letters = over(run, self.units), set(self.rank + self.allocate)
         if "A" in letters and data is None:
             raise ValueError("A is measured on prompts of the damaged domain: pass data=load_prompts(file, tokenizer)")
@@ -152,9 +155,9 @@ class DamageSelector:
     ``made_by["damage"]["promised"]`` of the mask is what its units' D adds up to. Where that is more than the ``loss``
     beside it, they can't gain so much together, and ``surgery select`` says so.
 
-    ``units="weight"`` takes single weights in rounds, and only as many as lower the loss on ``data``: the Entries that
-    ``EntrySelector(budget)`` takes. It has neither another ``how`` nor ``protect``: the costs of single weights do not
-    add up (benchmarks/results/protect-weights.md).
+    ``units="weight"`` takes single weights in rounds, and only as many as lower the loss on ``data`` (``by_damage`` in
+    ``surgery.weight_selection``); ``select`` gives Entries. It has neither another ``how`` nor ``protect``: the costs
+    of single weights do not add up (benchmarks/results/protect-weights.md).
 
     Raises:
         ValueError: a setting is none of those above; from ``select``: no data, and as ``damage``.

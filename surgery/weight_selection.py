@@ -1,4 +1,4 @@
-"""Single weights chosen: by D, as far as going on still helps; by the paper's A, M and C; or at random."""
+"""Single weights chosen: by D, as far as going on still helps; by M; or at random."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from surgery.operators import rollback
 from surgery.predictions import Divergence, Loss, positions
 from surgery.scores import remember
 from surgery.scratch import zeros_on_disk
-from surgery.selector_settings import Data, damage_named, letters_named, named, over
+from surgery.selector_settings import Data, damage_named, named, over
 from surgery.trajectory import Trajectory
 from surgery.units import WEIGHT, Units, owners_of
 from surgery.weight_damage import Gains, entry_gains
 from surgery.weight_ranking import CHUNK, best, entries_of
-from surgery.weight_scores import Traits, entry_traits
+from surgery.weight_scores import chosen, entry_magnitude
 
 _FINEST: Units = ("mlp", "kv_group")
 ROUNDS, _HALVINGS = 16, 6
@@ -29,7 +29,11 @@ Point = tuple[int, float]  # how many weights are reverted, and the loss then
 
 
 def over_weights(run: Trajectory, units: Units | None = None) -> Trajectory:
-    """The trajectory over the units whose weights are candidates (None or "weight" alone: see ``EntrySelector``)."""
+    """The trajectory over the units whose weights are candidates: those beside "weight" in ``units``.
+
+    Alone it means those of the MLPs and of KV groups, whatever the trajectory's units; of the MLPs where a model's
+    attention can't be told for certain, of the trajectory's own layout where it has one.
+    """
     owners = owners_of(units)
     if owners is not None or run.layout is not None:
         return over(run, owners)
@@ -46,7 +50,17 @@ def check_rounds_how(how: Allocation) -> None:
     if how != "global":
         raise ValueError(
             f'how="{how}": D takes the best single weights of the whole model, in rounds; leave how out, or rank by '
-            f'letters: AMCSelector(budget, how="{how}", units="weight")'
+            f'M: AMCSelector(budget, rank="M", allocate="M", how="{how}", units="weight")'
+        )
+
+
+def check_magnitude(rank: str, allocate: str) -> None:
+    """Raise ``ValueError`` unless letters are those that rank single weights."""
+    if (rank, allocate) != ("M", "M"):
+        raise ValueError(
+            f"rank={rank!r}, allocate={allocate!r}: single weights are ranked by M alone: "
+            f'AMCSelector(budget, rank="M", allocate="M", units="weight"). With A or C of a weight they are chosen '
+            f"worse (benchmarks/results/single-weights.md)"
         )
 
 
@@ -55,9 +69,9 @@ def name_by_damage(loss: Loss | Divergence) -> str:
     return named(damage_named(loss), WEIGHT)
 
 
-def name_by_letters(rank: str, allocate: str, how: Allocation) -> str:
-    """What letters of single weights are called in a table."""
-    own = named(letters_named(rank, allocate), WEIGHT)
+def name_by_magnitude(how: Allocation) -> str:
+    """What M of single weights is called in a table."""
+    own = named("M", WEIGHT)
     return own if how == "global" else f"{own} ({how})"
 
 
@@ -70,7 +84,34 @@ def by_damage(
     rounds: int = ROUNDS,
     loss: Loss | Divergence = "kl",
 ) -> Entries:
-    """The best by D of all weights of the run's units (see ``EntrySelector``)."""
+    """The best by D of all weights of the run's units: D_w = g_w · δB,w, the first-order gain of reverting w alone.
+
+    Gains of single weights do not add up: each was measured with all others in place. So they are taken in rounds. A
+    round takes the best until their gains add up to the loss that is left, which is more than they can give, and then
+    D is measured again with all that was taken reverted. The last round takes what is left of the budget. The rounds do
+    not depend on the budget: a bigger one contains the smaller (without ``stop``). A weight whose gain is not positive
+    is never taken, so there may be fewer.
+
+    Some number of weights is best, and more of them do harm. With ``stop`` the loss is looked at after each round, and
+    with 1/64, 1/32, ... 1/2 and all of the last one reverted; the number with the least loss is kept, none if the later
+    model itself has it. That is one forward and backward pass per round and 7 forward passes more, on the same prompts;
+    the curve is in ``made_by["entries"]``.
+
+    Args:
+        run: a trajectory with ``earlier`` and ``later``, over the units whose weights are candidates.
+        data: prompts of the damaged domain.
+        budget: β, the fraction of the candidate weights, in [0, 1]; with ``stop`` the most that may be taken.
+        stop: keep only as many as lower the loss.
+        rounds: how often D is measured, at least 1.
+        loss: "kl", "hellinger" or a loss of your own (see ``damage``); ≥ 0, 0 is nothing lost.
+
+    Raises:
+        ValueError: ``rounds`` is less than 1, no data, and as ``damage``. OSError: no room for the file of gains.
+
+    Source: ours, from Proposition 1.
+    """
+    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
+        raise ValueError(f"rounds={rounds!r}: expected how often D is measured, 1 or more")
     if data is None:
         raise ValueError("D is measured on prompts of the damaged domain: pass data=load_prompts(file, tokenizer)")
     path = _path(run, data, loss=loss, rounds=rounds)
@@ -88,19 +129,15 @@ def by_damage(
     return Entries(mask, shapes=mask.shapes, made_by={"entries": told})
 
 
-def by_letters(run: Trajectory, data: Data | None, budget: float, rank: str, allocate: str, how: Allocation) -> Entries:
-    """The best by letters of all weights of the run's units, of each layer as many as other letters give it."""
-
-    def scores(letters: str) -> Traits:
-        return entry_traits(run, data if "A" in letters else None, letters)
-
-    traits = scores(rank)
-    spend = traits if allocate == rank else scores(allocate)
-    allowed = round(budget * len(traits.flat))
-    mask = traits.entries(traits.best(allowed, how, spend))
+def by_magnitude(run: Trajectory, budget: float, how: Allocation) -> Entries:
+    """The most changed of all weights of the run's units, of the whole model or of each layer its share."""
+    flat, (later,) = entry_magnitude(run), run.weights("later")
+    shapes = shapes_of(later.layout)
+    allowed = round(budget * len(flat))
+    mask = entries_of(chosen(flat, shapes, allowed, how), shapes)
     taken = sum(mask.count().values())
     told = {"allowed": allowed, **({"positive": taken} if taken < allowed else {})}
-    return Entries(mask, shapes=mask.shapes, made_by={"entries": told, **spend.told, **traits.told})
+    return Entries(mask, shapes=shapes, made_by={"entries": told})
 
 
 def at_random(run: Trajectory, budget: float, seed: int) -> Entries:

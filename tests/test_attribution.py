@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 from surgery import (
     DamageSelector,
-    EntrySelector,
     Neurons,
     Trajectory,
     allocate,
@@ -374,7 +373,7 @@ def test_losses_have_names():
     for wrong in (
         lambda: damage(Trajectory(earlier=earlier, later=later), data, loss="tv"),
         lambda: DamageSelector(0.1, loss="tv"),
-        lambda: EntrySelector(0.1, loss="tv"),
+        lambda: DamageSelector(0.1, loss="tv", units="weight"),
         lambda: distillation(earlier, data, divergence="tv"),
     ):
         with pytest.raises(ValueError, match=r'"kl".*"hellinger"'):

@@ -15,7 +15,6 @@ from torch import nn
 from surgery import (
     AMCSelector,
     DamageSelector,
-    EntrySelector,
     Masked,
     Neurons,
     RandomSelector,
@@ -47,8 +46,8 @@ SELECTORS = [
     AMCSelector(0.2),
     DamageSelector(0.2),
     DamageSelector(0.2, protect={"b": DATA[1:]}, loss="hellinger", units=("mlp", "kv_group")),
-    EntrySelector(0.05, rounds=2),
-    AMCSelector(0.05, units="weight"),
+    DamageSelector(0.05, units="weight"),
+    AMCSelector(0.05, "M", "M", units="weight"),
     RandomSelector(0.05, units="weight"),
 ]
 

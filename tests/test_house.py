@@ -73,7 +73,6 @@ ORDER = (
     "score_products",
     "selector_settings",
     "weight_selection",
-    "entry_selector",
     "selection",
     "rows",
     "judging",

@@ -25,7 +25,6 @@ from transformers.models.mpt import modeling_mpt
 from surgery import (
     AMCSelector,
     Checkpoint,
-    EntrySelector,
     Layout,
     Neurons,
     RandomSelector,
@@ -770,5 +769,3 @@ def test_a_model_is_not_laid_out_by_single_weights(units):
             ValueError, match=re.escape(f"units={units!r}: a model is not laid out") + ".*: pass it to Dam"
         ):
             refused()
-    with pytest.raises(ValueError, match="here units= says whose weights"):
-        EntrySelector(0.02, units=units)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.cli.options import asked, files_of, folder_of
-from surgery.units import owners_of, single
+from surgery.units import single
 
 if TYPE_CHECKING:
     from surgery.entries import Mask
@@ -48,9 +48,11 @@ def check_selectors(
         _check_text(text)
         if is_damage(text) and how not in (None, "global") and single(asked(units)):
             raise ValueError(
-                f"--how {how}: D takes the best single weights of the whole model, in rounds: leave --how out, or rank "
-                f"by letters, like --selector AMC"
+                f"--how {how}: D takes the best single weights of the whole model, in rounds: leave --how out, or take "
+                f"--selector M"
             )
+        if single(asked(units)) and not is_damage(text) and text not in ("M", "M/M", "random"):
+            raise ValueError(f"--selector {text}: single weights are ranked by D or by M alone: take --selector D or M")
         if "C" in text and len(checkpoints) == 2:
             raise ValueError(
                 f"--selector {text}: C needs the base checkpoint, and there are two: give three, BASE EARLIER LATER, "
@@ -128,8 +130,7 @@ class _OnPrompts:
         return replace(self.own, budget=self.budget).select(run, self.prompts)  # type: ignore[no-any-return]
 
 
-def selector_of(text: str, budget: float, how: Any, seed: int, units: str, no_stop: bool, guard: Guard) -> Selector:
-    from surgery.entry_selector import EntrySelector
+def selector_of(text: str, budget: float, how: Any, seed: int, units: str, guard: Guard) -> Selector:
     from surgery.selection import AMCSelector, DamageSelector, RandomSelector
 
     text, weights = text.strip(), single(asked(units))
@@ -138,8 +139,6 @@ def selector_of(text: str, budget: float, how: Any, seed: int, units: str, no_st
         return RandomSelector(budget, seed, own)
     if is_damage(text):
         loss: Any = text.partition(":")[2] or "kl"
-        if weights and no_stop:
-            return EntrySelector(budget, how=how or "global", stop=False, loss=loss, units=owners_of(asked(units)))
         protect, weight = guard
         return DamageSelector(budget, how or "global", protect or None, weight, loss, own)
     rank, _, spend = text.partition("/")

@@ -65,10 +65,6 @@ Units = Annotated[str, typer.Option(help='"mlp", "kv_group", "value_channel", or
 Selected = Annotated[
     str, typer.Option("--units", help='As in inspect; or "weight", single weights; or theirs, "mlp,weight".')
 ]
-NoStop = Annotated[
-    bool,
-    typer.Option("--no-stop", help="Of single weights by D take the whole budget, also where fewer lower the loss."),
-]
 
 
 def trajectory_of(checkpoints: list[str], layout: Path | None) -> Trajectory:

@@ -18,7 +18,6 @@ from surgery.cli.options import (
     Dtype,
     How,
     LayoutFile,
-    NoStop,
     Overwrite,
     Protect,
     ProtectWeight,
@@ -54,7 +53,6 @@ def select(
     protect_weight: ProtectWeight = 0.3,
     answers: Answers = None,
     units: Selected = "mlp",
-    no_stop: NoStop = False,
     seed: Annotated[int, typer.Option(help="Of the random selector.")] = 0,
     batch_size: int = 16,
     device: Device = None,
@@ -73,7 +71,7 @@ def select(
     check_selectors([selector], checkpoints, data, how, units, protect, answers)
     run = trajectory_of(checkpoints, layout, units)
     guard = protected(protect, protect_weight, run, batch_size)
-    chosen = selector_of(selector, budget, how, seed, units, no_stop, guard)
+    chosen = selector_of(selector, budget, how, seed, units, guard)
     with working(f"reading {len(checkpoints)} checkpoints"):
         batches = load_prompts(data, folder_of(run.later), batch_size=batch_size) if data else None
         if batches is not None and set(selector) & set("AD"):

@@ -43,8 +43,10 @@ def entry(name: str, thing: Any) -> str:
     lines.append(text(thing) + "\n")
     for member, value in vars(thing).items() if inspect.isclass(thing) else ():
         call = value.__func__ if isinstance(value, classmethod | staticmethod) else value
-        if not member.startswith("_") and getattr(call, "__doc__", None) and (
-            inspect.isfunction(call) or isinstance(call, property)
+        if (
+            not member.startswith("_")
+            and getattr(call, "__doc__", None)
+            and (inspect.isfunction(call) or isinstance(call, property))
         ):
             shape = "" if isinstance(call, property) else signature(call)
             lines.append(f"- **`{member}{shape}`**: {text(call).replace(chr(10), chr(10) + '  ')}\n")

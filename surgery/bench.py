@@ -26,7 +26,7 @@ from surgery.scores import identity
 from surgery.swap import earlier_model
 from surgery.trajectory import Trajectory
 from surgery.units import Units, kinds_of, single
-from surgery.weight_selection import over_weights
+from surgery.weight_selection import candidates
 
 MEASURED = ("selector", "budget", "neurons", "metrics", "seconds")
 
@@ -227,10 +227,8 @@ def _watched(evaluate: Evaluate) -> Evaluate:
 
 def units_of(selector: Any, run: Trajectory) -> tuple[str, ...]:
     """The kinds of unit that a selector chooses among, or among whose weights."""
-    units = getattr(selector, "units", None)
-    if single(units):
-        return kinds_of(over_weights(run, units).units)
-    return kinds_of(units or run.units)
+    units = getattr(selector, "units", "mlp")
+    return candidates(run, units) if single(units) else run.kinds(units)
 
 
 def at_budget(selector: Any, budget: float) -> Any:

@@ -14,7 +14,7 @@ from torch import nn
 from surgery.checkpoint import Checkpoint, Source, in_force
 from surgery.opening import Weights, open_weights
 from surgery.slots import Layout
-from surgery.units import Units, kinds_of
+from surgery.units import Units, kinds_of, noun
 
 
 @dataclass
@@ -115,6 +115,19 @@ class Trajectory:
             for base, (before, after) in zip(bases, pairwise(found), strict=False)
         }
 
+    def kinds(self, units: Units = "mlp") -> tuple[str, ...]:
+        """The kinds of unit that ``units`` means here: those of the trajectory's own layout, if it has one.
+
+        Raises:
+            ValueError: ``units`` are none, overlap, or contradict the layout.
+        """
+        kinds = kinds_of(units)
+        if self.layout is not None and kinds not in (("mlp",), self.layout.units):
+            raise ValueError(
+                f"units={units!r}, and the trajectory's own layout has {noun(self.layout.units)}: pass one of both"
+            )
+        return kinds if self.layout is None else self.layout.units
+
     def opened(self, units: Units = "mlp") -> dict[str, Weights]:
         """Every checkpoint by name, in training order, opened and found to be of one model."""
         *others, last = self.checkpoints.items()
@@ -133,7 +146,7 @@ class Trajectory:
 
     def live(self, *names: str, units: Units = "mlp") -> list[Weights]:
         """The later model as it is in memory, and then the checkpoints of those names as its like (see ``weights``)."""
-        model = open_weights(self.load(), self.layout, units=units)
+        model = open_weights(self.load(), self.layout, units=self.kinds(units))
         return [model, *(self._open(self.source(name), units, model) for name in names)]
 
     def tensors(self, name: str) -> Source:
@@ -221,18 +234,25 @@ class Trajectory:
 
     def _open(self, source: Source, units: Units, like: Weights | None = None) -> Weights:
         """A source's weights; of a folder those that were opened before, if nothing has changed."""
+        kinds = self.kinds(units)
         if not isinstance(source, str | Path):
-            return open_weights(source, self.layout, like, units)
-        tensors, key = self._folder(source), (str(source), kinds_of(units))
+            return open_weights(source, self.layout, like, kinds)
+        tensors, key = self._folder(source), (str(source), kinds)
         known, found = self._held.weights.get(key, (None, None))
         if found is None or found.tensors is not tensors or known is not like:
-            found = open_weights(tensors, self.layout, like, units)
+            found = open_weights(tensors, self.layout, like, kinds)
             self._held.weights[key] = (like, found)
         return found
 
 
 def _moved(model: nn.Module, device: Any, dtype: torch.dtype | None) -> nn.Module:
-    return model.to(device=device, dtype=dtype) if device or dtype else model
+    """The model on a device and in a dtype; as when it is read, buffers that no file holds keep their own dtype."""
+    model = model.to(device) if device else model
+    if dtype is not None:
+        stored = model.state_dict(keep_vars=True).values()
+        for tensor in (one for one in stored if one.is_floating_point()):
+            tensor.data = tensor.data.to(dtype)
+    return model
 
 
 def _check_conversion(model: nn.Module, dtype: torch.dtype, stored: Checkpoint) -> None:

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.variants import integrated
 from families import pair
 from mutants import dies
 from test_attribution import hellinger, kl, vectors
 from test_scores import Batch, batches
 from torch import nn
 
-from benchmarks.variants import integrated
 from surgery import (
     DamageSelector,
     Neurons,

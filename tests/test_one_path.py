@@ -116,10 +116,18 @@ def test_the_live_later_model_is_one_object_moved_where_asked(folders):
     assert Trajectory(later=live).load() is live
 
 
+def test_a_model_that_is_converted_is_the_model_that_is_read_in_that_dtype(folders):
+    """Rotary frequencies stay in float32, as transformers leaves them."""
+    run = run_of(folders)
+    run.load()
+    converted, read = run.load(dtype=torch.bfloat16), run_of(folders).load(dtype=torch.bfloat16)
+    assert torch.equal(converted(**LABELLED[0]).logits, read(**LABELLED[0]).logits)
+
+
 def test_a_dtype_that_has_rounded_is_not_widened_in_silence(folders):
     run = run_of(folders)
     run.load(dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match="loaded in torch.bfloat16, which has rounded the torch.float32"):
+    with pytest.raises(ValueError, match=r"loaded in torch\.bfloat16, which has rounded the torch\.float32"):
         run.load(dtype=torch.float32)
     assert next(run.load(dtype=torch.bfloat16).parameters()).dtype == torch.bfloat16
 

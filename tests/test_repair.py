@@ -11,7 +11,18 @@ import pytest
 import torch
 from test_sweeps import same, snapshot, trio
 
-from surgery import AMCSelector, DamageSelector, Neurons, RandomSelector, Trajectory, find_layout, load_prompts, repair, rolled_back, sweep
+from surgery import (
+    AMCSelector,
+    DamageSelector,
+    Neurons,
+    RandomSelector,
+    Trajectory,
+    find_layout,
+    load_prompts,
+    repair,
+    rolled_back,
+    sweep,
+)
 from surgery.tuning import BUDGETS
 
 N = 96
@@ -143,9 +154,7 @@ def test_it_is_honest_on_a_problem_that_is_not_monotone(models, seed):
 
 def test_a_limit_met_again_at_a_larger_budget_is_said(models):
     """Recovery grows as it should, and the cost does not: broken in the middle, kept at the end."""
-    found = tuned(
-        models, Planted(models, qa=lambda x: -1.0 if 0.4 < x < 0.6 else 0.0), recovery=0.8, limit={"qa": 0.5}
-    )
+    found = tuned(models, Planted(models, qa=lambda x: -1.0 if 0.4 < x < 0.6 else 0.0), recovery=0.8, limit={"qa": 0.5})
     assert found.chosen.budget == 77 / N
     assert "they are not ordered" in str(found)
 

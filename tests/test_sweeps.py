@@ -74,9 +74,7 @@ def models() -> dict[str, nn.Module]:
 def test_references_ceiling_and_recovery(models):
     """recovery = (score − later) / (earlier − later); Δ = score − later elsewhere; budgets are those of the masks."""
     run = Trajectory(**models)
-    found = sweep(
-        run, data(), selectors=SELECTORS, budgets=BUDGETS, evaluate=Evaluate(models["earlier"])
-    )
+    found = sweep(run, data(), selectors=SELECTORS, budgets=BUDGETS, evaluate=Evaluate(models["earlier"]))
     assert found.metric == "math"  # the one that fell; nobody had to say so
     earlier, later, ceiling, *rows = found.rows
     assert (earlier.selector, later.selector) == ("earlier", "later")
@@ -191,9 +189,7 @@ def test_a_sweep_goes_on_where_it_stopped(models, tmp_path):
     again = sweep(run, None, **arguments, budgets=BUDGETS, evaluate=Evaluate(models["earlier"], 1))
     assert again == whole
     assert file.read_text() == written
-    fresh = sweep(
-        run, None, selectors=SELECTORS[1:3], budgets=BUDGETS, evaluate=Evaluate(models["earlier"])
-    )
+    fresh = sweep(run, None, selectors=SELECTORS[1:3], budgets=BUDGETS, evaluate=Evaluate(models["earlier"]))
     assert [replace(row, seconds=0.0) for row in whole] == [replace(row, seconds=0.0) for row in fresh]
     more = Evaluate(models["earlier"])
     sweep(run, None, **arguments, budgets=[*BUDGETS, 0.5], evaluate=more)
@@ -296,9 +292,7 @@ def test_two_selectors_of_one_class_are_two_rows(models):
         seen.append(hits)
         return {"math": sum(hits), "layer": hits[1]}
 
-    found = sweep(
-        run, None, selectors=[First(0.0, 0), First(0.0, 1)], budgets=[0.1], evaluate=evaluate
-    )
+    found = sweep(run, None, selectors=[First(0.0, 0), First(0.0, 1)], budgets=[0.1], evaluate=evaluate)
     assert [row.metrics["layer"] for row in found][-2:] == [0.0, 10.0]
     assert len({row.selector for row in found}) == 5
 
@@ -320,9 +314,7 @@ def test_every_budget_is_checked_before_anything_is_evaluated(models):
     """A budget out of range is said at once, not after hours of evaluations of the others."""
     evaluate = Evaluate(models["earlier"])
     with pytest.raises(ValueError, match=r"budget=1\.5: expected a fraction"):
-        sweep(
-            Trajectory(**models), None, selectors=SELECTORS[2:], budgets=[0.1, 1.5], evaluate=evaluate
-        )
+        sweep(Trajectory(**models), None, selectors=SELECTORS[2:], budgets=[0.1, 1.5], evaluate=evaluate)
     assert evaluate.calls == 0
 
 

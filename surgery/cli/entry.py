@@ -26,7 +26,11 @@ for command in (repair, select, rollback, strengths, sweep, analyse, inspect):
 
 
 def main() -> None:
-    """The command ``surgery``: exit code 0, 1 for what the user can mend (said in one line), 2 for wrong usage, 3 for damage that can't be repaired."""
+    """The command ``surgery``.
+
+    Its exit code is 0; 1 for what the user can mend, said in one line; 2 for wrong usage; 3 where ``repair`` finds
+    damage that can't be repaired within the limits.
+    """
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: err.print(f"warning: {message}", markup=False)

@@ -21,6 +21,7 @@ from surgery.cli.options import (
     How,
     LayoutFile,
     Metric,
+    Overwrite,
     Protect,
     ProtectWeight,
     Rows,
@@ -30,8 +31,8 @@ from surgery.cli.options import (
     folder_of,
     fraction,
     function_of,
-    prompts_of,
     out,
+    prompts_of,
     tell,
     trajectory_of,
     working,
@@ -64,7 +65,7 @@ def sweep(
     evaluate: Evaluation,
     data: Data = None,
     budgets: Annotated[str, typer.Option(help="Fractions, separated by commas.")] = "0.01,0.02,0.04",
-    selectors: Annotated[str, typer.Option(help='Like "D,D:hellinger,AMC,MC,A/AMC,A,random".')] = "D,AMC,random",
+    selectors: Annotated[str, typer.Option(help='Like "D,D:kl,AMC,MC,A/AMC,A,random".')] = "D,random",
     how: How = None,
     protect: Protect = None,
     protect_weight: ProtectWeight = 0.3,
@@ -112,7 +113,7 @@ def repair(
     keep: Annotated[
         list[str] | None,
         typer.Option(
-            help='A domain that should not be hurt, like "qa=qa.jsonl"; with --evaluate its metric, "qa"; repeat for more.'
+            help='A domain to be kept, like "qa=qa.jsonl"; with --evaluate its metric, "qa"; repeat for more.'
         ),
     ] = None,
     recovery: Annotated[float, typer.Option(help="The wanted share of what can be won back, 0 to 1.")] = 0.9,

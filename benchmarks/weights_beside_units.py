@@ -29,7 +29,8 @@ from surgery import (
     magnitude,
     rollback,
 )
-from surgery.entries import Mask, shapes_of
+from surgery.entries import shapes_of
+from surgery.masks import Mask
 from surgery.weight_damage import entry_gains
 from surgery.weight_ranking import entries_of
 from surgery.weight_scores import entry_magnitude

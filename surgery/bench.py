@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from surgery.entries import Mask
 from surgery.evaluators import evaluator
 from surgery.fingerprints import known
 from surgery.judging import check_items
+from surgery.masks import Mask
 from surgery.neurons import Neurons
 from surgery.operators import rollback
 from surgery.prompts import Batch, batches_of

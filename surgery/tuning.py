@@ -11,8 +11,8 @@ from pathlib import Path
 from torch import nn
 
 from surgery.bench import Bench, units_of
-from surgery.entries import Mask
 from surgery.judging import compared, judged
+from surgery.masks import Mask
 from surgery.prompts import Batch
 from surgery.rows import Evaluate, Row, Sweep, points
 from surgery.scores import remembered
@@ -184,7 +184,7 @@ def _keeps(row: Row, limits: Mapping[str, float]) -> bool:
 
 
 def _inside(smaller: Mask, larger: Mask) -> bool:
-    return (smaller & larger).equal(smaller)  # type: ignore[operator, arg-type]
+    return (smaller & larger).equal(smaller)
 
 
 def _tuning(

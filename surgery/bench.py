@@ -14,10 +14,10 @@ from typing import IO, Any
 import torch
 from torch import nn
 
-from surgery.entries import Mask
 from surgery.evaluators import evaluator, signature
 from surgery.fingerprints import known
 from surgery.judging import check_items
+from surgery.masks import Mask
 from surgery.neurons import Neurons
 from surgery.operators import rollback
 from surgery.prompts import Batch, batches_of, digest_of

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from surgery.checkpoint import Checkpoint, Source, in_force, tensors_of
-from surgery.edits import Edit, Rows, edits_of, new_values
-from surgery.entries import Mask, noun_of, units_of_mask
+from surgery.edits import Edit, Rows
+from surgery.masks import Mask, checked
 from surgery.opening import Weights, open_weights
 from surgery.papers import papers, warn_if_made_for_others
 from surgery.slots import Block, Layout, Slot
-from surgery.strength_values import Strength, check_strength, recorded, spoken
+from surgery.strength_values import Strength, check_strength, new_values, recorded, spoken
 from surgery.writing import REAL, bits, check_writable, numbers, uninterrupted
 
 
@@ -128,10 +128,10 @@ def rollback(
 
     >>> # with rollback(model, to="runs/math", mask=mask): print(evaluate(model))
     """
-    live = open_weights(model, layout, units=units_of_mask(mask))
+    live = open_weights(model, layout, units=checked(mask).units)
     check_strength(strength, live.layout)
     source = _opened(to, layout, live)
-    edits = list(edits_of(live.layout, mask, "the model"))
+    edits = list(mask.edits(live.layout, "the model"))
     warn_if_made_for_others(mask, earlier=source)
     check_writable(live, edits)
     old: list[tuple[Tensor, Edit, Tensor]] = []
@@ -156,9 +156,7 @@ def rollback(
             for edit in edits:
                 written[edit.block.name] += edit.numbers
             touched, differing = len({edit.slot.tensor for edit in edits}), sum(numbers(changed))
-            done = Rollback(
-                mask.count(), written, touched, differing, recorded(strength, mask), noun_of(mask), model, old
-            )
+            done = Rollback(mask.count(), written, touched, differing, recorded(strength, mask), mask.noun, model, old)
     except BaseException:  # also of a Ctrl-C that was held back to the end: nobody would have the undo
         _put_back(old)
         raise
@@ -197,7 +195,7 @@ class RolledBack(Mapping[str, Tensor]):
     def __init__(self, later: Weights, source: Weights, mask: Mask, strength: Strength) -> None:
         self.later, self.source, self.mask, self.strength = later, source, mask, strength
         self._edits: dict[str, list[Edit]] = {}
-        for edit in edits_of(later.layout, mask, later.name):
+        for edit in mask.edits(later.layout, later.name):
             self._edits.setdefault(edit.slot.tensor, []).append(edit)
 
     def __getitem__(self, name: str) -> Tensor:
@@ -258,7 +256,7 @@ class RolledBack(Mapping[str, Tensor]):
         return papers(self.later, self.source, self.mask, self.strength, self.parameters, len(self._edits))
 
     def __repr__(self) -> str:
-        units = f"{sum(self.mask.count().values())} {noun_of(self.mask)}"
+        units = f"{sum(self.mask.count().values())} {self.mask.noun}"
         how_far = spoken(recorded(self.strength, self.mask))
         return f"RolledBack({self.later.name} with {units} of {self.source.name}, {how_far})"
 
@@ -282,7 +280,7 @@ def rolled_back(
 
     Source: ours.
     """
-    opened = open_weights(later, layout, units=units_of_mask(mask))
+    opened = open_weights(later, layout, units=checked(mask).units)
     check_strength(strength, opened.layout)
     view = RolledBack(opened, _opened(to, layout, opened), mask, strength)
     warn_if_made_for_others(mask, earlier=view.source, later=opened)

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from surgery.bench import Bench, name_of
-from surgery.entries import Mask, noun_of
 from surgery.judging import judged
+from surgery.masks import Mask
 from surgery.neurons import Neurons
 from surgery.prompts import Batch, batches_of
 from surgery.rows import Evaluate
@@ -67,7 +67,7 @@ class Stability:
             lines.append([str(self.prompts), "all", "", "1.00", "", every])
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         table = ["  ".join(map(str.rjust, line, widths)) for line in lines]
-        what = f"{self.neurons} {noun_of(self.mask)}"
+        what = f"{self.neurons} {self.mask.noun}"
         return "\n".join([f"{self.selector}: {what}, {self.prompts} prompts to draw from", *table])
 
 
@@ -155,10 +155,8 @@ def jaccard(a: Mask, b: Mask) -> float:
     >>> jaccard(Neurons({"a": one}), Neurons({"a": two}))
     0.5
     """
-    both: Mask = a & b  # type: ignore[operator]
-    either: Mask = a | b  # type: ignore[operator]
-    union = sum(either.count().values())
-    return sum(both.count().values()) / union if union else 1.0
+    union = sum((a | b).count().values())
+    return sum((a & b).count().values()) / union if union else 1.0
 
 
 def _rows(batch: Batch) -> int:

@@ -11,7 +11,7 @@ import torch
 
 from surgery.attribution import damage, promised, reversal_cost
 from surgery.budget import Allocation, allocate, check_budget, top
-from surgery.entries import Mask
+from surgery.masks import Mask
 from surgery.neurons import Neurons
 from surgery.predictions import Divergence, Loss, check_loss
 from surgery.score_products import costs_of, product, worth

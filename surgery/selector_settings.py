@@ -6,9 +6,8 @@ from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any, TypeVar
 
-from surgery.entries import Entries
 from surgery.fingerprints import fingerprint
-from surgery.neurons import Neurons
+from surgery.masks import Mask
 from surgery.papers import versions
 from surgery.predictions import Divergence, Loss
 from surgery.prompts import Batch
@@ -16,7 +15,7 @@ from surgery.trajectory import Trajectory
 from surgery.units import Units, kinds_of, noun, owners_of, single
 
 Data = Iterable[Batch]
-Chosen = TypeVar("Chosen", Neurons, Entries)
+Chosen = TypeVar("Chosen", bound=Mask)
 
 
 def check_letters(name: str, letters: str) -> None:
@@ -58,10 +57,7 @@ def letters_named(rank: str, allocate: str) -> str:
 
 def signed(mask: Chosen, selector: Any, run: Trajectory, units: Units) -> Chosen:
     """The mask with a record of the selector that made it."""
-    made_by = {**mask.made_by, **record(selector, run, units)}
-    if isinstance(mask, Entries):
-        return Entries(mask, shapes=mask.shapes, made_by=made_by)
-    return Neurons(mask, made_by=made_by)
+    return mask.signed(record(selector, run, units))
 
 
 def record(selector: Any, run: Trajectory, units: Units) -> dict[str, Any]:

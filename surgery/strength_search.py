@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from surgery.attribution import answered, check_wide
-from surgery.edits import Edit, edits_of
-from surgery.entries import Mask, units_of_mask
+from surgery.edits import Edit
 from surgery.gradient_hooks import collecting
+from surgery.masks import Mask, checked
 from surgery.neurons import Neurons
 from surgery.operators import rollback
 from surgery.predictions import Divergence, Loss, positions, summed
 from surgery.prompts import Batch
 from surgery.slots import Block, Slot
-from surgery.strength_values import MOST, neurons_of
+from surgery.strength_values import MOST
 from surgery.trajectory import Trajectory
 
 _STILL = 1e-3  # no strength moves further than this: the search has ended
@@ -107,17 +107,16 @@ class _Along:
 
     def __init__(self, model: nn.Module, run: Trajectory, mask: Mask, batches: list[Batch], loss: Loss) -> None:
         self.model, self.run, self.mask, self.batches, self.loss = model, run, mask, batches, loss
-        self.live, earlier = run.live("earlier", units=units_of_mask(mask))
+        self.live, earlier = run.live("earlier", units=checked(mask).units)
         self.sizes = self.live.layout.sizes
         self.steps: dict[tuple[str, Slot], list[tuple[Edit, Tensor]]] = {}
-        for edit in edits_of(self.live.layout, mask, "the model"):
+        flags = {name: torch.zeros(size, dtype=torch.bool) for name, size in self.sizes.items()}
+        for edit in mask.edits(self.live.layout, "the model"):
+            flags[edit.block.name][edit.neurons] = True
             now = edit.take(self.live.tensors[edit.slot.tensor]).detach()
             step = now.float() - edit.read(earlier).to(now.device, torch.float32)
             self.steps.setdefault((edit.block.name, edit.slot), []).append((edit, step))
         self.tokens = sum(int(positions(batch).sum()) for batch in batches)
-        flags = {name: torch.zeros(size, dtype=torch.bool) for name, size in self.sizes.items()}
-        for part in mask:
-            flags[part if part in flags else part.rpartition("/")[0]][neurons_of(mask, part)] = True
         self.touched = torch.cat(list(flags.values()))
         if not bool(self.touched.any()):
             raise ValueError("the mask selects nothing, so there is no strength to find: pass a larger budget")

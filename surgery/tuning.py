@@ -11,9 +11,9 @@ from typing import Literal
 
 from surgery.attribution import earlier_answers
 from surgery.bench import Bench, units_of
-from surgery.entries import Mask
 from surgery.evaluators import likelihood
 from surgery.judging import compared, judged
+from surgery.masks import Mask
 from surgery.operators import rolled_back
 from surgery.prompts import Batch, batches_of, halved
 from surgery.responses import respond

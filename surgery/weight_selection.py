@@ -122,8 +122,7 @@ def by_damage(
         curve += _tried(run, path.gains, order, curve[-1][0])
         order = order[: min(curve, key=lambda point: (point[1], point[0]))[0]]
     told["curve"] = [list(point) for point in curve]
-    mask = path.gains.entries(order)
-    return Entries(mask, shapes=mask.shapes, made_by={"entries": told})
+    return path.gains.entries(order).signed({"entries": told})
 
 
 def by_magnitude(run: Trajectory, budget: float, how: Allocation, units: Units) -> Entries:
@@ -133,8 +132,7 @@ def by_magnitude(run: Trajectory, budget: float, how: Allocation, units: Units) 
     allowed = round(budget * len(flat))
     mask = entries_of(chosen(flat, shapes, allowed, how), shapes)
     taken = sum(mask.count().values())
-    told = {"allowed": allowed, **({"positive": taken} if taken < allowed else {})}
-    return Entries(mask, shapes=shapes, made_by={"entries": told})
+    return mask.signed({"entries": {"allowed": allowed, **({"positive": taken} if taken < allowed else {})}})
 
 
 def at_random(run: Trajectory, budget: float, seed: int, units: Units) -> Entries:
@@ -143,8 +141,7 @@ def at_random(run: Trajectory, budget: float, seed: int, units: Units) -> Entrie
     shapes = shapes_of(later.layout)
     lots = _lots(sum(neurons * width for neurons, width in shapes.values()), seed)
     allowed = round(budget * len(lots))
-    mask = entries_of(best(lots, allowed), shapes)
-    return Entries(mask, shapes=shapes, made_by={"entries": {"allowed": allowed}})
+    return entries_of(best(lots, allowed), shapes).signed({"entries": {"allowed": allowed}})
 
 
 def _lots(count: int, seed: int) -> Tensor:

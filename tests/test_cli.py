@@ -29,7 +29,7 @@ from surgery import (
     strengths,
 )
 from surgery.cli import main
-from surgery.entries import load_mask
+from surgery.masks import load_mask
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ from surgery import (
     Neurons,
     Trajectory,
     damage,
-    edits,
+    entries,
     find_layout,
     gradient_hooks,
     jaccard,
@@ -41,7 +41,8 @@ from surgery import (
     weight_selection,
 )
 from surgery.checkpoint import State
-from surgery.entries import load_mask, shapes_of
+from surgery.entries import shapes_of
+from surgery.masks import load_mask
 from surgery.papers import CARD, MASK, RECORD
 from surgery.slots import Block, Layout, Slot
 from surgery.weight_damage import Gains, entry_gains
@@ -530,7 +531,7 @@ def test_long_parts_are_read_and_written_in_pieces(family, monkeypatch):
     data, before = batches(labels=True), snapshot(later)
     whole = by_damage(over_weights(run), data, 0.05)
     want = expected(before, dict(State(earlier)), finest(later), whole)
-    for module, name, size in ((edits, "_RUN", 7), (gradient_hooks, "CHUNK", 100), (weight_ranking, "CHUNK", 13)):
+    for module, name, size in ((entries, "_RUN", 7), (gradient_hooks, "CHUNK", 100), (weight_ranking, "CHUNK", 13)):
         monkeypatch.setattr(module, name, size)
     assert by_damage(over_weights(run), data, 0.05).equal(whole)
     with operators.rollback(later, to=earlier, mask=whole) as done:
@@ -568,14 +569,14 @@ def experts_mixed_up(patch: pytest.MonkeyPatch) -> None:
 
 
 def first_run_only(patch: pytest.MonkeyPatch) -> None:
-    def mutant(layout, mask, original=edits._numbers):
+    def mutant(self, layout, whose, original=Entries.edits):
         seen = set()
-        for edit in original(layout, mask):
+        for edit in original(self, layout, whose):
             if (edit.block.name, edit.slot) not in seen:
                 seen.add((edit.block.name, edit.slot))
                 yield edit
 
-    patch.setattr(edits, "_numbers", mutant)
+    patch.setattr(Entries, "edits", mutant)
 
 
 def one_too_many(patch: pytest.MonkeyPatch) -> None:

@@ -404,10 +404,10 @@ def no_undo_on_exit(patch: pytest.MonkeyPatch) -> None:
 
 
 def down_forgotten(patch: pytest.MonkeyPatch) -> None:
-    def mutant(layout, mask, whose, original=operators.edits_of):
-        return (edit for edit in original(layout, mask, whose) if edit.slot.part != "down")
+    def mutant(self, layout, whose, original=Neurons.edits):
+        return (edit for edit in original(self, layout, whose) if edit.slot.part != "down")
 
-    patch.setattr(operators, "edits_of", mutant)
+    patch.setattr(Neurons, "edits", mutant)
 
 
 def blended(patch: pytest.MonkeyPatch) -> None:

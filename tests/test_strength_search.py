@@ -25,9 +25,9 @@ from surgery import (
     rolled_back,
     save,
     strength_search,
+    strength_values,
     strengths,
 )
-from surgery import edits as edits_module
 from surgery.checkpoint import State
 from surgery.edits import Numbers
 from surgery.papers import CARD, RECORD, STRENGTH
@@ -305,14 +305,14 @@ def test_what_the_search_needs():
 
 def blended_ends(patch: pytest.MonkeyPatch) -> None:
     """No copying of bits: also 0 and 1 are computed."""
-    patch.setattr(edits_module.torch, "where", lambda chosen, a, b: b if b.is_floating_point() else a)
+    patch.setattr(strength_values.torch, "where", lambda chosen, a, b: b if b.is_floating_point() else a)
 
 
 def of_the_first_neurons(patch: pytest.MonkeyPatch) -> None:
     def mutant(edit, strength, rows):
         return strength[edit.block.name][: len(edit.index)].reshape(-1, *[1] * (rows.ndim - 1))
 
-    patch.setattr(edits_module, "_each", mutant)
+    patch.setattr(strength_values, "_each", mutant)
 
 
 def within_the_slot(patch: pytest.MonkeyPatch) -> None:
@@ -320,7 +320,7 @@ def within_the_slot(patch: pytest.MonkeyPatch) -> None:
         at = edit.neurons - edit.slot.start
         return strength[edit.block.name][at].reshape(-1, *[1] * (rows.ndim - 1))
 
-    patch.setattr(edits_module, "_each", mutant)
+    patch.setattr(strength_values, "_each", mutant)
 
 
 def by_position(patch: pytest.MonkeyPatch) -> None:

@@ -40,7 +40,7 @@ from surgery import (
 )
 from surgery.bench import units_of
 from surgery.checkpoint import State
-from surgery.entries import load_mask
+from surgery.masks import load_mask
 from surgery.papers import MASK
 from surgery.predictions import cross_entropy
 from surgery.weight_damage import entry_gains

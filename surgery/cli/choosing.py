@@ -11,7 +11,7 @@ from surgery.cli.options import asked, files_of, prompts_of
 from surgery.units import single
 
 if TYPE_CHECKING:
-    from surgery.entries import Mask
+    from surgery.masks import Mask
     from surgery.prompts import Batch
     from surgery.selection import Selector
     from surgery.trajectory import Trajectory

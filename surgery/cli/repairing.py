@@ -33,7 +33,7 @@ from surgery.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from surgery.entries import Mask
+    from surgery.masks import Mask
     from surgery.predictions import Divergence
 
 
@@ -117,7 +117,7 @@ def rollback(
     overwrite: Overwrite = False,
 ) -> None:
     """Write the later checkpoint with the masked neurons set back; every other byte stays as it was."""
-    from surgery.entries import load_mask, noun_of
+    from surgery.masks import load_mask
     from surgery.operators import rolled_back
     from surgery.saving import save
     from surgery.strength_values import recorded, spoken
@@ -129,7 +129,7 @@ def rollback(
     chosen = load_mask(mask)
     own = layout_of(layout, later)
     view = rolled_back(later, to=to, mask=chosen, strength=strength_of(strength), layout=own)
-    counted = f"{sum(chosen.count().values())} of {chosen.total} {noun_of(chosen)} ({chosen.fraction:.2%})"
+    counted = f"{sum(chosen.count().values())} of {chosen.total} {chosen.noun} ({chosen.fraction:.2%})"
     out.print(f"{counted}, {view.parameters} parameters")
     if view.strength != 1:
         out.print(spoken(recorded(view.strength, chosen)))
@@ -159,7 +159,7 @@ def strengths(
     overwrite: Overwrite = False,
 ) -> None:
     """Find how far back each masked neuron should go and write it as a file; the model is loaded in float32."""
-    from surgery.entries import load_mask
+    from surgery.masks import load_mask
     from surgery.prompts import load_prompts
     from surgery.strength_search import strengths as find
     from surgery.strength_values import recorded, spoken

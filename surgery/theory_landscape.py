@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from surgery.checkpoint import Checkpoint
+from surgery.compat import can_set_experts_implementation
 from surgery.hooks import evaluating
 from surgery.opening import open_weights
 from surgery.predictions import Distillation, Loss, distillation, positions, predicting
@@ -164,7 +165,7 @@ def differentiable(model: Any) -> Iterator[None]:
     Embeddings forget their padding token meanwhile: backward passes leave its row out, also where it is attended (as
     end of sequence, say), and forward ones do not.
     """
-    experts = model.get_experts_implementation() if getattr(model, "_can_set_experts_implementation", bool)() else None
+    experts = model.get_experts_implementation() if can_set_experts_implementation(model) else None
     padding = {one: one.padding_idx for one in model.modules() if isinstance(one, nn.Embedding)}
     try:
         for one in padding:

@@ -95,7 +95,9 @@ def law_each(later: nn.Module, earlier: nn.Module, mask: Neurons | Entries, unit
 
 
 @pytest.mark.parametrize(
-    ("family", "dtype"), [*((f, torch.bfloat16) for f in downstream()), *((f, d) for f in THREE for d in DTYPES)], ids=str
+    ("family", "dtype"),
+    [*((f, torch.bfloat16) for f in downstream()), *((f, d) for f in THREE for d in DTYPES)],
+    ids=str,
 )
 def test_each_neuron_goes_as_far_as_it_was_told(family, dtype):
     earlier, later = build(family, dtype, 1), build(family, dtype, 2)

@@ -112,11 +112,11 @@ def batches_in_bf16(patch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("mutant", [products_in_bf16, changes_in_bf16, rows_in_bf16, batches_in_bf16])
 def test_a_narrow_reduction_dies(mutant: Any):
-    dies(mutant, law_reduced_wide, AssertionError)
+    dies(mutant, law_reduced_wide)
 
 
 def test_batches_that_are_added_up_in_bf16_die():
-    dies(batches_in_bf16, law_summed_wide, AssertionError)
+    dies(batches_in_bf16, law_summed_wide)
 
 
 # Along the way.
@@ -200,7 +200,7 @@ def without_moving(patch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("mutant", [without_weights, from_the_other_end, with_what_is_left, without_moving])
 def test_another_way_dies(mutant: Any):
-    dies(mutant, lambda: law_complete("qwen3", "kv_group"), AssertionError)
+    dies(mutant, lambda: law_complete("qwen3", "kv_group"))
 
 
 # In memory.
@@ -268,7 +268,7 @@ def test_damage_holds_one_model_in_memory():
 
 
 def test_gradients_that_are_kept_are_noticed():
-    dies(lambda _: None, lambda: law_one_model_in_memory("mutant"), AssertionError)
+    dies(lambda _: None, lambda: law_one_model_in_memory("mutant"))
 
 
 # What it promises.

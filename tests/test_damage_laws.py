@@ -113,11 +113,11 @@ def batches_in_bf16(patch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("mutant", [products_in_bf16, changes_in_bf16, rows_in_bf16, batches_in_bf16])
 def test_a_narrow_reduction_dies(mutant: Any):
-    dies(mutant, law_reduced_wide, AssertionError)
+    dies(mutant, law_reduced_wide)
 
 
 def test_batches_that_are_added_up_in_bf16_die():
-    dies(batches_in_bf16, law_summed_wide, AssertionError)
+    dies(batches_in_bf16, law_summed_wide)
 
 
 # Along the way.
@@ -242,7 +242,7 @@ def test_damage_holds_one_model_in_memory():
 
 
 def test_gradients_that_are_kept_are_noticed():
-    dies(lambda _: None, lambda: law_one_model_in_memory("mutant"), AssertionError)
+    dies(lambda _: None, lambda: law_one_model_in_memory("mutant"))
 
 
 # What it promises.

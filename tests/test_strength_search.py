@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from families import build, downstream
-from mutants import NOTICED, dies
+from mutants import dies
 from test_attribution import divergence, pair, vectors
 from test_entries import BOTH, some_entries
 from test_laws import THREE, all_neurons, bits, hashes, same, snapshot, some_neurons
@@ -369,7 +369,7 @@ MUTANTS = (
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_mutants_die(mutant, tmp_path):
-    dies(mutant, lambda: _every_law(tmp_path), NOTICED)
+    dies(mutant, lambda: _every_law(tmp_path))
 
 
 def test_without_a_mutant_the_laws_hold(tmp_path):

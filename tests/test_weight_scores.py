@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import build, downstream
-from mutants import NOTICED, dies
+from mutants import dies
 from test_entries import SEVEN, finest, law_exact
 from test_laws import same, snapshot
 from test_scores import batches
@@ -250,9 +250,8 @@ def parts_from_zero(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(weight_scores, "starts_of", lambda shapes: dict.fromkeys(shapes, 0))
 
 
-def one_order_for_all(patch: pytest.MonkeyPatch) -> None:
-    """A layer's own indices, taken for the whole model's."""
-    patch.setattr(weight_scores, "best", lambda flat, count: weight_ranking.best(flat, count) - flat.storage_offset())
+def neighbours(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(weight_scores, "best", lambda flat, count: (weight_ranking.best(flat, count) + 1) % len(flat))
 
 
 def layers_alike(patch: pytest.MonkeyPatch) -> None:
@@ -274,7 +273,7 @@ MUTANTS = (
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_mutants_die(mutant):
-    dies(mutant, _every_law, NOTICED)
+    dies(mutant, _every_law)
 
 
 def test_without_a_mutant_the_laws_hold():

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from families import build
-from mutants import NOTICED, dies
+from mutants import dies
 from test_attribution import pair
 from test_entries import DTYPES, SEVEN, in_parts, law_exact
 from test_laws import hashes, same, snapshot
@@ -434,7 +434,7 @@ MUTANTS = (
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_mutants_die(mutant):
-    dies(mutant, _every_law, NOTICED)
+    dies(mutant, _every_law)
 
 
 def test_without_a_mutant_the_laws_hold():

@@ -285,15 +285,25 @@ def test_identity_tells_checkpoints_and_prompts_apart(tmp_path: Path) -> None:
 
 
 @needs_checkpoints
+<<<<<<< HEAD
 def test_measuring_leaves_the_model_whole_and_resumes(
     seed0: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every untrained method at one value; then again from the file, where only what is missing is measured."""
+=======
+def test_measuring_leaves_the_model_whole_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every untrained method at one value, on few prompts; then from the file, where only what is missing is measured."""
+>>>>>>> bench
     torch.set_num_threads(1)
     asked: list[str] = []
 
     def few(setting: Any) -> list[Method]:
         return [replace(m, values=m.values[-1:], draws=1) for m in methods(setting) if m.kind != TRAINED]
+
+    def short(*asked: Any) -> Any:
+        setting = setting_of(*asked)
+        others = {domain: data[:1] for domain, data in setting.others.items()}
+        return replace(setting, data=setting.data[:1], others=others)
 
     def counted(setting: Any, method: Method, *others: Any) -> Row:
         asked.append(method.name)
@@ -303,6 +313,7 @@ def test_measuring_leaves_the_model_whole_and_resumes(
         return found
 
     monkeypatch.setattr(pareto, "methods", few)
+    monkeypatch.setattr(pareto, "setting_of", short)
     monkeypatch.setattr(pareto, "measure", counted)
     path = tmp_path / "pareto.json.gz"
     run = measure_pair(seed0, PAIR, Store(path))

@@ -9,14 +9,11 @@ by chunk.
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
-from benchmarks.hardware import statement
-from benchmarks.speed.operations import make
+from benchmarks.speed.checkpoints import made
 
 CHILD = """
 import sys, threading, time
@@ -85,15 +82,9 @@ def child(folder: Path, what: str) -> tuple[float, float]:
 
 def main() -> None:
     """Make the checkpoints, run everything, print one table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, default=28)
-    asked = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        make(folder, asked.layers)
-        size = (folder / "later" / "model.safetensors").stat().st_size / 1e9
+    with made(__doc__) as (folder, about):
         found = {what: child(folder, what) for what in ("read", "subtract", "changes", "overlap", "directions")}
-    print(f"{statement()}\nQwen3-0.6B shape with {asked.layers} layers, bfloat16, three checkpoints of {size:.2f} GB\n")
+    print(about)
     print("| | CPU s | × reading the files | × one subtraction | MB of anonymous memory |\n|---|---|---|---|---|")
     words = {
         "read": "reading the three files (page cache)",

@@ -19,6 +19,7 @@ import torch
 from transformers import PrinterCallback, Qwen3Config, Qwen3ForCausalLM, Trainer, TrainingArguments
 
 from benchmarks.hardware import statement
+from benchmarks.speed import checkpoints
 from surgery import GradientCosines, gradients
 from surgery.predictions import cross_entropy
 
@@ -66,12 +67,7 @@ def batch(tokens: int, seed: int) -> Batch:
 
 def beside_plain_passes(layers: int, tokens: int) -> str:
     """``gradients`` beside the same backward passes, one full gradient in memory at a time and none compared."""
-    config = Qwen3Config(
-        hidden_size=1024, intermediate_size=3072, num_hidden_layers=layers, num_attention_heads=16,
-        num_key_value_heads=8, head_dim=128, vocab_size=151936, tie_word_embeddings=True,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = Qwen3ForCausalLM(config).to(torch.bfloat16).eval()
+    model = checkpoints.model(layers)
     data = {"math": [batch(tokens, 1)], "qa": [batch(tokens, 2)]}
 
     def plain() -> None:

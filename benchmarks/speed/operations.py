@@ -1,24 +1,22 @@
 """What the operations cost, each beside the least that could be done: ``python -m benchmarks.speed.operations``.
 
-A Qwen3-0.6B-shaped pair (random weights, bfloat16, one file) is made in a temporary folder; ``--layers`` shrinks it.
+Checkpoints of a Qwen3-0.6B shape (random weights, bfloat16, one file) are made; ``--layers`` shrinks them.
 CPU seconds are of user and system together; memory is the peak of anonymous memory above the start's.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from benchmarks.hardware import statement
+from benchmarks.speed.checkpoints import made
 
 Result = tuple[str, float, float, str]
 
@@ -31,23 +29,6 @@ def cpu(function: Callable[[], object], times: int = 3) -> tuple[float, float]:
         function()
         found.append((time.process_time() - used, time.perf_counter() - wall))
     return min(c for c, _ in found), min(w for _, w in found)
-
-
-def make(folder: Path, layers: int) -> None:
-    """Three checkpoints of a Qwen3-0.6B shape; the later two differ from the one before in every MLP weight."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    config = Qwen3Config(
-        hidden_size=1024, intermediate_size=3072, num_hidden_layers=layers, num_attention_heads=16,
-        num_key_value_heads=8, head_dim=128, vocab_size=151936, tie_word_embeddings=True,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = Qwen3ForCausalLM(config).to(torch.bfloat16)
-    for name in ("base", "earlier", "later"):
-        model.save_pretrained(folder / name, max_shard_size="10GB")
-        with torch.no_grad():
-            for parameter in model.model.layers.parameters():
-                parameter.mul_(1 + 0.02 * torch.randn(parameter.shape[:1] + (1,) * (parameter.ndim - 1)))
 
 
 IMPORTS = (
@@ -230,23 +211,17 @@ def on_gpu() -> list[Result]:
 
 
 def main() -> None:
-    """Make the pair, run everything, print one table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, default=28)
-    asked = parser.parse_args()
+    """Make the checkpoints, run everything, print one table."""
     from surgery import RandomSelector, Trajectory
 
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        make(folder, asked.layers)
+    with made(__doc__) as (folder, about):
         run = Trajectory(earlier=folder / "earlier", later=folder / "later")
         RandomSelector(0.02).select(run).save(folder / "mask.safetensors")
         results = folder_to_folder(folder, folder / "mask.safetensors") + scores(folder)
         results += live(folder, folder / "mask.safetensors")
         results += attribution(folder)
         results += on_gpu() if torch.cuda.is_available() else []
-        size = (folder / "later" / "model.safetensors").stat().st_size / 1e9
-    print(f"{statement()}\nQwen3-0.6B shape with {asked.layers} layers, bfloat16, {size:.2f} GB a checkpoint\n")
+    print(about)
     print("| operation | ours | beside | ratio | |\n|---|---|---|---|---|")
     for what, ours, beside, note in results:
         ratio = f"{ours / beside:.2f}" if beside == beside else ""

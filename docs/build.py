@@ -1,4 +1,4 @@
-"""Write docs/reference/api.md from the docstrings: ``python docs/build.py``; ``--check`` only says whether it is new."""
+"""Write docs/reference/api.md from the docstrings: ``python docs/build.py``; ``--check`` says whether it is up to date."""
 
 from __future__ import annotations
 

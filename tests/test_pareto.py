@@ -285,15 +285,8 @@ def test_identity_tells_checkpoints_and_prompts_apart(tmp_path: Path) -> None:
 
 
 @needs_checkpoints
-<<<<<<< HEAD
-def test_measuring_leaves_the_model_whole_and_resumes(
-    seed0: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every untrained method at one value; then again from the file, where only what is missing is measured."""
-=======
 def test_measuring_leaves_the_model_whole_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every untrained method at one value, on few prompts; then from the file, where only what is missing is measured."""
->>>>>>> bench
+    """Every untrained method at one value, on few prompts; then from the file, only what is missing."""
     torch.set_num_threads(1)
     asked: list[str] = []
 

@@ -267,7 +267,7 @@ def lowest(patch: pytest.MonkeyPatch) -> None:
 
 
 MUTANTS = (
-    no_abs, not_relative, relative_to_the_sum, parts_from_zero, one_order_for_all, layers_alike, one_too_many, lowest,
+    no_abs, not_relative, relative_to_the_sum, parts_from_zero, neighbours, layers_alike, one_too_many, lowest,
 )  # fmt: skip
 
 

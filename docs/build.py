@@ -1,4 +1,4 @@
-"""Write docs/reference/api.md from the docstrings: ``python docs/build.py``; ``--check`` says whether it is up to date."""
+"""Write docs/reference/api.md from the docstrings; ``--check`` says whether it is up to date."""
 
 from __future__ import annotations
 

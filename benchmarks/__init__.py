@@ -1,1 +1,1 @@
-"""Scripts that answer one question each."""
+"""The lab, the comparison, and scripts that answer one question or measure one cost each."""

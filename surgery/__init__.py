@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from surgery.theory_spectrum import DamageSpectrum, damage_spectrum
     from surgery.theory_subspaces import Span, eigenspace
     from surgery.trajectory import Trajectory
-    from surgery.tuning import Tuning, recommend
+    from surgery.tuning import Repair, repair
 
 _HOME = {
     "attribution": ("damage", "reversal_cost"),
@@ -109,7 +109,7 @@ _HOME = {
     "theory_spectrum": ("DamageSpectrum", "damage_spectrum"),
     "theory_subspaces": ("Span", "eigenspace"),
     "trajectory": ("Trajectory",),
-    "tuning": ("Tuning", "recommend"),
+    "tuning": ("Repair", "repair"),
 }
 
 __all__ = [
@@ -142,6 +142,7 @@ __all__ = [
     "Profile",
     "RandomSelector",
     "Refresh",
+    "Repair",
     "Rollback",
     "RolledBack",
     "Row",
@@ -151,7 +152,6 @@ __all__ = [
     "Stability",
     "Sweep",
     "Trajectory",
-    "Tuning",
     "activation",
     "allocate",
     "analyse",
@@ -181,8 +181,8 @@ __all__ = [
     "overlap",
     "probe",
     "profile",
-    "recommend",
     "refresh",
+    "repair",
     "respond",
     "reversal_cost",
     "rollback",

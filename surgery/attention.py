@@ -16,6 +16,10 @@ _QUERY_NORM, _KEY_NORM = re.compile(r"(q|query|qk)_(layer)?norm"), re.compile(r"
 _SPLIT_NORM = 'its norm of q or k runs over all heads at once, so no head stands alone; units="value_channel" does'
 
 
+class NoAttention(ValueError):
+    """No attention of a model can be read for certain."""
+
+
 def attention_blocks(model: nn.Module, kind: str, hidden: int) -> tuple[list[Block], tuple[str, ...]]:
     """The attention blocks of a model with units of one kind, and in words what they leave out.
 
@@ -25,7 +29,7 @@ def attention_blocks(model: nn.Module, kind: str, hidden: int) -> tuple[list[Blo
         hidden: the model's width; attention of another width (a vision tower's) is not covered.
 
     Raises:
-        ValueError: no attention of the model can be read for certain; the message says why.
+        NoAttention: no attention of the model can be read for certain; the message says why.
 
     Source: ours.
     """
@@ -41,7 +45,7 @@ def attention_blocks(model: nn.Module, kind: str, hidden: int) -> tuple[list[Blo
             reasons[path] = str(reason)
     if not blocks:
         why = next((f"{path}: {reason}" for path, reason in reasons.items()), "it has no attention")
-        raise ValueError(
+        raise NoAttention(
             f"no {noun((kind,))} can be told for certain in {type(model).__name__}: {why}. "
             f'Or leave attention out: units="mlp"'
         )

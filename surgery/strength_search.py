@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,6 @@ from surgery.edits import Edit
 from surgery.gradient_hooks import collecting
 from surgery.masks import Mask, checked
 from surgery.neurons import Neurons
-from surgery.opening import open_weights
 from surgery.operators import rollback
 from surgery.predictions import Divergence, Loss, positions, summed
 from surgery.prompts import Batch
@@ -32,7 +30,7 @@ def strengths(
     *,
     most: float = 2.0,
     passes: int = 16,
-    loss: Loss | Divergence = "kl",
+    loss: Loss | Divergence = "hellinger",
 ) -> Neurons:
     """How far back each masked neuron should go, s = argmin of L(θB − Σ_n s_n δB,n) over s in [0, most].
 
@@ -45,12 +43,12 @@ def strengths(
 
     Args:
         run: a trajectory with ``earlier`` and ``later``; the later model has to be float32 or wider, since in 16 bits
-            the way between two checkpoints has no points: Trajectory(..., model=run.load(dtype=torch.float32)).
+            the way between two checkpoints has no points: call run.load(dtype=torch.float32) first.
         data: batches of the damaged domain, as for ``damage``.
         mask: what is to be reverted. Of entries, all weights of a neuron go equally far.
         most: the furthest that a neuron may go, in (0, 3]; 1 never goes past the earlier values.
         passes: forward and backward passes over the data, at least 2.
-        loss: "kl", "hellinger" or a loss of your own (see ``damage``).
+        loss: "hellinger", "kl" or a loss of your own (see ``damage``).
 
     Returns:
         Scores in [0, most], for ``rollback(..., strength=)``; 0 where the mask selects nothing. The losses that were
@@ -65,7 +63,7 @@ def strengths(
         raise ValueError(f"most={most!r}: expected a number in (0, {MOST:g}]")
     if isinstance(passes, bool) or not isinstance(passes, int) or passes < 2:
         raise ValueError(f"passes={passes!r}: expected how many passes over the data, 2 or more")
-    run = replace(run, units=checked(mask).units) if run.layout is None else run
+    run.check_whole()
     batches, loss = answered(run, data, loss)
     model = run.load()
     check_wide(model)
@@ -109,8 +107,7 @@ class _Along:
 
     def __init__(self, model: nn.Module, run: Trajectory, mask: Mask, batches: list[Batch], loss: Loss) -> None:
         self.model, self.run, self.mask, self.batches, self.loss = model, run, mask, batches, loss
-        self.live = open_weights(model, run.layout, units=run.units)
-        (earlier,) = replace(run, later=model).weights("earlier")
+        self.live, earlier = run.live("earlier", units=checked(mask).units)
         self.sizes = self.live.layout.sizes
         self.steps: dict[tuple[str, Slot], list[tuple[Edit, Tensor]]] = {}
         flags = {name: torch.zeros(size, dtype=torch.bool) for name, size in self.sizes.items()}
@@ -137,7 +134,7 @@ class _Along:
                 products = (edit.take(grad).float() * step).reshape(len(step), -1).sum(1)
                 slopes[block.name].index_add_(0, edit.neurons, -products.double().cpu() / self.tokens)
 
-        how_far, earlier = Neurons(self.split(s.float())), self.run.source("earlier")
+        how_far, earlier = Neurons(self.split(s.float())), self.run.tensors("earlier")
         with (
             rollback(self.model, to=earlier, mask=self.mask, strength=how_far, layout=self.run.layout),
             collecting(self.model, self.live.layout, take),

@@ -39,14 +39,14 @@ def kinds_of(units: Units) -> tuple[str, ...]:
     return tuple(kind for kind in KINDS if kind in asked)
 
 
-def single(units: Units | None) -> bool:
+def single(units: Units) -> bool:
     """Whether a selector's ``units`` are single weights."""
-    return units is not None and WEIGHT in _asked(units)
+    return WEIGHT in _asked(units)
 
 
-def owners_of(units: Units | None) -> tuple[str, ...] | None:
+def owners_of(units: Units) -> tuple[str, ...] | None:
     """The kinds beside "weight" in a selector's ``units``; None where there are none."""
-    return None if units is None else tuple(kind for kind in _asked(units) if kind != WEIGHT) or None
+    return tuple(kind for kind in _asked(units) if kind != WEIGHT) or None
 
 
 def _asked(units: Units) -> tuple[str, ...]:

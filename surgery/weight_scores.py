@@ -13,17 +13,19 @@ from surgery.entries import shapes_of
 from surgery.scores import remember
 from surgery.scratch import zeros_on_disk
 from surgery.trajectory import Trajectory
+from surgery.units import Units
 from surgery.weight_ranking import best, positive, starts_of
 
 _Shapes = dict[str, tuple[int, int]]
 
 
 @remember
-def entry_magnitude(run: Trajectory) -> Tensor:
+def entry_magnitude(run: Trajectory, units: Units = "mlp") -> Tensor:
     """M of single weights: M_w = abs(δB,w), divided by the mean of its layer (of an MLP block or an attention).
 
     Args:
-        run: a trajectory with ``earlier`` and ``later``; its units say whose weights are candidates.
+        run: a trajectory with ``earlier`` and ``later``.
+        units: the kinds of unit whose weights are candidates.
 
     Returns:
         float32 ``[weight]`` ≥ 0, part after part as in ``shapes_of(layout)``, in a temporary file of 4 bytes a weight
@@ -34,10 +36,10 @@ def entry_magnitude(run: Trajectory) -> Tensor:
 
     Source: ours, after the paper's M of a neuron.
     """
-    (later,) = run.weights("later")
-    shapes, means = shapes_of(later.layout), _means(run)
+    (later,) = run.weights("later", units=units)
+    shapes, means = shapes_of(later.layout), _means(run, units)
     flat, starts = zeros_on_disk(sum(neurons * width for neurons, width in shapes.values())), starts_of(shapes)
-    for name, part, start, step in _steps(run):
+    for name, part, start, step in _steps(run, units):
         at = starts[f"{name}/{part}"] + start * step.shape[1]
         flat[at : at + step.numel()] = (step.abs() / (means[name] or 1.0)).flatten()
     return flat
@@ -68,19 +70,19 @@ def _blocks(shapes: _Shapes) -> dict[str, tuple[int, int]]:
     return found
 
 
-def _steps(run: Trajectory) -> Iterator[tuple[str, str, int, Tensor]]:
+def _steps(run: Trajectory, units: Units) -> Iterator[tuple[str, str, int, Tensor]]:
     """Block, part, first neuron and δB of each piece; all finite."""
-    for name, part, start, _, (step,) in displacements(run, "earlier", "later"):
+    for name, part, start, _, (step,) in displacements(run, "earlier", "later", units=units):
         if not bool(step.sum().isfinite()):
-            check_finite(run, "earlier", "later")
+            check_finite(run, "earlier", "later", units=units)
         yield name, part, start, step
 
 
-def _means(run: Trajectory) -> dict[str, float]:
+def _means(run: Trajectory, units: Units) -> dict[str, float]:
     """The mean of abs(δB) over each block's weights."""
     sums: dict[str, float] = {}
     counts: dict[str, int] = {}
-    for name, _, _, step in _steps(run):
+    for name, _, _, step in _steps(run, units):
         sums[name] = sums.get(name, 0.0) + float(step.abs().double().sum())
         counts[name] = counts.get(name, 0) + step.numel()
     return {name: total / counts[name] for name, total in sums.items()}

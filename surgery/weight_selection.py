@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from surgery.attention import NoAttention
 from surgery.budget import Allocation
 from surgery.entries import Entries, shapes_of
 from surgery.hooks import evaluating
@@ -15,9 +17,9 @@ from surgery.operators import rollback
 from surgery.predictions import Divergence, Loss, positions
 from surgery.scores import remember
 from surgery.scratch import zeros_on_disk
-from surgery.selector_settings import Data, damage_named, named, over
+from surgery.selector_settings import Data
 from surgery.trajectory import Trajectory
-from surgery.units import WEIGHT, Units, owners_of
+from surgery.units import WEIGHT, Units, kinds_of, owners_of
 from surgery.weight_damage import Gains, entry_gains
 from surgery.weight_ranking import CHUNK, best, entries_of
 from surgery.weight_scores import chosen, entry_magnitude
@@ -28,21 +30,25 @@ _LOTS = (0x00800000, 0x7F800000)  # the bits of every positive normal float32, f
 Point = tuple[int, float]  # how many weights are reverted, and the loss then
 
 
-def over_weights(run: Trajectory, units: Units | None = None) -> Trajectory:
-    """The trajectory over the units whose weights are candidates: those beside "weight" in ``units``.
+def candidates(run: Trajectory, units: Units = WEIGHT) -> tuple[str, ...]:
+    """The kinds of unit whose weights are candidates: those beside "weight" in ``units``.
 
-    Alone it means those of the MLPs and of KV groups, whatever the trajectory's units; of the MLPs where a model's
-    attention can't be told for certain, of the trajectory's own layout where it has one.
+    "weight" alone means MLPs and KV groups; the trajectory's own layout where it has one. Where a model's attention
+    can't be told for certain it means the MLPs, with a warning that says why.
     """
     owners = owners_of(units)
     if owners is not None or run.layout is not None:
-        return over(run, owners)
-    finest = over(run, _FINEST)
+        return run.kinds(owners or "mlp")
     try:
-        finest.weights("later")
-    except ValueError:
-        return over(run, "mlp")
-    return finest
+        run.weights("later", units=_FINEST)
+    except NoAttention as reason:
+        warnings.warn(
+            f"weights of attention are no candidates, and the budget counts those of the MLPs alone: {reason}. Pass "
+            f'units=("mlp", "weight") to say so yourself',
+            stacklevel=4,
+        )
+        return ("mlp",)
+    return kinds_of(_FINEST)
 
 
 def check_rounds_how(how: Allocation) -> None:
@@ -64,27 +70,17 @@ def check_magnitude(rank: str, allocate: str) -> None:
         )
 
 
-def name_by_damage(loss: Loss | Divergence) -> str:
-    """What D of single weights is called in a table."""
-    return named(damage_named(loss), WEIGHT)
-
-
-def name_by_magnitude(how: Allocation) -> str:
-    """What M of single weights is called in a table."""
-    own = named("M", WEIGHT)
-    return own if how == "global" else f"{own} ({how})"
-
-
 def by_damage(
     run: Trajectory,
     data: Data | None,
     budget: float,
     *,
+    units: Units,
     stop: bool = True,
     rounds: int = ROUNDS,
-    loss: Loss | Divergence = "kl",
+    loss: Loss | Divergence = "hellinger",
 ) -> Entries:
-    """The best by D of all weights of the run's units: D_w = g_w · δB,w, the first-order gain of reverting w alone.
+    """The best by D of all weights of some units: D_w = g_w · δB,w, the first-order gain of reverting w alone.
 
     Gains of single weights do not add up: each was measured with all others in place. So they are taken in rounds. A
     round takes the best until their gains add up to the loss that is left, which is more than they can give, and then
@@ -98,9 +94,10 @@ def by_damage(
     the curve is in ``made_by["entries"]``.
 
     Args:
-        run: a trajectory with ``earlier`` and ``later``, over the units whose weights are candidates.
+        run: a trajectory with ``earlier`` and ``later``.
         data: prompts of the damaged domain.
         budget: β, the fraction of the candidate weights, in [0, 1]; with ``stop`` the most that may be taken.
+        units: the kinds of unit whose weights are candidates (``candidates``).
         stop: keep only as many as lower the loss.
         rounds: how often D is measured, at least 1.
         loss: "kl", "hellinger" or a loss of your own (see ``damage``); ≥ 0, 0 is nothing lost.
@@ -114,7 +111,7 @@ def by_damage(
         raise ValueError(f"rounds={rounds!r}: expected how often D is measured, 1 or more")
     if data is None:
         raise ValueError("D is measured on prompts of the damaged domain: pass data=load_prompts(file, tokenizer)")
-    path = _path(run, data, loss=loss, rounds=rounds)
+    path = _path(run, data, loss=loss, rounds=rounds, units=units)
     allowed = round(budget * len(path.gains.flat))
     order = path.best(allowed)
     curve = [point for point in path.curve if point[0] <= len(order)]
@@ -128,9 +125,9 @@ def by_damage(
     return path.gains.entries(order).signed({"entries": told})
 
 
-def by_magnitude(run: Trajectory, budget: float, how: Allocation) -> Entries:
-    """The most changed of all weights of the run's units, of the whole model or of each layer its share."""
-    flat, (later,) = entry_magnitude(run), run.weights("later")
+def by_magnitude(run: Trajectory, budget: float, how: Allocation, units: Units) -> Entries:
+    """The most changed of all weights of some units, of the whole model or of each layer its share."""
+    flat, (later,) = entry_magnitude(run, units), run.weights("later", units=units)
     shapes = shapes_of(later.layout)
     allowed = round(budget * len(flat))
     mask = entries_of(chosen(flat, shapes, allowed, how), shapes)
@@ -138,9 +135,9 @@ def by_magnitude(run: Trajectory, budget: float, how: Allocation) -> Entries:
     return mask.signed({"entries": {"allowed": allowed, **({"positive": taken} if taken < allowed else {})}})
 
 
-def at_random(run: Trajectory, budget: float, seed: int) -> Entries:
-    """Some of all weights of the run's units, drawn uniformly without replacement; a bigger budget has the smaller."""
-    (later,) = run.weights("later")
+def at_random(run: Trajectory, budget: float, seed: int, units: Units) -> Entries:
+    """Some of all weights of those units, drawn uniformly without replacement; a bigger budget has the smaller."""
+    (later,) = run.weights("later", units=units)
     shapes = shapes_of(later.layout)
     lots = _lots(sum(neurons * width for neurons, width in shapes.values()), seed)
     allowed = round(budget * len(lots))
@@ -170,17 +167,16 @@ class _Path:
 
 
 @remember
-def _path(run: Trajectory, data: Data, *, loss: Loss | Divergence, rounds: int) -> _Path:
-    gains = entry_gains(run, data, loss=loss)
-    run = replace(run, model=gains.model)
+def _path(run: Trajectory, data: Data, *, loss: Loss | Divergence, rounds: int, units: Units) -> _Path:
+    gains = entry_gains(run, data, loss=loss, units=units)
     taken, curve = torch.zeros(0, dtype=torch.int64), [(0, gains.value)]
     for _ in range(rounds - 1):
         best = gains.best(max(1, gains.worth(gains.value)))
         if not len(best) or gains.value <= 0:
             break
         taken = torch.cat([taken, best])
-        with rollback(gains.model, to=run.source("earlier"), mask=gains.entries(taken), layout=run.layout):
-            gains = entry_gains(run, gains.batches, loss=gains.loss)
+        with rollback(gains.model, to=run.tensors("earlier"), mask=gains.entries(taken), layout=run.layout):
+            gains = entry_gains(run, gains.batches, loss=gains.loss, units=units)
         gains.flat[taken] = 0  # where the earlier model is stored wider, what is left is rounding
         curve.append((len(taken), gains.value))
     return _Path(taken, curve, gains)
@@ -190,7 +186,7 @@ def _tried(run: Trajectory, gains: Gains, order: Tensor, start: int) -> list[Poi
     """The loss with more and more reverted, from ``start`` to all of them."""
     found = []
     for count in sorted({start + round((len(order) - start) / 2**at) for at in range(_HALVINGS + 1)} - {start}):
-        with rollback(gains.model, to=run.source("earlier"), mask=gains.entries(order[:count]), layout=run.layout):
+        with rollback(gains.model, to=run.tensors("earlier"), mask=gains.entries(order[:count]), layout=run.layout):
             found.append((count, _mean(gains)))
     return found
 

@@ -12,8 +12,8 @@ import torch
 from families import build
 from torch import Tensor
 
-from benchmarks import baselines
-from benchmarks.baselines import (
+from benchmarks.pareto import baselines
+from benchmarks.pareto.baselines import (
     differing,
     dropped,
     edited,
@@ -330,7 +330,7 @@ def test_differing_counts_bits_not_values() -> None:
 @pytest.mark.skipif(not (SEED0 / "qa").is_dir(), reason="seed 0 has not been trained here")
 def test_a_refresh_changes_a_copy_and_is_repeatable() -> None:
     from benchmarks.lab.domains import read_items
-    from benchmarks.refresh_grpo import refreshed
+    from benchmarks.lab.refresh import refreshed
     from surgery import Trajectory
 
     later = Trajectory(later=SEED0 / "qa").load()

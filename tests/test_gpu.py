@@ -142,7 +142,7 @@ def test_a_sweep_measures_what_it_measures_on_the_cpu():
     score = likelihood({"a": DATA[:1], "b": DATA[1:]})
     selectors = [DamageSelector(0.1), AMCSelector(0.1)]
     tables = [
-        sweep(model, run, DATA, selectors=selectors, budgets=[0.1, 0.3], evaluate=score, metric="a")
+        sweep(run, DATA, selectors=selectors, budgets=[0.1, 0.3], evaluate=score, metric="a")
         for model, run in ((one, here), (other, there))
     ]
     for found, expected in zip(*tables, strict=True):

@@ -13,25 +13,31 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_lab import SEED0, copy_seed0
 
-from benchmarks import pareto
-from benchmarks.baselines import differing
-from benchmarks.changes import BASELINE, BUDGETS, CONTROL, LIBRARY, REFERENCE, TRAINED, VARIANT, Method, applied
-from benchmarks.front import against_loss, against_size, front
 from benchmarks.lab.domains import DOMAINS
 from benchmarks.lab.evaluate import Evaluator
-from benchmarks.methods import methods
-from benchmarks.pareto import Pair, Row, Store, asked_for, identity, measure, measure_pair, pairs, setting_of
-from benchmarks.points import OTHER, OURS, SCALE, UNDECIDED, Point, best, contests, points, verdict
-from benchmarks.report import markdown
+from benchmarks.pareto import comparison as pareto
+from benchmarks.pareto.baselines import differing
+from benchmarks.pareto.changes import BASELINE, BUDGETS, CONTROL, LIBRARY, REFERENCE, TRAINED, VARIANT, Method, applied
+from benchmarks.pareto.comparison import Pair, Row, Store, asked_for, identity, measure, measure_pair, pairs, setting_of
+from benchmarks.pareto.front import against_loss, against_size, front
+from benchmarks.pareto.methods import methods
+from benchmarks.pareto.points import OTHER, OURS, SCALE, UNDECIDED, Point, best, contests, points, verdict
+from benchmarks.pareto.report import markdown
 from surgery import rolled_back
 from surgery.rows import CEILING, EARLIER, LATER
 from surgery.strength_values import applied as used
 
-SEED0 = Path(pareto.__file__).parent / "lab" / "seed0"
 needs_checkpoints = pytest.mark.skipif(not (SEED0 / "qa").is_dir(), reason="seed 0 has not been trained here")
 ITEMS = 200
 PAIR = pairs()[0]
+
+
+@pytest.fixture(scope="session")
+def seed0(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Few prompts, and still enough to say that Math was damaged."""
+    return copy_seed0(tmp_path_factory.mktemp("small") / "seed0", evaluation=32, calibration=16)
 
 
 def row(method: str, kind: str, value: float, probabilities: np.ndarray, **others: Any) -> dict[str, Any]:
@@ -280,12 +286,17 @@ def test_identity_tells_checkpoints_and_prompts_apart(tmp_path: Path) -> None:
 
 @needs_checkpoints
 def test_measuring_leaves_the_model_whole_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every untrained method at one value; then again from the file, where only what is missing is measured."""
+    """Every untrained method at one value, on few prompts; then from the file, only what is missing."""
     torch.set_num_threads(1)
     asked: list[str] = []
 
     def few(setting: Any) -> list[Method]:
         return [replace(m, values=m.values[-1:], draws=1) for m in methods(setting) if m.kind != TRAINED]
+
+    def short(*asked: Any) -> Any:
+        setting = setting_of(*asked)
+        others = {domain: data[:1] for domain, data in setting.others.items()}
+        return replace(setting, data=setting.data[:1], others=others)
 
     def counted(setting: Any, method: Method, *others: Any) -> Row:
         asked.append(method.name)
@@ -295,9 +306,10 @@ def test_measuring_leaves_the_model_whole_and_resumes(tmp_path: Path, monkeypatc
         return found
 
     monkeypatch.setattr(pareto, "methods", few)
+    monkeypatch.setattr(pareto, "setting_of", short)
     monkeypatch.setattr(pareto, "measure", counted)
     path = tmp_path / "pareto.json.gz"
-    run = measure_pair(SEED0, PAIR, Store(path))
+    run = measure_pair(seed0, PAIR, Store(path))
     rows = {one["method"]: one for one in run["rows"]}
     assert len(asked) == len(rows) == len(run["rows"])
     assert rows[LATER]["touched"] == 0
@@ -308,7 +320,7 @@ def test_measuring_leaves_the_model_whole_and_resumes(tmp_path: Path, monkeypatc
     kept["runs"][0]["rows"] = [one for one in kept["runs"][0]["rows"] if one["method"] != "TIES trim"]
     path.write_bytes(gzip.compress(json.dumps(kept).encode()))
     asked.clear()
-    again = measure_pair(SEED0, PAIR, Store(path))
+    again = measure_pair(seed0, PAIR, Store(path))
     assert asked == ["TIES trim"]
     assert [one["method"] for one in again["rows"]] == [one["method"] for one in run["rows"]]
     found = points([again])
@@ -316,17 +328,17 @@ def test_measuring_leaves_the_model_whole_and_resumes(tmp_path: Path, monkeypatc
 
 
 @needs_checkpoints
-def test_where_nothing_was_lost_only_the_references_are_measured(tmp_path: Path) -> None:
+def test_where_nothing_was_lost_only_the_references_are_measured(seed0: Path, tmp_path: Path) -> None:
     unharmed = replace(PAIR, earlier="qa")
-    run = measure_pair(SEED0, unharmed, Store(tmp_path / "pareto.json.gz"))
+    run = measure_pair(seed0, unharmed, Store(tmp_path / "pareto.json.gz"))
     assert [one["method"] for one in run["rows"]] == [LATER, EARLIER]
     assert points([run]) == []
 
 
 @needs_checkpoints
-def test_strengths_keep_ds_masks_and_leave_the_live_model_in_its_own_dtype() -> None:
+def test_strengths_keep_ds_masks_and_leave_the_live_model_in_its_own_dtype(seed0: Path) -> None:
     """What is measured has the bits of the folder that ``rolled_back`` would give."""
-    setting = setting_of(SEED0, PAIR)
+    setting = setting_of(seed0, PAIR)
     curves = {one.name: one for one in methods(setting)}
     for name in ("D", "D of units (neurons and value channels)", "D of units (neurons and KV groups)"):
         plain, further = (curves[each].change(setting, 0.02, 0) for each in (name, f"{name}, strengths ≤ 2"))
@@ -343,15 +355,15 @@ def test_strengths_keep_ds_masks_and_leave_the_live_model_in_its_own_dtype() -> 
 
 
 @needs_checkpoints
-def test_the_earlier_models_row_is_the_earlier_checkpoint() -> None:
+def test_the_earlier_models_row_is_the_earlier_checkpoint(seed0: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    setting = setting_of(SEED0, PAIR)
-    evaluate = Evaluator(SEED0 / "data", AutoTokenizer.from_pretrained(SEED0 / "qa"))
+    setting = setting_of(seed0, PAIR)
+    evaluate = Evaluator(seed0 / "data", AutoTokenizer.from_pretrained(seed0 / "qa"))
     (earlier,) = [one for one in methods(setting) if one.name == EARLIER]
     with applied(setting, earlier.change(setting, 1.0, 0)):
         found = evaluate(setting.model)
-    assert found == evaluate(AutoModelForCausalLM.from_pretrained(SEED0 / "math", dtype="auto"))
+    assert found == evaluate(AutoModelForCausalLM.from_pretrained(seed0 / "math", dtype="auto"))
 
 
 README = {
@@ -374,7 +386,7 @@ README = {
 
 def test_the_readmes_first_table_is_what_the_rows_say() -> None:
     """Each recovery with its interval, what was touched and the worst change elsewhere, on the two pairs it shows."""
-    root = Path(pareto.__file__).parent
+    root = Path(pareto.__file__).parents[1]
     named_runs: dict[str, list[dict[str, Any]]] = {}
     for run in Store(root / "results" / "pareto.json.gz").runs:
         rows = [row for row in run["rows"] if (row["method"], row["value"]) in {*README.values(), (LATER, 0.0)}]

@@ -173,8 +173,8 @@ def test_a_wrong_use_is_refused(tmp_path):
 def test_grpo_under_a_mask():
     """TRL's trainer on the lab's later model: outside the mask nothing moves."""
     from benchmarks.lab.domains import read_items
+    from benchmarks.lab.refresh import grpo
     from benchmarks.lab.train import GRPO
-    from benchmarks.refresh_grpo import grpo
     from surgery import Trajectory
 
     model = Trajectory(later=LAB / "qa").load()

@@ -66,7 +66,7 @@ def curve(question: str, method: str, seed: str, points: list[tuple[int, int, fl
 
 def test_costs_take_the_last_step_within_the_column() -> None:
     """Recovery against the earlier and later models of the same seed; the worst change elsewhere."""
-    from benchmarks.refresh_report import Costs, over_steps
+    from benchmarks.questions.refresh_report import Costs, over_steps
 
     found = {"curves": []}
     for seed, later in (("seed0", 0.8), ("seed1", 0.7)):

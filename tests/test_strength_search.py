@@ -6,8 +6,8 @@ import json
 
 import pytest
 import torch
-from families import FAMILIES, build
-from mutants import NOTICED, dies
+from families import build, downstream
+from mutants import dies
 from test_attribution import divergence, pair, vectors
 from test_entries import BOTH, some_entries
 from test_laws import THREE, all_neurons, bits, hashes, same, snapshot, some_neurons
@@ -95,7 +95,9 @@ def law_each(later: nn.Module, earlier: nn.Module, mask: Neurons | Entries, unit
 
 
 @pytest.mark.parametrize(
-    ("family", "dtype"), [*((f, torch.bfloat16) for f in FAMILIES), *((f, d) for f in THREE for d in DTYPES)], ids=str
+    ("family", "dtype"),
+    [*((f, torch.bfloat16) for f in downstream()), *((f, d) for f in THREE for d in DTYPES)],
+    ids=str,
 )
 def test_each_neuron_goes_as_far_as_it_was_told(family, dtype):
     earlier, later = build(family, dtype, 1), build(family, dtype, 2)
@@ -185,7 +187,7 @@ def test_numbers_that_leave_the_dtype_are_told():
 # Strengths that are found.
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", downstream())
 def test_the_slope_is_that_of_the_loss(family):
     """At the later model the slope is −D; half way back it is what D is there, for the whole of δB."""
     earlier, later = pair(family)
@@ -367,7 +369,7 @@ MUTANTS = (
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_mutants_die(mutant, tmp_path):
-    dies(mutant, lambda: _every_law(tmp_path), NOTICED)
+    dies(mutant, lambda: _every_law(tmp_path))
 
 
 def test_without_a_mutant_the_laws_hold(tmp_path):

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, build
+from families import FAMILIES, build, downstream
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_laws import all_neurons, data, expected, hashes, same, snapshot, some_neurons
-from test_layout import double, logits, moved
+from test_layout import double, law_same_rows, logits, moved
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.bloom import modeling_bloom
@@ -53,6 +53,7 @@ REFUSED = ("deepseek_v2", "deepseek_v3", "glm_moe_dsa", "jetmoe")
 WHOLE_NORM = ("olmo2", "olmoe", "minimax_m2")  # no head stands alone, value channels do
 COVERED = [(f, u) for f in FAMILIES for u in ATTENTION if f not in REFUSED]
 COVERED = [(f, u) for f, u in COVERED if f not in WHOLE_NORM or u == "value_channel"]
+DOWNSTREAM = [(f, u) for f, u in COVERED if f in downstream(kind=u)]
 MHA = ("gpt2", "gpt_neo", "gptj", "codegen", "gpt_neox", "bloom", "opt", "mpt", "bert")
 GROUPS = {**dict.fromkeys(MHA, 4), "gpt_bigcode": 1, "falcon": 1}  # the others have 2, for 4 query heads of 8
 HYBRID = ("qwen3_5_text", "lfm2", "qwen3_next")
@@ -342,7 +343,7 @@ def test_one_order_of_kinds():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("family", "unit"), COVERED)
+@pytest.mark.parametrize(("family", "unit"), DOWNSTREAM)
 def test_rollback_laws(family, unit, dtype):
     """Undo is the identity; twice is once; the masked slices are earlier's, all else later's; the counts fit."""
     earlier, later = build(family, dtype, 1), build(family, dtype, 2)
@@ -378,8 +379,14 @@ PROJECTIONS = re.compile(
 )
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("family", [f for f, u in COVERED if u == "kv_group"])
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        *((f, torch.bfloat16) for f, u in COVERED if u == "kv_group"),
+        *((f, torch.float32) for f, u in DOWNSTREAM if u == "kv_group"),
+    ],
+    ids=str,
+)
 def test_every_kv_group_is_the_earlier_attention(family, dtype):
     """Budget 1: exactly the projections (told by their names) are earlier's, whole tensors; with the MLP, those too."""
     earlier, later = build(family, dtype, 1), build(family, dtype, 2)
@@ -402,7 +409,17 @@ def test_every_kv_group_is_the_earlier_attention(family, dtype):
         assert same(snapshot(later), before)
 
 
-@pytest.mark.parametrize(("family", "unit"), COVERED)
+@pytest.mark.parametrize("family", sorted({f for f, _ in COVERED}))
+def test_a_folder_holds_the_same_rows(family, tmp_path):
+    """What ``save_pretrained`` wrote, read by the folder's layout, is bit for bit what the live layout reads."""
+    model = build(family, torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    folder = Checkpoint(tmp_path)
+    for unit in (u for f, u in COVERED if f == family):
+        law_same_rows(find_layout(model, units=unit), model, folder_layout(tmp_path, folder.shapes, units=unit), folder)
+
+
+@pytest.mark.parametrize(("family", "unit"), DOWNSTREAM)
 def test_live_and_folder_agree(family, unit, tmp_path):
     """One mask from both and one result of both, bit for bit; no other file of the output differs."""
     models = {name: build(family, torch.bfloat16, seed) for seed, name in enumerate(("base", "earlier", "later"))}
@@ -457,7 +474,7 @@ def test_a_layout_and_other_units_contradict_each_other():
 
 
 @pytest.mark.parametrize(
-    ("name", "unit"), [*COVERED, ("falcon, new decoder", "kv_group"), ("codegen, 8 heads", "value_channel")]
+    ("name", "unit"), [*DOWNSTREAM, ("falcon, new decoder", "kv_group"), ("codegen, 8 heads", "value_channel")]
 )
 def test_activation_is_the_mean_over_the_units_channels(name, unit):
     """The input of o, heard by a hook of the test's own, folded by the configuration's head counts."""
@@ -706,7 +723,7 @@ def test_a_sweep_over_kinds_has_a_ceiling_for_each():
         return {"math": sum(float((state[n] == old[n]).double().mean()) for n in state)}
 
     selectors = [AMCSelector(0.0, "MC", "MC", units=u) for u in (None, "kv_group", ("mlp", "kv_group"))]
-    table = sweep(model, Trajectory(**models), None, selectors=selectors, budgets=[0.5], evaluate=evaluate)
+    table = sweep(Trajectory(**models), None, selectors=selectors, budgets=[0.5], evaluate=evaluate)
     names = ["ceiling (all MLP neurons)", "ceiling (all KV groups)", "ceiling (all units (neurons and KV groups))"]
     assert [row.selector for row in table][2:5] == names
     assert [row.neurons for row in table][2:5] == [96, 4, 100]
@@ -715,7 +732,7 @@ def test_a_sweep_over_kinds_has_a_ceiling_for_each():
     assert rows["M×C of KV groups"].neurons == 2
     assert rows[names[2]].recovery == pytest.approx(rows[names[0]].recovery + rows[names[1]].recovery)
     assert same(snapshot(model), before)
-    empty = sweep(model, Trajectory(**models), None, selectors=[], budgets=[], evaluate=evaluate)
+    empty = sweep(Trajectory(**models), None, selectors=[], budgets=[], evaluate=evaluate)
     assert [row.selector for row in empty][2:] == names[:1]
 
 
@@ -726,10 +743,10 @@ def test_a_sweeps_file_is_of_one_kind(tmp_path):
         selectors=[RandomSelector(0.5)], budgets=[0.5], evaluate=lambda _: {"math": 1.0}, path=tmp_path / "rows"
     )
     for _ in range(2):
-        sweep(models["later"], Trajectory(**models, units="kv_group"), None, **rest)
+        sweep(Trajectory(**models, units="kv_group"), None, **rest)
     for units in ("mlp", ("mlp", "kv_group")):
         with pytest.raises(ValueError, match="other checkpoints or units"):
-            sweep(models["later"], Trajectory(**models, units=units), None, **rest)
+            sweep(Trajectory(**models, units=units), None, **rest)
 
 
 def test_a_mask_file_says_which_units_it_holds(tmp_path):

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from families import build
-from mutants import NOTICED, dies
+from mutants import dies
 from test_attribution import pair
 from test_entries import DTYPES, SEVEN, in_parts, law_exact
 from test_laws import hashes, same, snapshot
@@ -291,13 +291,13 @@ def test_sweep_recommend_and_stability_take_them():
     later, before = run.later, snapshot(run.later)  # type: ignore[arg-type]
     settings: Any = dict(budgets=[0.01, 0.1], evaluate=likeness(run))
     kinds = [*KINDS, AMCSelector(0.01, units="mlp")]
-    table = sweep(later, run, data, selectors=kinds, **settings)  # type: ignore[arg-type]
+    table = sweep(run, data, selectors=kinds, **settings)  # type: ignore[arg-type]
     names = [row.selector for row in table]
     assert names[2:4] == ["ceiling (all units (neurons and KV groups))", "ceiling (all MLP neurons)"]
     (total,) = {one.select(run, data).total for one in KINDS if one.units == "weight"}
     for one in KINDS[2:]:
         assert [row.neurons for row in table[one.name]] == [round(0.01 * total), round(0.1 * total)]
-    found = recommend(later, run, data, selector=RANDOM(0.1), recovery=0.05, **settings)  # type: ignore[arg-type]
+    found = recommend(run, data, selector=RANDOM(0.1), recovery=0.05, **settings)  # type: ignore[arg-type]
     assert found.budget == 0.1
     assert found.nested
     assert "with all units (neurons and KV groups)" in str(found)
@@ -318,7 +318,7 @@ class Own:
 
 def test_a_selector_of_ones_own_with_those_units_has_their_ceiling():
     run = bare(three("qwen3"))
-    table = sweep(run.later, run, None, selectors=[Own()], budgets=[0.1], evaluate=likeness(run))  # type: ignore[arg-type]
+    table = sweep(run, None, selectors=[Own()], budgets=[0.1], evaluate=likeness(run))  # type: ignore[arg-type]
     assert [row.selector for row in table][2] == "ceiling (all units (neurons and KV groups))"
 
 
@@ -434,7 +434,7 @@ MUTANTS = (
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_mutants_die(mutant):
-    dies(mutant, _every_law, NOTICED)
+    dies(mutant, _every_law)
 
 
 def test_without_a_mutant_the_laws_hold():

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgery.cli.options import asked, files_of, folder_of
+from surgery.cli.options import asked, files_of, prompts_of
 from surgery.units import single
 
 if TYPE_CHECKING:
@@ -68,28 +68,24 @@ def check_selectors(
 def _check_text(text: str) -> None:
     from surgery.selector_settings import check_letters
 
-    if text in ("random", "D", "D:kl", "D:hellinger"):
+    if text in ("random", "D", "D:kl"):
         return
     try:
         for letters in text.split("/", 1):
             check_letters("--selector", letters)
     except ValueError as error:
         raise ValueError(
-            f"--selector {text}: expected D, D:hellinger, random, or some of the letters A, M and C, each once, like "
+            f"--selector {text}: expected D, D:kl, random, or some of the letters A, M and C, each once, like "
             f"AMC or A/AMC"
         ) from error
 
 
 def protected(protect: list[str] | None, weight: float, run: Trajectory, batch_size: int) -> Guard:
     """The prompts of each protected domain, and how much its loss counts."""
-    from surgery.prompts import load_prompts
 
     if not 0 <= weight < math.inf:
         raise ValueError(f"--protect-weight {weight}: expected a number ≥ 0")
-    files = files_of(protect or [], "--protect")
-    return {
-        domain: load_prompts(file, folder_of(run.later), batch_size=batch_size) for domain, file in files.items()
-    }, weight
+    return prompts_of(files_of(protect or [], "--protect"), run, batch_size), weight
 
 
 def answered(run: Trajectory, prompts: Any, file: Path | None, write: bool = True) -> tuple[Any, str]:
@@ -136,13 +132,12 @@ class _OnPrompts:
 def selector_of(text: str, budget: float, how: Any, seed: int, units: str, guard: Guard) -> Selector:
     from surgery.selection import AMCSelector, DamageSelector, RandomSelector
 
-    text, weights = text.strip(), single(asked(units))
-    own = asked(units) if weights else None  # other units are the trajectory's
+    text, own = text.strip(), asked(units)
     if text == "random":
         return RandomSelector(budget, seed, own)
     if is_damage(text):
-        loss: Any = text.partition(":")[2] or "kl"
+        loss: Any = text.partition(":")[2] or "hellinger"
         protect, weight = guard
         return DamageSelector(budget, how or "global", protect or None, weight, loss, own)
     rank, _, spend = text.partition("/")
-    return AMCSelector(budget, rank, spend or rank, how or ("global" if weights else "proportional"), own)
+    return AMCSelector(budget, rank, spend or rank, how or ("global" if single(own) else "proportional"), own)

@@ -22,9 +22,9 @@ from surgery.cli.options import (
     Protect,
     ProtectWeight,
     Selected,
+    dtype_of,
     folder_of,
     layout_of,
-    live,
     out,
     strength_of,
     tell,
@@ -44,10 +44,8 @@ def select(
     budget: Budget = 0.02,
     selector: Annotated[
         str,
-        typer.Option(
-            help='"D" or "D:hellinger" (damage); letters of A, M, C that rank, "/" letters that split; "random".'
-        ),
-    ] = "AMC",
+        typer.Option(help='"D" (damage) or "D:kl"; letters of A, M, C that rank, "/" letters that split; "random".'),
+    ] = "D",
     how: How = None,
     protect: Protect = None,
     protect_weight: ProtectWeight = 0.3,
@@ -69,13 +67,13 @@ def select(
     if output is not None and output.exists() and not (overwrite or dry_run):
         raise ValueError(f"{output} exists: choose another file, or pass --overwrite")
     check_selectors([selector], checkpoints, data, how, units, protect, answers)
-    run = trajectory_of(checkpoints, layout, units)
+    run = trajectory_of(checkpoints, layout)
     guard = protected(protect, protect_weight, run, batch_size)
     chosen = selector_of(selector, budget, how, seed, units, guard)
     with working(f"reading {len(checkpoints)} checkpoints"):
         batches = load_prompts(data, folder_of(run.later), batch_size=batch_size) if data else None
         if batches is not None and set(selector) & set("AD"):
-            run = live(run, device, dtype)
+            run.load(device, dtype_of(dtype))
         batches, told = answered(run, batches, answers, write=not dry_run)
         mask = chosen.select(run, batches)
     tell(told)
@@ -153,7 +151,7 @@ def strengths(
     output: Annotated[Path, typer.Option("-o", "--output", help="The file to write, for rollback --strength.")],
     most: Annotated[float, typer.Option(help="The furthest a neuron may go, up to 3; 1 is the earlier value.")] = 2.0,
     passes: Annotated[int, typer.Option(help="Forward and backward passes over the data.")] = 16,
-    loss: Annotated[str, typer.Option(help='"kl" or "hellinger", from the earlier model.')] = "kl",
+    loss: Annotated[str, typer.Option(help='"hellinger" or "kl", from the earlier model.')] = "hellinger",
     answers: Answers = None,
     batch_size: int = 16,
     device: Device = None,
@@ -173,10 +171,10 @@ def strengths(
     if loss not in ("kl", "hellinger"):
         raise ValueError(f"--loss {loss}: expected kl or hellinger")
     chosen = load_mask(mask)
-    run = trajectory_of([earlier, later], layout, "mlp")
+    run = trajectory_of([earlier, later], layout)
     with working("finding strengths"):
         prompts = load_prompts(data, folder_of(later), batch_size=batch_size)
-        run = live(run, device, "float32")
+        run.load(device, dtype_of("float32"))
         batches, kept = answered(run, prompts, answers)
         found = find(run, batches, chosen, most=most, passes=passes, loss=cast("Divergence", loss))
     tell(kept)

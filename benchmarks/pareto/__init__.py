@@ -1,0 +1,1 @@
+"""Every selector beside everything people use today: ``python -m benchmarks.pareto``."""

@@ -1,0 +1,5 @@
+"""``python -m benchmarks.pareto``: see ``comparison``."""
+
+from benchmarks.pareto.comparison import main
+
+main()

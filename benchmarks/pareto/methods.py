@@ -1,0 +1,186 @@
+"""Everything that ``benchmarks.pareto`` compares: each method, its knob, and what it does to the later model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from benchmarks.lab.domains import read_items
+from benchmarks.lab.refresh import STEPS, refreshed, training_items
+from benchmarks.pareto import baselines
+from benchmarks.pareto.changes import (
+    BASELINE,
+    BUDGETS,
+    CONTROL,
+    LIBRARY,
+    REFERENCE,
+    TRAINED,
+    Change,
+    Method,
+    Reversal,
+    Setting,
+    wide,
+)
+from benchmarks.pareto.variants import variants
+from surgery import AMCSelector, DamageSelector, RandomSelector, strengths
+from surgery.rows import EARLIER, LATER, ceiling_of
+from surgery.units import single
+
+GROUPS, CHANNELS = ("mlp", "kv_group"), ("mlp", "value_channel")
+PAPER = (
+    RandomSelector(0.01),
+    AMCSelector(0.01, "AM", "AM"),
+    AMCSelector(0.01, "AC", "AC"),
+    AMCSelector(0.01, "MC", "MC"),
+    AMCSelector(0.01, "AMC", "AMC"),
+    AMCSelector(0.01, "A", "AMC"),
+    AMCSelector(0.01, "A", "A"),
+)
+WEIGHTS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.04)
+FRACTIONS = (0.001, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64)
+ALPHAS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+DENSITIES = (0.99, 0.95, 0.9, 0.8, 0.6, 0.4, 0.2, 0.1, 0.05, 0.01)
+PROBABILITIES = (0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9)
+FACTORS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)
+DRAWS = 3
+FURTHEST = 2.0  # of the strengths
+
+
+def methods(setting: Setting) -> list[Method]:
+    """All curves, in the order of the tables."""
+    layers = tuple(map(float, range(len(baselines.layers_by_displacement(setting.later, setting.earlier)))))
+    fixed = [
+        Method(LATER, REFERENCE, "", (0.0,), _nothing),
+        Method(EARLIER, REFERENCE, "", (1.0,), _interpolated),
+        *map(ceiling, (("mlp",), GROUPS, CHANNELS)),
+        *map(of_selector, selectors(setting)),
+        *map(going_further, (DamageSelector(0.01, units=units) for units in (None, CHANNELS, GROUPS))),
+        *(going_further(DamageSelector(0.01, loss="hellinger", units=units)) for units in (None, CHANNELS)),
+        *variants(),
+        Method("WiSE-FT", BASELINE, "α", ALPHAS, _interpolated),
+        Method("most-changed entries", BASELINE, "entries", FRACTIONS, _entries),
+        Method("most-changed neurons", BASELINE, "β", BUDGETS, _neurons),
+        Method("layers, most changed first", BASELINE, "layers", tuple(one + 1 for one in layers), _layers),
+        Method("one layer", BASELINE, "layer", layers, _layer),
+        Method("TIES trim", BASELINE, "density", DENSITIES, _trimmed),
+        Method("DARE", BASELINE, "p", PROBABILITIES, _dropped, DRAWS),
+        Method("spectral (DG-Hard)", BASELINE, "factor", FACTORS, _thresholded),
+        Method("random entries", CONTROL, "entries", FRACTIONS, _random_entries, DRAWS),
+    ]
+    return [*fixed, *refreshes(setting)]
+
+
+def refreshes(setting: Setting) -> list[Method]:
+    """The trained references; where the training prompts can't be generated again only one, and a line says so."""
+    items = {"calibration": read_items(setting.folder / "data" / f"{setting.metric}.calibration.jsonl")}
+    try:
+        items["training"] = training_items(setting.folder, setting.metric)
+    except LookupError as error:
+        print(f"no refresh on training prompts: {error}")
+    return [
+        Method(f"GRPO, {kind} prompts", TRAINED, "steps", tuple(map(float, STEPS)), partial(_refreshed, prompts))
+        for kind, prompts in items.items()
+    ]
+
+
+def selectors(setting: Setting) -> list[Any]:
+    """The paper's selectors; D split by layers, guarded, over units of attention, of weights, by Hellinger."""
+    return [
+        *PAPER,
+        DamageSelector(0.01),
+        DamageSelector(0.01, how="proportional"),
+        DamageSelector(0.01, protect=setting.others),
+        DamageSelector(0.01, units="value_channel"),
+        DamageSelector(0.01, units=CHANNELS),
+        DamageSelector(0.01, units=GROUPS),
+        RandomSelector(0.01, units=GROUPS),
+        AMCSelector(0.01, units=GROUPS),
+        DamageSelector(0.01, units="weight"),
+        AMCSelector(0.01, "M", "M", "global", "weight"),
+        *(DamageSelector(0.01, loss="hellinger", units=units) for units in (None, CHANNELS, GROUPS)),
+        DamageSelector(0.01, loss="hellinger", units="weight"),
+    ]
+
+
+def of_selector(selector: Any) -> Method:
+    """A selector's curve over the budgets; the random one is drawn several times.
+
+    The budgets of single weights are smaller, and fractions of the weights that may be taken.
+    """
+    drawn = isinstance(selector, RandomSelector)
+
+    def change(setting: Setting, value: float, draw: int) -> Change:
+        one = replace(selector, budget=value, **({"seed": draw} if drawn else {}))
+        return Reversal(one.select(setting.run, setting.data))
+
+    if drawn:
+        return Method(f"{selector.name} neurons", CONTROL, "β", BUDGETS, change, DRAWS)
+    weights = single(selector.units)
+    return Method(selector.name, LIBRARY, "entries" if weights else "β", WEIGHTS if weights else BUDGETS, change)
+
+
+def ceiling(units: tuple[str, ...]) -> Method:
+    """Every unit of those kinds."""
+
+    def change(setting: Setting, value: float, draw: int) -> Change:
+        return Reversal(RandomSelector(1.0, units=units).select(setting.run))
+
+    return Method(ceiling_of(units), LIBRARY, "β", (1.0,), change)
+
+
+def going_further(selector: DamageSelector) -> Method:
+    """The same masks as the selector's own curve, each unit as far back as the calibration prompts say."""
+
+    def change(setting: Setting, value: float, draw: int) -> Change:
+        mask = replace(selector, budget=value).select(setting.run, setting.data)
+        return Reversal(mask, strengths(wide(setting), setting.data, mask, most=FURTHEST, loss=selector.loss))
+
+    return Method(f"{selector.name}, strengths ≤ {FURTHEST:g}", LIBRARY, "β", BUDGETS, change)
+
+
+def _nothing(setting: Setting, value: float, draw: int) -> Change:
+    return {}
+
+
+def _interpolated(setting: Setting, value: float, draw: int) -> Change:
+    return baselines.interpolated(setting.later, setting.earlier, value)
+
+
+def _entries(setting: Setting, value: float, draw: int) -> Change:
+    scores = baselines.relative_change(setting.later, setting.earlier)
+    return baselines.entries_restored(setting.later, setting.earlier, scores, value)
+
+
+def _random_entries(setting: Setting, value: float, draw: int) -> Change:
+    scores = baselines.random_scores(setting.later, draw)
+    return baselines.entries_restored(setting.later, setting.earlier, scores, value)
+
+
+def _neurons(setting: Setting, value: float, draw: int) -> Change:
+    return Reversal(AMCSelector(value, "M", "M", how="global").select(setting.run))
+
+
+def _layers(setting: Setting, value: float, draw: int) -> Change:
+    order = baselines.layers_by_displacement(setting.later, setting.earlier)
+    return baselines.layers_restored(setting.later, setting.earlier, order[: int(value)])
+
+
+def _layer(setting: Setting, value: float, draw: int) -> Change:
+    return baselines.layers_restored(setting.later, setting.earlier, [int(value)])
+
+
+def _trimmed(setting: Setting, value: float, draw: int) -> Change:
+    return baselines.trimmed(setting.later, setting.earlier, value)
+
+
+def _dropped(setting: Setting, value: float, draw: int) -> Change:
+    return baselines.dropped(setting.later, setting.earlier, value, draw)
+
+
+def _thresholded(setting: Setting, value: float, draw: int) -> Change:
+    return baselines.thresholded(setting.later, setting.earlier, value)
+
+
+def _refreshed(items: list[dict[str, str]], setting: Setting, value: float, draw: int) -> Change:
+    return refreshed(setting.model, setting.folder, setting.metric, items, int(value))

@@ -1,0 +1,143 @@
+"""Can single weights be chosen so that other domains are protected?
+
+``python -m benchmarks.questions.protect_weights SEED...``.
+
+Math was damaged by QA. The library refuses ``protect=`` with ``units="weight"``, and this is why. D of each weight is
+reduced by what reverting it costs QA, Code and CW: measured as the cost of neurons is (``reversal_cost``, where
+everything is reverted); only where that is a cost and no gain; or on the way, in every round as D itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from benchmarks.hardware import statement
+from benchmarks.lab.evaluate import evaluator
+from benchmarks.questions.protect import OTHERS, Judged, table
+from benchmarks.seeds import asked_for, write
+from surgery import Rollback, Trajectory, load_prompts, respond, reversal_cost, rollback
+from surgery.predictions import distillation
+from surgery.weight_damage import entry_gains
+from surgery.weight_selection import ROUNDS
+
+BUDGETS, WEIGHTS = (0.002, 0.01, 0.04), (0.3,)
+Found = dict[tuple[str, float], Judged]
+
+
+class Lab:
+    """One seed: the later model live, D of its weights, and what they cost the other domains."""
+
+    def __init__(self, folder: Path) -> None:
+        run = Trajectory(earlier=folder / "math", later=folder / "qa", units=("mlp", "kv_group"))
+        self.model, self.folder = run.load(), folder
+        self.run = replace(run, model=self.model)
+        self.data = {domain: self.prompts(domain) for domain in ("math", *OTHERS)}
+        self.score = evaluator(folder / "data", AutoTokenizer.from_pretrained(folder / "qa"))
+        self.later, self.earlier = self.score(self.model), self.score(Trajectory(later=run.earlier).load())
+        self.start = entry_gains(self.run, self.data["math"])
+        answered = {domain: respond(self.model, self.data[domain]) for domain in OTHERS}
+        self.guarded = {domain: (some, distillation(self.model, some)) for domain, some in answered.items()}
+        self.far = self.costs()
+
+    def prompts(self, domain: str) -> list[dict[str, Tensor]]:
+        return load_prompts(self.folder / "data" / f"{domain}.calibration.jsonl", self.folder / "qa")
+
+    def reverted(self, chosen: Tensor) -> Rollback:
+        return rollback(self.model, to=self.run.earlier, mask=self.start.entries(chosen))
+
+    def costs(self) -> dict[str, Tensor]:
+        """``reversal_cost`` of single weights: D of a domain with the ends exchanged."""
+        with self.reverted(torch.arange(len(self.start.flat))):
+            back = replace(self.run, earlier=self.folder / "qa", later=self.model)
+            found = {domain: entry_gains(back, some, loss=loss) for domain, (some, loss) in self.guarded.items()}
+        return {domain: gains.flat for domain, gains in found.items()}
+
+    def on_the_way(self) -> Tensor:
+        """What going on costs the others where the model is now; nothing at all at the later model itself."""
+        each = (entry_gains(self.run, some, loss=loss).flat for some, loss in self.guarded.values())
+        return -torch.stack(list(each)).sum(0)
+
+    def order(self, cost: Callable[[], Tensor | float]) -> Tensor:
+        """The weights by D less their cost, in rounds as the library takes them, as many as the largest budget."""
+        taken, most = torch.zeros(0, dtype=torch.int64), round(max(BUDGETS) * len(self.start.flat))
+        for at in range(ROUNDS):
+            with self.reverted(taken):
+                now = entry_gains(self.run, self.start.batches, loss=self.start.loss)
+                now.flat.sub_(cost())
+            now.flat[taken] = 0
+            last = at == ROUNDS - 1 or len(taken) >= most
+            new = now.best(max(0, most - len(taken)) if last else max(1, now.worth(now.value)))
+            taken = torch.cat([taken, new])
+            if last or not len(new):
+                break
+        return taken
+
+    def judged(self, chosen: Tensor) -> tuple[float, dict[str, float]]:
+        """The recovery of Math, and the Δ of the others."""
+        with self.reverted(chosen):
+            now = self.score(self.model)
+        recovery = (now["math"] - self.later["math"]) / (self.earlier["math"] - self.later["math"])
+        return recovery, {domain: now[domain] - self.later[domain] for domain in OTHERS}
+
+
+def guards(lab: Lab) -> dict[str, Callable[[], Tensor | float]]:
+    """Name → what is taken off D."""
+    far, only = (torch.stack([cost.clamp(min=low) for cost in lab.far.values()]).sum(0) for low in (-torch.inf, 0))
+    found: dict[str, Callable[[], Tensor | float]] = {"nothing": lambda: 0.0}
+    for weight in WEIGHTS:
+        found[f"{weight:g} × cost"] = partial(far.mul, weight)
+    for weight in WEIGHTS:
+        found[f"{weight:g} × cost where above 0"] = partial(only.mul, weight)
+    for weight in WEIGHTS:
+        found[f"{weight:g} × cost on the way"] = lambda weight=weight: weight * lab.on_the_way()  # type: ignore[misc]
+    return found
+
+
+def measure(folder: Path) -> tuple[Found, dict[str, tuple[float, ...]]]:
+    """(guard, budget) → recovery and Δ; domain → the sum of the costs and of their sizes, of weights and of neurons."""
+    lab, found = Lab(folder), {}
+    for name, cost in guards(lab).items():
+        order = lab.order(cost)
+        for budget in BUDGETS:
+            found[name, budget] = lab.judged(order[: round(budget * len(lab.start.flat))])
+    sums = {}
+    for domain, cost in lab.far.items():
+        units = torch.cat(list(reversal_cost(lab.run, lab.data[domain]).values()))
+        sums[domain] = tuple(float(one) for one in (cost.sum(), cost.abs().sum(), units.sum(), units.abs().sum()))
+    return found, sums
+
+
+def sums_table(seeds: list[dict[str, tuple[float, ...]]]) -> str:
+    """How far costs cancel, in nats per response token; means over seeds."""
+    lines = ["| domain | costs of single weights: sum, of sizes | of units: sum, of sizes |", "|---|---|---|"]
+    for domain in OTHERS:
+        one, sizes, units, whole = np.mean([seed[domain] for seed in seeds], axis=0)
+        lines.append(f"| {domain} | {one:.2f}, {sizes:.2f} | {units:.2f}, {whole:.2f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure every seed and write the tables."""
+    seeds, out = asked_for(__doc__)
+    found = [measure(folder) for folder in seeds]
+    rows, sums = table([one for one, _ in found], BUDGETS, "taken off D"), sums_table([one for _, one in found])
+    text = (
+        f"# Can single weights be chosen so that other domains are protected?\n\nRecovery of Math (damaged by QA) in % "
+        f"(mean ± standard deviation over {len(found)} seeds) and the worst mean Δ among QA, Code and CW in points, by "
+        f"what is taken off D and the part of the weights of MLPs and KV groups that is reverted, in {ROUNDS} rounds "
+        f"without a stop. {statement()}\n\n{rows}\n\n## How far costs cancel\n\nIn nats per response token, where "
+        f"everything is reverted; means over seeds.\n\n{sums}\n"
+    )
+    write(out, "protect-weights", text)
+
+
+if __name__ == "__main__":
+    main()

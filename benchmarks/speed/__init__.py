@@ -1,0 +1,1 @@
+"""What the operations cost, each beside the least that could be done."""

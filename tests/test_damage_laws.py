@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks.variants import integrated
 from families import pair
 from mutants import dies
 from test_attribution import hellinger, kl, vectors
 from test_scores import Batch, batches
 from torch import nn
 
+from benchmarks.pareto.variants import integrated
 from surgery import (
     DamageSelector,
     Neurons,
@@ -148,10 +148,10 @@ def unrouted(family: str) -> tuple[nn.Module, nn.Module]:
 def law_complete(family: str = "qwen3", units: Any = "mlp", loss: Divergence = "kl", routed: bool = True) -> None:
     """Σ D along the way is what reverting all gains, to a thousandth of what was lost; the slope alone is not."""
     earlier, later = pair(family, step=0.05) if routed else unrouted(family)
-    run, data = Trajectory(earlier=earlier, later=later, units=units), batches(labels=True)
+    run, data = Trajectory(earlier=earlier, later=later), batches(labels=True)
     before = {name: tensor.clone() for name, tensor in later.state_dict().items()}
-    found = integrated(run, data, 12, loss)
-    slope = damage(run, data, loss=loss).made_by["damage"]["sum"]
+    found = integrated(run, data, 12, loss, units)
+    slope = damage(run, data, loss=loss, units=units).made_by["damage"]["sum"]
     assert all(torch.equal(tensor, before[name]) for name, tensor in later.state_dict().items())
     whole = gain = lost(earlier, later, loss)
     with rollback(later, to=earlier, mask=everything(later, units)):

@@ -97,7 +97,7 @@ def test_names_tell_them_apart():
     """Rows of a sweep's file are told apart by name."""
     assert DamageSelector(0.1, units="weight").name == "D of single weights"
     assert AMCSelector(0.1, "M", "M", "global", "weight").name == "M of single weights"
-    assert AMCSelector(0.1, "M", "M", units=("mlp", "weight")).name == "M of single weights of neurons (proportional)"
+    assert AMCSelector(0.1, "M", "M", units=("mlp", "weight")).name == "M of single weights (proportional) of neurons"
     assert RANDOM(0.1).name == "random of single weights"
     names = [one.name for one in KINDS]
     assert len(set(names)) == len(names)

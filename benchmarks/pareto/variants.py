@@ -21,6 +21,7 @@ from surgery import Neurons, Trajectory, allocate, damage, distillation, earlier
 from surgery.attribution import check_wide
 from surgery.predictions import Divergence, Loss, positions, predicting
 from surgery.prompts import Batch
+from surgery.units import Units
 
 SAMPLES = 4  # draws of labels for the curvature
 Choose = Callable[[Trajectory, list[Batch], float], Reversal]  # the float32 run, calibration prompts, budget
@@ -68,7 +69,9 @@ def _loss(run: Trajectory, data: list[Batch], divergence: Divergence = "kl") -> 
         return distillation(earlier, data, divergence=divergence)
 
 
-def integrated(run: Trajectory, data: list[Batch], nodes: int, divergence: Divergence = "kl") -> Neurons:
+def integrated(
+    run: Trajectory, data: list[Batch], nodes: int, divergence: Divergence = "kl", units: Units = "mlp"
+) -> Neurons:
     """D along the way back, ∫⟨∇L(θ(t)), δB,n⟩dt from the reverted neurons to the later ones, by Gauss and Legendre.
 
     The scores add up to L(θB) − L(θB with all neurons reverted), but for the jumps of a router on the way.
@@ -76,12 +79,12 @@ def integrated(run: Trajectory, data: list[Batch], nodes: int, divergence: Diver
     loss, model, (earlier,) = _loss(run, data, divergence), run.load(), run.weights("earlier")
     check_wide(model)
     way = replace(run, later=model)
-    total = {name: torch.zeros(size) for name, size in way.weights("later")[0].layout.sizes.items()}
+    total = {name: torch.zeros(size) for name, size in way.weights("later", units=units)[0].layout.sizes.items()}
     whole = Neurons({name: torch.ones(len(zeros), dtype=torch.bool) for name, zeros in total.items()})
     for place, weight in zip(*np.polynomial.legendre.leggauss(nodes), strict=True):
         t = (1 + float(place)) / 2
         with rollback(model, to=earlier.tensors, mask=whole, strength=1 - t, layout=run.layout):
-            for name, scores in damage(way, data, loss=loss).items():
+            for name, scores in damage(way, data, loss=loss, units=units).items():
                 total[name] += float(weight) / 2 / t * scores  # what is left of δB is t · δB
     return Neurons(total)
 

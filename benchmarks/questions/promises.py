@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.hardware import statement
+from benchmarks.pareto.variants import integrated
 from benchmarks.seeds import asked_for, write
 from surgery import Neurons, Trajectory, allocate, damage, distillation, earlier_model, load_prompts, rollback, top
 from surgery import predictions as measured
@@ -71,7 +72,9 @@ def rows(folder: Path) -> Iterator[str]:
                 whole = scores.made_by["damage"]["loss"]
                 masks = [pair.best(scores, budget) for budget in BUDGETS]
                 parts = [(promised(scores, one) / whole, pair.won(pair.losses[loss], one) / whole) for one in masks]
-                along = damage(pair.run, pair.data, loss=loss, nodes=4).made_by["damage"]["sum"]
+                along = sum(
+                    float(part.double().sum()) for part in integrated(pair.run, pair.data, 4, loss, units).values()
+                )
                 told = [f"{domain} by {stage}", name, loss, f"{whole:.4f}", f"{scores.made_by['damage']['sum']:.4f}"]
                 yield "| " + " | ".join([*told, f"{along:.4f}", *(f"{p:.2f}, {w:.2f}" for p, w in parts)]) + " |"
 

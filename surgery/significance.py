@@ -1,4 +1,4 @@
-"""Significance: paired intervals and tests over items, and what a repair healed, preserved and retained (numpy only).
+"""Significance: paired intervals and tests over items, and what a repair healed, preserved and retained.
 
 All functions compare models on the same items: item i of one array is item i of every other. The randomness that they
 speak of is the choice of the items, neither that of the calibration prompts nor that of sampled answers.
@@ -48,18 +48,22 @@ def bootstrap_means(values: Array, draws: int = DRAWS, seed: int = 0) -> Array:
     Returns:
         ``[..., draw]``.
 
-    Source: Efron's bootstrap.
+    Source: Efron's bootstrap, as scipy computes it.
     """
-    rng, items = np.random.default_rng(seed), values.shape[-1]
-    step, found = max(1, _CHUNK // items), np.empty((*values.shape[:-1], draws))
-    for start in range(0, draws, step):
-        size = min(step, draws - start)
-        drawn = rng.integers(0, items, (size, items)) + items * np.arange(size)[:, None]
-        counts = np.bincount(drawn.ravel(), minlength=size * items).reshape(size, items)
-        weights = counts.astype(np.float64)
-        for at in np.ndindex(values.shape[:-1]):  # one by one: a row's bits then depend on no other row
-            found[at][start : start + size] = weights @ values[at] / items
-    return found
+    from scipy import stats
+
+    items = values.shape[-1]
+    if items < 2:  # every resample is that item; scipy wants two
+        return np.repeat(values, draws, axis=-1)
+
+    def mean(drawn: Array, axis: int) -> Array:  # contiguous: a row's bits then depend on no other row
+        return np.asarray(np.ascontiguousarray(drawn).mean(axis))
+
+    found = stats.bootstrap(
+        (values,), mean, n_resamples=draws, axis=-1, vectorized=True, method="percentile",
+        batch=max(1, _CHUNK // values.size), random_state=np.random.default_rng(seed),
+    )  # fmt: skip
+    return np.asarray(found.bootstrap_distribution)
 
 
 def interval(means: Array, level: float = LEVEL) -> Interval:
@@ -93,14 +97,12 @@ def mcnemar(now: Array, before: Array) -> float:
     Args:
         now, before: ``[item]``, each 0 or 1.
 
-    Source: McNemar's test, the exact binomial form.
+    Source: McNemar's test, the exact binomial form, as scipy computes it.
     """
+    from scipy import stats
+
     up, down = int((now > before).sum()), int((now < before).sum())
-    changed, term, total = up + down, 1, 0
-    for i in range(min(up, down) + 1):
-        total += term
-        term = term * (changed - i) // (i + 1)  # the next binomial coefficient, an exact integer
-    return float(min(1.0, 2 * total / 2**changed))
+    return float(stats.binomtest(min(up, down), up + down).pvalue) if up + down else 1.0
 
 
 def sign_flip(differences: Array, flips: int = FLIPS, seed: int = 0) -> Array:
@@ -120,6 +122,7 @@ def sign_flip(differences: Array, flips: int = FLIPS, seed: int = 0) -> Array:
 
     Source: Fisher's randomization test.
     """
+    # Ours, not scipy's permutation_test: with the same flips for 30 rows of 5000 items that took 33 s, this 0.2 s.
     rng, items = np.random.default_rng(seed), differences.shape[-1]
     sums = np.abs(differences).sum(-1)
     least = np.abs(differences.sum(-1)) - 1e-12 * sums  # equal up to the rounding of the sums

@@ -28,6 +28,10 @@ def eigenpairs(
 ) -> Eigenpairs:
     """The k largest eigenpairs of a symmetric operator by Lanczos, every new vector orthogonalised against all before.
 
+    Ours, not ``scipy.sparse.linalg.eigsh``, with which it agrees: that keeps every vector as one flat numpy array on
+    the CPU, so all parameters would be concatenated, and each step would carry a vector as large as the model from a
+    GPU and back. Here a vector is a mapping of tensors that stays on its device.
+
     Args:
         operator: v → A v.
         like: a point with the names and shapes of the space's vectors.

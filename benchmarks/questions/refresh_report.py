@@ -22,8 +22,9 @@ Written by `python -m benchmarks.questions.refreshes SEED...`. {statement}
 Scores: the probability of exactly the right answer on 256 items a domain, in %, mean ± standard deviation over the
 seeds ({seeds}; where a curve was measured on fewer, its name says on which). GRPO has the lab's own settings (32
 training prompts × 8 samples a step, reward 1 for the right answer, 3e-4). KL: distillation from the checkpoint before
-the damage, on the 128 calibration prompts as it answers them itself (no label and no reward), 32 a step. Adam, float32.
-D is by the Hellinger distance. Rates under a mask (1e-3 on 2 % of the units, 3e-4 on 16 %) and KL's (1e-4 on all
+the damage, on the 128 calibration prompts as it answers them itself (no label and no reward), 32 a step; Adam. D is by
+the Hellinger distance on the same answers. All is in float32: [pareto](pareto.md) has the right answers and the
+checkpoints' bf16, so its recoveries differ a little. Rates under a mask (1e-3 on 2 % of the units, 3e-4 on 16 %) and KL's (1e-4 on all
 parameters) were chosen on seed 0.
 """
 

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from surgery.budget import allocate, top
     from surgery.checkpoint import Checkpoint
     from surgery.entries import Entries
-    from surgery.entry_selector import EntrySelector
     from surgery.evaluators import harness, likelihood
     from surgery.evidence_changes import Changes, changes
     from surgery.evidence_directions import Directions, directions
@@ -59,14 +58,13 @@ if TYPE_CHECKING:
     from surgery.theory_spectrum import DamageSpectrum, damage_spectrum
     from surgery.theory_subspaces import Span, eigenspace
     from surgery.trajectory import Trajectory
-    from surgery.tuning import Tuning, recommend
+    from surgery.tuning import Repair, repair
 
 _HOME = {
     "attribution": ("damage", "reversal_cost"),
     "budget": ("allocate", "top"),
     "checkpoint": ("Checkpoint",),
     "entries": ("Entries",),
-    "entry_selector": ("EntrySelector",),
     "evaluators": ("harness", "likelihood"),
     "evidence_changes": ("Changes", "changes"),
     "evidence_directions": ("Directions", "directions"),
@@ -111,7 +109,7 @@ _HOME = {
     "theory_spectrum": ("DamageSpectrum", "damage_spectrum"),
     "theory_subspaces": ("Span", "eigenspace"),
     "trajectory": ("Trajectory",),
-    "tuning": ("Tuning", "recommend"),
+    "tuning": ("Repair", "repair"),
 }
 
 __all__ = [
@@ -129,7 +127,6 @@ __all__ = [
     "Directions",
     "Distillation",
     "Entries",
-    "EntrySelector",
     "GradientCosines",
     "GradientSeries",
     "Gradients",
@@ -145,6 +142,7 @@ __all__ = [
     "Profile",
     "RandomSelector",
     "Refresh",
+    "Repair",
     "Rollback",
     "RolledBack",
     "Row",
@@ -154,7 +152,6 @@ __all__ = [
     "Stability",
     "Sweep",
     "Trajectory",
-    "Tuning",
     "activation",
     "allocate",
     "analyse",
@@ -184,8 +181,8 @@ __all__ = [
     "overlap",
     "probe",
     "profile",
-    "recommend",
     "refresh",
+    "repair",
     "respond",
     "reversal_cost",
     "rollback",

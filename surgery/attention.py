@@ -1,4 +1,4 @@
-"""Finding the units of attention: KV groups, query heads and value channels, where they can be told for certain."""
+"""Finding the units of attention: KV groups and value channels, where they can be told for certain."""
 
 from __future__ import annotations
 
@@ -16,16 +16,20 @@ _QUERY_NORM, _KEY_NORM = re.compile(r"(q|query|qk)_(layer)?norm"), re.compile(r"
 _SPLIT_NORM = 'its norm of q or k runs over all heads at once, so no head stands alone; units="value_channel" does'
 
 
+class NoAttention(ValueError):
+    """No attention of a model can be read for certain."""
+
+
 def attention_blocks(model: nn.Module, kind: str, hidden: int) -> tuple[list[Block], tuple[str, ...]]:
     """The attention blocks of a model with units of one kind, and in words what they leave out.
 
     Args:
         model: the live model, on any device.
-        kind: "kv_group", "query_head" or "value_channel".
+        kind: "kv_group" or "value_channel".
         hidden: the model's width; attention of another width (a vision tower's) is not covered.
 
     Raises:
-        ValueError: no attention of the model can be read for certain; the message says why.
+        NoAttention: no attention of the model can be read for certain; the message says why.
 
     Source: ours.
     """
@@ -41,7 +45,7 @@ def attention_blocks(model: nn.Module, kind: str, hidden: int) -> tuple[list[Blo
             reasons[path] = str(reason)
     if not blocks:
         why = next((f"{path}: {reason}" for path, reason in reasons.items()), "it has no attention")
-        raise ValueError(
+        raise NoAttention(
             f"no {noun((kind,))} can be told for certain in {type(model).__name__}: {why}. "
             f'Or leave attention out: units="mlp"'
         )
@@ -89,8 +93,7 @@ def _block(path: str, module: nn.Module, kind: str, hidden: int, model: nn.Modul
 def _cut(piece: Piece, kind: str) -> tuple[list[str], list[str]]:
     """The axes of a piece that count units, and the others; g, where one part of it is taken, comes with those."""
     axes = piece.axes.split()
-    query = ["r"] + (["g"] if isinstance(piece.g, tuple) else [])
-    counted = {"kv_group": ["p", "k"], "query_head": ["p", "k", *query], "value_channel": ["p", "k", "d"]}[kind]
+    counted = {"kv_group": ["p", "k"], "value_channel": ["p", "k", "d"]}[kind]
     return [a for a in axes if a in counted], [a for a in axes if a not in counted]
 
 
@@ -102,7 +105,7 @@ def _sizes(piece: Piece, sizes: dict[str, int]) -> tuple[tuple[str, int], ...]:
     return tuple((axis, sizes[axis]) for axis in piece.axes.split() if axis != "g")
 
 
-_PARTS = {"kv_group": "q gate k v o", "query_head": "q gate o", "value_channel": "gate v o"}
+_PARTS = {"kv_group": "q gate k v o", "value_channel": "gate v o"}
 
 
 def _slots(home: str, module: nn.Module, piece: Piece, sizes: dict[str, int], kind: str) -> Iterator[Slot]:
@@ -141,13 +144,10 @@ def _extras(home: str, module: nn.Module, heads: Heads, kind: str) -> Iterator[S
             raise Unclear('its heads have norms in tensors of their own; units="value_channel" needs none')
         count = k * r if query or name == "sinks" else k
         axes, sizes = ("k r", {"k": k, "r": r}) if count == k * r and r > 1 else ("k", {"k": k})
-        right = "k r" if kind == "kv_group" or axes == "k" else "(k r)"
         cut = tuple(sizes.items())
         if name == "sinks":
-            yield Slot("sinks", f"{home}.{name}", f"({axes}) -> {right if r > 1 else 'k'}", shape, sizes=cut)
+            yield Slot("sinks", f"{home}.{name}", f"({axes}) -> {axes}", shape, sizes=cut)
         elif (query or key) and shape == (count, d):
-            if query or kind == "kv_group":
-                to = right if axes == "k r" else "k"
-                yield Slot(name.split(".")[0], f"{home}.{name}", f"({axes}) d -> {to} d", shape, sizes=cut)
+            yield Slot(name.split(".")[0], f"{home}.{name}", f"({axes}) d -> {axes} d", shape, sizes=cut)
         elif (query or key) and shape not in ((d,), ()):
             raise Unclear(_SPLIT_NORM)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from surgery.deltas import check_finite
 from surgery.gradient_hooks import as_live, collecting, in_runs
 from surgery.neurons import Neurons
-from surgery.opening import Weights, open_weights
+from surgery.opening import Weights
 from surgery.operators import Rollback, rollback
 from surgery.predictions import Divergence, Loss, check_loss, distillation, positions, summed
 from surgery.prompts import Batch, batches_of
@@ -24,29 +23,26 @@ from surgery.scores import dot, remember
 from surgery.slots import Block, Slot
 from surgery.swap import earlier_model
 from surgery.trajectory import Trajectory
+from surgery.units import Units
 
 
 @remember
 def damage(
-    run: Trajectory, data: Iterable[Batch], *, loss: Loss | Divergence = "kl", nodes: int | None = None
+    run: Trajectory, data: Iterable[Batch], *, loss: Loss | Divergence = "hellinger", units: Units = "mlp"
 ) -> Neurons:
-    """D, damage: the first-order gain of reverting a neuron, D_n = ⟨∇L(θB), δB,n⟩ with L = KL(p_earlier ‖ p_later).
+    """D, damage: the first-order gain of reverting a neuron, D_n = ⟨∇L(θB), δB,n⟩.
 
-    Positive where going back lowers the loss. The sum over some neurons estimates what reverting them together gains
-    (in nats per response token for the default loss), as long as the step is small.
+    L is how far the later model's predictions are from the earlier one's. Positive where going back lowers it. The sum
+    over some neurons estimates what reverting them together gains, per response token, as long as the step is small.
 
     Args:
-        run: a trajectory with ``earlier`` and ``later``.
+        run: a trajectory with ``earlier`` and ``later``; the later model is loaded once (``run.load``).
         data: batches of the damaged domain, ``[batch, token]``, with labels on the response tokens. No label has to
             be right; batches without labels are answered by the earlier model first (``respond``).
-        loss: "kl" or "hellinger", the ``distillation`` from the earlier checkpoint, or a ``loss(model, batch)`` of
+        loss: "hellinger" or "kl", the ``distillation`` from the earlier checkpoint, or a ``loss(model, batch)`` of
             your own: a scalar mean over the batch's response tokens, smaller = better. The Hellinger distance counts
             every changed answer alike; in the lab it chose better, most of all from few prompts (benchmarks/results).
-        nodes: integrate along the straight way from the reverted neurons to the later ones, ∫⟨∇L(θ(t)), δB,n⟩dt, at so
-            many Gauss–Legendre nodes. Then the scores add up to the whole difference: Σ D_n = L(θB) − L(θB with all
-            neurons reverted), but for the jumps of a router that changes its mind on the way. It says where the
-            damage sits; for choosing neurons the gradient at θB alone is as good (benchmarks/results). The weights
-            have to be float32 or wider: run.load(dtype=torch.float32).
+        units: which kinds of unit: "mlp", "kv_group", "value_channel", or a tuple (see ``find_layout``).
 
     Returns:
         Scores of either sign, in the loss's unit. Gradients have the weights' dtype; products and sums are float32,
@@ -58,19 +54,18 @@ def damage(
 
     Source: ours, from Proposition 1: damage is local, and to leading order additive over coordinates.
     """
+    run.check_whole()
     batches, loss = answered(run, data, loss)
-    total, model = _total(run)
+    total, model = _total(run, units), run.load()
     tokens, value = sum(int(positions(batch).sum()) for batch in batches), 0.0
-    for t, weight in _path(model, nodes):
-        with _moved(model, run, t), total.collecting(model):
-            for batch in batches:
-                one = summed(loss, model, batch)
-                (one * (weight / t)).backward()  # what is left of δ at t is t · δ
-                value += weight * float(one.detach())
-    found = total.mean(tokens, run)
+    with total.collecting(model):
+        for batch in batches:
+            one = summed(loss, model, batch)
+            one.backward()
+            value += float(one.detach())
+    found = total.mean(tokens, run, units)
     gain = sum(float(sums.sum()) for sums in total.sums.values()) / tokens
-    told = {"tokens": tokens, "sum": gain, **({"loss": value / tokens} if nodes is None else {"nodes": nodes})}
-    return Neurons(found, made_by={"damage": told})
+    return Neurons(found, made_by={"damage": {"tokens": tokens, "sum": gain, "loss": value / tokens}})
 
 
 def promised(scores: Neurons, mask: Neurons) -> float:
@@ -96,11 +91,14 @@ def overpromised(made_by: Mapping[str, Any]) -> str | None:
 def answered(run: Trajectory, data: Iterable[Batch], loss: Loss | Divergence) -> tuple[list[Batch], Loss]:
     """The batches, answered by the earlier model where they have no labels, and the loss that a name stands for."""
     check_loss(loss)
-    if not isinstance(loss, str):
-        return _some(data), loss
-    batches = earlier_answers(replace(run, base=None, units="mlp"), data)  # the same whatever is scored
-    with earlier_model(run) as earlier:
-        return batches, distillation(earlier, batches, divergence=loss)
+    return _distilled(run, data, loss) if isinstance(loss, str) else (_some(data), loss)
+
+
+@remember
+def _distilled(run: Trajectory, data: Iterable[Batch], divergence: Divergence) -> tuple[list[Batch], Loss]:
+    with earlier_model(run) as earlier:  # once, for the answers and for the predictions
+        batches = earlier_answers(run, data)
+        return batches, distillation(earlier, batches, divergence=divergence)
 
 
 @remember
@@ -113,17 +111,6 @@ def earlier_answers(run: Trajectory, data: Iterable[Batch], path: Path | None = 
         return respond(earlier, batches, path=path)
 
 
-def _path(model: nn.Module, nodes: int | None) -> list[tuple[float, float]]:
-    """Places t between the reverted neurons (0) and the later ones (1), and their weights."""
-    if nodes is None:
-        return [(1.0, 1.0)]
-    if not isinstance(nodes, int) or nodes < 1:
-        raise ValueError(f"nodes={nodes!r}: expected 1 or more, or None for the gradient at the later model")
-    check_wide(model)
-    places, weights = np.polynomial.legendre.leggauss(nodes)
-    return [((1 + float(x)) / 2, float(w) / 2) for x, w in zip(places, weights, strict=True)]
-
-
 def check_wide(model: nn.Module) -> None:
     """Raise ``ValueError`` unless there are points between two checkpoints in the model's dtype."""
     if narrow := {p.dtype for p in model.parameters()} - {torch.float32, torch.float64}:
@@ -133,17 +120,10 @@ def check_wide(model: nn.Module) -> None:
         )
 
 
-@contextmanager
-def _moved(model: nn.Module, run: Trajectory, t: float) -> Iterator[None]:
-    if t == 1:
-        yield
-        return
-    with _all_back(model, run, open_weights(model, run.layout, units=run.units), 1 - t):
-        yield
-
-
 @remember
-def reversal_cost(run: Trajectory, data: Iterable[Batch], *, loss: Divergence = "kl") -> Neurons:
+def reversal_cost(
+    run: Trajectory, data: Iterable[Batch], *, loss: Divergence = "hellinger", units: Units = "mlp"
+) -> Neurons:
     """What reverting a neuron costs a domain that the later model answers well: D of that domain, from the other end.
 
     cost_n = ⟨∇L(θR), θR,n − θB,n⟩ with θR the later model with all neurons reverted and L = KL(p_later ‖ p). At θB
@@ -153,6 +133,7 @@ def reversal_cost(run: Trajectory, data: Iterable[Batch], *, loss: Divergence = 
         run: a trajectory with ``earlier`` and ``later``.
         data: batches of the domain to protect; without labels the later model answers first.
         loss: "kl" or "hellinger", from the later model's predictions.
+        units: as for ``damage``.
 
     Returns:
         Scores of either sign in the unit of ``damage`` with that loss; positive where reverting hurts.
@@ -162,17 +143,17 @@ def reversal_cost(run: Trajectory, data: Iterable[Batch], *, loss: Divergence = 
 
     Source: ours, from Proposition 1.
     """
-    model = run.load()
+    run.check_whole()
+    model, (live,) = run.load(), run.live(units=units)
     batches = respond(model, _some(data))
     far = distillation(model, batches, divergence=loss)
-    live = open_weights(model, run.layout, units=run.units)
     tokens = sum(int(positions(batch).sum()) for batch in batches)
     with _all_back(model, run, live) as done:
         total = _Total(live, done.before)
         with total.collecting(model):
             for batch in batches:
                 summed(far, model, batch).backward()
-    found = total.mean(tokens, run)
+    found = total.mean(tokens, run, units)
     return Neurons(found, made_by={"reversal_cost": {"tokens": tokens}})
 
 
@@ -183,18 +164,15 @@ def _some(data: Iterable[Batch]) -> list[Batch]:
     return batches
 
 
-def _total(run: Trajectory) -> tuple[_Total, nn.Module]:
-    model = run.load()
-    live = open_weights(model, run.layout, units=run.units)
-    (earlier,) = replace(run, later=model).weights("earlier")
-    return _Total(live, lambda block, slot: as_live(earlier, live, block, slot)), model
+def _total(run: Trajectory, units: Units) -> _Total:
+    live, earlier = run.live("earlier", units=units)
+    return _Total(live, lambda block, slot: as_live(earlier, live, block, slot))
 
 
-def _all_back(model: nn.Module, run: Trajectory, live: Weights, strength: float = 1.0) -> Rollback:
+def _all_back(model: nn.Module, run: Trajectory, live: Weights) -> Rollback:
     """All units reverted. What they held is most of a model, so it is kept off the GPU, which has room for one."""
     mask = Neurons({name: torch.ones(size, dtype=torch.bool) for name, size in live.layout.sizes.items()})
-    source = run.source("earlier")
-    return rollback(model, to=source, mask=mask, strength=strength, keep_on="cpu", layout=run.layout)
+    return rollback(model, to=run.tensors("earlier"), mask=mask, keep_on="cpu", layout=run.layout)
 
 
 @dataclass
@@ -215,10 +193,10 @@ class _Total:
         """While the body runs, the weights of the neurons take gradients, and nothing else does."""
         return collecting(model, self.live.layout, self.add)
 
-    def mean(self, tokens: int, run: Trajectory) -> dict[str, Tensor]:
+    def mean(self, tokens: int, run: Trajectory, units: Units) -> dict[str, Tensor]:
         """The sums per token; where they are NaN or infinite, a ``ValueError`` that says whose fault it is."""
         if not all(bool(sums.sum().isfinite()) for sums in self.sums.values()):
-            check_finite(run, "earlier", "later")
+            check_finite(run, "earlier", "later", units=units)
             raise ValueError(
                 "the gradient is NaN or infinite on these prompts: the loss is, or it overflowed (a model in float16: "
                 "load it with dtype=torch.bfloat16 or torch.float32)"

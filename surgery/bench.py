@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import nn
 
-from surgery.entries import Mask
-from surgery.entry_selector import EntrySelector
-from surgery.evaluators import evaluator
+from surgery.evaluators import evaluator, signature
 from surgery.fingerprints import known
 from surgery.judging import check_items
+from surgery.masks import Mask
 from surgery.neurons import Neurons
 from surgery.operators import rollback
-from surgery.prompts import Batch, batches_of
+from surgery.prompts import Batch, batches_of, digest_of
 from surgery.rows import EARLIER, LATER, Evaluate, Row, Score, ceiling_of, measured
 from surgery.scores import identity
 from surgery.swap import earlier_model
 from surgery.trajectory import Trajectory
 from surgery.units import Units, kinds_of, single
-from surgery.weight_selection import over_weights
+from surgery.weight_selection import candidates
 
 MEASURED = ("selector", "budget", "neurons", "metrics", "seconds")
 
@@ -34,8 +35,7 @@ class Bench:
     """Measures rows on one live model, which is bit-identical after each of them, also after an error.
 
     Args:
-        model: the later model, live.
-        run: its trajectory.
+        run: the trajectory; its later model is loaded once (``run.load``).
         data: calibration prompts, or None.
         evaluate: model → {metric: score or one score per item}, or "lm_eval:task,task".
         path: a JSON-lines file: rows are appended as they come, and rows that it holds are not measured again.
@@ -49,20 +49,21 @@ class Bench:
 
     def __init__(
         self,
-        model: nn.Module,
         run: Trajectory,
         data: Iterable[Batch] | None,
         evaluate: Evaluate | str,
         path: str | Path | None = None,
         say: Callable[[str], None] | None = None,
     ) -> None:
-        self.model, self.run = model, dataclasses.replace(run, model=model)
+        run.check_whole()
+        self.model, self.run = run.load(), run
         self.data = None if data is None else list(batches_of(data))
         self.path = Path(path) if path is not None else None
         self.evaluations = 0
         self._say = say or (lambda _: None)
-        self._scores = _watched(torch.no_grad()(evaluator(evaluate)))
-        self._rows = self._read()
+        measure = evaluator(evaluate)
+        self._scores = _watched(torch.no_grad()(measure))
+        self._rows = self._read(signature(measure))
 
     def later(self) -> Row:
         """The model as it is."""
@@ -72,9 +73,9 @@ class Bench:
         """The earlier model, in the later one's place for as long as its evaluation takes."""
         return self._measured(EARLIER, 0.0, lambda: (0, self._earlier_scores()))
 
-    def ceiling(self, units: Units | None = None) -> Row:
-        """All units of those kinds (default: the trajectory's) rolled back."""
-        kinds = kinds_of(units or self.run.units)
+    def ceiling(self, units: Units = "mlp") -> Row:
+        """All units of those kinds rolled back."""
+        kinds = kinds_of(units)
         return self._measured(ceiling_of(kinds), 1.0, lambda: self._tried(~self._nothing(kinds)))
 
     def row(self, selector: Any, budget: float) -> Row:
@@ -100,12 +101,12 @@ class Bench:
         return self._scores(model)
 
     def _tried(self, mask: Mask) -> tuple[int, Mapping[str, Score]]:
-        with rollback(self.model, to=self.run.earlier, mask=mask, layout=self.run.layout) as done:  # type: ignore[arg-type]
+        with rollback(self.model, to=self.run.tensors("earlier"), mask=mask, layout=self.run.layout) as done:
             return sum(done.neurons.values()), self._evaluate(self.model)
 
     def _nothing(self, units: Units) -> Neurons:
-        (later,) = dataclasses.replace(self.run, later=self.model, units=units).weights("later")
-        return Neurons({name: torch.zeros(size, dtype=torch.bool) for name, size in later.layout.sizes.items()})
+        (live,) = self.run.live(units=units)
+        return Neurons({name: torch.zeros(size, dtype=torch.bool) for name, size in live.layout.sizes.items()})
 
     def _earlier_scores(self) -> Mapping[str, Score]:
         with earlier_model(self.run) as model:
@@ -135,31 +136,49 @@ class Bench:
         check_items(row, later)
         return row
 
-    def _read(self) -> dict[tuple[str, float], Row]:
+    def _read(self, how: str) -> dict[tuple[str, float], Row]:
+        """The rows of the file, which has to be of these checkpoints, prompts and evaluation; a new one says which."""
         if self.path is None:
             return {}
         names = ("earlier", "later")
-        head = {name: known(weights) for name, weights in zip(names, self.run.weights(*names), strict=True)}
-        units = list(kinds_of(self.run.units))
-        text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
-        lines = [line for line in text.splitlines() if line.strip()]
-        if not lines:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._append({"checkpoints": head, "units": units})
-            return {}
-        found = _parsed(lines[0], self.path)
-        if found.get("checkpoints") != head or found.get("units", ["mlp"]) != units:
-            raise ValueError(f"{self.path} holds a sweep of other checkpoints or units: choose another file")
-        rows = [_row(line, self.path) for line in lines[1:]]
-        if not text.endswith("\n"):  # an editor took it, or a full disk: the next row needs a line of its own
-            with open(self.path, "a", encoding="utf-8") as file:
+        opened = zip(names, self.run.weights(*names), strict=True)
+        head = {
+            "checkpoints": {name: known(weights) for name, weights in opened},
+            "prompts": None if self.data is None else digest_of(self.data),
+            "evaluate": how,
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(self.path) as file:
+            text = file.read()
+            lines = [line for line in text.splitlines() if line.strip()]
+            if not lines:
+                file.write(json.dumps(head) + "\n")
+                return {}
+            found = _parsed(lines[0], self.path)
+            rows = [_row(line, self.path) for line in lines[1:]]
+            for name, mine in head.items():
+                if found.get(name) != mine:
+                    raise ValueError(f"{self.path} holds rows of {_OTHERS[name]}: choose another file")
+            if not text.endswith("\n"):  # an editor took it, or a full disk: the next row needs a line of its own
                 file.write("\n")
         return {(row.selector, row.budget): row for row in rows}
 
     def _append(self, line: Mapping[str, Any]) -> None:
         if self.path is not None:
-            with open(self.path, "a", encoding="utf-8") as file:
+            with _alone(self.path) as file:
                 file.write(json.dumps(line) + "\n")
+
+
+_OTHERS = {"checkpoints": "other checkpoints", "prompts": "other prompts", "evaluate": "another evaluation"}
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[IO[str]]:
+    """The file, read from its beginning and written at its end; other processes wait meanwhile."""
+    with open(path, "a+", encoding="utf-8", errors="replace") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
+        file.seek(0)
+        yield file
 
 
 def _compact(items: list[float]) -> list[float]:
@@ -208,10 +227,8 @@ def _watched(evaluate: Evaluate) -> Evaluate:
 
 def units_of(selector: Any, run: Trajectory) -> tuple[str, ...]:
     """The kinds of unit that a selector chooses among, or among whose weights."""
-    units = getattr(selector, "units", None)
-    if isinstance(selector, EntrySelector) or single(units):
-        return kinds_of(over_weights(run, units).units)
-    return kinds_of(units or run.units)
+    units = getattr(selector, "units", "mlp")
+    return candidates(run, units) if single(units) else run.kinds(units)
 
 
 def at_budget(selector: Any, budget: float) -> Any:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
-from surgery.shards import INDEX, header_of, inside, mapped, weight_map
+from surgery.shards import DTYPES, INDEX, header_of, inside, mapped, weight_map
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -30,10 +33,11 @@ class Checkpoint(Mapping[str, Tensor]):
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = _folder(folder)
+        self.folder = folder_of(folder)
         self.headers = {str(path.relative_to(self.folder)): header_of(path) for path in self._files()}
         self.where = {name: file for file, header in self.headers.items() for name in header if name != "__metadata__"}
         self._check_index()
+        self._state = self._stat()
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.where:
@@ -57,10 +61,34 @@ class Checkpoint(Mapping[str, Tensor]):
     def __repr__(self) -> str:
         return f"Checkpoint({str(self.folder)!r}): {len(self)} tensors in {len(self.headers)} files"
 
-    @property
+    @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Tensor name → shape, from the headers alone."""
         return {name: tuple(self.headers[file][name]["shape"]) for name, file in self.where.items()}
+
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        """The dtypes of the tensors, as far as they can be read here."""
+        entries = (self.headers[file][name] for name, file in self.where.items())
+        return {DTYPES[entry["dtype"]] for entry in entries if entry["dtype"] in DTYPES}
+
+    @property
+    def state(self) -> tuple[tuple[str, int, int, int], ...]:
+        """Name, inode, size and time of change of every weight file and of ``config.json`` when this was opened."""
+        return self._state
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the files are still those that were opened."""
+        try:
+            return self._stat() == self._state
+        except OSError:
+            return False
+
+    def _stat(self) -> tuple[tuple[str, int, int, int], ...]:
+        config = ["config.json"] if (self.folder / "config.json").exists() else []
+        found = ((file, (self.folder / file).stat()) for file in [*config, *self.headers])
+        return tuple((file, one.st_ino, one.st_size, one.st_mtime_ns) for file, one in found)
 
     @cached_property
     def _open(self) -> dict[str, dict[str, Tensor]]:
@@ -123,6 +151,26 @@ class State(Mapping[str, Tensor]):
 
 
 Source = str | Path | nn.Module | Mapping[str, Tensor]
+_in_force: WeakKeyDictionary[nn.Module, list[str]] = WeakKeyDictionary()
+
+
+def in_force(module: nn.Module) -> list[str]:
+    """What has been written into a live module and not been undone, in words; the oldest first.
+
+    ``rollback``, ``refresh`` and ``earlier_model`` add to it and take away from it.
+    """
+    return _in_force.setdefault(module, [])
+
+
+@contextmanager
+def edited(module: nn.Module, how: str) -> Iterator[None]:
+    """While the body runs, ``how`` is among what is in force on the module."""
+    edits = in_force(module)
+    edits.append(how)
+    try:
+        yield
+    finally:
+        edits.remove(how)
 
 
 def tensors_of(source: Source) -> Mapping[str, Tensor]:
@@ -138,7 +186,8 @@ def tensors_of(source: Source) -> Mapping[str, Tensor]:
     )
 
 
-def _folder(source: str | Path) -> Path:
+def folder_of(source: str | Path) -> Path:
+    """The folder that a path or a hub id in the local cache names; ``LookupError`` where there is none."""
     path = Path(source)
     if path.is_dir():
         return path

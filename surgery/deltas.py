@@ -11,6 +11,7 @@ from torch import Tensor
 from surgery.opening import Weights
 from surgery.slots import Block
 from surgery.trajectory import Trajectory
+from surgery.units import Units
 
 CHUNK = 1 << 20  # bytes of float32 that one chunk of a part may take: it stays in the processor's cache
 
@@ -47,19 +48,22 @@ def reading(weights: Weights, name: str, part: str) -> Callable[[int, int], Tens
     return read
 
 
-def displacements(run: Trajectory, *names: str) -> Iterator[tuple[str, str, int, int, tuple[Tensor, ...]]]:
+def displacements(
+    run: Trajectory, *names: str, units: Units = "mlp"
+) -> Iterator[tuple[str, str, int, int, tuple[Tensor, ...]]]:
     """What each step of training changed, chunk by chunk: ``(block, part, start, stop, (δ, ...))``.
 
     Args:
         run: the trajectory.
         names: the checkpoints in order: ("earlier", "later") gives δB, ("base", "earlier", "later") gives δA and δB.
+        units: of which kinds of unit (see ``find_layout``).
 
     Yields:
         For one part of neurons start…stop of a block: the differences, float32 ``[neuron, width]``. Every part of
         every neuron comes exactly once, its row contiguous; memory is bounded by ``CHUNK`` per checkpoint. NaN and
         infinite weights come as they are (``check_finite``).
     """
-    opened = run.weights(*names)
+    opened = run.weights(*names, units=units)
     for name, block in opened[-1].layout.items():
         others = [one.layout[name] for one in opened[:-1]]
         for part in block.parts:
@@ -75,13 +79,13 @@ def _check_finite(weights: Weights, name: str, part: str, start: int, read: Tens
         raise ValueError(f"{slot.tensor!r} of {weights.name} holds {bad} NaN or infinite numbers")
 
 
-def check_finite(run: Trajectory, *names: str) -> None:
+def check_finite(run: Trajectory, *names: str, units: Units = "mlp") -> None:
     """Find the NaN or infinite numbers that made a score so: costs a second reading, so it is asked for only then.
 
     Raises:
         ValueError: there are some among the units' weights; the message names the first tensor.
     """
-    for one in run.weights(*names):
+    for one in run.weights(*names, units=units):
         for name, block in one.layout.items():
             for part in block.parts:
                 read = reading(one, name, part)

@@ -1,20 +1,24 @@
-"""Edits: what a mask changes in each tensor, as rows (neurons) or as single numbers (entries) of one slot."""
+"""Edits: what a mask changes in one slot, as rows (of neurons) or as single numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from surgery.entries import Entries, Mask, shapes_of
-from surgery.neurons import Neurons
-from surgery.opening import Weights
 from surgery.slots import Block, Layout, Slot
-from surgery.strength_values import Strength
 
-_RUN = 1 << 20  # single numbers that one edit may hold: their coordinates take several times the numbers' own room
+
+class Held(Protocol):
+    """A checkpoint that is open: its tensors, and where the neurons lie in them."""
+
+    @property
+    def layout(self) -> Layout: ...
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Rows:
         """Write there, in place."""
         self.slot.put(tensor, self.index - self.slot.start, rows)
 
-    def read(self, source: Weights) -> Tensor:
+    def read(self, source: Held) -> Tensor:
         """A copy of what another checkpoint holds there, whatever its names and shapes."""
         return source.layout[self.block.name].rows(source.tensors, self.slot.part, self.index)
 
@@ -70,63 +74,8 @@ class Numbers:
     def put(self, tensor: Tensor, values: Tensor) -> None:
         self.slot.put_entries(tensor, self.index - self.slot.span[0], values)
 
-    def read(self, source: Weights) -> Tensor:
+    def read(self, source: Held) -> Tensor:
         return source.layout[self.block.name].entries(source.tensors, self.slot.part, self.index)
 
 
 Edit = Rows | Numbers
-
-
-def edits_of(layout: Layout, mask: Mask, whose: str) -> Iterator[Edit]:
-    """What a mask changes, slot by slot in layer order.
-
-    Raises:
-        ValueError: the mask holds scores, or is of another model than ``whose`` layout.
-    """
-    if isinstance(mask, Entries):
-        mask.require(shapes_of(layout), whose)
-        yield from _numbers(layout, mask)
-    else:
-        if not mask.is_mask:
-            raise ValueError("mask= holds scores: choose neurons with top(scores, allocate(scores, budget))")
-        mask.require(layout.sizes, whose)
-        yield from _rows(layout, mask)
-
-
-def _rows(layout: Layout, mask: Neurons) -> Iterator[Rows]:
-    for name, block in layout.items():
-        index = mask.indices(name)
-        for slot in block.slots if len(index) else ():
-            low, high = torch.searchsorted(index, torch.tensor([slot.start, slot.stop])).tolist()
-            if low < high:
-                yield Rows(block, slot, index[low:high])
-
-
-def _numbers(layout: Layout, mask: Entries) -> Iterator[Numbers]:
-    for name, block in layout.items():
-        for slot in block.slots:
-            positions = mask[f"{name}/{slot.part}"]
-            low, high = torch.searchsorted(positions, torch.tensor(slot.span)).tolist()
-            for run in positions[low:high].split(_RUN) if low < high else ():
-                yield Numbers(block, slot, run)
-
-
-def new_values(edit: Edit, source: Weights, old: Tensor, strength: Strength) -> Tensor:
-    """What the numbers become, in ``old``'s dtype and on its device.
-
-    Strength 1 copies the source's bits and 0 leaves the old ones, also where it is that of some neurons only.
-    """
-    found = edit.read(source)
-    there = found.to(old.device, old.dtype)
-    if not isinstance(strength, Neurons) and strength in (0, 1):
-        return there if strength else old
-    wide = torch.promote_types(old.dtype, torch.float32)
-    each = torch.tensor(strength, dtype=wide) if not isinstance(strength, Neurons) else _each(edit, strength, old)
-    each = each.to(old.device, wide)
-    blend = old.to(wide).lerp(found.to(old.device, wide), each).to(old.dtype)
-    return torch.where(each == 1, there, torch.where(each == 0, old, blend))
-
-
-def _each(edit: Edit, strength: Neurons, rows: Tensor) -> Tensor:
-    """The strength of each row, shaped so that it goes with ``rows``."""
-    return strength[edit.block.name][edit.neurons].reshape(-1, *[1] * (rows.ndim - 1))

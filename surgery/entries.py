@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from surgery.edits import Numbers
 from surgery.neurons import Neurons
 from surgery.slots import Layout
-from surgery.units import noun, noun_of_weights, units_in
-from surgery.vectors import kind_of_file, read_vectors, write_vectors
+from surgery.units import noun_of_weights, units_in
+from surgery.vectors import read_vectors, write_vectors
 
+_RUN = 1 << 20  # single numbers that one edit may hold: their coordinates take several times the numbers' own room
 _Shapes = Mapping[str, tuple[int, int]]
 
 
@@ -76,6 +78,16 @@ class Entries(Mapping[str, Tensor]):
         """The kinds of unit whose weights these are, "mlp" first."""
         return units_in(part.rpartition("/")[0] for part in self)
 
+    @property
+    def noun(self) -> str:
+        """What it counts."""
+        return "weights"
+
+    @property
+    def candidates(self) -> str:
+        """What it selects from, in words."""
+        return noun_of_weights(self.units)
+
     def count(self) -> dict[str, int]:
         """How many weights of each part are selected."""
         return {part: len(value) for part, value in self.items()}
@@ -84,6 +96,33 @@ class Entries(Mapping[str, Tensor]):
     def fraction(self) -> float:
         """The fraction of all those weights that is selected, in [0, 1]."""
         return sum(self.count().values()) / max(self.total, 1)
+
+    def tally(self) -> dict[str, Any]:
+        """How many weights are selected of how many, and where, as the record of a saved folder has it."""
+        return {"weights": {"reverted": sum(self.count().values()), "of": self.total, "per_part": self.count()}}
+
+    def edits(self, layout: Layout, whose: str) -> Iterator[Numbers]:
+        """What it changes, slot by slot in layer order, in runs of bounded length.
+
+        Raises:
+            ValueError: it is of another model than ``whose`` layout.
+        """
+        self.require(shapes_of(layout), whose)
+        for name, block in layout.items():
+            for slot in block.slots:
+                positions = self[f"{name}/{slot.part}"]
+                low, high = torch.searchsorted(positions, torch.tensor(slot.span)).tolist()
+                for run in positions[low:high].split(_RUN) if low < high else ():
+                    yield Numbers(block, slot, run)
+
+    def strengths(self, each: Neurons) -> Tensor:
+        """The strength of every selected weight, that of its neuron: float32 ``[selected]``."""
+        found = (each[part.rpartition("/")[0]][at // self.shapes[part][1]] for part, at in self.items())
+        return torch.cat([torch.zeros(0), *found])
+
+    def signed(self, made_by: Mapping[str, Any]) -> Entries:
+        """The same with more said of what made it."""
+        return Entries(self, shapes=self.shapes, made_by={**self.made_by, **made_by})
 
     def __and__(self, other: Entries) -> Entries:
         return self._combine(other, lambda a, b: a[torch.isin(a, b, assume_unique=True)])
@@ -135,7 +174,7 @@ class Entries(Mapping[str, Tensor]):
             block, _, name = part.rpartition("/")
             blocks.setdefault(block, {})[name] = count
         width = max(map(len, blocks))
-        of = f"{sum(self.count().values())} of {self.total} {noun_of_weights(self.units)}"
+        of = f"{sum(self.count().values())} of {self.total} {self.candidates}"
         lines = [
             f"  {block:<{width}}  " + "  ".join(f"{name} {count}" for name, count in parts.items())
             for block, parts in blocks.items()
@@ -150,41 +189,10 @@ class Entries(Mapping[str, Tensor]):
         return Entries(values, shapes=self.shapes, made_by={**self.made_by, **other.made_by})
 
 
-Mask = Neurons | Entries
-
-
 def shapes_of(layout: Layout) -> dict[str, tuple[int, int]]:
     """Part → (neurons, width) of every part of a layout's blocks, as ``Entries`` counts them."""
     blocks = layout.blocks
     return {f"{one.name}/{part}": (one.neurons, one.of(part)[0].width) for one in blocks for part in one.parts}
-
-
-def units_of_mask(mask: Mask) -> tuple[str, ...]:
-    """The kinds of unit that a mask is over, or whose weights it selects.
-
-    Raises:
-        ValueError: it is none.
-    """
-    if not isinstance(mask, Neurons | Entries):
-        raise ValueError(
-            f"mask= is a {type(mask).__name__}: expected the Neurons or Entries that a selector gives (of a file "
-            f"Neurons.load(path) or Entries.load(path))"
-        )
-    return mask.units if isinstance(mask, Entries) else units_in(mask)
-
-
-def noun_of(mask: Mask) -> str:
-    """What a mask counts."""
-    return "weights" if isinstance(mask, Entries) else noun(units_in(mask))
-
-
-def load_mask(path: str | Path) -> Mask:
-    """A mask file of either kind.
-
-    Raises:
-        ValueError: the file is neither.
-    """
-    return Entries.load(path) if kind_of_file(path) == "Entries" else Neurons.load(path)
 
 
 def _checked(part: str, positions: Tensor, size: int) -> Tensor:

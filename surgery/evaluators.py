@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 
 from surgery.hooks import evaluating
 from surgery.predictions import positions, predicting
-from surgery.prompts import Batch, batches_of, opened_tokenizer
+from surgery.prompts import Batch, batches_of, digest_of, opened_tokenizer
 from surgery.rows import Evaluate, Score
 
 _ROWS = 1 << 24  # numbers of logits that are turned into float32 at a time
@@ -151,6 +153,39 @@ def evaluator(evaluate: Evaluate | str) -> Evaluate:
     if not callable(evaluate):
         raise ValueError(f'evaluate={evaluate!r}: expected a function of the model, or "lm_eval:task,task"')
     return evaluate
+
+
+def signature(evaluate: Evaluate) -> str:
+    """What tells an evaluation from others: its name, and a hash of its code and of the plain values that it uses.
+
+    What it reads from files or from global variables is not seen.
+    """
+    if isinstance(evaluate, _Likelihood):
+        return f"likelihood of {', '.join(f'{name} {digest_of(batches)}' for name, batches in evaluate.data.items())}"
+    if isinstance(evaluate, _Harness):
+        return repr(replace(evaluate, tokenizer=None))
+    own: Any = evaluate if hasattr(evaluate, "__code__") else type(evaluate).__call__
+    digest = hashlib.blake2b(digest_size=16)
+    for part in _code(own.__code__):
+        digest.update(part)
+    cells = [cell.cell_contents for cell in own.__closure__ or ()]
+    for value in (*(own.__defaults__ or ()), *(own.__kwdefaults__ or {}).values(), *cells, *vars(evaluate).values()):
+        digest.update(repr(value).encode() if isinstance(value, _PLAIN) else type(value).__name__.encode())
+    return f"{own.__module__}.{own.__qualname__} {digest.hexdigest()}"
+
+
+_PLAIN = (str, bytes, int, float, bool, type(None))
+
+
+def _code(code: CodeType) -> Iterator[bytes]:
+    """The instructions and constants of a function, and of those inside it."""
+    yield code.co_code
+    yield repr(code.co_names).encode()
+    for one in code.co_consts:
+        if isinstance(one, CodeType):
+            yield from _code(one)
+        else:
+            yield repr(sorted(one, key=repr) if isinstance(one, frozenset) else one).encode()
 
 
 def _modules() -> tuple[Any, Any]:

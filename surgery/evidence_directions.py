@@ -18,6 +18,7 @@ from surgery.evidence_cosines import Cosines, Found
 from surgery.neurons import Neurons
 from surgery.opening import Weights
 from surgery.trajectory import Trajectory
+from surgery.units import Units
 
 Ranking = Literal["global", "uniform"]
 
@@ -92,7 +93,12 @@ def _cells(one: Cosines) -> tuple[Cell, ...]:
 
 
 def directions(
-    run: Trajectory, top: float = 0.10, permutations: int = 1000, seed: int = 0, how: Ranking = "global"
+    run: Trajectory,
+    top: float = 0.10,
+    permutations: int = 1000,
+    seed: int = 0,
+    how: Ranking = "global",
+    units: Units = "mlp",
 ) -> Directions:
     """Cosines of the updates of every two stages, on the neurons that are among the most changed of both.
 
@@ -109,6 +115,7 @@ def directions(
         seed: of the draws.
         how: "global": the most changed of the whole model, which may all lie in a few layers (the paper's, as far as
             its summary tells); "uniform": the same share of every layer.
+        units: which kinds of unit (see ``find_layout``).
 
     Returns:
         A ``Directions``; ``surgery.evidence_plots.directional_cosine`` draws it.
@@ -130,12 +137,10 @@ def directions(
         raise ValueError(f'how={how!r}: expected "global" or "uniform"')
     # by number: "base", "earlier" and "later" are a trajectory's own words, and may be a stage's name as well
     numbers = [str(at) for at in range(len(names))]
-    numbered = Trajectory.through(
-        dict(zip(numbers, run.checkpoints.values(), strict=True)), layout=run.layout, units=run.units
-    )
-    sets = [_most(scores, top, how) for scores in _magnitudes(numbered, numbers)]
+    numbered = Trajectory.through(dict(zip(numbers, run.checkpoints.values(), strict=True)), layout=run.layout)
+    sets = [_most(scores, top, how) for scores in _magnitudes(numbered, numbers, units)]
     pairs = list(combinations(range(len(sets)), 2))
-    opened = numbered.weights(*numbers)
+    opened = numbered.weights(*numbers, units=units)
     found: dict[tuple[int, int], list[Found]] = {pair: [] for pair in pairs}
     # each pair draws by itself, so that a further stage changes nothing about those before it
     generators = {pair: Generator().manual_seed(seed) for pair in pairs}
@@ -161,16 +166,16 @@ def directions(
     )
 
 
-def _magnitudes(run: Trajectory, names: Sequence[str]) -> list[Neurons]:
+def _magnitudes(run: Trajectory, names: Sequence[str], units: Units) -> list[Neurons]:
     """The norm of every neuron's update in every stage, each checkpoint read once."""
-    sizes = run.weights(names[-1])[0].layout.sizes
+    sizes = run.weights(names[-1], units=units)[0].layout.sizes
     squares = [{name: torch.zeros(size, dtype=torch.float64) for name, size in sizes.items()} for _ in names[1:]]
-    for name, _, start, stop, steps in displacements(run, *names):
+    for name, _, start, stop, steps in displacements(run, *names, units=units):
         for square, step in zip(squares, steps, strict=True):
             norms: Tensor = torch.linalg.vector_norm(step, dim=1)
             square[name][start:stop] += norms.double().square()
     if not all(bool(value.sum().isfinite()) for square in squares for value in square.values()):
-        check_finite(run, *names)
+        check_finite(run, *names, units=units)
     return [Neurons({name: value.sqrt().float() for name, value in square.items()}) for square in squares]
 
 

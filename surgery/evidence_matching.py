@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from surgery.checkpoint import Checkpoint, State
+from surgery.compat import passing_buffers
 
 _REAL = ("float64", "float32", "float16", "bfloat16", "F64", "F32", "F16", "BF16")
 Opened = Mapping[str, Tensor]
@@ -50,11 +51,7 @@ def alike(opened: Mapping[str, Opened]) -> tuple[dict[str, int], tuple[str, ...]
 def _names(tensors: Opened) -> list[str]:
     if not isinstance(tensors, State):
         return list(tensors)
-    passing = {
-        f"{path}.{name}".removeprefix(".")
-        for path, module in tensors.module.named_modules(remove_duplicate=False)
-        for name in module._non_persistent_buffers_set
-    }
+    passing = passing_buffers(tensors.module)
     return [name for name in tensors if name not in passing]
 
 

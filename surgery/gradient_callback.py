@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +13,6 @@ from surgery.gradient_cosines import Gradients, GradientSeries, gradients
 from surgery.gradient_products import Data, losses_of
 from surgery.predictions import Loss
 
-SEEN = 0.75  # of the overhead, what the clock may show: steps after a measurement are slower, from colder caches
 KEPT = 128  # measurements in memory: beyond that every second one is dropped
 
 
@@ -30,17 +28,15 @@ class GradientCosines(TrainerCallback):
         trainer: the ``Trainer`` (or one of TRL's) that it is added to, by ``trainer.add_callback``.
         data: domain → batches with labels; a batch each is enough to watch by.
         loss: as for ``gradients``.
-        overhead: the share of the time of training that may be spent on this. It measures what it costs, and waits as
-            long as the next measurement would exceed three quarters of the share; the rest is for what its clock can't
-            see, the slower steps that follow. Before the first measurement a batch of ``data`` is taken to cost as much
-            as a step of training.
-        every: measure at each multiple of so many steps instead, whatever it costs.
+        every: measure at each multiple of so many steps. A batch of ``data`` costs about one and a half forward and
+            backward passes of its size: two domains with a batch each, as large as training's, cost about 3 % of the
+            training's time at the default of 100.
         parts: log the layers and modules, too, and not only the whole model.
 
     Raises:
         ValueError: as ``gradients``; settings out of range; training in more than one process.
 
-    Source: the paper, Section 4 (over training steps); how it keeps within its share is ours.
+    Source: the paper, Section 4 (over training steps).
     """
 
     def __init__(
@@ -49,46 +45,34 @@ class GradientCosines(TrainerCallback):
         data: Data,
         *,
         loss: Loss | Mapping[str, Loss] | None = None,
-        overhead: float = 0.05,
-        every: int | None = None,
+        every: int = 100,
         parts: bool = True,
     ) -> None:
-        if not 0 < overhead <= 1:
-            raise ValueError(f"overhead={overhead}: expected a share of the training's time above 0 and up to 1")
-        if every is not None and (not isinstance(every, int) or every < 1):
+        if not isinstance(every, int) or every < 1:
             raise ValueError(f"every={every!r}: expected a number of steps, 1 or more")
         self.trainer, self.losses = trainer, losses_of(data, loss)
         self.data = {domain: list(batches) for domain, batches in data.items()}
-        self.overhead, self.every, self.parts = overhead, every, parts
+        self.every, self.parts = every, parts
         self.measured: dict[int, Gradients] = {}
-        self.spent, self.cost = 0.0, 0.0  # seconds: in all, and of the last measurement
-        self._start, self._steps = time.perf_counter(), 0
 
     @property
     def series(self) -> GradientSeries:
         """What was measured, by step (the first and every second where there were more than 128, and so on)."""
         return GradientSeries.over({str(step): found for step, found in self.measured.items()})
 
-    @property
-    def share(self) -> float:
-        """The time spent on this, as a share of the rest of the training's."""
-        return self.spent / max(time.perf_counter() - self._start - self.spent, 1e-9)
-
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start the clock."""
+        """Forget an earlier training's measurements."""
         if args.world_size > 1:
             raise ValueError(f"training runs in {args.world_size} processes: gradients are compared in one process")
-        self._start, self._steps, self.spent, self.cost = time.perf_counter(), 0, 0.0, 0.0
         self.measured.clear()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Measure if it is time to, and log what was found."""
-        self._steps += 1
-        if not self._due(state.global_step):
+        """Measure at a multiple of ``every``, and log what was found."""
+        if state.global_step % self.every:
             return
-        before, model = time.perf_counter(), self.trainer.model
+        model = self.trainer.model
         assert isinstance(model, nn.Module)  # it trains
         found = gradients(model, self.data, self.losses)
         self.measured[state.global_step] = found
@@ -99,8 +83,6 @@ class GradientCosines(TrainerCallback):
         # logging anything takes down that the step's own entry is due.
         Trainer.log(self.trainer, self._entries(found))
         control.should_log = due
-        self.cost = time.perf_counter() - before
-        self.spent += self.cost
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -108,17 +90,10 @@ class GradientCosines(TrainerCallback):
         """Say so where nothing was measured."""
         if not self.measured:
             warnings.warn(
-                f"the training was too short to measure gradients once in {100 * self.overhead:g} % of its time: raise "
-                f"overhead=, pass every=, or give fewer batches",
+                f"gradients were never measured: the training ended after {state.global_step} steps, before a multiple "
+                f"of every={self.every}; pass a smaller every=",
                 stacklevel=2,
             )
-
-    def _due(self, step: int) -> bool:
-        if self.every is not None:
-            return step % self.every == 0
-        training = time.perf_counter() - self._start - self.spent
-        cost = self.cost or training / self._steps * sum(map(len, self.data.values()))
-        return self.spent + cost <= SEEN * self.overhead * training
 
     def _entries(self, found: Gradients) -> dict[str, float]:
         modules = [part for part in found.modules if part.kind in ("attention", "mlp")]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -226,8 +226,7 @@ def gradients_along(
     for name, source in run.checkpoints.items():
         if progress is not None:
             progress(f"gradients of {', '.join(kept)} at {name}")
-        live = run.model if run.model is not None and source is run.later else None
-        model = replace(run, later=source, model=live).load(device, dtype)
+        model = (run if source is run.later else Trajectory(later=source)).load(device, dtype)
         found[name] = gradients(model, kept, losses, strongest=strongest)
         del model
     return GradientSeries.over(found, strongest)

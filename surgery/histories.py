@@ -116,7 +116,7 @@ def history(
     for name, source in run.checkpoints.items():
         if progress is not None:
             progress(f"evaluating {name}")
-        model = Trajectory(later=source, layout=run.layout).load(device, dtype)
+        model = (run if source is run.later else Trajectory(later=source)).load(device, dtype)
         means[name], items[name] = measured(measure(model))
     domains = list(means[names[0]])
     scores = {domain: tuple(means[name][domain] for name in names) for domain in domains}

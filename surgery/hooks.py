@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from surgery.compat import declared, experts_implementation, gated_by, switches_experts
 from surgery.slots import Block
 
 
@@ -50,7 +51,7 @@ def listening(model: nn.Module, block: Block, hear: Hear) -> Iterator[None]:
     with ExitStack() as stack:
         if not block.experts:
             stack.enter_context(_removing(module.register_forward_pre_hook(_replacing(hear))))
-        elif hasattr(module, "_apply_gate"):
+        elif switches_experts(module):
             _listen_to_experts(module, hear, stack)
         elif isinstance(getattr(module, "weight", None), Tensor):
             _listen_to_sorted_experts(model.get_submodule(block.consumer.rpartition(".")[0]), module, hear, stack)
@@ -82,13 +83,13 @@ def _listen_to_experts(module: Any, hear: Hear, stack: ExitStack) -> None:
     loop, one call per expert that was hit.
     """
     order: list[Routing] = []
-    looping = ExitStack()  # open while the eager loop runs, which most families write without ``_apply_gate``
+    looping = ExitStack()  # open while the eager loop runs, which most families write without their gate's own function
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         named: Any = kwargs.get("top_k_index", kwargs.get("router_indices"))
         index = args[1] if len(args) > 1 else named
         flat, top_k = index.reshape(-1), index.shape[-1]
-        implementation = module.config._experts_implementation
+        implementation = experts_implementation(module)
         if implementation == "batched_mm":
             order[:] = [Routing(torch.arange(len(flat), device=flat.device) // top_k, flat)]
         elif implementation == "grouped_mm":
@@ -110,15 +111,14 @@ def _listen_to_experts(module: Any, hear: Hear, stack: ExitStack) -> None:
         return h if other is None else other
 
     def grouped(h: Tensor) -> Tensor:
-        return heard(h) if module.config._experts_implementation in ("batched_mm", "grouped_mm") else h
+        return heard(h) if experts_implementation(module) in ("batched_mm", "grouped_mm") else h
 
     stack.enter_context(_removing(module.register_forward_pre_hook(before, with_kwargs=True)))
     after = module.register_forward_hook(lambda _m, _a, _o: looping.close(), always_call=True)
     stack.enter_context(_removing(after))
-    if module.has_gate:
-        gate = module._apply_gate
-        module._apply_gate = lambda projected: grouped(gate(projected))  # shadows the class's own until taken off
-        stack.callback(delattr, module, "_apply_gate")
+    says = declared(module)
+    if says is None or says.gated:
+        stack.enter_context(gated_by(module, grouped))
     else:
         stack.enter_context(_removing(module.act_fn.register_forward_hook(lambda _m, _a, out: grouped(out))))
 
@@ -149,8 +149,7 @@ class _Products(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _PRODUCTS and isinstance(args[1], Tensor) and self._is_part(args[1]):
-            with torch._C.DisableTorchFunctionSubclass():
-                args = (self.seen(args[0]), *args[1:])
+            args = (self.seen(args[0]), *args[1:])
         return func(*args, **(kwargs or {}))
 
     def _is_part(self, tensor: Tensor) -> bool:

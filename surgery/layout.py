@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from surgery.attention import attention_blocks
-from surgery.layout_checks import WAY_OUT, check_complete, check_dtypes, check_plan, plan_of, style
+from surgery.compat import declared, is_compiled, tensor_parallel_plan
+from surgery.layout_checks import WAY_OUT, check_complete, check_dtypes, check_plan, style
 from surgery.slots import Block, Layout, Slot
 from surgery.units import Units, kinds_of, module_of
 
@@ -29,7 +30,7 @@ def find_layout(model: nn.Module, spec: Spec | None = None, *, units: Units = "m
         model: a causal LM of transformers, or any module built of linear layers in a ``ModuleList``.
         spec: your own layout: ``{"model.layers.{layer}.mlp": {"gate_proj.weight": "n d -> n d", ...}}``, tensor names
             relative to the block and their einops patterns, the consumer last. It wins over ``units``.
-        units: "mlp"; "kv_group", "query_head" or "value_channel" for attention; or a tuple of "mlp" and one of those.
+        units: "mlp"; "kv_group" or "value_channel" for attention; or a tuple of "mlp" and one of those.
 
     Returns:
         The blocks in the model's own order; ``notes`` says which attention is not covered, and why.
@@ -37,16 +38,16 @@ def find_layout(model: nn.Module, spec: Spec | None = None, *, units: Units = "m
     Raises:
         ValueError: the units can't be found for certain; the message says why and what to do.
 
-    Source: ours; KV groups and query heads are the paper's attention units in kind.
+    Source: ours; KV groups are the paper's attention units in kind.
     """
-    if hasattr(model, "_orig_mod"):
+    if is_compiled(model):
         raise ValueError(
             "the model is a compiled one (torch.compile): pass the one that it was made of, model._orig_mod. The two "
             "share their weights"
         )
     if spec is not None:
         return spec_layout(spec, {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)})
-    hidden, plan, kinds = _hidden(model), plan_of(model), kinds_of(units)
+    hidden, plan, kinds = _hidden(model), tensor_parallel_plan(model), kinds_of(units)
     blocks: list[Block] = []
     notes: tuple[str, ...] = ()
     if "mlp" in kinds:
@@ -131,15 +132,15 @@ def _experts(
     gated = up.shape[1] == 2 * down.shape[2] or up.shape[2] == 2 * down.shape[1]
     transposed = up.shape[1] == down.shape[2] and up.shape[2] == down.shape[1] * (1 + gated)
     straight = up.shape[2] == down.shape[1] and up.shape[1] == down.shape[2] * (1 + gated)
-    declared = all(hasattr(module, name) for name in ("is_transposed", "is_concatenated", "has_gate"))
-    found = "expert module: what it declares" if declared else "expert module: the shapes of its weights"
-    if declared:
-        if module.has_gate != gated or not (transposed if module.is_transposed else straight):
+    says = declared(module)
+    found = "expert module: what it declares" if says else "expert module: the shapes of its weights"
+    if says:
+        if says.gated != gated or not (transposed if says.transposed else straight):
             raise ValueError(f"{path} declares a layout that its shapes {tuple(up.shape)} contradict. {WAY_OUT}")
-        transposed = module.is_transposed
+        transposed = says.transposed
     elif transposed == straight:
         raise ValueError(f"the stacked weights of {path} can be read in two ways or none. {WAY_OUT}")
-    runs = "(n g)" if declared and not module.is_concatenated else "(g n)"
+    runs = "(n g)" if says and not says.concatenated else "(g n)"
     slots = []
     wide = (runs, "(e n) g d", "(e n) g") if gated else ("n", "(e n) d", "(e n)")
     weight = f"e d {wide[0]} -> {wide[1]}" if transposed else f"e {wide[0]} d -> {wide[1]}"

@@ -13,11 +13,6 @@ from surgery.slots import Layout
 WAY_OUT = "Describe it yourself with layout= (docs/how-to/add-an-architecture.md)"
 
 
-def plan_of(model: nn.Module) -> dict[str, str]:
-    """The model's own tensor-parallel plan, path pattern → style; empty where it has none."""
-    return {str(k): str(v) for k, v in (getattr(model, "_tp_plan", None) or {}).items()}
-
-
 def style(plan: Mapping[str, str], path: str) -> str:
     """How the plan shards a module, like "colwise"; "" where it says nothing."""
     generic = re.sub(r"\.\d+(?=\.|$)", ".*", path)

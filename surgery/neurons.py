@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from surgery.edits import Rows
+from surgery.slots import Layout
 from surgery.units import noun, units_in
 from surgery.vectors import read_vectors, write_vectors
 
@@ -81,6 +83,21 @@ class Neurons(Mapping[str, Tensor]):
         """How many neurons the model has."""
         return sum(self.sizes.values())
 
+    @property
+    def units(self) -> tuple[str, ...]:
+        """The kinds of unit that it is over, "mlp" first."""
+        return units_in(self)
+
+    @property
+    def noun(self) -> str:
+        """What its units are called."""
+        return noun(self.units)
+
+    @property
+    def candidates(self) -> str:
+        """What a mask selects from, in words."""
+        return "MLP neurons" if self.units == ("mlp",) else self.noun
+
     def available(self, name: str) -> Tensor:
         """Which neurons of a block have a value: bool ``[neuron]``."""
         return ~self.missing.get(name, torch.zeros(self[name].numel(), dtype=torch.bool))
@@ -112,6 +129,34 @@ class Neurons(Mapping[str, Tensor]):
         """The selected neurons of a block: int64, ascending."""
         self._need(mask=True, verb="indices()")
         return self[name].nonzero().flatten()
+
+    def tally(self) -> dict[str, Any]:
+        """How many neurons a mask selects of how many, and where, as the record of a saved folder has it."""
+        return {"neurons": {"reverted": sum(self.count().values()), "of": self.total, "per_block": self.count()}}
+
+    def edits(self, layout: Layout, whose: str) -> Iterator[Rows]:
+        """What a mask changes, slot by slot in layer order.
+
+        Raises:
+            ValueError: it holds scores, or is of another model than ``whose`` layout.
+        """
+        if not self.is_mask:
+            raise ValueError("mask= holds scores: choose neurons with top(scores, allocate(scores, budget))")
+        self.require(layout.sizes, whose)
+        for name, block in layout.items():
+            index = self.indices(name)
+            for slot in block.slots if len(index) else ():
+                low, high = torch.searchsorted(index, torch.tensor([slot.start, slot.stop])).tolist()
+                if low < high:
+                    yield Rows(block, slot, index[low:high])
+
+    def strengths(self, each: Neurons) -> Tensor:
+        """The strength of every neuron that a mask selects: float32 ``[selected]``."""
+        return torch.cat([torch.zeros(0), *(each[name][value] for name, value in self.items())])
+
+    def signed(self, made_by: Mapping[str, Any]) -> Neurons:
+        """The same with more said of what made it."""
+        return Neurons(self, missing=self.missing, made_by={**self.made_by, **made_by})
 
     def __mul__(self, other: Neurons) -> Neurons:
         return self._combine(other, torch.mul, mask=False)
@@ -153,7 +198,7 @@ class Neurons(Mapping[str, Tensor]):
     def __repr__(self) -> str:
         if not self:
             return "Neurons(empty)"
-        width, what = max(map(len, self)), noun(units_in(self))
+        width, what = max(map(len, self)), self.noun
         if self.is_mask:
             head = f"Neurons: mask of {sum(self.count().values())} of {self.total} {what} ({self.fraction:.2%})"
             lines = [f"  {name:<{width}}  {n:>6} of {self.sizes[name]}" for name, n in self.count().items()]

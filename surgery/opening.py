@@ -6,7 +6,7 @@ import json
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -66,9 +66,7 @@ def _layout(tensors: Mapping[str, Tensor], like: Weights | None, name: str, kind
     if like is not None and like.layout.fits(tensors) and _kind(tensors) in (None, _kind(like.tensors)):
         return like.layout  # the same names alone are not enough: a gated MLP has those of an ungated one
     if isinstance(tensors, Checkpoint) and (tensors.folder / "config.json").exists():
-        files = [tensors.folder / file for file in ("config.json", *tensors.headers)]
-        state = tuple((file.stat().st_size, file.stat().st_mtime_ns) for file in files)
-        return _folder_layout(tensors.folder, state, kinds)
+        return _folder_layout(_Folder(tensors.folder, tensors.state, tensors.shapes), kinds)
     if like is not None:
         slots = (slot.tensor for block in like.layout.blocks for slot in block.slots)
         missing = [tensor for tensor in slots if tensor not in tensors]
@@ -88,10 +86,19 @@ def _kind(tensors: Mapping[str, Tensor]) -> str | None:
         return "unreadable"
 
 
+@dataclass(frozen=True)
+class _Folder:
+    """A folder in a certain state of its files."""
+
+    path: Path
+    state: tuple[tuple[str, int, int, int], ...]
+    shapes: Mapping[str, tuple[int, ...]] = field(compare=False)
+
+
 @lru_cache(maxsize=8)
-def _folder_layout(folder: Path, _state: tuple[tuple[int, int], ...], kinds: tuple[str, ...]) -> Layout:
+def _folder_layout(folder: _Folder, kinds: tuple[str, ...]) -> Layout:
     """The layout of a folder, found once for as long as its files stay as they are (seconds for a large MoE)."""
-    return folder_layout(folder, Checkpoint(folder).shapes, units=kinds)
+    return folder_layout(folder.path, folder.shapes, units=kinds)
 
 
 def _check_shapes(tensors: Mapping[str, Tensor], layout: Layout, name: str) -> None:

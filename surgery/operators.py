@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.checkpoint import Checkpoint, Source, tensors_of
-from surgery.edits import Edit, Rows, edits_of, new_values
-from surgery.entries import Mask, noun_of, units_of_mask
+from surgery.checkpoint import Checkpoint, Source, in_force, tensors_of
+from surgery.edits import Edit, Rows
+from surgery.masks import Mask, checked
 from surgery.opening import Weights, open_weights
 from surgery.papers import papers, warn_if_made_for_others
 from surgery.slots import Block, Layout, Slot
-from surgery.strength_values import Strength, check_strength, recorded, spoken
+from surgery.strength_values import Strength, check_strength, new_values, recorded, spoken
 from surgery.writing import REAL, bits, check_writable, numbers, uninterrupted
 
 
@@ -34,13 +34,22 @@ class Rollback:
     changed: int  # entries whose bits really differ now
     strength: Any  # the number, or of many what ``reach.recorded`` gives
     noun: str  # what ``neurons`` counts
+    _model: nn.Module = field(repr=False)
     _old: list[tuple[Tensor, Edit, Tensor]] = field(repr=False)
+
+    def __post_init__(self) -> None:
+        in_force(self._model).append(self._named())
+
+    def _named(self) -> str:
+        return f"a rollback of {sum(self.neurons.values())} {self.noun}"
 
     def undo(self) -> None:
         """Put the original bits back. Undoing twice is undoing once.
 
         Rollbacks that overlap are undone in the reverse order in which they were made.
         """
+        if self._old:
+            in_force(self._model).remove(self._named())
         _put_back(self._old)
 
     def before(self, block: Block, slot: Slot) -> Tensor:
@@ -106,7 +115,7 @@ def rollback(
             leaves them; else the blend is computed in float32 and rounded to the weights' dtype. Beyond 1 it goes on
             past the earlier values, and writes numbers that no checkpoint had.
         keep_on: where the originals are kept (default: beside the weights).
-        layout: where the neurons lie (default: found).
+        layout: where the neurons lie (default: found); also of ``to``, where its tensors have the same names.
 
     Returns:
         A report that is also the undo; as a ``with`` block it undoes itself on exit.
@@ -119,10 +128,10 @@ def rollback(
 
     >>> # with rollback(model, to="runs/math", mask=mask): print(evaluate(model))
     """
-    live = open_weights(model, layout, units=units_of_mask(mask))
+    live = open_weights(model, layout, units=checked(mask).units)
     check_strength(strength, live.layout)
-    source = open_weights(to, layout if layout is None or layout.fits(tensors_of(to)) else None, live)
-    edits = list(edits_of(live.layout, mask, "the model"))
+    source = _opened(to, layout, live)
+    edits = list(mask.edits(live.layout, "the model"))
     warn_if_made_for_others(mask, earlier=source)
     check_writable(live, edits)
     old: list[tuple[Tensor, Edit, Tensor]] = []
@@ -147,11 +156,20 @@ def rollback(
             for edit in edits:
                 written[edit.block.name] += edit.numbers
             touched, differing = len({edit.slot.tensor for edit in edits}), sum(numbers(changed))
-            done = Rollback(mask.count(), written, touched, differing, recorded(strength, mask), noun_of(mask), old)
+            done = Rollback(mask.count(), written, touched, differing, recorded(strength, mask), mask.noun, model, old)
     except BaseException:  # also of a Ctrl-C that was held back to the end: nobody would have the undo
         _put_back(old)
         raise
     return done
+
+
+def _opened(to: Source, layout: Layout | None, later: Weights) -> Weights:
+    """The earlier checkpoint by the user's layout, where that names its tensors, else by the one that is found there.
+
+    A live model and its folder may hold one neuron under different names, so a layout of the one need not fit the
+    other.
+    """
+    return open_weights(to, layout if layout is None or layout.fits(tensors_of(to)) else None, later)
 
 
 def _put_back(old: list[tuple[Tensor, Edit, Tensor]]) -> None:
@@ -177,7 +195,7 @@ class RolledBack(Mapping[str, Tensor]):
     def __init__(self, later: Weights, source: Weights, mask: Mask, strength: Strength) -> None:
         self.later, self.source, self.mask, self.strength = later, source, mask, strength
         self._edits: dict[str, list[Edit]] = {}
-        for edit in edits_of(later.layout, mask, later.name):
+        for edit in mask.edits(later.layout, later.name):
             self._edits.setdefault(edit.slot.tensor, []).append(edit)
 
     def __getitem__(self, name: str) -> Tensor:
@@ -238,7 +256,7 @@ class RolledBack(Mapping[str, Tensor]):
         return papers(self.later, self.source, self.mask, self.strength, self.parameters, len(self._edits))
 
     def __repr__(self) -> str:
-        units = f"{sum(self.mask.count().values())} {noun_of(self.mask)}"
+        units = f"{sum(self.mask.count().values())} {self.mask.noun}"
         how_far = spoken(recorded(self.strength, self.mask))
         return f"RolledBack({self.later.name} with {units} of {self.source.name}, {how_far})"
 
@@ -262,9 +280,9 @@ def rolled_back(
 
     Source: ours.
     """
-    opened = open_weights(later, layout, units=units_of_mask(mask))
+    opened = open_weights(later, layout, units=checked(mask).units)
     check_strength(strength, opened.layout)
-    view = RolledBack(opened, open_weights(to, None, opened), mask, strength)
+    view = RolledBack(opened, _opened(to, layout, opened), mask, strength)
     warn_if_made_for_others(mask, earlier=view.source, later=opened)
     for name in view._edits:
         if opened.tensors[name].dtype not in REAL:

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from surgery.checkpoint import Checkpoint
-from surgery.entries import Entries, Mask
 from surgery.fingerprints import fingerprint
+from surgery.masks import Mask
 from surgery.neurons import Neurons
 from surgery.opening import Weights
 from surgery.strength_values import Strength, recorded, spoken
-from surgery.units import noun, noun_of_weights
 
 # The mask lies in a folder of its own: a server that globs *.safetensors must not take it for weights.
 MASK, RECORD, CARD = "surgery/mask.safetensors", "surgery.json", "README.md"
@@ -57,14 +56,14 @@ def papers(
         "selector": mask.made_by,
         "strength": recorded(strength, mask),
         "units": list(later.layout.units),
-        **_counts(mask),
+        **mask.tally(),
         "parameters": edited,
         "tensors": tensors,
     }
     found = {MASK: _saved(mask), RECORD: json.dumps(record, indent=2).encode() + b"\n"}
     if isinstance(strength, Neurons):
         found[STRENGTH] = _saved(strength)
-    return {**found, CARD: _card(record, later).encode(errors="surrogateescape")}
+    return {**found, CARD: _card(record, later, mask).encode(errors="surrogateescape")}
 
 
 def _saved(what: Mask) -> bytes:
@@ -73,28 +72,18 @@ def _saved(what: Mask) -> bytes:
         return (Path(folder) / "file").read_bytes()
 
 
-def _counts(mask: Mask) -> dict[str, Any]:
-    found = {"reverted": sum(mask.count().values()), "of": mask.total}
-    if isinstance(mask, Entries):
-        return {"weights": {**found, "per_part": mask.count()}}
-    return {"neurons": {**found, "per_block": mask.count()}}
-
-
-def _card(record: dict[str, Any], later: Weights) -> str:
+def _card(record: dict[str, Any], later: Weights, mask: Mask) -> str:
     """A model card that names the parents, above the later checkpoint's own card."""
-    later_name, earlier_name = record["later"]["name"], record["to"]["name"]
-    single = record.get("weights")
-    neurons, what = single or record["neurons"], "weights" if single else noun(record["units"])
-    every = noun_of_weights(record["units"]) if single else "MLP neurons" if what == "neurons" else what
-    text = f"""# {later_name}, with {neurons["reverted"]} {what} of {earlier_name}
+    later_name, earlier_name, reverted = record["later"]["name"], record["to"]["name"], sum(mask.count().values())
+    text = f"""# {later_name}, with {reverted} {mask.noun} of {earlier_name}
 
-This checkpoint is **{later_name}** in which {neurons["reverted"]} of {neurons["of"]} {every}
-({neurons["reverted"] / max(neurons["of"], 1):.2%}) were set back to their values in **{earlier_name}**
+This checkpoint is **{later_name}** in which {reverted} of {mask.total} {mask.candidates}
+({mask.fraction:.2%}) were set back to their values in **{earlier_name}**
 ({spoken(record["strength"])}). Nothing was trained. Every other byte of the weights is {later_name}'s.
 
 - selected by: `{json.dumps(record["selector"].get("selector", record["selector"]))}`
 - parameters written: {record["parameters"]} in {record["tensors"]} tensors
-- exact {what}: `{MASK}`; versions and sha256 of both parents: `{RECORD}`
+- exact {mask.noun}: `{MASK}`; versions and sha256 of both parents: `{RECORD}`
 - made with surgery {record["versions"].get("surgery", "")}
 """
     old = later.tensors.folder / CARD if isinstance(later.tensors, Checkpoint) else None

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import shutil
 import tempfile
+import uuid
 import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -16,8 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from surgery.fingerprints import sampled
 from surgery.hooks import evaluating
-from surgery.prompts import Batch, batches_of, check_fits, response_mask, right_padded
+from surgery.prompts import Batch, batches_of, check_fits, digest_of, response_mask, right_padded
 from surgery.shards import header_of, mapped
 
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -36,16 +37,18 @@ class Distillation:
     small as rounding noise count less, by their square: √(H² + ε²) − ε with ε = 0.01.
 
     The earlier model is not needed any more: its logits at those positions (the ones that predict response tokens; all
-    attended ones without labels) lie in files, in the dtype that it gave them. Made by ``distillation``.
+    attended ones without labels) lie in files, in the dtype that it gave them, and each file says which model's they
+    are. Made by ``distillation``.
 
     Raises:
         LookupError: called with a batch that the earlier model was not asked about.
+        ValueError: the file for that batch holds another model's predictions.
 
     Source: ours, from the paper's Assumption 2: the gradient of this loss is exactly zero at the earlier checkpoint.
     """
 
-    def __init__(self, folder: Path, temporary: bool = False, divergence: Divergence = "kl") -> None:
-        self.folder, self.divergence = folder, divergence
+    def __init__(self, folder: Path, model: str, temporary: bool = False, divergence: Divergence = "kl") -> None:
+        self.folder, self.model, self.divergence = folder, model, divergence
         if temporary:  # it lives as long as what reads from it
             weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
 
@@ -56,10 +59,14 @@ class Distillation:
 
     def of(self, batch: Batch) -> Tensor:
         """The earlier model's logits for a batch: ``[predicting position, token of the vocabulary]``."""
-        path = self.folder / f"{_key(batch)}.safetensors"
+        path = self.path(batch)
         if not path.exists():
             raise LookupError("the earlier model was not asked about this batch: pass it to distillation() as well")
-        return mapped(path, header_of(path), writable=False)["logits"]
+        return mapped(path, _checked(path, self.model), writable=False)["logits"]
+
+    def path(self, batch: Batch) -> Path:
+        """The file that holds the earlier model's logits for a batch."""
+        return self.folder / f"{digest_of([batch])}.safetensors"
 
 
 def distillation(
@@ -75,14 +82,16 @@ def distillation(
         earlier: the earlier model, live; run in eval mode and left as it was.
         data: batches of ``{"input_ids", "attention_mask"[, "labels"]}``, ``[batch, token]``.
         folder: where the logits are kept, so that a later run finds them (default: a temporary folder). What is there
-            already for a batch is used as it is: give every earlier model its own folder.
+            already for a batch is used as it is. Every earlier model needs its own folder; several processes may fill
+            one folder at once.
         divergence: "kl" or "hellinger" (see ``Distillation``).
 
     Returns:
         A ``Distillation``. Disk: positions × vocabulary × the size of one logit.
 
     Raises:
-        ValueError: no position predicts a response token, the model gives no logits, or another divergence.
+        ValueError: no position predicts a response token, the model gives no logits, another divergence, or the folder
+            holds predictions of another model.
         OSError: the disk is full.
 
     Source: ours.
@@ -91,22 +100,46 @@ def distillation(
         raise ValueError(f'divergence={divergence!r}: expected "kl" or "hellinger"')
     place = Path(folder if folder is not None else tempfile.mkdtemp(prefix="surgery-"))
     place.mkdir(parents=True, exist_ok=True)
-    found = Distillation(place, folder is None, divergence)
+    found = Distillation(place, sampled(earlier.parameters()), folder is None, divergence)
+    for path in place.glob("*.safetensors"):
+        _checked(path, found.model)
     with evaluating(earlier), torch.no_grad():
         for batch in batches_of(data):
-            path = place / f"{_key(batch)}.safetensors"
-            if not path.exists():
-                logits = predicting(earlier, batch)
-                partial = path.with_suffix(".partial")
-                try:
-                    save_file({"logits": logits.contiguous().cpu()}, partial)
-                except SafetensorError as error:  # no OSError, though what it tells of is one
-                    raise OSError(
-                        f"{place} has no room for what the earlier model predicts ({error}): logits take positions × "
-                        f"vocabulary numbers; give TMPDIR (or folder=) another disk, or pass fewer prompts"
-                    ) from error
-                partial.rename(path)
+            if not found.path(batch).exists():
+                _keep(found.path(batch), predicting(earlier, batch), found.model)
     return found
+
+
+def _keep(path: Path, logits: Tensor, model: str) -> None:
+    """Write logits and whose they are; the file takes its final name once it is whole, whoever else writes it too."""
+    partial = path.with_name(f"{path.stem}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        save_file({"logits": logits.contiguous().cpu()}, partial, {"model": model})
+        partial.replace(path)
+    except SafetensorError as error:  # no OSError, though what it tells of is one
+        raise OSError(
+            f"{path.parent} has no room for what the earlier model predicts ({error}): logits take positions × "
+            f"vocabulary numbers; give TMPDIR (or folder=) another disk, or pass fewer prompts"
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _checked(path: Path, model: str) -> dict[str, Any]:
+    """The header of a file of predictions, refused unless they are the model's (``ValueError``)."""
+    header = header_of(path)
+    made_by = header.get("__metadata__", {}).get("model")
+    if made_by is None:
+        raise ValueError(
+            f"{path} does not say which model's predictions it holds: give another folder to distillation(), or remove "
+            f"this one and ask the earlier model again"
+        )
+    if made_by != model:
+        raise ValueError(
+            f"{path} holds the predictions of another model than this earlier one: give every earlier model its own "
+            f"folder, distillation(earlier, data, folder)"
+        )
+    return header
 
 
 def positions(batch: Batch) -> Tensor:
@@ -174,15 +207,6 @@ def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
 
 def _keeps(kind: type[nn.Module]) -> bool:
     return "logits_to_keep" in inspect.signature(kind.forward).parameters
-
-
-def _key(batch: Batch) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for name in ("input_ids", "attention_mask", "labels"):
-        if name in batch:
-            digest.update(f"{name}{tuple(batch[name].shape)}".encode())
-            digest.update(batch[name].to("cpu", torch.int64).contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def check_loss(loss: Any) -> None:

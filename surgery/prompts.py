@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -91,6 +92,27 @@ def batches_of(data: Iterable[Batch]) -> Iterator[Batch]:
                 f"tensors [batch, token], as load_prompts(file, tokenizer) makes them"
             )
         yield batch
+
+
+def digest_of(batches: Iterable[Batch]) -> str:
+    """What tells batches from others: a hash of their tokens, masks and labels."""
+    digest = hashlib.blake2b(digest_size=16)
+    for batch in batches:
+        for name in ("input_ids", "attention_mask", "labels"):
+            if name in batch:
+                digest.update(f"{name}{tuple(batch[name].shape)}".encode())
+                digest.update(batch[name].to("cpu", torch.int64).contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def halved(batches: Iterable[Batch], which: int) -> list[Batch]:
+    """Every other prompt of all batches, from the first (0) or the second (1) on."""
+    found, before = [], 0
+    for batch in batches:
+        some = {name: value[(which + before) % 2 :: 2] for name, value in batch.items()}
+        before += len(batch["input_ids"])
+        found += [some] if len(some["input_ids"]) else []
+    return found
 
 
 def check_many(data: Any) -> None:

@@ -10,9 +10,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from surgery.edits import Edit, edits_of
-from surgery.entries import Mask, noun_of, units_of_mask
+from surgery.edits import Edit
 from surgery.gradient_hooks import only_these
+from surgery.masks import Mask, checked
 from surgery.opening import open_weights
 from surgery.slots import Layout
 from surgery.writing import REAL, bits, check_writable, numbers, uninterrupted
@@ -78,7 +78,7 @@ class Leaves:
                 value.grad = torch.zeros_like(value)
                 self.leaves.append(Leaf(parameter, part, value, old.to(keep_on) if keep_on else old))
         self.units = None if mask is None else mask.count()
-        self.noun = "parameters" if mask is None else noun_of(mask)
+        self.noun = "parameters" if mask is None else mask.noun
 
     @property
     def values(self) -> list[Tensor]:
@@ -178,8 +178,8 @@ def _everything(model: nn.Module) -> list[tuple[nn.Parameter, Edit | Whole]]:
 
 
 def _masked(model: nn.Module, mask: Mask, layout: Layout | None) -> list[tuple[nn.Parameter, Edit | Whole]]:
-    live = open_weights(model, layout, units=units_of_mask(mask))
-    edits = list(edits_of(live.layout, mask, "the model"))
+    live = open_weights(model, layout, units=checked(mask).units)
+    edits = list(mask.edits(live.layout, "the model"))
     if not edits:
         raise ValueError("the mask selects nothing, so there is nothing to train")
     check_writable(live, edits)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from surgery.entries import Mask
+from surgery.masks import Mask
 from surgery.refresh_copies import Leaves
 from surgery.slots import Layout
 

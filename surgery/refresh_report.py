@@ -6,8 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
+from surgery.checkpoint import in_force
 from surgery.evidence import Table, write_json
 from surgery.refresh_copies import Leaves
+
+_NOTE = "a refresh"
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,10 @@ class Refresh:
     changed: int
     _leaves: list[Leaves] = field(repr=False, compare=False)
 
+    def __post_init__(self) -> None:
+        for leaves in self._leaves:
+            in_force(leaves.model).append(_NOTE)
+
     @property
     def seconds(self) -> float:
         """Of all steps, without validation and callbacks."""
@@ -54,6 +61,7 @@ class Refresh:
         """Put the original bits back. Undoing twice is undoing once."""
         for leaves in self._leaves:
             leaves.back()
+            in_force(leaves.model).remove(_NOTE)
         self._leaves.clear()
 
     def __enter__(self) -> Refresh:

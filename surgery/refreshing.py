@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.entries import Mask
+from surgery.masks import Mask
 from surgery.predictions import Loss
 from surgery.prompts import check_many
 from surgery.refresh_copies import Leaves

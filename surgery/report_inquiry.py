@@ -100,7 +100,8 @@ def analyse(
 
     Raises:
         ValueError: fewer than two checkpoints, or of different models; ``skip`` names no part; a budget or the data are
-            none.
+            none. What a single part refuses (``ValueError``, ``LookupError``, a full disk) stands in ``skipped``, and
+            the other parts are computed; an error that is a bug is raised.
 
     Source: ours.
     """
@@ -124,12 +125,17 @@ def analyse(
                 study.found[name] = part(study)
             except Missing as why:
                 skipped[name] = str(why)
-            except (ValueError, LookupError) as error:
-                if name == "changes":
-                    raise  # the checkpoints themselves are wrong
-                skipped[name] = f"not possible here: {error}"
+            except (ValueError, LookupError, OSError) as error:
+                if name == "changes" or not _on_purpose(error):
+                    raise  # the checkpoints themselves are wrong, or there is a bug
+                skipped[name] = str(error)
     hashes = {name: fingerprint(weights) for name, weights in run.opened().items()}
     made = {"versions": versions(), "checkpoints": hashes}
     lost = study.lost if "history" in study.found else None
     score = LIKELIHOOD if evaluate is None else "score"
     return Inquiry(tuple(run.checkpoints), tuple(prompts), score, skipped, made, focus=lost, **study.found)
+
+
+def _on_purpose(error: Exception) -> bool:
+    """Whether it is an error that this library raises to refuse something: no KeyError, IndexError or missing file."""
+    return isinstance(error, ValueError) or type(error) in (LookupError, OSError)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -24,7 +23,7 @@ from surgery.histories import History, Lost, history
 from surgery.judging import judged
 from surgery.neurons import Neurons
 from surgery.predictions import distillation, positions
-from surgery.prompts import Batch
+from surgery.prompts import Batch, halved
 from surgery.refresh_report import Refresh
 from surgery.refreshing import refresh
 from surgery.responses import respond
@@ -86,8 +85,7 @@ class Study:
     @cached_property
     def last(self) -> nn.Module:
         """The last checkpoint, live."""
-        source = list(self.run.checkpoints.values())[-1]
-        return dataclasses.replace(self.run, later=source).load(self.device, self.dtype)
+        return self.run.load(self.device, self.dtype)
 
     @cached_property
     def answered(self) -> dict[str, list[Batch]]:
@@ -134,16 +132,7 @@ class Study:
             raise Missing("a domain whose loss can be told from nothing; more prompts may show one")
         if self.lost.domain not in self.choosing:
             raise Missing(f"prompts of {self.lost.domain}, which lost most: --data {self.lost.domain}=file")
-        run = Trajectory.through(
-            self.run.checkpoints, earlier=self.lost.best, later=self.lost.last, layout=self.run.layout, model=self.last
-        )
-        return self.lost.domain, run
-
-
-def halved(batches: list[Batch], which: int) -> list[Batch]:
-    """Every other prompt of each batch, from the first (0) or the second (1) on."""
-    rows = [{name: value[which::2] for name, value in batch.items()} for batch in batches]
-    return [batch for batch in rows if len(batch["input_ids"])]
+        return self.lost.domain, self.run.back_to(self.lost.best)
 
 
 def _several(study: Study) -> dict[str, Trajectory]:
@@ -193,7 +182,7 @@ def _sites(study: Study) -> Sites:
 
 def _terms(study: Study) -> DamageTerms:
     domain, run = study.focus
-    return damage_terms(Landscape.around(dataclasses.replace(run, model=None), study.choosing[domain]))
+    return damage_terms(Landscape.around(run, study.choosing[domain]))
 
 
 def _rollback(study: Study) -> Sweep:
@@ -203,7 +192,7 @@ def _rollback(study: Study) -> Sweep:
     if run.base is not None:
         selectors.insert(1, AMCSelector(first))
     return sweep(
-        study.last, run, study.choosing[domain], selectors=selectors, budgets=study.budgets, evaluate=study.measure,
+        run, study.choosing[domain], selectors=selectors, budgets=study.budgets, evaluate=study.measure,
         metric=domain,
     )  # fmt: skip
 

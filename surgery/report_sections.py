@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -35,6 +34,7 @@ from surgery.report_inquiry import Inquiry
 from surgery.report_page import Figure, Section, page
 from surgery.report_verdict import verdict
 from surgery.rows import EARLIER, LATER, Row
+from surgery.saving import check_free, put_in_place
 from surgery.theory_plots import expansion
 
 PAGE, NUMBERS = "index.html", "report.json"
@@ -51,19 +51,18 @@ def write_report(
         folder: a new folder for ``index.html`` and ``report.json``.
         command: what made it, to be told on the page.
         data: domain → the file of its prompts, to be told with its hash.
-        overwrite: replace an existing folder.
+        overwrite: replace an existing folder (it stays as it was until the new one is complete).
 
     Returns:
         The page's path.
 
     Raises:
-        ValueError: the folder exists.
+        ValueError: the folder exists, or a file or a link has its name.
 
     Source: ours.
     """
     folder = Path(folder)
-    if folder.exists() and not overwrite:
-        raise ValueError(f"{folder} exists: choose another folder, or pass overwrite=True")
+    check_free(folder, overwrite)
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
@@ -72,9 +71,7 @@ def write_report(
         text = page(title, verdict(found), sections(found), found.skipped, _made(found, command, data or {}))
         (partial / PAGE).write_text(text, encoding="utf-8")
         found.save(partial / NUMBERS)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(partial, folder)
+        put_in_place(partial, folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -12,8 +11,8 @@ import numpy as np
 import torch
 
 from surgery.bench import Bench, name_of
-from surgery.entries import Mask, noun_of
 from surgery.judging import judged
+from surgery.masks import Mask
 from surgery.neurons import Neurons
 from surgery.prompts import Batch, batches_of
 from surgery.rows import Evaluate
@@ -68,7 +67,7 @@ class Stability:
             lines.append([str(self.prompts), "all", "", "1.00", "", every])
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         table = ["  ".join(map(str.rjust, line, widths)) for line in lines]
-        what = f"{self.neurons} {noun_of(self.mask)}"
+        what = f"{self.neurons} {self.mask.noun}"
         return "\n".join([f"{self.selector}: {what}, {self.prompts} prompts to draw from", *table])
 
 
@@ -89,7 +88,7 @@ def stability(
     well below P tell what other prompts would do. Chance: the Jaccard of unrelated masks of k of N neurons, k/(2N − k).
 
     Args:
-        run: the trajectory; its later model is loaded once (pass ``model=`` if it is live).
+        run: the trajectory; its later model is loaded once (``run.load``).
         data: calibration prompts; batches may differ in length.
         selector: anything with ``select``.
         sizes: how many prompts a draw takes, each below their number.
@@ -117,18 +116,17 @@ def stability(
     sizes = [int(size) for size in sizes]
     if draws < 2:
         raise ValueError(f"draws={draws}: expected 2 or more, to have a pair to compare")
-    model, generator = run.load(), torch.Generator().manual_seed(seed)
-    live = dataclasses.replace(run, model=model)
+    generator = torch.Generator().manual_seed(seed)
     parts = {
         size: [_some(batches, torch.randperm(prompts, generator=generator)[:size]) for _ in range(draws)]
         for size in sizes
     }
     with remembered():
-        whole = selector.select(live, batches)
-        masks = {size: [selector.select(live, part) for part in parts[size]] for size in sizes}
+        whole = selector.select(run, batches)
+        masks = {size: [selector.select(run, part) for part in parts[size]] for size in sizes}
     recoveries: dict[int, list[float]] = {}
     if evaluate is not None:
-        bench = Bench(model, live, None, evaluate)
+        bench = Bench(run, None, evaluate)
         recoveries, metric = _recoveries(bench, {0: [whole], **masks}, metric)
     agreements = [
         Agreement(
@@ -157,10 +155,8 @@ def jaccard(a: Mask, b: Mask) -> float:
     >>> jaccard(Neurons({"a": one}), Neurons({"a": two}))
     0.5
     """
-    both: Mask = a & b  # type: ignore[operator]
-    either: Mask = a | b  # type: ignore[operator]
-    union = sum(either.count().values())
-    return sum(both.count().values()) / union if union else 1.0
+    union = sum((a | b).count().values())
+    return sum((a & b).count().values()) / union if union else 1.0
 
 
 def _rows(batch: Batch) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import threading
+import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -173,6 +174,6 @@ def _write(path: Path, head: dict[str, Any], asked: list[list[list[int]]], answe
     for rows, replies in zip(asked, answers, strict=True):
         lines += [{"prompt_ids": p, "response_ids": r} for p, r in zip(rows, replies, strict=True)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")  # another process may write the same
     partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    partial.rename(path)
+    partial.replace(path)

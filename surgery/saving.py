@@ -61,16 +61,13 @@ def save(tensors: Mapping[str, Tensor], folder: str | Path, *, overwrite: bool =
         here, there = target.resolve(), Path(parent).resolve()
         if here.is_relative_to(there) or there.is_relative_to(here):
             raise ValueError(f"the output {target} is, holds or lies in one of the inputs: choose another folder")
-    if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise ValueError(f"{target} is a file or a link, and never replaced: choose another folder")
-    if target.exists() and not overwrite:
-        raise ValueError(f"{target} exists: choose another folder, or pass overwrite=True (--overwrite)")
+    check_free(target, overwrite)
     made = [parent for parent in target.parents if not parent.exists()]
     partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _copy(source, partial, tensors)
-        _put_in_place(partial, target)
+        put_in_place(partial, target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         with suppress(OSError):
@@ -127,7 +124,24 @@ def _edit_file(path: Path, tensors: _Edited, file: str) -> None:
         tensors.edit(name, views[name])
 
 
-def _put_in_place(partial: Path, target: Path) -> None:
+def check_free(target: Path, overwrite: bool) -> None:
+    """Raise ``ValueError`` unless a folder can be written there: nothing is there, or a folder and ``overwrite``."""
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise ValueError(f"{target} is a file or a link, and never replaced: choose another folder")
+    if target.exists() and not overwrite:
+        raise ValueError(f"{target} exists: choose another folder, or pass overwrite=True (--overwrite)")
+
+
+def put_in_place(partial: Path, target: Path) -> None:
+    """Give a complete folder its final name; a folder that has it already is removed after that, and stays on failure.
+
+    Args:
+        partial: the new folder, complete, on the same disk as the target.
+        target: the final name: a folder, or nothing yet.
+
+    Raises:
+        OSError: it can't be renamed; what was at ``target`` is there again.
+    """
     old = None
     if target.exists():
         old = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.old")

@@ -6,17 +6,15 @@ import torch
 
 from surgery.neurons import Neurons
 from surgery.trajectory import Trajectory
-from surgery.units import kind_of
+from surgery.units import Units, kind_of
 
 
 def product(found: dict[str, Neurons], letters: str, joint: bool) -> Neurons:
-    """One letter is its raw score; in a product A and M are first divided by their layer's mean.
+    """The product of some letters, or one alone: A and M divided by their layer's mean, C as it is.
 
-    Where kinds share a budget that holds for a single letter too, and C is divided by the mean of its kind: a cosine
-    of long vectors is smaller than one of short vectors, whatever the units did.
+    Where kinds share a budget C is divided by the mean of its kind: a cosine of long vectors is smaller than one of
+    short vectors, whatever the units did.
     """
-    if len(letters) == 1 and not joint:
-        return found[letters]
     level = {letter: score.relative() for letter, score in found.items() if letter != "C"}
     if "C" in found:
         level["C"] = _by_kind(found["C"]) if joint else found["C"]
@@ -35,9 +33,9 @@ def _by_kind(scores: Neurons) -> Neurons:
     return Neurons({n: value.double() / means[kind_of(n)] for n, value in scores.items()}, made_by=scores.made_by)
 
 
-def costs_of(run: Trajectory) -> dict[str, int] | None:
+def costs_of(run: Trajectory, units: Units) -> dict[str, int] | None:
     """What ``allocate`` needs as ``costs``: parameters per unit where kinds share the budget, None with one kind."""
-    (later,) = run.weights("later")
+    (later,) = run.weights("later", units=units)
     return later.layout.costs
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import fields
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -59,8 +58,6 @@ def identity(value: Any) -> Any:
     """A value by what it is where that is cheap to tell, else by which object it is."""
     if isinstance(value, tuple):
         return tuple(identity(one) for one in value)
-    if isinstance(value, Trajectory):
-        return tuple(identity(getattr(value, field.name)) for field in fields(value))
     return value if isinstance(value, str | int | float | None) else id(value)
 
 
@@ -167,11 +164,12 @@ def _mean(layout: Layout, listeners: list[_Listener], model: nn.Module) -> Neuro
 
 
 @remember
-def magnitude(run: Trajectory) -> Neurons:
+def magnitude(run: Trajectory, *, units: Units = "mlp") -> Neurons:
     """M, magnitude: the L2 norm of what the later training changed in a neuron, ‖δB,n‖.
 
     Args:
         run: a trajectory with ``earlier`` and ``later``; read chunk by chunk, in float32 whatever the dtype.
+        units: which kinds of unit: "mlp", "kv_group", "value_channel", or a tuple (see ``find_layout``).
 
     Returns:
         Scores ≥ 0 in the units of the weights.
@@ -181,21 +179,22 @@ def magnitude(run: Trajectory) -> Neurons:
 
     Source: the paper ("aggregate magnitude of ΔW (gate, up, down)"); the norm is ours.
     """
-    (later,) = run.weights("later")
+    (later,) = run.weights("later", units=units)
     squares = {name: torch.zeros(size, dtype=torch.float64) for name, size in later.layout.sizes.items()}
-    for name, _, start, stop, (b,) in displacements(run, "earlier", "later"):
+    for name, _, start, stop, (b,) in displacements(run, "earlier", "later", units=units):
         squares[name][start:stop] += _square(b)
     if not all(bool(value.sum().isfinite()) for value in squares.values()):
-        check_finite(run, "earlier", "later")
+        check_finite(run, "earlier", "later", units=units)
     return Neurons({name: value.sqrt().float() for name, value in squares.items()}, made_by={"magnitude": {}})
 
 
 @remember
-def conflict(run: Trajectory) -> Neurons:
+def conflict(run: Trajectory, *, units: Units = "mlp") -> Neurons:
     """C, conflict: how much the later update points against the earlier one, max(0, −cos(δA,n, δB,n)).
 
     Args:
         run: a trajectory with ``base``, ``earlier`` and ``later``.
+        units: which kinds of unit: "mlp", "kv_group", "value_channel", or a tuple (see ``find_layout``).
 
     Returns:
         Scores in [0, 1]; 0 where either update is zero.
@@ -207,13 +206,13 @@ def conflict(run: Trajectory) -> Neurons:
     """
     if run.base is None:
         raise ValueError("C compares two updates and needs the base checkpoint: pass Trajectory(base=...)")
-    (later,) = run.weights("later")
+    (later,) = run.weights("later", units=units)
     zeros = {name: torch.zeros(3, size, dtype=torch.float64) for name, size in later.layout.sizes.items()}
-    for name, _, start, stop, (a, b) in displacements(run, "base", "earlier", "later"):
+    for name, _, start, stop, (a, b) in displacements(run, "base", "earlier", "later", units=units):
         for row, products in enumerate((dot(a, b), _square(a), _square(b))):
             zeros[name][row, start:stop] += products
     if not all(bool(value.sum().isfinite()) for value in zeros.values()):
-        check_finite(run, "base", "earlier", "later")
+        check_finite(run, "base", "earlier", "later", units=units)
     values = {}
     for name, (ab, aa, bb) in zeros.items():
         norm = (aa * bb).sqrt()

@@ -11,7 +11,7 @@ import torch
 
 from surgery.attribution import damage, promised, reversal_cost
 from surgery.budget import Allocation, allocate, check_budget, top
-from surgery.entries import Mask
+from surgery.masks import Mask
 from surgery.neurons import Neurons
 from surgery.predictions import Divergence, Loss, check_loss
 from surgery.score_products import costs_of, product, worth
@@ -24,19 +24,17 @@ from surgery.selector_settings import (
     damage_named,
     letters_named,
     named,
-    over,
     signed,
 )
 from surgery.trajectory import Trajectory
-from surgery.units import Units, owners_of, single
+from surgery.units import Units, single
 from surgery.weight_selection import (
     at_random,
     by_damage,
-    by_letters,
+    by_magnitude,
+    candidates,
+    check_magnitude,
     check_rounds_how,
-    name_by_damage,
-    name_by_letters,
-    over_weights,
 )
 
 
@@ -70,29 +68,27 @@ class AMCSelector:
         rank: which of the letters A, M, C make the ranking score, as a product ("AMC", "MC", "A", ...).
         allocate: the same for the score that splits the budget over layers.
         how: "proportional", "global" or "uniform" (see ``surgery.allocate``).
-        units: "mlp", "kv_group", "query_head", "value_channel" or a tuple (see ``find_layout``); or "weight", single
-            weights, whose candidates are those of ``EntrySelector``; None: the run's own. ("mlp", "weight") are the
-            weights of neurons: under one budget a whole unit is a choice of its weights.
+        units: "mlp", "kv_group", "value_channel" or a tuple (see ``find_layout``); or "weight", single weights of MLPs
+            and KV groups; ("mlp", "weight") are those of neurons: a whole unit is a choice of its weights.
 
-    Several kinds of unit share a budget of parameters. There A and M are relative to their layer's mean also alone, C
-    to the mean of its kind, and a unit is worth score × parameters: the score is what one parameter of it is worth.
+    A and M are divided by their layer's mean. Several kinds of unit share a budget of parameters. There C is divided by
+    the mean of its kind, and a unit is worth score × parameters: the score is what one parameter of it is worth.
 
-    Of single weights A, M and C are those of ``EntrySelector``, and budgets are split over layers as those of neurons;
-    ``select`` gives Entries. A weight whose score is zero is never taken, so there may be fewer.
+    Single weights are ranked by M alone, rank="M" and allocate="M": abs(δB,w) by its layer's mean. ``select`` then
+    gives Entries. A weight that did not change is never taken, so there may be fewer.
 
     Raises:
         ValueError: a setting is none of those above; from ``select``: C without a base checkpoint, A without data, and
             as the scores.
 
-    Source: the paper, Appendix D.4. In products A and M are relative to their layer's mean (ours); single weights are
-    ours.
+    Source: the paper, Appendix D.4. The division by the layer's mean and single weights are ours.
     """
 
     budget: float
     rank: str = "AMC"
     allocate: str = "AMC"
     how: Allocation = "proportional"
-    units: Units | None = None
+    units: Units = "mlp"
 
     def __post_init__(self) -> None:
         check_budget(self.budget)
@@ -100,21 +96,22 @@ class AMCSelector:
         check_letters("allocate", self.allocate)
         check_how(self.how)
         check_units(self.units)
+        if single(self.units):
+            check_magnitude(self.rank, self.allocate)
 
     @property
     def name(self) -> str:
         """What a table calls it."""
-        if single(self.units):
-            return named(name_by_letters(self.rank, self.allocate, self.how), owners_of(self.units))
-        own = letters_named(self.rank, self.allocate)
-        return named(own if self.how == "proportional" else f"{own} ({self.how})", self.units)
+        own, plain = letters_named(self.rank, self.allocate), "global" if single(self.units) else "proportional"
+        return named(own if self.how == plain else f"{own} ({self.how})", self.units)
 
     def select(self, run: Trajectory, data: Data | None = None) -> Mask:
         """The mask; ``data`` may be left out where neither score contains A."""
+        run.check_whole()
         if single(self.units):
-            run = over_weights(run, self.units)
-            return signed(by_letters(run, data, self.budget, self.rank, self.allocate, self.how), self, run)
-        run, letters = over(run, self.units), set(self.rank + self.allocate)
+            units = candidates(run, self.units)
+            return signed(by_magnitude(run, self.budget, self.how, units), self, run, units)
+        units, letters = run.kinds(self.units), set(self.rank + self.allocate)
         if "A" in letters and data is None:
             raise ValueError("A is measured on prompts of the damaged domain: pass data=load_prompts(file, tokenizer)")
         if "C" in letters and run.base is None:
@@ -123,15 +120,15 @@ class AMCSelector:
             )
         found = {}
         if "M" in letters:
-            found["M"] = magnitude(run)
+            found["M"] = magnitude(run, units=units)
         if "C" in letters:
-            found["C"] = conflict(run)
+            found["C"] = conflict(run, units=units)
         if "A" in letters and data is not None:
-            found["A"] = activation(run.load(), data, layout=run.layout, units=run.units)
-        costs = costs_of(run)
+            found["A"] = activation(run.load(), data, layout=run.layout, units=units)
+        costs = costs_of(run, units)
         spent = worth(product(found, self.allocate, costs is not None), costs)
         counts = allocate(spent, self.budget, how=self.how, costs=costs)
-        return signed(top(product(found, self.rank, costs is not None), counts), self, run)
+        return signed(top(product(found, self.rank, costs is not None), counts), self, run, units)
 
 
 @dataclass(frozen=True)
@@ -146,15 +143,15 @@ class DamageSelector:
             reverting would cost them (``reversal_cost``).
         weight: how much the loss that grows there counts beside the loss that falls here; what 0.3 keeps and costs in
             the lab is in benchmarks/results/protect.md.
-        loss: "kl", "hellinger" or a loss of your own (see ``damage``). "hellinger" chooses better from few prompts.
+        loss: "hellinger", "kl" or a loss of your own (see ``damage``).
         units: as in ``AMCSelector``; several kinds share a budget of parameters, spent by D per parameter.
 
     ``made_by["damage"]["promised"]`` of the mask is what its units' D adds up to. Where that is more than the ``loss``
     beside it, they can't gain so much together, and ``surgery select`` says so.
 
-    ``units="weight"`` takes single weights in rounds, and only as many as lower the loss on ``data``: the Entries that
-    ``EntrySelector(budget)`` takes. It has neither another ``how`` nor ``protect``: the costs of single weights do not
-    add up (benchmarks/results/protect-weights.md).
+    ``units="weight"`` takes single weights in rounds, and only as many as lower the loss on ``data`` (``by_damage`` in
+    ``surgery.weight_selection``); ``select`` gives Entries. It has neither another ``how`` nor ``protect``: the costs
+    of single weights do not add up (benchmarks/results/protect-weights.md).
 
     Raises:
         ValueError: a setting is none of those above; from ``select``: no data, and as ``damage``.
@@ -166,8 +163,8 @@ class DamageSelector:
     how: Allocation = "global"
     protect: Mapping[str, Data] | None = field(default=None, repr=False, compare=False)
     weight: float = 0.3
-    loss: Loss | Divergence = "kl"
-    units: Units | None = None
+    loss: Loss | Divergence = "hellinger"
+    units: Units = "mlp"
 
     def __post_init__(self) -> None:
         check_budget(self.budget)
@@ -185,28 +182,27 @@ class DamageSelector:
     @property
     def name(self) -> str:
         """What a table calls it."""
-        if single(self.units):
-            return named(name_by_damage(self.loss), owners_of(self.units))
         guard = f" protecting {', '.join(self.protect)} × {self.weight:g}" if self.protect else ""
         own = f"{damage_named(self.loss)}{guard}"
         return named(own if self.how == "global" else f"{own} ({self.how})", self.units)
 
     def select(self, run: Trajectory, data: Data | None = None) -> Mask:
         """The mask; ``data`` are prompts of the damaged domain, with responses or without."""
+        run.check_whole()
         if single(self.units):
-            run = over_weights(run, self.units)
-            return signed(by_damage(run, data, self.budget, loss=self.loss), self, run)
+            units = candidates(run, self.units)
+            return signed(by_damage(run, data, self.budget, units=units, loss=self.loss), self, run, units)
         if data is None:
             raise ValueError("D is measured on prompts of the damaged domain: pass data=load_prompts(file, tokenizer)")
-        run = over(run, self.units)
-        scores = gains = damage(run, data, loss=self.loss)
+        units = run.kinds(self.units)
+        scores = gains = damage(run, data, loss=self.loss, units=units)
         for other in (self.protect or {}).values():
-            cost = reversal_cost(run, other, loss="kl" if callable(self.loss) else self.loss)
+            cost = reversal_cost(run, other, loss="hellinger" if callable(self.loss) else self.loss, units=units)
             scores = Neurons({n: scores[n] - self.weight * cost[n] for n in scores})
         spend = scores if self.how == "global" else Neurons({n: scores[n].clamp(min=0) for n in scores})
-        mask = top(scores, allocate(spend, self.budget, how=self.how, costs=costs_of(run)))
+        mask = top(scores, allocate(spend, self.budget, how=self.how, costs=costs_of(run, units)))
         told = {**gains.made_by["damage"], "promised": promised(gains, mask)}
-        return signed(Neurons(mask, made_by={"damage": told}), self, run)
+        return signed(Neurons(mask, made_by={"damage": told}), self, run, units)
 
 
 def _check_unprotected(protect: Mapping[str, Data] | None) -> None:
@@ -237,7 +233,7 @@ class RandomSelector:
 
     budget: float
     seed: int = 0
-    units: Units | None = None
+    units: Units = "mlp"
 
     def __post_init__(self) -> None:
         check_budget(self.budget)
@@ -251,14 +247,13 @@ class RandomSelector:
     def select(self, run: Trajectory, data: Data | None = None) -> Mask:
         """The mask; ``data`` is not used."""
         if single(self.units):
-            run = over_weights(run, self.units)
-            return signed(at_random(run, self.budget, self.seed), self, run)
-        run = over(run, self.units)
-        (later,) = run.weights("later")
+            units = candidates(run, self.units)
+            return signed(at_random(run, self.budget, self.seed, units), self, run, units)
+        (later,) = run.weights("later", units=self.units)
         sizes, costs = later.layout.sizes, later.layout.costs
         order = torch.randperm(sum(sizes.values()), generator=torch.Generator().manual_seed(self.seed))
         scores = torch.empty(len(order))
         scores[order] = torch.arange(len(order), 0, -1, dtype=torch.float32)
         drawn = Neurons(dict(zip(sizes, scores.split(list(sizes.values())), strict=True)))
         counts = allocate(worth(drawn, costs), self.budget, how="global", costs=costs)
-        return signed(top(drawn, counts), self, run)
+        return signed(top(drawn, counts), self, run, later.layout.units)

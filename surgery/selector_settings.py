@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any, TypeVar
 
-from surgery.entries import Entries
 from surgery.fingerprints import fingerprint
-from surgery.neurons import Neurons
+from surgery.masks import Mask
 from surgery.papers import versions
 from surgery.predictions import Divergence, Loss
 from surgery.prompts import Batch
@@ -16,7 +15,7 @@ from surgery.trajectory import Trajectory
 from surgery.units import Units, kinds_of, noun, owners_of, single
 
 Data = Iterable[Batch]
-Chosen = TypeVar("Chosen", Neurons, Entries)
+Chosen = TypeVar("Chosen", bound=Mask)
 
 
 def check_letters(name: str, letters: str) -> None:
@@ -31,28 +30,23 @@ def check_how(how: Any) -> None:
         raise ValueError(f'how={how!r}: expected "proportional", "global" or "uniform"')
 
 
-def check_units(units: Units | None) -> None:
+def check_units(units: Units) -> None:
     """Raise ``ValueError`` unless ``units`` are kinds of unit, or single weights (of some)."""
     kinds_of(owners_of(units) or "mlp")
 
 
-def over(run: Trajectory, units: Units | None) -> Trajectory:
-    """The trajectory with its scores and masks over other units; None leaves it as it is."""
-    return run if units is None else replace(run, units=units)
-
-
-def named(name: str, units: Units | None) -> str:
-    """A selector's name, with its units where they are not the run's own."""
-    if single(units):
-        name, units = f"{name} of single weights", owners_of(units)
-    return name if units is None else f"{name} of {noun(kinds_of(units))}"
+def named(name: str, units: Units) -> str:
+    """A selector's name, with its units where they are not MLP neurons, or the weights of all."""
+    kinds, plain = owners_of(units), None if single(units) else ("mlp",)
+    name = f"{name} of single weights" if single(units) else name
+    return name if kinds == plain else f"{name} of {noun(kinds_of(kinds or ()))}"
 
 
 def damage_named(loss: Loss | Divergence) -> str:
     """What D is called, by its loss."""
     if callable(loss):
         return "D (own loss)"
-    return "D" if loss == "kl" else f"D ({loss.capitalize()})"
+    return "D" if loss == "hellinger" else "D (KL)"
 
 
 def letters_named(rank: str, allocate: str) -> str:
@@ -61,15 +55,12 @@ def letters_named(rank: str, allocate: str) -> str:
     return own if rank == allocate else f"rank {own}, budgets {'×'.join(allocate)}"
 
 
-def signed(mask: Chosen, selector: Any, run: Trajectory) -> Chosen:
+def signed(mask: Chosen, selector: Any, run: Trajectory, units: Units) -> Chosen:
     """The mask with a record of the selector that made it."""
-    made_by = {**mask.made_by, **record(selector, run)}
-    if isinstance(mask, Entries):
-        return Entries(mask, shapes=mask.shapes, made_by=made_by)
-    return Neurons(mask, made_by=made_by)
+    return mask.signed(record(selector, run, units))
 
 
-def record(selector: Any, run: Trajectory) -> dict[str, Any]:
+def record(selector: Any, run: Trajectory, units: Units) -> dict[str, Any]:
     """What a mask's ``made_by`` says of the selector that made it, of the checkpoints and of the versions."""
     settings = {f.name: getattr(selector, f.name) for f in fields(selector)}
     told: dict[str, Any] = {name: value for name, value in settings.items() if isinstance(value, str | int | float)}
@@ -79,11 +70,11 @@ def record(selector: Any, run: Trajectory) -> dict[str, Any]:
     elif "protect" in settings:
         told.pop("weight", None)  # of what is protected, and nothing is
     names = [name for name in ("base", "earlier", "later") if getattr(run, name) is not None]
-    (later,) = run.weights("later")
+    *opened, later = run.weights(*names, "later", units=units)
     return {
         "units": list(later.layout.units),
         **({"not_covered": list(later.layout.notes)} if later.layout.notes else {}),
         "selector": {"class": type(selector).__name__, **told},
-        "checkpoints": {name: fingerprint(weights) for name, weights in zip(names, run.weights(*names), strict=True)},
+        "checkpoints": {name: fingerprint(weights) for name, weights in zip(names, opened, strict=True)},
         "versions": versions(),
     }

@@ -15,7 +15,7 @@ from torch import Tensor
 
 INDEX = "model.safetensors.index.json"
 _HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors format itself
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -45,12 +45,12 @@ def mapped(path: Path, header: Mapping[str, Any], writable: bool) -> dict[str, T
     return {
         name: _tensor(memory, start + entry["data_offsets"][0], entry)
         for name, entry in header.items()
-        if name != "__metadata__" and entry["dtype"] in _DTYPES
+        if name != "__metadata__" and entry["dtype"] in DTYPES
     }
 
 
 def _tensor(memory: mmap.mmap, offset: int, entry: Mapping[str, Any]) -> Tensor:
-    dtype, shape = _DTYPES[entry["dtype"]], entry["shape"]
+    dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
     count = torch.Size(shape).numel()
     if count == 0:
         return torch.empty(shape, dtype=dtype)
@@ -93,7 +93,7 @@ def _span(path: Path, name: str, entry: Any) -> tuple[int, int]:
         (begin, end), shape, dtype = entry["data_offsets"], entry["shape"], entry["dtype"]
         if not all(type(number) is int and number >= 0 for number in (begin, end, *shape)):
             raise ValueError("a size or an offset that is no natural number")
-        if begin > end or (dtype in _DTYPES and math.prod(shape) * _DTYPES[dtype].itemsize != end - begin):
+        if begin > end or (dtype in DTYPES and math.prod(shape) * DTYPES[dtype].itemsize != end - begin):
             raise ValueError(f"bytes {begin}–{end} for the shape {shape} of {dtype}")
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{path}: the header's entry of {name!r} is damaged ({error!r})") from error

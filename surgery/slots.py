@@ -151,7 +151,7 @@ class Block:
 
     @property
     def kind(self) -> str:
-        """Which kind of unit it holds: "mlp", "kv_group", "query_head" or "value_channel"."""
+        """Which kind of unit it holds: "mlp", "kv_group" or "value_channel"."""
         return kind_of(self.name)
 
     @property

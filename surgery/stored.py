@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from surgery.compat import as_saved
 from surgery.layout import Shapes, Spec, find_layout, spec_layout
 from surgery.layout_checks import WAY_OUT
 from surgery.slots import Block, Layout, Slot
@@ -82,11 +83,7 @@ def _meta_model(folder: Path) -> Any:
 
 def name_on_disk(model: Any, name: str) -> str:
     """What transformers calls a tensor of a live model in the files that it writes (one that is stored as it is)."""
-    try:
-        from transformers.core_model_loading import revert_weight_conversion
-    except ImportError:
-        return name
-    names = list(revert_weight_conversion(model, {name: torch.empty(0)}))
+    names = list(as_saved(model, {name: torch.empty(0)}))
     return names[0] if len(names) == 1 else name
 
 
@@ -96,10 +93,6 @@ def _on_disk(model: Any, block: Block, found: dict[str, list[Slot]]) -> None:
     Marker tensors that number their neurons (the hidden axis is cut to 2) go through the conversion that
     ``save_pretrained`` uses; what comes out has the names on disk, and its numbers say which neurons it holds.
     """
-    try:
-        from transformers.core_model_loading import revert_weight_conversion
-    except ImportError as error:
-        raise ValueError(f"this transformers can't tell the names on disk ({error}). {WAY_OUT}") from error
     owners, markers, base = [], {}, 0
     for tensor in dict.fromkeys(slot.tensor for slot in block.slots):
         slots = [slot for slot in block.slots if slot.tensor == tensor]
@@ -107,7 +100,7 @@ def _on_disk(model: Any, block: Block, found: dict[str, list[Slot]]) -> None:
         markers[tensor] = _marker(slots[0]) + base
         base += markers[tensor].numel()
     starts = torch.tensor([start for start, _ in owners])
-    for name, numbers in revert_weight_conversion(model, markers).items():
+    for name, numbers in as_saved(model, markers).items():
         start, slots = owners[int(torch.searchsorted(starts, numbers.flatten()[0], right=True)) - 1]
         for slot in slots:
             if (there := _read(name, numbers - start, slot)) is not None:

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from surgery.attribution import answered, check_wide
-from surgery.edits import Edit, edits_of
-from surgery.entries import Mask, units_of_mask
+from surgery.edits import Edit
 from surgery.gradient_hooks import collecting
+from surgery.masks import Mask, checked
 from surgery.neurons import Neurons
-from surgery.opening import open_weights
 from surgery.operators import rollback
 from surgery.predictions import Divergence, Loss, positions, summed
 from surgery.prompts import Batch
 from surgery.slots import Block, Slot
-from surgery.strength_values import MOST, neurons_of
+from surgery.strength_values import MOST
 from surgery.trajectory import Trajectory
 
 _STILL = 1e-3  # no strength moves further than this: the search has ended
@@ -31,9 +29,8 @@ def strengths(
     mask: Mask,
     *,
     most: float = 2.0,
-    joint: bool = False,
     passes: int = 16,
-    loss: Loss | Divergence = "kl",
+    loss: Loss | Divergence = "hellinger",
 ) -> Neurons:
     """How far back each masked neuron should go, s = argmin of L(θB − Σ_n s_n δB,n) over s in [0, most].
 
@@ -46,13 +43,12 @@ def strengths(
 
     Args:
         run: a trajectory with ``earlier`` and ``later``; the later model has to be float32 or wider, since in 16 bits
-            the way between two checkpoints has no points: Trajectory(..., model=run.load(dtype=torch.float32)).
+            the way between two checkpoints has no points: call run.load(dtype=torch.float32) first.
         data: batches of the damaged domain, as for ``damage``.
         mask: what is to be reverted. Of entries, all weights of a neuron go equally far.
         most: the furthest that a neuron may go, in (0, 3]; 1 never goes past the earlier values.
-        joint: one strength for all instead; it is found in half as many passes.
         passes: forward and backward passes over the data, at least 2.
-        loss: "kl", "hellinger" or a loss of your own (see ``damage``).
+        loss: "hellinger", "kl" or a loss of your own (see ``damage``).
 
     Returns:
         Scores in [0, most], for ``rollback(..., strength=)``; 0 where the mask selects nothing. The losses that were
@@ -67,18 +63,18 @@ def strengths(
         raise ValueError(f"most={most!r}: expected a number in (0, {MOST:g}]")
     if isinstance(passes, bool) or not isinstance(passes, int) or passes < 2:
         raise ValueError(f"passes={passes!r}: expected how many passes over the data, 2 or more")
-    run = replace(run, units=units_of_mask(mask)) if run.layout is None else run
+    run.check_whole()
     batches, loss = answered(run, data, loss)
     model = run.load()
     check_wide(model)
     along = _Along(model, run, mask, batches, loss)
-    seen = _search(along, most, passes, joint)
+    seen = _search(along, most, passes)
     best = min(seen, key=lambda point: point[0])
-    told = {"loss": [value for value, _ in seen], "least": best[0], "most": most, "joint": joint}
+    told = {"loss": [value for value, _ in seen], "least": best[0], "most": most}
     return Neurons(along.split(best[1].float()), made_by={"strengths": told})
 
 
-def _search(along: _Along, most: float, passes: int, joint: bool) -> list[tuple[float, Tensor]]:
+def _search(along: _Along, most: float, passes: int) -> list[tuple[float, Tensor]]:
     """The points that were looked at, each with its loss: none, all, then projected Barzilai-Borwein steps."""
     everything = along.touched.double().clamp(max=most)
     seen: list[tuple[float, Tensor]] = []
@@ -86,7 +82,7 @@ def _search(along: _Along, most: float, passes: int, joint: bool) -> list[tuple[
     def looked(s: Tensor) -> tuple[Tensor, Tensor]:
         value, slope = along.at(s)
         seen.append((value, s))
-        return s, along.touched * slope[along.touched].mean() if joint else slope
+        return s, slope
 
     before, now = looked(torch.zeros_like(everything)), looked(everything)
     if seen[0][0] < seen[1][0]:
@@ -111,18 +107,16 @@ class _Along:
 
     def __init__(self, model: nn.Module, run: Trajectory, mask: Mask, batches: list[Batch], loss: Loss) -> None:
         self.model, self.run, self.mask, self.batches, self.loss = model, run, mask, batches, loss
-        self.live = open_weights(model, run.layout, units=run.units)
-        (earlier,) = replace(run, later=model).weights("earlier")
+        self.live, earlier = run.live("earlier", units=checked(mask).units)
         self.sizes = self.live.layout.sizes
         self.steps: dict[tuple[str, Slot], list[tuple[Edit, Tensor]]] = {}
-        for edit in edits_of(self.live.layout, mask, "the model"):
+        flags = {name: torch.zeros(size, dtype=torch.bool) for name, size in self.sizes.items()}
+        for edit in mask.edits(self.live.layout, "the model"):
+            flags[edit.block.name][edit.neurons] = True
             now = edit.take(self.live.tensors[edit.slot.tensor]).detach()
             step = now.float() - edit.read(earlier).to(now.device, torch.float32)
             self.steps.setdefault((edit.block.name, edit.slot), []).append((edit, step))
         self.tokens = sum(int(positions(batch).sum()) for batch in batches)
-        flags = {name: torch.zeros(size, dtype=torch.bool) for name, size in self.sizes.items()}
-        for part in mask:
-            flags[part if part in flags else part.rpartition("/")[0]][neurons_of(mask, part)] = True
         self.touched = torch.cat(list(flags.values()))
         if not bool(self.touched.any()):
             raise ValueError("the mask selects nothing, so there is no strength to find: pass a larger budget")
@@ -140,7 +134,7 @@ class _Along:
                 products = (edit.take(grad).float() * step).reshape(len(step), -1).sum(1)
                 slopes[block.name].index_add_(0, edit.neurons, -products.double().cpu() / self.tokens)
 
-        how_far, earlier = Neurons(self.split(s.float())), self.run.source("earlier")
+        how_far, earlier = Neurons(self.split(s.float())), self.run.tensors("earlier")
         with (
             rollback(self.model, to=earlier, mask=self.mask, strength=how_far, layout=self.run.layout),
             collecting(self.model, self.live.layout, take),

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.entries import Entries, Mask
+from surgery.edits import Edit, Held
+from surgery.masks import Mask
 from surgery.neurons import Neurons
 from surgery.slots import Layout
 
@@ -31,17 +32,32 @@ def check_strength(strength: Strength, layout: Layout) -> None:
         )
 
 
-def neurons_of(mask: Mask, part: str) -> Tensor:
-    """The neuron of every weight that entries select of a part, or the neurons that a mask selects of a block."""
-    return mask[part] // mask.shapes[part][1] if isinstance(mask, Entries) else mask.indices(part)
+def new_values(edit: Edit, source: Held, old: Tensor, strength: Strength) -> Tensor:
+    """What the numbers become, in ``old``'s dtype and on its device.
+
+    Strength 1 copies the source's bits and 0 leaves the old ones, also where it is that of some neurons only.
+    """
+    found = edit.read(source)
+    there = found.to(old.device, old.dtype)
+    if not isinstance(strength, Neurons) and strength in (0, 1):
+        return there if strength else old
+    wide = torch.promote_types(old.dtype, torch.float32)
+    each = torch.tensor(strength, dtype=wide) if not isinstance(strength, Neurons) else _each(edit, strength, old)
+    each = each.to(old.device, wide)
+    blend = old.to(wide).lerp(found.to(old.device, wide), each).to(old.dtype)
+    return torch.where(each == 1, there, torch.where(each == 0, old, blend))
+
+
+def _each(edit: Edit, strength: Neurons, rows: Tensor) -> Tensor:
+    """The strength of each row, shaped so that it goes with ``rows``."""
+    return strength[edit.block.name][edit.neurons].reshape(-1, *[1] * (rows.ndim - 1))
 
 
 def applied(strength: Strength, mask: Mask) -> Tensor:
     """The strength of every neuron (or weight) that a mask selects, in its order: float32 ``[selected]``."""
     if not isinstance(strength, Neurons):
         return torch.full((sum(mask.count().values()),), float(strength))
-    whose = {part: part.rpartition("/")[0] if isinstance(mask, Entries) else part for part in mask}
-    return torch.cat([torch.zeros(0), *(strength[whose[part]][neurons_of(mask, part)] for part in mask)])
+    return mask.strengths(strength)
 
 
 def recorded(strength: Strength, mask: Mask) -> Any:

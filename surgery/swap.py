@@ -10,63 +10,58 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.checkpoint import Checkpoint, Source, State
+from surgery.checkpoint import Checkpoint, Source, State, edited, in_force
 from surgery.opening import Weights, open_weights
 from surgery.slots import Block, Slot
 from surgery.stored import name_on_disk
 from surgery.trajectory import Trajectory
 from surgery.writing import uninterrupted
 
+_SWAPPED = "the earlier model's weights are in its place"
+
 
 @contextmanager
 def earlier_model(run: Trajectory) -> Iterator[nn.Module]:
     """The earlier model, live, while the body runs, with one model in memory at a time.
 
-    If the later model is live already, its weights are swapped in place; those that ``run.later`` does not hold on
+    The later model's weights (``run.load``) are swapped in place; those that ``run.later`` does not hold on
     disk bit for bit are kept in the CPU's memory meanwhile. If a folder's names can't be told from those in memory, the
     earlier model is loaded beside it instead; a bare mapping replaces the tensors that it has.
 
     Raises:
         ValueError: there is no earlier checkpoint, or it is of another model.
+        ExceptionGroup: at the end, where tensors could not be put back; it names them, and all others are back.
 
     Source: ours.
     """
-    model = run.model if run.model is not None else run.later if isinstance(run.later, nn.Module) else None
-    later = run.later if model is None else model
-    if later is not None and not _bare(later):
-        _opened(run, "earlier", open_weights(later, run.layout))  # another model is told before it is asked anything
+    if run.later is None or _bare(run.later):
+        if _bare(run.earlier):
+            raise ValueError(
+                "earlier and later are bare mappings of tensors, which answer nothing by themselves: pass one of them "
+                "as a folder or an nn.Module"
+            )
+        yield Trajectory(later=run.source("earlier")).load()
+        return
+    model, (live, source) = run.load(), run.live("earlier")  # another model is told before it is asked anything
     if isinstance(run.earlier, nn.Module):
         yield run.earlier
         return
-    if model is None:
-        if _bare(run.earlier):
-            raise ValueError(
-                "earlier is a bare mapping of tensors, which answers nothing by itself: pass a folder or an nn.Module, "
-                "or the later model live, Trajectory(..., model=model)"
-            )
-        yield Trajectory(later=run.earlier).load()
+    if _SWAPPED in in_force(model):  # inside another block of the same run
+        yield model
         return
-    live = open_weights(model, run.layout)
-    source = _opened(run, "earlier", live)
     names = [name for name in _names(model) if _found(source, live, name) is not None]
     if len(names) < len(_names(model)) and (isinstance(run.earlier, str | Path | Checkpoint)):
         first = next(model.parameters())
         yield Trajectory(later=run.earlier).load(device=first.device, dtype=first.dtype)
         return
     on_disk = isinstance(run.later, str | Path | Checkpoint)
-    with _swapped(names, live, source, _opened(run, "later", live) if on_disk else None):
+    back = open_weights(run.tensors("later"), None, live) if on_disk else None
+    with _swapped(names, live, source, back), edited(model, _SWAPPED):
         yield model
 
 
 def _bare(source: Source | None) -> bool:
     return isinstance(source, Mapping) and not isinstance(source, Checkpoint)
-
-
-def _opened(run: Trajectory, name: str, live: Weights) -> Weights:
-    source: Source | None = getattr(run, name)
-    if source is None:
-        raise ValueError(f"this needs the {name} checkpoint: pass Trajectory({name}=...)")
-    return open_weights(source, None, live)
 
 
 @contextmanager
@@ -82,13 +77,28 @@ def _swapped(names: list[str], live: Weights, to: Weights, back: Weights | None)
         yield
     finally:
         with uninterrupted():
-            for name, old in kept.items():
-                before = old
-                if before is None and back is not None:
-                    before = live_tensor(back, live, name)
-                assert before is not None
-                with torch.no_grad():
-                    live.tensors[name].copy_(before)
+            _put_back(kept, live, back)
+
+
+def _put_back(kept: Mapping[str, Tensor | None], live: Weights, back: Weights | None) -> None:
+    """Every tensor that can be put back; then an ``ExceptionGroup`` that names those that could not."""
+    failed: dict[str, Exception] = {}
+    for name, old in kept.items():
+        try:
+            before = old
+            if before is None and back is not None:
+                before = live_tensor(back, live, name)
+            assert before is not None
+            with torch.no_grad():
+                live.tensors[name].copy_(before)
+        except Exception as error:  # raised below, once the others are back
+            failed[name] = error
+    if failed:
+        raise ExceptionGroup(
+            f"{len(failed)} tensors of {live.name} could not be put back, all others were: load the model again before "
+            f"you use it ({', '.join(failed)})",
+            list(failed.values()),
+        )
 
 
 def _same_bits(tensor: Tensor, other: Tensor) -> bool:

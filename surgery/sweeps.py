@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import product
 from pathlib import Path
 
-from torch import nn
-
 from surgery.bench import Bench, at_budget, check_names, units_of
 from surgery.judging import judged
 from surgery.prompts import Batch
@@ -15,11 +13,9 @@ from surgery.rows import Evaluate, Row, Sweep
 from surgery.scores import remembered
 from surgery.selection import Selector
 from surgery.trajectory import Trajectory
-from surgery.units import kinds_of
 
 
 def sweep(
-    model: nn.Module,
     run: Trajectory,
     data: Iterable[Batch] | None,
     *,
@@ -36,8 +32,7 @@ def sweep(
     bit-identical at the end, also after an error.
 
     Args:
-        model: the later model, live.
-        run: its trajectory.
+        run: the trajectory; its later model is loaded once (``run.load``), where you put it.
         data: calibration prompts (not those that ``evaluate`` uses), or None if no selector needs them.
         selectors: dataclasses with a field ``budget`` (it is replaced), each with a ``select``.
         budgets: fractions in [0, 1].
@@ -61,11 +56,11 @@ def sweep(
     for selector, budget in product(selectors, budgets):  # said now, and not after hours of evaluations
         at_budget(selector, budget)
     check_names(selectors)
-    bench = Bench(model, run, data, evaluate, path, progress)
+    bench = Bench(run, data, evaluate, path, progress)
     later, earlier = bench.later(), bench.earlier()
     metric = metric_of(earlier, later, metric)
     with remembered():
-        asked = [units_of(one, bench.run) for one in selectors] or [kinds_of(run.units)]
+        asked = [units_of(one, bench.run) for one in selectors] or [("mlp",)]
         rows = [bench.ceiling(units) for units in dict.fromkeys(asked)]
         rows += [bench.row(selector, budget) for selector in selectors for budget in budgets]
     return Sweep(metric, tuple(judged([earlier, later, *rows], earlier, later, metric)))

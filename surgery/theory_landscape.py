@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from surgery.checkpoint import Checkpoint
+from surgery.compat import can_set_experts_implementation
 from surgery.hooks import evaluating
 from surgery.opening import open_weights
 from surgery.predictions import Distillation, Loss, distillation, positions, predicting
@@ -164,7 +165,7 @@ def differentiable(model: Any) -> Iterator[None]:
     Embeddings forget their padding token meanwhile: backward passes leave its row out, also where it is attended (as
     end of sequence, say), and forward ones do not.
     """
-    experts = model.get_experts_implementation() if getattr(model, "_can_set_experts_implementation", bool)() else None
+    experts = model.get_experts_implementation() if can_set_experts_implementation(model) else None
     padding = {one: one.padding_idx for one in model.modules() if isinstance(one, nn.Embedding)}
     try:
         for one in padding:
@@ -186,7 +187,7 @@ def _points(run: Trajectory) -> tuple[nn.Module, Vector, Vector]:
     if isinstance(earlier, Mapping) and not isinstance(earlier, Checkpoint):
         raise ValueError("the loss is taken on the earlier model: pass earlier as a folder, a hub id or an nn.Module")
     model = earlier if isinstance(earlier, nn.Module) else Trajectory(later=earlier).load(dtype=torch.float32)
-    live = open_weights(model, run.layout, units=run.units)
+    live = open_weights(model, run.layout)
     theta = {name: parameter.detach() for name, parameter in model.named_parameters()}
     for name, tensor in theta.items():
         if tensor.dtype not in (torch.float32, torch.float64):

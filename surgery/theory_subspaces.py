@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from surgery.edits import Rows, edits_of
-from surgery.entries import units_of_mask
+from surgery.edits import Rows
+from surgery.masks import checked
 from surgery.neurons import Neurons
 from surgery.opening import open_weights
 from surgery.theory import Point, Vector, combined, inner
@@ -113,8 +113,8 @@ def coordinates(land: Landscape, mask: Neurons | None = None) -> Coordinates:
     """
     if mask is None:
         return Coordinates(None, land.theta)
-    layout = open_weights(land.model, land.layout, units=units_of_mask(mask)).layout
-    edits = tuple(edit for edit in edits_of(layout, mask, "the earlier model") if isinstance(edit, Rows))
+    layout = open_weights(land.model, land.layout, units=checked(mask).units).layout
+    edits = tuple(edit for edit in mask.edits(layout, "the earlier model") if isinstance(edit, Rows))
     if not edits:
         raise ValueError("the mask selects nothing, and a subspace needs a dimension: choose more neurons")
     return Coordinates(edits, land.theta)

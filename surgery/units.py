@@ -1,4 +1,4 @@
-"""Kinds of unit: MLP neurons, and three ways of cutting attention into pieces that can be set back.
+"""Kinds of unit: MLP neurons, and two ways of cutting attention into pieces that can be set back.
 
 A block's name says which kind it holds: ``model.layers.0.mlp`` has MLP neurons, ``model.layers.0.self_attn[kv_group]``
 KV groups. So a mask alone says which units it is over.
@@ -10,10 +10,10 @@ import re
 from collections.abc import Iterable
 
 Units = str | tuple[str, ...]
-ATTENTION = ("kv_group", "query_head", "value_channel")
+ATTENTION = ("kv_group", "value_channel")
 KINDS = ("mlp", *ATTENTION)
 WEIGHT = "weight"  # in a selector's units= single weights, alone or of the kinds beside it; no kind of unit
-_NOUNS = {"mlp": "neurons", "kv_group": "KV groups", "query_head": "query heads", "value_channel": "value channels"}
+_NOUNS = {"mlp": "neurons", "kv_group": "KV groups", "value_channel": "value channels"}
 
 
 def kinds_of(units: Units) -> tuple[str, ...]:
@@ -39,14 +39,14 @@ def kinds_of(units: Units) -> tuple[str, ...]:
     return tuple(kind for kind in KINDS if kind in asked)
 
 
-def single(units: Units | None) -> bool:
+def single(units: Units) -> bool:
     """Whether a selector's ``units`` are single weights."""
-    return units is not None and WEIGHT in _asked(units)
+    return WEIGHT in _asked(units)
 
 
-def owners_of(units: Units | None) -> tuple[str, ...] | None:
+def owners_of(units: Units) -> tuple[str, ...] | None:
     """The kinds beside "weight" in a selector's ``units``; None where there are none."""
-    return None if units is None else tuple(kind for kind in _asked(units) if kind != WEIGHT) or None
+    return tuple(kind for kind in _asked(units) if kind != WEIGHT) or None
 
 
 def _asked(units: Units) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from surgery.attribution import answered
 from surgery.entries import Entries, shapes_of
 from surgery.gradient_hooks import as_live, collecting, in_runs
-from surgery.opening import Weights, open_weights
+from surgery.opening import Weights
 from surgery.predictions import Divergence, Loss, positions, summed
 from surgery.prompts import Batch
 from surgery.scratch import zeros_on_disk
 from surgery.slots import Block, Slot
 from surgery.trajectory import Trajectory
+from surgery.units import Units
 from surgery.weight_ranking import LAST, best, entries_of, histogram, starts_of
 
 
@@ -58,13 +59,16 @@ class Gains:
         return entries_of(chosen, self.shapes)
 
 
-def entry_gains(run: Trajectory, data: Iterable[Batch], *, loss: Loss | Divergence = "kl") -> Gains:
+def entry_gains(
+    run: Trajectory, data: Iterable[Batch], *, loss: Loss | Divergence = "hellinger", units: Units = "mlp"
+) -> Gains:
     """D of single weights: D_w = (Σ over batches of g_w) · δB,w, the first-order gain of reverting weight w.
 
     Args:
-        run: a trajectory with ``earlier`` and ``later``; its units say whose weights are candidates.
+        run: a trajectory with ``earlier`` and ``later``.
         data: batches of the damaged domain, as for ``damage``.
         loss: as for ``damage``.
+        units: the kinds of unit whose weights are candidates.
 
     Returns:
         Gains of either sign in the loss's unit; those of a neuron add up to its ``damage``. Products and sums are
@@ -78,8 +82,7 @@ def entry_gains(run: Trajectory, data: Iterable[Batch], *, loss: Loss | Divergen
     """
     batches, loss = answered(run, data, loss)
     model = run.load()
-    live = open_weights(model, run.layout, units=run.units)
-    (earlier,) = replace(run, later=model).weights("earlier")
+    live, earlier = run.live("earlier", units=units)
     shapes = shapes_of(live.layout)
     starts = starts_of(shapes)
     flat = zeros_on_disk(sum(neurons * width for neurons, width in shapes.values()))

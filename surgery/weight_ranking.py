@@ -35,13 +35,9 @@ def best(flat: Tensor, count: int) -> Tensor:
     return found[:have][held[:have].sort(descending=True, stable=True).indices]
 
 
-def positive(flat: Tensor) -> tuple[int, float]:
-    """How many numbers are positive, and their sum."""
-    count, total = 0, 0.0
-    for _, chunk, bits in _chunks(flat):
-        count += int((bits > 0).sum())
-        total += float(chunk.clamp(min=0).double().sum())
-    return count, total
+def positive(flat: Tensor) -> int:
+    """How many numbers are positive."""
+    return sum(int((bits > 0).sum()) for _, _, bits in _chunks(flat))
 
 
 def entries_of(chosen: Tensor, shapes: dict[str, tuple[int, int]]) -> Entries:

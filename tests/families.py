@@ -113,6 +113,27 @@ MOE = tuple(_CONFIGS)[list(_CONFIGS).index("mixtral") :]
 DENSE = tuple(name for name in _CONFIGS if name not in MOE)
 FAMILIES = DENSE + MOE
 
+# kind of unit → families in which every sort of slot occurs that any family has (tests/test_representatives.py)
+REPRESENTATIVES = {
+    "mlp": ("llama", "phi3", "gpt2", "qwen2_moe", "gpt_oss", "llama4_text", "granitemoe", "jetmoe"),
+    **dict.fromkeys(
+        ("kv_group", "value_channel"),
+        ("qwen3_5_text", "gpt2", "gpt_bigcode", "codegen", "gpt_neox", "opt", "mpt", "gpt_oss"),
+    ),
+}
+_all_families = False
+
+
+def on_all_families() -> None:
+    """Let ``downstream`` name every family (pytest's option ``--all-families``)."""
+    global _all_families
+    _all_families = True
+
+
+def downstream(families: tuple[str, ...] = FAMILIES, kind: str = "mlp") -> tuple[str, ...]:
+    """The families on which to test what reads a model through its slots only: the representatives among these."""
+    return families if _all_families else tuple(name for name in families if name in REPRESENTATIVES[kind])
+
 
 def config(family: str) -> Any:
     """The tiny configuration of a family."""
@@ -126,29 +147,23 @@ def config(family: str) -> Any:
 
 
 @cache
-def _state(family: str, seed: int) -> dict[str, torch.Tensor]:
-    """Random weights whose biases and norms differ from their defaults, so that a misplaced one shows."""
-    torch.manual_seed(seed)
-    model = _bare(family)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.15)
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def _bare(family: str) -> nn.Module:
+def _built(family: str, seed: int) -> nn.Module:
+    """The model that ``build`` copies: made once, and never handed out, so nobody edits it."""
     from transformers import AutoModelForCausalLM
 
+    torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return AutoModelForCausalLM.from_config(config(family))
+        model = AutoModelForCausalLM.from_config(config(family))
+    with torch.no_grad():  # biases and norms differ from their defaults, so that a misplaced one shows
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.15)
+    return model.eval()
 
 
 def build(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
-    """A model of a family in eval mode; the same seed gives the same weights."""
-    model = _bare(family)
-    model.load_state_dict(_state(family, seed))
-    return model.to(dtype).eval()
+    """A model of a family in eval mode, the caller's own; the same seed gives the same weights."""
+    return copy.deepcopy(_built(family, seed)).to(dtype)
 
 
 def pair(family: str, dtype: torch.dtype = torch.float32, step: float = 0.02) -> tuple[nn.Module, nn.Module]:

@@ -457,7 +457,7 @@ def test_a_full_disk_leaves_nothing(place, mask, monkeypatch, where):
     elif where == "sync":
         monkeypatch.setattr(surgery.saving, "_sync", full)
     else:
-        monkeypatch.setattr(surgery.saving, "_put_in_place", full)
+        monkeypatch.setattr(surgery.saving, "put_in_place", full)
     before, tree = {n: hashes(place / n) for n in ("base", "earlier", "later")}, sorted(place.rglob("*"))
     with pytest.raises(OSError, match="No space left"):
         save(view, place / "new/parents/out")

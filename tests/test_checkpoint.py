@@ -281,8 +281,8 @@ def test_overwrite_keeps_the_old_folder_until_the_new_one_is_complete(tmp_path, 
     import surgery.saving as module
 
     seen: list[dict[str, bytes]] = []
-    real = module._put_in_place
-    monkeypatch.setattr(module, "_put_in_place", lambda *a: (seen.append(hashes(out)), real(*a))[1])
+    real = module.put_in_place
+    monkeypatch.setattr(module, "put_in_place", lambda *a: (seen.append(hashes(out)), real(*a))[1])
     save(rolled_back(later, to=earlier, mask=mask), out, overwrite=True)
     assert seen == [{"model.safetensors": b"old"}]
     assert sorted(os.listdir(tmp_path)) == ["earlier", "later", "out"]

@@ -18,7 +18,6 @@ from surgery import (
     Checkpoint,
     DamageSelector,
     Entries,
-    EntrySelector,
     Neurons,
     RandomSelector,
     Trajectory,
@@ -30,7 +29,7 @@ from surgery import (
     strengths,
 )
 from surgery.cli import main
-from surgery.entries import load_mask
+from surgery.masks import load_mask
 
 
 @pytest.fixture(scope="module")
@@ -319,7 +318,7 @@ def test_inspect_shows_slots_and_probes(surgery, tmp_path: Path) -> None:
         ("inspect later --nonsense", 2, "No such option"),
         ("inspect later --units weight", 1, "--units weight: single weights lie in units: inspect those, --units mlp"),
         ("inspect later --units mlp,weight", 1, "--units mlp,weight: single weights lie in units"),
-        ("inspect later --units foo", 1, "--units foo: expected mlp, kv_group, query_head, value_channel, or two"),
+        ("inspect later --units foo", 1, "--units foo: expected mlp, kv_group, value_channel, or two"),
         (
             "select earlier later --selector M --units foo,weight --dry-run",
             1,
@@ -385,7 +384,6 @@ def test_single_weights_from_the_shell(surgery, tmp_path: Path) -> None:
     assert 0 < taken <= allowed
     assert f"{allowed} weights allowed, {taken} taken" in out
     assert out.count("(kept)") == 1
-    assert f"{allowed} taken" in surgery(f"{words} --budget 0.01 --no-stop --dry-run")[1]
     assert f"mask of {taken} of {mask.total} weights" in surgery(f"inspect {tmp_path}/m")[1]
     code, out, _ = surgery(f"rollback {tmp_path}/qa --to {tmp_path}/math --mask {tmp_path}/m -o {tmp_path}/healed")
     assert code == 0
@@ -397,7 +395,7 @@ def test_single_weights_from_the_shell(surgery, tmp_path: Path) -> None:
     assert not (tmp_path / "x").exists()
 
 
-def test_single_weights_by_letters_from_the_shell(surgery, tmp_path: Path) -> None:
+def test_single_weights_by_magnitude_from_the_shell(surgery, tmp_path: Path) -> None:
     three_stages(tmp_path, "qwen3")
     (tmp_path / "data.jsonl").write_text('{"prompt": "12+13=", "response": "25"}\n' * 3)
     (tmp_path / "letters_score.py").write_text(
@@ -409,16 +407,16 @@ def test_single_weights_by_letters_from_the_shell(surgery, tmp_path: Path) -> No
     runs = f"{tmp_path}/base {tmp_path}/math {tmp_path}/qa --data {tmp_path}/data.jsonl --units weight"
     run, data = Trajectory(*(tmp_path / name for name in ("base", "math", "qa"))), tmp_path / "data.jsonl"
     for how in ("", " --how proportional"):
-        code, out, err = surgery(f"select {runs} --selector AMC --budget 0.01 -o {tmp_path}/m --overwrite{how}")
+        code, out, err = surgery(f"select {runs} --selector M --budget 0.01 -o {tmp_path}/m --overwrite{how}")
         assert not code, err
-        chosen = EntrySelector(0.01, "AMC", how.rpartition(" ")[2] or "global")
+        chosen = AMCSelector(0.01, "M", "M", how.rpartition(" ")[2] or "global", "weight")
         want = chosen.select(run, load_prompts(data, tmp_path / "qa"))
         assert load_mask(tmp_path / "m").equal(want)
         allowed = round(0.01 * want.total)
         assert f"{allowed} weights allowed, {allowed} taken" in out
     score = f"--evaluate {tmp_path}/letters_score.py:score --metric sum --budgets 0.01,0.1"
-    table = surgery(f"sweep {runs} {score} --selectors AMC,M,D")[1]
-    assert "A×M×C of single weights" in table
+    table = surgery(f"sweep {runs} {score} --selectors M,D")[1]
+    assert "M of single weights" in table
     assert "D of single weights" in table
     code, out, _ = surgery(f"tune {runs} {score} --selector M --recovery 0.01")
     assert not code
@@ -426,7 +424,7 @@ def test_single_weights_by_letters_from_the_shell(surgery, tmp_path: Path) -> No
     assert "--selector M --how global --units weight --budget 0.01 -o" in out
     for text, chosen in (
         ("random", RandomSelector(0.01, 3, "weight")),
-        ("M/AMC", AMCSelector(0.01, "M", "AMC", "global", "weight")),
+        ("M/M", AMCSelector(0.01, "M", "M", "global", "weight")),
     ):
         words = f"select {runs} --selector {text} --seed 3 --budget 0.01 -o {tmp_path}/m --overwrite"
         assert "weights allowed" in surgery(words)[1]
@@ -437,12 +435,13 @@ def test_single_weights_by_letters_from_the_shell(surgery, tmp_path: Path) -> No
     theirs, own = runs.replace("--units weight", "--units weight,mlp"), ("weight", "mlp")
     for text, chosen in (
         ("random", RandomSelector(0.01, 3, own)),
-        ("D --no-stop", EntrySelector(0.01, stop=False, units="mlp")),
         ("D", DamageSelector(0.01, units=own)),
     ):
         words = f"select {theirs} --selector {text} --seed 3 --budget 0.01 -o {tmp_path}/m --overwrite"
         assert "weights allowed" in surgery(words)[1]
         assert load_mask(tmp_path / "m").equal(chosen.select(run, load_prompts(data, tmp_path / "qa")))
+    for text in ("AMC", "M/AMC", "C"):
+        assert "take --selector D or M" in surgery(f"select {runs} --selector {text} --dry-run")[2]
     table = surgery(f"sweep {theirs} {score} --selectors M")[1]
     assert "M of single weights of neurons" in table
     assert "ceiling (all MLP neurons)" in table

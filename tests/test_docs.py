@@ -16,13 +16,13 @@ import families
 import pytest
 import torch
 import typer
+from small_lab import SEED0, copy_seed0
 
 import surgery
 from benchmarks.lab.tokenizer import build_tokenizer
 from surgery.cli import app
 
 ROOT = Path(__file__).parent.parent
-LAB = ROOT / "benchmarks/lab/seed0"
 PAGES = sorted(ROOT.glob("docs/**/*.md")) + [ROOT / "CHANGELOG.md", ROOT / "README.md"]
 # A block, with the comment right before it that may say why it is not run. Blocks inside a comment are run, unseen.
 BLOCK = re.compile(r"(?P<skip><!-- not run: [^\n]+ -->\n+)?^```(?P<kind>\w+)\n(?P<code>.*?)^```$", re.M | re.S)
@@ -85,8 +85,8 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "my_eval.py").write_text(MY_EVAL)
     lines = [f'{{"prompt": "{i}+{i + 1}=", "response": "{2 * i + 1}"}}' for i in range(10, 26)]
     (place / "math.jsonl").write_text("\n".join(lines) + "\n")
-    if LAB.is_dir():
-        shutil.copytree(LAB, place / "benchmarks/lab/seed0")
+    if SEED0.is_dir():  # with fewer prompts than a reader has, so that the pages run in seconds
+        copy_seed0(place / "benchmarks/lab/seed0", evaluation=64, calibration=64)
     return place
 
 
@@ -106,7 +106,7 @@ def here(desk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
 @pytest.mark.parametrize(("path", "kinds"), CASES, ids=[f"{page_name(path)}: {kinds}" for path, kinds in CASES])
 def test_the_blocks_of_a_page_run_in_order(path: Path, kinds: str, here: Path) -> None:
     found = [block for block in blocks(path) if block[0] in kinds.split()]
-    if any("benchmarks/lab/seed0" in code and run for _, code, run, _ in found) and not LAB.is_dir():
+    if any("benchmarks/lab/seed0" in code and run for _, code, run, _ in found) and not SEED0.is_dir():
         pytest.skip("the lab's checkpoints are not there")
     namespace: dict[str, Any] = {"__name__": "docs"}
     for kind, code, run, line in found:

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, build
+from families import build, downstream
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mutants import NOTICED, dies
+from mutants import dies
 from test_attribution import divergence, pair
 from test_laws import all_neurons, hashes, same, snapshot
 from test_scores import batches
@@ -23,17 +23,16 @@ from torch import nn
 
 from surgery import (
     Checkpoint,
+    DamageSelector,
     Entries,
-    EntrySelector,
     Neurons,
     Trajectory,
     damage,
-    edits,
+    entries,
     find_layout,
     gradient_hooks,
     jaccard,
     operators,
-    recommend,
     rolled_back,
     save,
     sweep,
@@ -42,10 +41,12 @@ from surgery import (
     weight_selection,
 )
 from surgery.checkpoint import State
-from surgery.entries import load_mask, shapes_of
+from surgery.entries import shapes_of
+from surgery.masks import load_mask
 from surgery.papers import CARD, MASK, RECORD
 from surgery.slots import Block, Layout, Slot
 from surgery.weight_damage import Gains, entry_gains
+from surgery.weight_selection import by_damage, over_weights
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # separate, Conv1D with biases, fused, fused by group, renamed on disk, interleaved experts, experts with a dense layer
@@ -122,7 +123,7 @@ def law_ends(later: nn.Module, earlier: nn.Module, _: Entries) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", downstream())
 def test_live_laws(family, dtype):
     earlier, later = build(family, dtype, 1), build(family, dtype, 2)
     mask = some_entries(finest(later))
@@ -157,7 +158,7 @@ def test_a_partial_step_blends():
             assert torch.allclose(tensor, before[name].lerp(whole[name], 0.25))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", downstream())
 def test_live_and_folder_agree(family, tmp_path):
     """One mask from both, one result of both, bit for bit, also where names and shapes differ; no input is written."""
     models = dict(zip(("earlier", "later"), (build(family, torch.bfloat16, seed) for seed in (1, 2)), strict=True))
@@ -197,10 +198,10 @@ def in_parts(found: Gains) -> dict[str, torch.Tensor]:
     return dict(zip(found.shapes, found.flat.split(sizes), strict=True))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", downstream())
 def test_gains_add_up_to_the_damage_of_each_neuron(family):
     _, later, run = small_pair(family)
-    run = EntrySelector(0.1).over(run)
+    run = over_weights(run)
     data = batches(labels=True)
     whole, parts = damage(run, data), in_parts(entry_gains(run, data))
     for name, block in finest(later).items():
@@ -213,7 +214,7 @@ def test_gains_add_up_to_the_damage_of_each_neuron(family):
 def test_a_gain_is_the_gradient_times_what_changed(family):
     earlier, later, run = small_pair(family)
     data = batches(labels=True)
-    found = in_parts(entry_gains(EntrySelector(0.1).over(run), data))
+    found = in_parts(entry_gains(over_weights(run), data))
     divergence(earlier, later, data).backward()
     grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in later.named_parameters()}
     change = {n: p.detach() - dict(earlier.named_parameters())[n].detach() for n, p in later.named_parameters()}
@@ -233,10 +234,12 @@ def test_the_highest_gains_are_taken_and_budgets_are_nested(family, dtype):
             mine.flatten()[::3] = theirs.flatten()[::3]
     data = batches(labels=True)
     before = snapshot(later)
-    found = in_parts(entry_gains(EntrySelector(0.1).over(run), data))
+    found = in_parts(entry_gains(over_weights(run), data))
     flat = torch.cat(list(found.values()))
     positive = int((flat > 0).sum())
-    masks = [EntrySelector(budget, stop=False, rounds=1).select(run, data) for budget in (0.0, 0.001, 0.01, 0.1, 1.0)]
+    masks = [
+        by_damage(over_weights(run), data, budget, stop=False, rounds=1) for budget in (0.0, 0.001, 0.01, 0.1, 1.0)
+    ]
     assert same(snapshot(later), before)
     for mask, budget in zip(masks, (0.0, 0.001, 0.01, 0.1, 1.0), strict=True):
         assert sum(mask.count().values()) == min(round(budget * len(flat)), positive)
@@ -264,7 +267,7 @@ def test_folders_and_live_models_choose_the_same(family, tmp_path):
     folders = Trajectory(earlier=tmp_path / "earlier", later=tmp_path / "later")
     live = Trajectory(earlier=Trajectory(later=tmp_path / "earlier").load(), later=folders.load())
     data = batches(labels=True)
-    one, other = (EntrySelector(0.02).select(run, data) for run in (folders, live))
+    one, other = (DamageSelector(0.02, units="weight").select(run, data) for run in (folders, live))
     assert one.equal(other)
     assert one.made_by["entries"] == other.made_by["entries"]
     assert one.made_by["checkpoints"]["earlier"]["sha256"]
@@ -311,7 +314,7 @@ def test_stopping_keeps_the_least_loss_that_was_tried(family, budget):
     earlier, later, run = small_pair(family)
     data = batches(labels=True)
     before = snapshot(later)
-    mask = EntrySelector(budget, rounds=1).select(run, data)
+    mask = by_damage(over_weights(run), data, budget, rounds=1)
     assert same(snapshot(later), before)
     told = mask.made_by["entries"]
     curve = dict(map(tuple, told["curve"]))
@@ -319,7 +322,7 @@ def test_stopping_keeps_the_least_loss_that_was_tried(family, budget):
     assert curve[taken] == min(curve.values())
     assert len(curve) == 8
     assert list(curve) == sorted(curve)
-    whole = EntrySelector(budget, stop=False, rounds=1).select(run, data)
+    whole = by_damage(over_weights(run), data, budget, stop=False, rounds=1)
     assert max(curve) == sum(whole.count().values())
     assert (mask & whole).equal(mask)
     assert curve[0] == pytest.approx(float(divergence(earlier, later, data).detach()), rel=1e-3)
@@ -331,7 +334,7 @@ def test_stopping_keeps_the_least_loss_that_was_tried(family, budget):
 def test_each_round_takes_the_best_of_what_is_left_within_the_loss_that_is_left(family):
     earlier, later, run = small_pair(family)
     data, before = batches(labels=True), snapshot(later)
-    run = EntrySelector(0.1).over(run)
+    run = over_weights(run)
     taken, bounds, loss = torch.zeros(0, dtype=torch.int64), [0], None
     path = weight_selection._path(run, data, loss="kl", rounds=4)
     assert same(snapshot(later), before)
@@ -349,10 +352,10 @@ def test_each_round_takes_the_best_of_what_is_left_within_the_loss_that_is_left(
         bounds.append(len(taken))
     assert len(taken.unique()) == len(taken) == len(path.taken)
     budgets = (0.0, 0.001, 0.01, 0.1, 1.0)
-    masks = [EntrySelector(budget, stop=False, rounds=4).select(run, data) for budget in budgets]
+    masks = [by_damage(run, data, budget, stop=False, rounds=4) for budget in budgets]
     assert all((small & big).equal(small) for small, big in pairwise(masks))
     assert [sum(mask.count().values()) for mask in masks[:3]] == [round(b * len(found.flat)) for b in budgets[:3]]
-    stopped = EntrySelector(1.0, rounds=4).select(run, data)
+    stopped = by_damage(run, data, 1.0, rounds=4)
     curve = dict(map(tuple, stopped.made_by["entries"]["curve"]))
     assert curve[sum(stopped.count().values())] == min(curve.values()) <= min(loss for _, loss in path.curve)
     assert same(snapshot(later), before)
@@ -364,7 +367,7 @@ def test_rounds_need_fewer_weights_than_one_look():
     data = batches(labels=True)
 
     def left(rounds: int) -> float:
-        mask = EntrySelector(0.05, rounds=rounds).select(run, data)
+        mask = by_damage(over_weights(run), data, 0.05, rounds=rounds)
         return min(loss for _, loss in mask.made_by["entries"]["curve"])
 
     assert left(8) < 0.8 * left(1)
@@ -380,8 +383,8 @@ def test_nothing_is_taken_where_nothing_helps():
         moved = [(p - home[name], sign[name]) for name, p in model.named_parameters()]
         return sum((m * s).sum() + 1e6 * (m * m).sum() for m, s in moved)
 
-    assert not sum(EntrySelector(0.1, loss=loss).select(run, batches(labels=True)).count().values())
-    assert sum(EntrySelector(0.1, loss=loss, stop=False).select(run, batches(labels=True)).count().values())
+    assert not sum(by_damage(run, batches(labels=True), 0.1, loss=loss).count().values())
+    assert sum(by_damage(run, batches(labels=True), 0.1, loss=loss, stop=False).count().values())
 
 
 # The mask itself.
@@ -450,24 +453,23 @@ def test_a_mask_of_another_model_is_refused():
 def test_only_the_mlps_where_attention_is_unclear_or_the_layout_is_given():
     for family, kinds in (("llama", BOTH), ("deepseek_v3", ("mlp",))):
         _, later, run = small_pair(family)
-        assert EntrySelector(0.1).select(run, batches(labels=True)).units == kinds
+        assert DamageSelector(0.1, units="weight").select(run, batches(labels=True)).units == kinds
     own = find_layout(later)
-    assert EntrySelector(0.1).over(Trajectory(earlier=later, later=later, layout=own)).layout is own
+    assert over_weights(Trajectory(earlier=later, later=later, layout=own)).layout is own
     with pytest.raises(ValueError, match="can be told for certain"):
-        EntrySelector(0.1, units=BOTH).select(run, batches(labels=True))
+        DamageSelector(0.1, units=(*BOTH, "weight")).select(run, batches(labels=True))
 
 
-def test_what_the_selector_needs():
+def test_what_choosing_by_damage_needs():
     _, _, run = small_pair("llama")
     with pytest.raises(ValueError, match="D is measured on prompts"):
-        EntrySelector(0.1).select(run)
-    with pytest.raises(ValueError, match="expected a fraction"):
-        EntrySelector(1.1)
-    with pytest.raises(ValueError, match="how often D is measured"):
-        EntrySelector(0.1, rounds=0)
+        by_damage(run, None, 0.1)
+    for rounds in (0, True, 1.5):
+        with pytest.raises(ValueError, match="how often D is measured"):
+            by_damage(run, batches(labels=True), 0.1, rounds=rounds)
 
 
-def test_sweep_and_recommend_measure_single_weights():
+def test_sweep_measures_single_weights():
     earlier, later, run = small_pair("qwen3")
     data = batches(labels=True)
     before = snapshot(later)
@@ -475,19 +477,15 @@ def test_sweep_and_recommend_measure_single_weights():
     def evaluate(model):
         return {"like earlier": -float(divergence(earlier, model, data)), "other": 0.0}
 
-    kinds = [EntrySelector(0.1), EntrySelector(0.1, stop=False)]
-    table = sweep(later, run, data, selectors=kinds, budgets=[0.0005, 0.01], evaluate=evaluate)
+    by_d, budgets = DamageSelector(0.1, units="weight"), [0.0005, 0.01]
+    table = sweep(run, data, selectors=[by_d], budgets=budgets, evaluate=evaluate)
     names = [row.selector for row in table]
     assert names[2] == "ceiling (all units (neurons and KV groups))"
-    assert [row.neurons for row in table["D of single weights, no stop"]] == [
-        round(budget * weight_damage.entry_gains(kinds[0].over(run), data).flat.numel()) for budget in (0.0005, 0.01)
+    assert [row.neurons for row in table["D of single weights"]] == [
+        sum(replace(by_d, budget=budget).select(run, data).count().values()) for budget in budgets
     ]
     (small, large) = table["D of single weights"]
     assert 0 < (small.recovery or 0) < (large.recovery or 0)
-    found = recommend(later, run, data, selector=kinds[1], evaluate=evaluate, recovery=0.2, budgets=[0.001, 0.01, 0.1])
-    assert found.nested
-    assert found.ceiling.selector == names[2]
-    assert "with all units (neurons and KV groups)" in str(found)
     assert same(snapshot(later), before)
 
 
@@ -531,11 +529,11 @@ def test_anonymous_memory_is_bounded_by_a_chunk():
 def test_long_parts_are_read_and_written_in_pieces(family, monkeypatch):
     earlier, later, run = small_pair(family)
     data, before = batches(labels=True), snapshot(later)
-    whole = EntrySelector(0.05).select(run, data)
+    whole = by_damage(over_weights(run), data, 0.05)
     want = expected(before, dict(State(earlier)), finest(later), whole)
-    for module, name, size in ((edits, "_RUN", 7), (gradient_hooks, "CHUNK", 100), (weight_ranking, "CHUNK", 13)):
+    for module, name, size in ((entries, "_RUN", 7), (gradient_hooks, "CHUNK", 100), (weight_ranking, "CHUNK", 13)):
         monkeypatch.setattr(module, name, size)
-    assert EntrySelector(0.05).select(run, data).equal(whole)
+    assert by_damage(over_weights(run), data, 0.05).equal(whole)
     with operators.rollback(later, to=earlier, mask=whole) as done:
         assert same(snapshot(later), want)
         assert len(done._old) > sum(whole.count().values()) / 7
@@ -571,28 +569,25 @@ def experts_mixed_up(patch: pytest.MonkeyPatch) -> None:
 
 
 def first_run_only(patch: pytest.MonkeyPatch) -> None:
-    def mutant(layout, mask, original=edits._numbers):
+    def mutant(self, layout, whose, original=Entries.edits):
         seen = set()
-        for edit in original(layout, mask):
+        for edit in original(self, layout, whose):
             if (edit.block.name, edit.slot) not in seen:
                 seen.add((edit.block.name, edit.slot))
                 yield edit
 
-    patch.setattr(edits, "_numbers", mutant)
+    patch.setattr(Entries, "edits", mutant)
 
 
 def one_too_many(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(
-        weight_ranking, "_threshold", lambda flat, count, original=weight_ranking._threshold: original(flat, count + 1)
-    )
+    patch.setattr(weight_damage, "best", lambda flat, count: weight_ranking.best(flat, count + 1))
 
 
-def every_tie(patch: pytest.MonkeyPatch) -> None:
-    def mutant(flat, count, original=weight_ranking._threshold):
-        bits, _ = original(flat, count)
-        return bits, 10**9
+def last_of_the_ties(patch: pytest.MonkeyPatch) -> None:
+    def mutant(flat, count):
+        return len(flat) - 1 - weight_ranking.best(flat.flip(0), count)
 
-    patch.setattr(weight_ranking, "_threshold", mutant)
+    patch.setattr(weight_damage, "best", mutant)
 
 
 def lowest_first(patch: pytest.MonkeyPatch) -> None:
@@ -657,7 +652,7 @@ def left_reverted(patch: pytest.MonkeyPatch) -> None:
 
 
 MUTANTS = (
-    neighbour, undone_elsewhere, span_in_neurons, experts_mixed_up, first_run_only, one_too_many, every_tie,
+    neighbour, undone_elsewhere, span_in_neurons, experts_mixed_up, first_run_only, one_too_many, last_of_the_ties,
     lowest_first, of_either_sign, gradient_alone, parts_from_zero, last_batch_only, goes_to_the_end,
     curve_of_the_later_model, left_reverted, never_again, no_limit,
 )  # fmt: skip
@@ -665,7 +660,7 @@ MUTANTS = (
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_mutants_die(mutant, tmp_path):
-    dies(mutant, lambda: _every_law(tmp_path), NOTICED)
+    dies(mutant, lambda: _every_law(tmp_path))
 
 
 def test_without_a_mutant_the_laws_hold(tmp_path):

@@ -115,7 +115,7 @@ def test_a_sweep_on_the_harness(place, quiet):
     run = Trajectory(earlier=place / "earlier", later=place / "later")
     model, evaluate = run.load(), harness("tiny_sums", include_path=place / "tasks")
     before = snapshot(model)
-    table = sweep(model, run, None, selectors=[RandomSelector(0.0)], budgets=[0.5], evaluate=evaluate)
+    table = sweep(run, None, selectors=[RandomSelector(0.0)], budgets=[0.5], evaluate=evaluate)
     assert same(model, before)
     assert not model.training
     earlier, later, *_ = table
@@ -135,7 +135,7 @@ def test_the_harness_from_recommend_and_the_shell(place, quiet, monkeypatch, cap
     assert right[worse] < right[better]
     run = Trajectory(earlier=place / better, later=place / worse)
     model = run.load()
-    found = recommend(model, run, None, selector=RandomSelector(0.0), evaluate=evaluate, budgets=[0.5, 1.0])
+    found = recommend(run, None, selector=RandomSelector(0.0), evaluate=evaluate, budgets=[0.5, 1.0])
     assert [sum(row.items["tiny_sums"]) for row in found.sweep.rows[:2]] == [right[better], right[worse]]
     with pytest.raises(LookupError, match="knows no task 'no_such_task'"):
         harness("no_such_task")(model)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import families
 import pytest
 import torch
-from families import build
+from families import build, downstream
 
 from surgery import RandomSelector, Trajectory, sweep
 from surgery.fingerprints import known, sampled
 from surgery.opening import open_weights
 
 
-@pytest.mark.parametrize("family", families.FAMILIES)
+@pytest.mark.parametrize("family", downstream())
 def test_one_changed_tensor_makes_another_model(family: str) -> None:
     model = build(family)
     before = sampled(model.parameters())
@@ -58,7 +57,7 @@ def test_a_sweep_of_live_models_does_not_go_on_with_others(tmp_path) -> None:
     arguments = dict(
         selectors=[RandomSelector(0.1)], budgets=[0.1], evaluate=lambda model: {"x": 0.5}, path=tmp_path / "sweep.jsonl"
     )
-    first = sweep(later, Trajectory(earlier=earlier, later=later), None, **arguments)
-    assert sweep(later, Trajectory(earlier=earlier, later=later), None, **arguments) == first
+    first = sweep(Trajectory(earlier=earlier, later=later), None, **arguments)
+    assert sweep(Trajectory(earlier=earlier, later=later), None, **arguments) == first
     with pytest.raises(ValueError, match="other checkpoints"):
-        sweep(later, Trajectory(earlier=other, later=later), None, **arguments)
+        sweep(Trajectory(earlier=other, later=later), None, **arguments)

@@ -1,9 +1,8 @@
-"""A watched training is the same training, bit for bit, and the watching keeps within its share of the time."""
+"""A watched training is the same training, bit for bit, and which steps are watched is the same each time."""
 
 from __future__ import annotations
 
 import importlib.util
-import math
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -112,51 +111,36 @@ def test_what_is_logged_is_what_gradients_says(tmp_path):
         assert logged == (None if part.kind == "norm" else part.cosines["a"]["b"])
     assert list(callback.series.stages) == ["3", "6"]
     assert callback.series.stages["6"].whole == found.whole
-    assert callback.spent > 0
     _, brief = trained(tmp_path, model_with_dropout(), {"every": 3, "parts": False})
     assert brief is not None
     told = [name for entry in brief.trainer.state.log_history for name in entry if name.startswith("gradient_cosine")]
     assert set(told) == {"gradient_cosine/a-b"}
 
 
-class Clock:
-    """Time that only passes where the test says so."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def perf_counter(self) -> float:
-        return self.now
-
-
-@pytest.mark.parametrize(
-    ("share", "costs", "first"), [(0.05, 4.0, 107), (0.05, 1.0, 107), (0.5, 30.0, 11), (1.0, 4.0, 6)]
-)
-def test_the_share_of_time_is_kept(share, costs, first, monkeypatch, tmp_path):
+def test_the_step_s_number_alone_decides_what_is_measured(monkeypatch, tmp_path):
     trainer, _ = trained(tmp_path, model_with_dropout(), None)
-    clock, real = Clock(), gradients(trainer.model, domains())
-    monkeypatch.setattr(gradient_callback, "time", clock)
+    real = gradients(trainer.model, domains())
+    monkeypatch.setattr(gradient_callback, "gradients", lambda *_: real)
+    for settings, every in (({}, 100), ({"every": 30}, 30)):
+        callback = GradientCosines(trainer, domains(), **settings)
+        state, control = transformers.TrainerState(), transformers.TrainerControl()
+        callback.on_train_begin(trainer.args, state, control)
+        for step in range(1, 1001):
+            state.global_step = step
+            callback.on_step_end(trainer.args, state, control)
+        assert list(callback.measured) == list(range(every, 1001, every))
 
-    def slow(*_: Any) -> Any:
-        clock.now += costs
-        return real
 
-    monkeypatch.setattr(gradient_callback, "gradients", slow)
-    callback = GradientCosines(trainer, domains(), overhead=share)  # four batches: guessed to cost four steps
-    state, control, when = transformers.TrainerState(), transformers.TrainerControl(), []
-    callback.on_train_begin(trainer.args, state, control)
-    for step in range(1, 1001):
-        clock.now += 1.0  # a step of training takes a second
+def test_a_training_that_goes_on_is_measured_where_a_whole_one_is(monkeypatch, tmp_path):
+    trainer, _ = trained(tmp_path, model_with_dropout(), None)
+    real = gradients(trainer.model, domains())
+    monkeypatch.setattr(gradient_callback, "gradients", lambda *_: real)
+    callback, state = GradientCosines(trainer, domains(), every=4), transformers.TrainerState()
+    callback.on_train_begin(trainer.args, state, transformers.TrainerControl())
+    for step in range(7, 14):  # from a checkpoint
         state.global_step = step
-        callback.on_step_end(trainer.args, state, control)
-        if step in callback.measured:
-            when.append(step)
-            assert len(when) == 1 or callback.spent <= share * step
-    assert when[0] == first
-    seen = gradient_callback.SEEN * share
-    assert when[1] == max(math.ceil(2 * costs / seen), first + 1)
-    assert callback.spent == pytest.approx(len(when) * costs)
-    assert callback.spent > 0.9 * seen * 1000 - costs
+        callback.on_step_end(trainer.args, state, transformers.TrainerControl())
+    assert list(callback.measured) == [8, 12]
 
 
 def test_a_long_series_is_thinned(monkeypatch, tmp_path):
@@ -174,8 +158,8 @@ def test_a_long_series_is_thinned(monkeypatch, tmp_path):
 
 
 def test_a_training_that_is_too_short_says_so(tmp_path):
-    with pytest.warns(UserWarning, match="too short to measure gradients once in 1 % of its time"):
-        _, callback = trained(tmp_path, model_with_dropout(), {"overhead": 0.01})
+    with pytest.warns(UserWarning, match=r"gradients were never measured: .* 6 steps, .* every=100"):
+        _, callback = trained(tmp_path, model_with_dropout(), {})
     assert callback is not None
     assert not callback.measured
 
@@ -183,8 +167,6 @@ def test_a_training_that_is_too_short_says_so(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"overhead": 0}, "overhead=0: expected a share"),
-        ({"overhead": 1.5}, r"overhead=1\.5"),
         ({"every": 0}, "every=0: expected a number of steps"),
         ({"every": 2.5}, r"every=2\.5"),
         ({"loss": {"a": cross_entropy}}, "expected one for each"),

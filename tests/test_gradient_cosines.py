@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, build, config
+from families import build, config, downstream
 from test_scores import Batch, batches
 from torch import nn
 from torch.nn import functional as F
@@ -79,7 +79,7 @@ def same_numbers(found: Gradients, other: Gradients, tolerance: float = 1e-4) ->
             assert all(close(mine.cosines[a][b], its.cosines[a][b] or 0, tolerance) for b in found.domains)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", downstream())
 def test_it_is_what_two_full_gradients_in_memory_give(family):
     model, data = build(family), domains()
     found = gradients(model, data)
@@ -95,7 +95,7 @@ def test_it_is_what_two_full_gradients_in_memory_give(family):
     assert found.parameters == sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", downstream())
 def test_parts_add_up_and_every_neuron_is_in_an_mlp(family):
     model = build(family)
     found = gradients(model, domains())

@@ -14,6 +14,7 @@ import surgery
 PACKAGE = Path(surgery.__file__).parent
 # each module may import those before it
 ORDER = (
+    "compat",
     "significance",
     "evidence",
     "scratch",
@@ -21,9 +22,11 @@ ORDER = (
     "theory_krylov",
     "units",
     "vectors",
-    "neurons",
     "slots",
+    "edits",
+    "neurons",
     "entries",
+    "masks",
     "strength_values",
     "weight_ranking",
     "hooks",
@@ -50,7 +53,6 @@ ORDER = (
     "predictions",
     "responses",
     "papers",
-    "edits",
     "writing",
     "operators",
     "gradient_hooks",
@@ -73,7 +75,6 @@ ORDER = (
     "score_products",
     "selector_settings",
     "weight_selection",
-    "entry_selector",
     "selection",
     "rows",
     "judging",
@@ -112,13 +113,43 @@ ORDER = (
 )
 
 
+def text(module: str) -> str:
+    return (PACKAGE / f"{module.replace('.', '/')}.py").read_text()
+
+
 def imports(module: str) -> set[str]:
     """The modules of the package that a module imports, at the top or inside a function."""
     found = set()
-    for node in ast.walk(ast.parse((PACKAGE / f"{module.replace('.', '/')}.py").read_text())):
+    for node in ast.walk(ast.parse(text(module))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("surgery."):
             found.add(str(node.module).removeprefix("surgery."))
     return found
+
+
+def private_names(tree: ast.AST) -> tuple[set[str], set[str]]:
+    """The names beginning with one underscore that a module defines, and those that it asks something else for."""
+    defined, asked = set(), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            defined.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            defined.add(node.id)
+        elif isinstance(node, ast.Attribute):
+            (defined if isinstance(node.ctx, ast.Store) else asked).add(node.attr)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("getattr", "hasattr"):
+            asked |= {str(one.value) for one in node.args[1:2] if isinstance(one, ast.Constant)}
+        elif isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("surgery"):
+            asked |= {*(node.module or "").split("."), *(alias.name for alias in node.names)}
+    single = [{name for name in names if name[:1] == "_" != name[1:2]} for names in (defined, asked)]
+    return single[0], single[1]
+
+
+def test_private_names_of_others_are_asked_for_in_one_module() -> None:
+    found = {module: private_names(ast.parse(text(module))) for module in ORDER}
+    ours = {name for defined, _ in found.values() for name in defined}
+    foreign = {module: asked - ours for module, (_, asked) in found.items() if asked - ours}
+    assert foreign.pop("bench", {"_version"}) == {"_version"}  # compat.writes_to has it
+    assert set(foreign) == {"compat"}, f"ask surgery/compat.py for it: {foreign}"
 
 
 def test_every_module_has_its_place() -> None:

@@ -41,7 +41,6 @@ def models():
 
 def swept(models, evaluate, **more):
     return sweep(
-        models["later"],
         Trajectory(**models),
         data(),
         selectors=SELECTORS[2:],

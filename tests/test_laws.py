@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, build
+from families import build, downstream
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -193,7 +193,7 @@ LAWS = (law_undo, law_slices, law_twice, law_ends, law_copies)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", downstream())
 def test_live_laws(family, dtype):
     """Every law of a live rollback, for every architecture in every dtype."""
     earlier, later = build(family, dtype, 1), build(family, dtype, 2)
@@ -202,7 +202,7 @@ def test_live_laws(family, dtype):
         law(later, earlier, mask)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", downstream())
 def test_selection_laws(family):
     """Budgets add up, the highest are taken, bigger budgets contain smaller ones, for every architecture."""
     earlier, later = build(family, torch.bfloat16, 1), build(family, torch.bfloat16, 2)
@@ -218,7 +218,7 @@ def hashes(folder: Path) -> dict[str, str]:
 OTHERS = [(family, dtype) for family in THREE for dtype in DTYPES if dtype != torch.bfloat16]
 
 
-@pytest.mark.parametrize(("family", "dtype"), [*((f, torch.bfloat16) for f in FAMILIES), *OTHERS], ids=str)
+@pytest.mark.parametrize(("family", "dtype"), [*((f, torch.bfloat16) for f in downstream()), *OTHERS], ids=str)
 def test_live_and_folder_agree(family, dtype, tmp_path):
     """One mask from both, one result of both, bit for bit, also where names and shapes differ; no input is written."""
     models = dict(zip(("base", "earlier", "later"), (build(family, dtype, seed) for seed in range(3)), strict=True))
@@ -404,10 +404,10 @@ def no_undo_on_exit(patch: pytest.MonkeyPatch) -> None:
 
 
 def down_forgotten(patch: pytest.MonkeyPatch) -> None:
-    def mutant(layout, mask, whose, original=operators.edits_of):
-        return (edit for edit in original(layout, mask, whose) if edit.slot.part != "down")
+    def mutant(self, layout, whose, original=Neurons.edits):
+        return (edit for edit in original(self, layout, whose) if edit.slot.part != "down")
 
-    patch.setattr(operators, "edits_of", mutant)
+    patch.setattr(Neurons, "edits", mutant)
 
 
 def blended(patch: pytest.MonkeyPatch) -> None:

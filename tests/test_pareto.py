@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_lab import SEED0, copy_seed0
 
 from benchmarks.lab.domains import DOMAINS
 from benchmarks.lab.evaluate import Evaluator
@@ -28,10 +29,15 @@ from surgery import rolled_back
 from surgery.rows import CEILING, EARLIER, LATER
 from surgery.strength_values import applied as used
 
-SEED0 = Path(pareto.__file__).parents[1] / "lab" / "seed0"
 needs_checkpoints = pytest.mark.skipif(not (SEED0 / "qa").is_dir(), reason="seed 0 has not been trained here")
 ITEMS = 200
 PAIR = pairs()[0]
+
+
+@pytest.fixture(scope="session")
+def seed0(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Few prompts, and still enough to say that Math was damaged."""
+    return copy_seed0(tmp_path_factory.mktemp("small") / "seed0", evaluation=32, calibration=16)
 
 
 def row(method: str, kind: str, value: float, probabilities: np.ndarray, **others: Any) -> dict[str, Any]:
@@ -280,7 +286,7 @@ def test_identity_tells_checkpoints_and_prompts_apart(tmp_path: Path) -> None:
 
 @needs_checkpoints
 def test_measuring_leaves_the_model_whole_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every untrained method at one value, on few prompts; then from the file, where only what is missing is measured."""
+    """Every untrained method at one value, on few prompts; then from the file, only what is missing."""
     torch.set_num_threads(1)
     asked: list[str] = []
 
@@ -303,7 +309,7 @@ def test_measuring_leaves_the_model_whole_and_resumes(tmp_path: Path, monkeypatc
     monkeypatch.setattr(pareto, "setting_of", short)
     monkeypatch.setattr(pareto, "measure", counted)
     path = tmp_path / "pareto.json.gz"
-    run = measure_pair(SEED0, PAIR, Store(path))
+    run = measure_pair(seed0, PAIR, Store(path))
     rows = {one["method"]: one for one in run["rows"]}
     assert len(asked) == len(rows) == len(run["rows"])
     assert rows[LATER]["touched"] == 0
@@ -314,7 +320,7 @@ def test_measuring_leaves_the_model_whole_and_resumes(tmp_path: Path, monkeypatc
     kept["runs"][0]["rows"] = [one for one in kept["runs"][0]["rows"] if one["method"] != "TIES trim"]
     path.write_bytes(gzip.compress(json.dumps(kept).encode()))
     asked.clear()
-    again = measure_pair(SEED0, PAIR, Store(path))
+    again = measure_pair(seed0, PAIR, Store(path))
     assert asked == ["TIES trim"]
     assert [one["method"] for one in again["rows"]] == [one["method"] for one in run["rows"]]
     found = points([again])
@@ -322,17 +328,17 @@ def test_measuring_leaves_the_model_whole_and_resumes(tmp_path: Path, monkeypatc
 
 
 @needs_checkpoints
-def test_where_nothing_was_lost_only_the_references_are_measured(tmp_path: Path) -> None:
+def test_where_nothing_was_lost_only_the_references_are_measured(seed0: Path, tmp_path: Path) -> None:
     unharmed = replace(PAIR, earlier="qa")
-    run = measure_pair(SEED0, unharmed, Store(tmp_path / "pareto.json.gz"))
+    run = measure_pair(seed0, unharmed, Store(tmp_path / "pareto.json.gz"))
     assert [one["method"] for one in run["rows"]] == [LATER, EARLIER]
     assert points([run]) == []
 
 
 @needs_checkpoints
-def test_strengths_keep_ds_masks_and_leave_the_live_model_in_its_own_dtype() -> None:
+def test_strengths_keep_ds_masks_and_leave_the_live_model_in_its_own_dtype(seed0: Path) -> None:
     """What is measured has the bits of the folder that ``rolled_back`` would give."""
-    setting = setting_of(SEED0, PAIR)
+    setting = setting_of(seed0, PAIR)
     curves = {one.name: one for one in methods(setting)}
     for name in ("D", "D of units (neurons and value channels)", "D of units (neurons and KV groups)"):
         plain, further = (curves[each].change(setting, 0.02, 0) for each in (name, f"{name}, strengths ≤ 2"))
@@ -349,15 +355,15 @@ def test_strengths_keep_ds_masks_and_leave_the_live_model_in_its_own_dtype() -> 
 
 
 @needs_checkpoints
-def test_the_earlier_models_row_is_the_earlier_checkpoint() -> None:
+def test_the_earlier_models_row_is_the_earlier_checkpoint(seed0: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    setting = setting_of(SEED0, PAIR)
-    evaluate = Evaluator(SEED0 / "data", AutoTokenizer.from_pretrained(SEED0 / "qa"))
+    setting = setting_of(seed0, PAIR)
+    evaluate = Evaluator(seed0 / "data", AutoTokenizer.from_pretrained(seed0 / "qa"))
     (earlier,) = [one for one in methods(setting) if one.name == EARLIER]
     with applied(setting, earlier.change(setting, 1.0, 0)):
         found = evaluate(setting.model)
-    assert found == evaluate(AutoModelForCausalLM.from_pretrained(SEED0 / "math", dtype="auto"))
+    assert found == evaluate(AutoModelForCausalLM.from_pretrained(seed0 / "math", dtype="auto"))
 
 
 README = {

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, build
+from families import build, downstream
 from test_laws import Tensors, all_neurons, expected, same, snapshot, some_neurons
 from test_scores import Batch, batches
 from torch import nn
@@ -23,7 +23,7 @@ from surgery.refresh_copies import Leaves
 from surgery.slots import Layout
 
 SGD = torch.optim.SGD
-ATTENTION = [("llama", "kv_group"), ("qwen3", "value_channel"), ("phi3", "query_head"), ("gpt2", "value_channel")]
+ATTENTION = [("llama", "kv_group"), ("qwen3", "value_channel"), ("phi3", "kv_group"), ("gpt2", "value_channel")]
 
 
 def likelihood(model: nn.Module, batch: Batch) -> torch.Tensor:
@@ -228,13 +228,13 @@ LAWS = (law_slices, law_step, law_two_steps, law_alternate, law_best, law_atomic
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", downstream())
 def test_a_masked_refresh_leaves_the_rest_bit_identical(family, dtype):
     model = build(family, dtype)
     law_slices(model, some_neurons(find_layout(model)))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", downstream())
 def test_one_step_is_the_gradient_s(family):
     model = build(family)
     law_step(model, some_neurons(find_layout(model)))
@@ -698,5 +698,5 @@ def test_mutants_die(mutant, law, monkeypatch):
     """Each law holds, and does not under the mistake that it is there for."""
     law(build("llama", torch.float32), few(build("llama")))
     mutant(monkeypatch)
-    with pytest.raises((AssertionError, pytest.fail.Exception)):
+    with pytest.raises(AssertionError):
         law(build("llama", torch.float32), few(build("llama")))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +22,7 @@ from surgery import DamageSelector, Trajectory, analyse, likelihood, load_prompt
 from surgery.histories import History, Lost
 from surgery.prompts import padded
 from surgery.report_inquiry import Inquiry
-from surgery.report_parts import PARTS, halved
+from surgery.report_parts import PARTS, Study, halved
 from surgery.report_sections import sections
 from surgery.report_verdict import verdict
 from surgery.significance import Paired
@@ -81,6 +85,42 @@ def test_it_is_saved_as_a_page_and_as_numbers(whole, tmp_path):
         write_report(whole, tmp_path / "report")
     write_report(whole, tmp_path / "report", overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report"]
+
+
+def test_an_old_page_stays_until_the_new_one_is_in_its_place(tmp_path, monkeypatch):
+    found, folder = Inquiry(("a", "b"), (), "score", {}, {"checkpoints": {}, "versions": {}}), tmp_path / "report"
+    write_report(found, folder)
+    (folder / "index.html").write_text("the old page")
+    failures = [OSError(errno.EIO, "the disk is gone")]
+
+    def failing_once(real: Callable[..., Any]) -> Callable[..., Any]:
+        def moved(source: Any, target: Any, **named: Any) -> Any:
+            if Path(target) == folder and failures:
+                raise failures.pop()
+            return real(source, target, **named)
+
+        return moved
+
+    for name in ("replace", "rename"):
+        monkeypatch.setattr(os, name, failing_once(getattr(os, name)))
+    with pytest.raises(OSError, match="the disk is gone"):
+        write_report(found, folder, overwrite=True)
+    assert (folder / "index.html").read_text() == "the old page"
+    assert [path.name for path in tmp_path.iterdir()] == ["report"]
+    write_report(found, folder, overwrite=True)
+    assert "the old page" not in (folder / "index.html").read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["report"]
+
+
+def test_a_file_or_a_link_is_never_replaced_by_a_report(tmp_path):
+    found = Inquiry(("a", "b"), (), "score", {}, {"checkpoints": {}, "versions": {}})
+    (tmp_path / "file").write_text("notes")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    for name in ("file", "link"):
+        with pytest.raises(ValueError, match="is a file or a link, and never replaced"):
+            write_report(found, tmp_path / name, overwrite=True)
+    assert (tmp_path / "file").read_text() == "notes"
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
@@ -215,6 +255,31 @@ def test_what_can_not_be_analysed_is_refused():
     different = Trajectory.through({"a": build("llama"), "b": build("gpt2")})
     with pytest.raises(ValueError):
         analyse(different)
+
+
+def with_part(error: Exception, monkeypatch: pytest.MonkeyPatch) -> Inquiry:
+    """An inquiry of which one part fails like that."""
+
+    def failing(_: Study) -> None:
+        raise error
+
+    monkeypatch.setitem(PARTS, "changed", failing)
+    return analyse(lab(), skip=set(PARTS) - {"changed"})
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("w"), IndexError("of 3"), TypeError("None"), FileNotFoundError(2, "no such file")]
+)
+def test_a_bug_in_a_part_is_not_told_as_a_reason(error, monkeypatch):
+    with pytest.raises(type(error)):
+        with_part(error, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("of another model"), LookupError("no such task"), OSError(errno.ENOSPC, "no room")]
+)
+def test_what_is_refused_on_purpose_is_told_and_the_rest_goes_on(error, monkeypatch):
+    assert with_part(error, monkeypatch).skipped["changed"] == str(error)
 
 
 def lost(domain: str, amount: float, p: float = 0.001) -> Lost:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import ast
+import re
+from fnmatch import fnmatch
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure as Canvas
 
+import surgery
 from surgery.evidence import Table
 from surgery.report_page import Figure, Section, page
 
@@ -95,6 +100,24 @@ def test_the_same_page_is_the_same_bytes():
     assert page("t", [], [Section("s", "", "", figures=(drawn(),))], {}, {}) == page(
         "t", [], [Section("s", "", "", figures=(drawn(),))], {}, {}
     )
+
+
+def test_the_page_s_markup_stands_in_the_template_alone():
+    """A tag in an f-string is escaped by hand or not at all."""
+    package = Path(surgery.__file__).parent
+    assert [path.name for path in package.rglob("*.jinja")] == ["page.html.jinja"]
+    for path in package.rglob("*.py"):
+        texts = [node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)]
+        tags = [text for text in texts if isinstance(text, str) and re.search(r"</\w+>|<(div|td|th|tr|p|li)\b", text)]
+        assert not tags, f"{path.name} holds HTML: {tags[0][:60]!r}"
+
+
+def test_the_built_package_holds_the_template():
+    """hatch takes what is in the package's folder and not ignored by git."""
+    package = Path(surgery.__file__).parent
+    ignored = (package.parent / ".gitignore").read_text().split()
+    for path in package.rglob("*.jinja"):
+        assert not any(fnmatch(path.name, pattern) for pattern in ignored)
 
 
 def test_a_row_that_does_not_fit_its_head_is_refused():

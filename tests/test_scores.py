@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import DENSE, FAMILIES, MOE, build
+from families import DENSE, MOE, build, downstream
 from torch import nn
 from torch.nn import functional as F
 
@@ -136,7 +136,7 @@ def check_activation(family: str, model: nn.Module, data: list[Batch]) -> Neuron
     return found
 
 
-@pytest.mark.parametrize("family", DENSE + SORTED + ALL)
+@pytest.mark.parametrize("family", downstream(DENSE) + SORTED + ALL)
 @pytest.mark.parametrize("labels", [False, True], ids=["attended", "labels"])
 def test_activation_is_the_mean_over_the_tokens_that_count(family, labels):
     """Padding and prompts do not count; the mean is over all batches' tokens, not over the batches' means."""
@@ -159,7 +159,7 @@ def test_a_batch_without_a_mask_counts_every_token():
     assert plain.equal(activation(model, [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}]))
 
 
-@pytest.mark.parametrize("family", [f for f in MOE if f not in ALL])
+@pytest.mark.parametrize("family", [f for f in downstream(MOE) if f not in ALL])
 def test_experts_that_were_never_reached_are_named_and_not_chosen(family):
     """One counted token reaches two of four experts; the others have no activation, whatever the padding reached."""
     model = build(family)
@@ -298,7 +298,7 @@ def vectors(model: nn.Module, layout: Layout, name: str) -> torch.Tensor:
     return torch.cat(rows, 1)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", downstream())
 def test_magnitude_and_conflict_are_the_formula(family):
     """‖δB,n‖ and max(0, −cos(δA,n, δB,n)) over whole neurons, in float64."""
     models = trio(family)
@@ -346,7 +346,7 @@ def test_no_update_is_no_conflict():
     assert not C["model.layers.1.mlp"].any()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", downstream())
 def test_scores_do_not_depend_on_where_or_how_much_is_read(family, tmp_path, monkeypatch):
     """Bit for bit the same from folders and live models, in chunks of any size."""
     models = trio(family)

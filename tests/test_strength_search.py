@@ -6,8 +6,8 @@ import json
 
 import pytest
 import torch
-from families import FAMILIES, build
-from mutants import NOTICED, dies
+from families import build, downstream
+from mutants import dies
 from test_attribution import divergence, pair, vectors
 from test_entries import BOTH, some_entries
 from test_laws import THREE, all_neurons, bits, hashes, same, snapshot, some_neurons
@@ -25,9 +25,9 @@ from surgery import (
     rolled_back,
     save,
     strength_search,
+    strength_values,
     strengths,
 )
-from surgery import edits as edits_module
 from surgery.checkpoint import State
 from surgery.edits import Numbers
 from surgery.papers import CARD, RECORD, STRENGTH
@@ -95,7 +95,9 @@ def law_each(later: nn.Module, earlier: nn.Module, mask: Neurons | Entries, unit
 
 
 @pytest.mark.parametrize(
-    ("family", "dtype"), [*((f, torch.bfloat16) for f in FAMILIES), *((f, d) for f in THREE for d in DTYPES)], ids=str
+    ("family", "dtype"),
+    [*((f, torch.bfloat16) for f in downstream()), *((f, d) for f in THREE for d in DTYPES)],
+    ids=str,
 )
 def test_each_neuron_goes_as_far_as_it_was_told(family, dtype):
     earlier, later = build(family, dtype, 1), build(family, dtype, 2)
@@ -105,7 +107,7 @@ def test_each_neuron_goes_as_far_as_it_was_told(family, dtype):
     law_each(later, earlier, some_neurons(find_layout(later)))
 
 
-@pytest.mark.parametrize("units", ["kv_group", "query_head", ("mlp", "value_channel")], ids=str)
+@pytest.mark.parametrize("units", ["kv_group", ("mlp", "value_channel")], ids=str)
 def test_units_of_attention_go_as_far_as_they_were_told(units):
     earlier, later = build("qwen3", torch.bfloat16, 1), build("qwen3", torch.bfloat16, 2)
     law_each(later, earlier, all_neurons(find_layout(later, units=units)), units)
@@ -185,7 +187,7 @@ def test_numbers_that_leave_the_dtype_are_told():
 # Strengths that are found.
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", downstream())
 def test_the_slope_is_that_of_the_loss(family):
     """At the later model the slope is −D; half way back it is what D is there, for the whole of δB."""
     earlier, later = pair(family)
@@ -262,20 +264,15 @@ def test_the_optimum_of_a_quadratic_is_found(family, centre):
             assert float(s.max()) <= most + 1e-6
             assert float(slope[inside].abs().max() if bool(inside.any()) else 0) < 2e-2 * scale
             assert float(slope[top].max()) < 1e-2 * scale
-    one = strengths(run, batches(labels=True), mask, loss=bowl, most=3.0, passes=8, joint=True)
-    used = torch.cat([one[name][mask[name]] for name in mask]).double()
-    assert float(used.std()) == 0
-    assert float(used[0]) == pytest.approx(float(bowl.right.sum() / bowl.matrix.sum()), abs=1e-2)
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gpt2", "mixtral", "qwen3_moe"])
-@pytest.mark.parametrize("joint", [False, True])
-def test_never_a_greater_loss_than_by_going_all_the_way_or_not_at_all(family, joint):
+def test_never_a_greater_loss_than_by_going_all_the_way_or_not_at_all(family):
     earlier, later = pair(family)
     run, data = Trajectory(earlier=earlier, later=later), batches(labels=True)
     both = some_neurons(find_layout(later, units=BOTH)) if family == "qwen3" else some_neurons(find_layout(later), 1)
     for mask in (some_neurons(find_layout(later)), some_entries(find_layout(later)), both):
-        found = strengths(run, data, mask, joint=joint, passes=8)
+        found = strengths(run, data, mask, passes=8)
         told = found.made_by["strengths"]
         assert told["least"] == min(told["loss"]) <= min(told["loss"][:2])
         for part, at in ((0.0, 0), (1.0, 1)):
@@ -308,14 +305,14 @@ def test_what_the_search_needs():
 
 def blended_ends(patch: pytest.MonkeyPatch) -> None:
     """No copying of bits: also 0 and 1 are computed."""
-    patch.setattr(edits_module.torch, "where", lambda chosen, a, b: b if b.is_floating_point() else a)
+    patch.setattr(strength_values.torch, "where", lambda chosen, a, b: b if b.is_floating_point() else a)
 
 
 def of_the_first_neurons(patch: pytest.MonkeyPatch) -> None:
     def mutant(edit, strength, rows):
         return strength[edit.block.name][: len(edit.index)].reshape(-1, *[1] * (rows.ndim - 1))
 
-    patch.setattr(edits_module, "_each", mutant)
+    patch.setattr(strength_values, "_each", mutant)
 
 
 def within_the_slot(patch: pytest.MonkeyPatch) -> None:
@@ -323,7 +320,7 @@ def within_the_slot(patch: pytest.MonkeyPatch) -> None:
         at = edit.neurons - edit.slot.start
         return strength[edit.block.name][at].reshape(-1, *[1] * (rows.ndim - 1))
 
-    patch.setattr(edits_module, "_each", mutant)
+    patch.setattr(strength_values, "_each", mutant)
 
 
 def by_position(patch: pytest.MonkeyPatch) -> None:
@@ -350,8 +347,8 @@ def last_point(patch: pytest.MonkeyPatch) -> None:
 
 
 def no_bound(patch: pytest.MonkeyPatch) -> None:
-    def mutant(along, most, passes, joint, original=strength_search._search):
-        return original(along, 3.0, passes, joint)
+    def mutant(along, most, passes, original=strength_search._search):
+        return original(along, 3.0, passes)
 
     patch.setattr(strength_search, "_search", mutant)
 
@@ -372,7 +369,7 @@ MUTANTS = (
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_mutants_die(mutant, tmp_path):
-    dies(mutant, lambda: _every_law(tmp_path), NOTICED)
+    dies(mutant, lambda: _every_law(tmp_path))
 
 
 def test_without_a_mutant_the_laws_hold(tmp_path):
@@ -387,8 +384,8 @@ def _every_law(place) -> None:
     test_the_optimum_of_a_quadratic_is_found("llama", 1.2)
     with pytest.MonkeyPatch.context() as patch:  # a search that ends on a worse point than it has seen
         patch.setattr(strength_search, "_search", _overshooting)
-        test_never_a_greater_loss_than_by_going_all_the_way_or_not_at_all("qwen3", False)
+        test_never_a_greater_loss_than_by_going_all_the_way_or_not_at_all("qwen3")
 
 
-def _overshooting(along, most, passes, joint, original=strength_search._search):
-    return [*original(along, most, passes, joint), (lambda s: (along.at(s)[0], s))(0.01 * along.touched.double())]
+def _overshooting(along, most, passes, original=strength_search._search):
+    return [*original(along, most, passes), (lambda s: (along.at(s)[0], s))(0.01 * along.touched.double())]

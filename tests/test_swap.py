@@ -9,6 +9,7 @@ from test_attribution import pair
 from test_scores import batches
 
 from surgery import Trajectory, swap
+from surgery.opening import Weights
 from surgery.swap import earlier_model
 
 
@@ -24,11 +25,12 @@ def test_swapped_in_and_out(family, tmp_path):
     earlier, later = pair(family, torch.bfloat16)
     earlier.save_pretrained(tmp_path / "earlier")
     later.save_pretrained(tmp_path / "later")
+    run = Trajectory(earlier=tmp_path / "earlier", later=tmp_path / "later")
+    later = run.load()
     before = {name: tensor.clone() for name, tensor in later.state_dict().items()}
-    run = Trajectory(earlier=tmp_path / "earlier", later=tmp_path / "later", model=later)
     with earlier_model(run) as model:
         assert model is later
-        assert torch.equal(logits(model), logits(earlier))
+        assert torch.equal(logits(model), logits(Trajectory(later=tmp_path / "earlier").load()))
     assert all(torch.equal(tensor, before[name]) for name, tensor in later.state_dict().items())
 
 
@@ -38,13 +40,13 @@ def test_put_back_after_an_error_and_when_it_is_not_what_the_folder_holds(family
     earlier, later = pair(family, torch.bfloat16)
     earlier.save_pretrained(tmp_path / "earlier")
     later.save_pretrained(tmp_path / "later")
+    run = Trajectory(earlier=tmp_path / "earlier", later=tmp_path / "later" if on_disk else later)
+    later = run.load()
     with torch.no_grad():
-        for parameter in list(later.parameters())[::2]:  # trained on since it was saved
+        for parameter in list(later.parameters())[::2]:  # trained on since it was loaded
             parameter.add_(0.01)
             parameter.flatten()[0] = -0.0
     before = {name: tensor.clone() for name, tensor in later.state_dict().items()}
-    source = tmp_path / "later" if on_disk else later
-    run = Trajectory(earlier=tmp_path / "earlier", later=source, model=later)
 
     def stopped() -> None:
         with earlier_model(run) as model:
@@ -57,11 +59,41 @@ def test_put_back_after_an_error_and_when_it_is_not_what_the_folder_holds(family
         assert torch.equal(tensor.view(torch.int16), before[name].view(torch.int16))
 
 
+def test_what_can_not_be_put_back_is_named_and_the_rest_is_put_back(tmp_path, monkeypatch):
+    earlier, later = pair("qwen3")
+    earlier.save_pretrained(tmp_path / "earlier")
+    later.save_pretrained(tmp_path / "later")
+    run = Trajectory(earlier=tmp_path / "earlier", later=tmp_path / "later")
+    later = run.load()
+    before = {name: tensor.clone() for name, tensor in later.state_dict().items()}
+    names, real = list(before), swap.live_tensor
+    spoiled = [names[0], names[4]]
+
+    def unreadable(source: Weights, live: Weights, name: str) -> torch.Tensor:
+        if name in spoiled:
+            raise OSError(f"{source.name} is gone")
+        return real(source, live, name)
+
+    def gone() -> None:
+        with earlier_model(run):
+            monkeypatch.setattr(swap, "live_tensor", unreadable)
+            raise KeyError("stop")
+
+    with pytest.raises(ExceptionGroup, match=r"2 tensors of .* could not be put back") as told:
+        gone()
+    assert all(name in str(told.value) for name in spoiled)
+    assert len(told.value.exceptions) == 2
+    assert isinstance(told.value.__context__, KeyError)  # what the body raised is still to be seen
+    for name, tensor in later.state_dict().items():
+        assert torch.equal(tensor, before[name]) == (name not in spoiled)
+
+
 def test_what_the_disk_holds_is_not_kept_in_memory(tmp_path, monkeypatch):
     earlier, later = pair("qwen3", torch.bfloat16)
     earlier.save_pretrained(tmp_path / "earlier")
     later.save_pretrained(tmp_path / "later")
-    kept, real = [], torch.Tensor.to
+    run = Trajectory(earlier=tmp_path / "earlier", later=tmp_path / "later")
+    later, kept, real = run.load(), [], torch.Tensor.to
 
     def counted(self: torch.Tensor, *arguments: object, **named: object) -> torch.Tensor:
         if named.get("copy"):
@@ -69,11 +101,11 @@ def test_what_the_disk_holds_is_not_kept_in_memory(tmp_path, monkeypatch):
         return real(self, *arguments, **named)
 
     monkeypatch.setattr(torch.Tensor, "to", counted)
-    with earlier_model(Trajectory(earlier=tmp_path / "earlier", later=tmp_path / "later", model=later)):
+    with earlier_model(run):
         assert not kept
     with torch.no_grad():
         next(later.parameters()).add_(1)
-    with earlier_model(Trajectory(earlier=tmp_path / "earlier", later=tmp_path / "later", model=later)):
+    with earlier_model(run):
         assert len(kept) == 1
 
 
@@ -92,9 +124,9 @@ def test_another_model_and_a_bare_mapping_are_told_before_they_are_asked(tmp_pat
     for one in (later, str(tmp_path)):
         with pytest.raises(ValueError, match="different models"), earlier_model(Trajectory(earlier=earlier, later=one)):
             pass
-    run = Trajectory(earlier=dict(later.state_dict()), later=str(tmp_path))
+    bare = dict(later.state_dict())
     with (
-        pytest.raises(ValueError, match="earlier is a bare mapping of tensors, which answers nothing"),
-        earlier_model(run),
+        pytest.raises(ValueError, match="earlier and later are bare mappings of tensors, which answer nothing"),
+        earlier_model(Trajectory(earlier=bare, later=bare)),
     ):
         pass

@@ -50,11 +50,15 @@ class Evaluate:
     """Reads off the weights how many neurons are earlier's: math gains with it, qa loses; stops at call ``fail``."""
 
     def __init__(self, earlier: nn.Module, fail: int | None = None) -> None:
-        self.earlier, self.fail, self.calls = earlier, fail, 0
+        self.earlier, self.fail, self.called = earlier, [fail], []  # no setting: what tells it from another is its code
+
+    @property
+    def calls(self) -> int:
+        return len(self.called)
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
-        self.calls += 1
-        if self.calls == self.fail:
+        self.called.append(model)
+        if self.calls in self.fail:
             raise RuntimeError("out of power")
         pairs = zip(self.earlier.model.layers, model.model.layers, strict=True)
         hits = [(a.mlp.up_proj.weight == b.mlp.up_proj.weight).all(1) for a, b in pairs]
@@ -70,9 +74,7 @@ def models() -> dict[str, nn.Module]:
 def test_references_ceiling_and_recovery(models):
     """recovery = (score − later) / (earlier − later); Δ = score − later elsewhere; budgets are those of the masks."""
     run = Trajectory(**models)
-    found = sweep(
-        models["later"], run, data(), selectors=SELECTORS, budgets=BUDGETS, evaluate=Evaluate(models["earlier"])
-    )
+    found = sweep(run, data(), selectors=SELECTORS, budgets=BUDGETS, evaluate=Evaluate(models["earlier"]))
     assert found.metric == "math"  # the one that fell; nobody had to say so
     earlier, later, ceiling, *rows = found.rows
     assert (earlier.selector, later.selector) == ("earlier", "later")
@@ -98,7 +100,7 @@ def test_it_prints_a_table(models):
     """One line per row; recovery in percent, changes with their sign, the other domains named."""
     run = Trajectory(**models)
     found = sweep(
-        models["later"], run, None, selectors=[RandomSelector(0.0)], budgets=[0.25],
+        run, None, selectors=[RandomSelector(0.0)], budgets=[0.25],
         evaluate=Evaluate(models["earlier"]),
     )  # fmt: skip
     head, *lines = str(found).splitlines()
@@ -128,7 +130,7 @@ def test_each_score_is_computed_once(models, monkeypatch):
     selectors = [AMCSelector(0.0, rank=rank, allocate=budgets) for rank, budgets in letters]
     run, evaluate = Trajectory(**models), Evaluate(models["earlier"])
     once = iter(data())  # an iterator: it can only be read once
-    found = sweep(models["later"], run, once, selectors=selectors, budgets=[*BUDGETS, 0.5], evaluate=evaluate)
+    found = sweep(run, once, selectors=selectors, budgets=[*BUDGETS, 0.5], evaluate=evaluate)
     assert sorted(reads) == [("base", "earlier", "later"), ("earlier", "later")]
     assert len(passes) == len(data())
     assert evaluate.calls == 3 + 5 * 3
@@ -156,7 +158,7 @@ def test_scores_are_of_the_later_model_also_between_rollbacks(models):
     run, seen = Trajectory(**models), []
     fresh = magnitude(run)
     selectors = [Remembering(0.0, (seen,))]
-    sweep(models["later"], run, None, selectors=selectors, budgets=BUDGETS, evaluate=Evaluate(models["earlier"]))
+    sweep(run, None, selectors=selectors, budgets=BUDGETS, evaluate=Evaluate(models["earlier"]))
     assert len(seen) == len(BUDGETS)
     assert all(one.equal(fresh) for one in seen)
 
@@ -165,11 +167,11 @@ def test_the_model_is_whole_at_the_end_and_after_an_error(models):
     """Bit for bit, whichever evaluation fails."""
     run, before = Trajectory(**models), snapshot(models["later"])
     arguments = dict(selectors=SELECTORS[1:3], budgets=BUDGETS)
-    sweep(models["later"], run, None, **arguments, evaluate=Evaluate(models["earlier"]))
+    sweep(run, None, **arguments, evaluate=Evaluate(models["earlier"]))
     assert same(models["later"], before)
     for fail in range(1, 8):
         with pytest.raises(RuntimeError, match="out of power"):
-            sweep(models["later"], run, None, **arguments, evaluate=Evaluate(models["earlier"], fail))
+            sweep(run, None, **arguments, evaluate=Evaluate(models["earlier"], fail))
         assert same(models["later"], before)
 
 
@@ -178,21 +180,19 @@ def test_a_sweep_goes_on_where_it_stopped(models, tmp_path):
     run, file = Trajectory(**models), tmp_path / "sweep.jsonl"
     arguments = dict(selectors=SELECTORS[1:3], path=file)
     with pytest.raises(RuntimeError):
-        sweep(models["later"], run, None, **arguments, budgets=BUDGETS, evaluate=Evaluate(models["earlier"], fail=5))
+        sweep(run, None, **arguments, budgets=BUDGETS, evaluate=Evaluate(models["earlier"], fail=5))
     assert len(file.read_text().splitlines()) == 1 + 4
     said, evaluate = [], Evaluate(models["earlier"])
-    whole = sweep(models["later"], run, None, **arguments, budgets=BUDGETS, evaluate=evaluate, progress=said.append)
+    whole = sweep(run, None, **arguments, budgets=BUDGETS, evaluate=evaluate, progress=said.append)
     assert evaluate.calls == len(said) == 3
     written = file.read_text()
-    again = sweep(models["later"], run, None, **arguments, budgets=BUDGETS, evaluate=Evaluate(models["earlier"], 1))
+    again = sweep(run, None, **arguments, budgets=BUDGETS, evaluate=Evaluate(models["earlier"], 1))
     assert again == whole
     assert file.read_text() == written
-    fresh = sweep(
-        models["later"], run, None, selectors=SELECTORS[1:3], budgets=BUDGETS, evaluate=Evaluate(models["earlier"])
-    )
+    fresh = sweep(run, None, selectors=SELECTORS[1:3], budgets=BUDGETS, evaluate=Evaluate(models["earlier"]))
     assert [replace(row, seconds=0.0) for row in whole] == [replace(row, seconds=0.0) for row in fresh]
     more = Evaluate(models["earlier"])
-    sweep(models["later"], run, None, **arguments, budgets=[*BUDGETS, 0.5], evaluate=more)
+    sweep(run, None, **arguments, budgets=[*BUDGETS, 0.5], evaluate=more)
     assert more.calls == 2
 
 
@@ -202,24 +202,24 @@ def test_a_file_of_other_checkpoints_is_refused(models, tmp_path):
         models[name].save_pretrained(tmp_path / name)
     run = Trajectory(earlier=str(tmp_path / "earlier"), later=str(tmp_path / "later"))
     arguments = dict(selectors=SELECTORS[2:3], budgets=[0.1], path=tmp_path / "sweep.jsonl")
-    sweep(models["later"], run, None, **arguments, evaluate=Evaluate(models["earlier"]))
+    sweep(run, None, **arguments, evaluate=Evaluate(models["earlier"]))
     head = json.loads((tmp_path / "sweep.jsonl").read_text().splitlines()[0])
     assert head["checkpoints"]["earlier"]["name"] == "earlier"
     models["base"].save_pretrained(tmp_path / "earlier")
     with pytest.raises(ValueError, match="other checkpoints"):
-        sweep(models["later"], run, None, **arguments, evaluate=Evaluate(models["earlier"], fail=1))
+        sweep(run, None, **arguments, evaluate=Evaluate(models["earlier"], fail=1))
 
 
 def test_a_file_that_was_cut_is_refused_by_name(models, tmp_path):
     """Half a line at the end is no row; nor is a file of something else."""
     run, file = Trajectory(**models), tmp_path / "sweep.jsonl"
     arguments = dict(selectors=SELECTORS[2:3], budgets=[0.1], path=file)
-    sweep(models["later"], run, None, **arguments, evaluate=Evaluate(models["earlier"]))
+    sweep(run, None, **arguments, evaluate=Evaluate(models["earlier"]))
     whole = file.read_bytes()
     for held in (whole[:-20], b"hello\n", b"[1, 2]\n", b"\xff\xfe\x00", whole + b'{"items": null}\n'):
         file.write_bytes(held)
         with pytest.raises(ValueError, match=r"sweep\.jsonl is not a sweep's file"):
-            sweep(models["later"], run, None, **arguments, evaluate=Evaluate(models["earlier"]))
+            sweep(run, None, **arguments, evaluate=Evaluate(models["earlier"]))
         assert file.read_bytes() == held
 
 
@@ -228,10 +228,10 @@ def test_a_file_goes_on_after_an_editor_was_at_it(models, tmp_path, change):
     """Its last line break gone, or empty lines: the next row came behind the last one, and neither could be read."""
     run, file = Trajectory(**models), tmp_path / "sweep.jsonl"
     arguments = dict(selectors=SELECTORS[2:3], path=file)
-    sweep(models["later"], run, None, **arguments, budgets=[0.1], evaluate=Evaluate(models["earlier"]))
+    sweep(run, None, **arguments, budgets=[0.1], evaluate=Evaluate(models["earlier"]))
     file.write_text(change(file.read_text()))
-    more = sweep(models["later"], run, None, **arguments, budgets=BUDGETS, evaluate=Evaluate(models["earlier"]))
-    again = sweep(models["later"], run, None, **arguments, budgets=BUDGETS, evaluate=Evaluate(models["earlier"], 1))
+    more = sweep(run, None, **arguments, budgets=BUDGETS, evaluate=Evaluate(models["earlier"]))
+    again = sweep(run, None, **arguments, budgets=BUDGETS, evaluate=Evaluate(models["earlier"], 1))
     assert again == more
 
 
@@ -239,7 +239,7 @@ def test_nothing_lost_is_no_recovery(models):
     """Where the metric did not fall there is nothing to recover: no division by zero, an empty cell."""
     run = Trajectory(**models)
     found = sweep(
-        models["later"], run, None, selectors=SELECTORS[2:3], budgets=[0.1], metric="code",
+        run, None, selectors=SELECTORS[2:3], budgets=[0.1], metric="code",
         evaluate=Evaluate(models["earlier"]),
     )  # fmt: skip
     assert [row.recovery for row in found] == [None] * 4
@@ -260,10 +260,10 @@ def test_a_selector_without_a_budget_and_an_unknown_metric_are_refused(models):
 
     run, before = Trajectory(**models), snapshot(models["later"])
     with pytest.raises(ValueError, match="no field 'budget'"):
-        sweep(models["later"], run, None, selectors=[Mute()], budgets=[0.1], evaluate=Evaluate(models["earlier"]))
+        sweep(run, None, selectors=[Mute()], budgets=[0.1], evaluate=Evaluate(models["earlier"]))
     with pytest.raises(ValueError, match=r"the metric 'maths' is none.*math"):
         sweep(
-            models["later"], run, None, selectors=SELECTORS[2:3], budgets=[0.1], metric="maths",
+            run, None, selectors=SELECTORS[2:3], budgets=[0.1], metric="maths",
             evaluate=Evaluate(models["earlier"]),
         )  # fmt: skip
     assert same(models["later"], before)
@@ -292,9 +292,7 @@ def test_two_selectors_of_one_class_are_two_rows(models):
         seen.append(hits)
         return {"math": sum(hits), "layer": hits[1]}
 
-    found = sweep(
-        models["later"], run, None, selectors=[First(0.0, 0), First(0.0, 1)], budgets=[0.1], evaluate=evaluate
-    )
+    found = sweep(run, None, selectors=[First(0.0, 0), First(0.0, 1)], budgets=[0.1], evaluate=evaluate)
     assert [row.metrics["layer"] for row in found][-2:] == [0.0, 10.0]
     assert len({row.selector for row in found}) == 5
 
@@ -309,16 +307,14 @@ def test_an_evaluation_that_changes_the_weights_is_an_error(models):
         return {"math": 0.0}
 
     with pytest.raises(ValueError, match="changed the weights"):
-        sweep(models["later"], run, None, selectors=SELECTORS[2:3], budgets=[0.1], evaluate=evaluate)
+        sweep(run, None, selectors=SELECTORS[2:3], budgets=[0.1], evaluate=evaluate)
 
 
 def test_every_budget_is_checked_before_anything_is_evaluated(models):
     """A budget out of range is said at once, not after hours of evaluations of the others."""
     evaluate = Evaluate(models["earlier"])
     with pytest.raises(ValueError, match=r"budget=1\.5: expected a fraction"):
-        sweep(
-            models["later"], Trajectory(**models), None, selectors=SELECTORS[2:], budgets=[0.1, 1.5], evaluate=evaluate
-        )
+        sweep(Trajectory(**models), None, selectors=SELECTORS[2:], budgets=[0.1, 1.5], evaluate=evaluate)
     assert evaluate.calls == 0
 
 
@@ -339,11 +335,11 @@ def test_two_selectors_of_one_name_are_refused(models):
     arguments = dict(budgets=[0.1], evaluate=Evaluate(models["earlier"]))
     one, other = Named(0.0, object()), Named(0.0, object())
     with pytest.raises(ValueError, match="both called 'mine'"):
-        sweep(models["later"], Trajectory(**models), None, selectors=[one, other], **arguments)
+        sweep(Trajectory(**models), None, selectors=[one, other], **arguments)
     losses = [DamageSelector(0.0, loss=lambda model, batch: model(**batch).loss) for _ in range(2)]
     with pytest.raises(ValueError, match=r"both called 'D \(own loss\)'"):
-        sweep(models["later"], Trajectory(**models), data(), selectors=losses, **arguments)
-    assert len(sweep(models["later"], Trajectory(**models), None, selectors=[one, one], **arguments)) == 5
+        sweep(Trajectory(**models), data(), selectors=losses, **arguments)
+    assert len(sweep(Trajectory(**models), None, selectors=[one, one], **arguments)) == 5
 
 
 @pytest.mark.parametrize(
@@ -360,14 +356,14 @@ def test_two_selectors_of_one_name_are_refused(models):
 def test_what_is_no_score_is_refused(models, score, message):
     """NaN gave a table of NaN and a recovery left blank; the others a traceback."""
     with pytest.raises(ValueError, match=message):
-        sweep(models["later"], Trajectory(**models), None, selectors=[], budgets=[], evaluate=lambda _: score)
+        sweep(Trajectory(**models), None, selectors=[], budgets=[], evaluate=lambda _: score)
 
 
 def test_selectors_and_budgets_may_be_generators(models):
     """They are gone through more than once: no row at all was the result."""
     one, each = iter(SELECTORS[2:]), iter(BUDGETS)
     evaluate = Evaluate(models["earlier"])
-    assert len(sweep(models["later"], Trajectory(**models), None, selectors=one, budgets=each, evaluate=evaluate)) == 7
+    assert len(sweep(Trajectory(**models), None, selectors=one, budgets=each, evaluate=evaluate)) == 7
 
 
 def test_every_model_has_the_same_metrics(models, tmp_path):
@@ -382,21 +378,21 @@ def test_every_model_has_the_same_metrics(models, tmp_path):
     with pytest.raises(
         ValueError, match=r"'ceiling \(all MLP neurons\)' has the metrics \['math'\], and 'later' \['math', "
     ):
-        sweep(models["later"], Trajectory(**models), None, **arguments, evaluate=evaluate)
+        sweep(Trajectory(**models), None, **arguments, evaluate=evaluate)
     assert len(file.read_text().splitlines()) == 3  # the head, later and earlier
-    assert len(sweep(models["later"], Trajectory(**models), None, **arguments, evaluate=evaluate)) == 3
+    assert len(sweep(Trajectory(**models), None, **arguments, evaluate=evaluate)) == 3
 
 
 def test_a_line_that_is_no_row_is_refused_by_name(models, tmp_path):
     run, file = Trajectory(**models), tmp_path / "sweep.jsonl"
     arguments = dict(selectors=[], budgets=[], evaluate=Evaluate(models["earlier"]), path=file)
-    sweep(models["later"], run, None, **arguments)
+    sweep(run, None, **arguments)
     file.write_text(file.read_text() + '{"prompt": "1+1="}\n')
     with pytest.raises(ValueError, match=r"sweep\.jsonl holds a line that is no row of a sweep"):
-        sweep(models["later"], run, None, **arguments)
+        sweep(run, None, **arguments)
 
 
 def test_a_budget_that_buys_nothing_keeps_its_budget_in_the_table(models):
     arguments = dict(selectors=SELECTORS[2:3], budgets=[0.0, 0.001], evaluate=Evaluate(models["earlier"]))
-    *_, none, few = str(sweep(models["later"], Trajectory(**models), None, **arguments)).splitlines()
+    *_, none, few = str(sweep(Trajectory(**models), None, **arguments)).splitlines()
     assert (none.split()[1:4], few.split()[1:4]) == (["0", "%", "0"], ["0.1", "%", "0"])

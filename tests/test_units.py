@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, build
+from families import FAMILIES, build, downstream
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_laws import all_neurons, data, expected, hashes, same, snapshot, some_neurons
-from test_layout import double, logits, moved
+from test_layout import double, law_same_rows, logits, moved
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.bloom import modeling_bloom
@@ -25,7 +25,6 @@ from transformers.models.mpt import modeling_mpt
 from surgery import (
     AMCSelector,
     Checkpoint,
-    EntrySelector,
     Layout,
     Neurons,
     RandomSelector,
@@ -54,6 +53,7 @@ REFUSED = ("deepseek_v2", "deepseek_v3", "glm_moe_dsa", "jetmoe")
 WHOLE_NORM = ("olmo2", "olmoe", "minimax_m2")  # no head stands alone, value channels do
 COVERED = [(f, u) for f in FAMILIES for u in ATTENTION if f not in REFUSED]
 COVERED = [(f, u) for f, u in COVERED if f not in WHOLE_NORM or u == "value_channel"]
+DOWNSTREAM = [(f, u) for f, u in COVERED if f in downstream(kind=u)]
 MHA = ("gpt2", "gpt_neo", "gptj", "codegen", "gpt_neox", "bloom", "opt", "mpt", "bert")
 GROUPS = {**dict.fromkeys(MHA, 4), "gpt_bigcode": 1, "falcon": 1}  # the others have 2, for 4 query heads of 8
 HYBRID = ("qwen3_5_text", "lfm2", "qwen3_next")
@@ -135,10 +135,10 @@ def shape_of(name: str, model: Any) -> tuple[int, int, int]:
 
 
 def units_in_order(name: str, model: nn.Module, unit: str, seed: int) -> torch.Tensor:
-    """A new order of a block's units that is a symmetry: groups freely; heads and channels inside their group."""
-    groups, heads, width = shape_of(name, model)
+    """A new order of a block's units that is a symmetry: groups freely; channels inside their group."""
+    groups, _, width = shape_of(name, model)
     random = torch.Generator().manual_seed(seed)
-    size, times = {"kv_group": (groups, 1), "query_head": (heads, groups), "value_channel": (width, groups)}[unit]
+    size, times = {"kv_group": (groups, 1), "value_channel": (width, groups)}[unit]
     orders = [torch.randperm(size, generator=random) for _ in range(times)]
     orders = [order.roll(1) if torch.equal(order, torch.arange(size)) else order for order in orders]
     return torch.cat([order + k * size for k, order in enumerate(orders)])
@@ -154,7 +154,7 @@ def permute(model: nn.Module, layout: Layout, order: torch.Tensor) -> None:
 
 @pytest.mark.parametrize(("name", "unit"), [*COVERED, *((v, u) for v in VARIANTS for u in ATTENTION)])
 def test_units_may_change_places(name, unit, monkeypatch):
-    """Whole groups, heads of a group, value channels of a group: another order leaves float64 logits as they were."""
+    """Whole groups, value channels of a group: another order leaves float64 logits as they were."""
     for module, function in ALIBI:  # it tells heads apart by their place, so it is taken out here
         if not hasattr(module, function):  # not in every transformers
             continue
@@ -162,9 +162,9 @@ def test_units_may_change_places(name, unit, monkeypatch):
         monkeypatch.setattr(module, function, lambda *a, original=original, **k: 0 * original(*a, **k))
     model = model_of(name)
     layout = find_layout(model, units=unit)
-    groups, heads, width = shape_of(name, model)
+    groups, _, width = shape_of(name, model)
     layers = 1 if name in HYBRID else 2
-    count = {"kv_group": groups, "query_head": groups * heads, "value_channel": groups * width}[unit]
+    count = {"kv_group": groups, "value_channel": groups * width}[unit]
     assert list(layout.sizes.values()) == [count] * layers
     assert layout.units == (unit,)
     assert bool(layout.notes) == (name in HYBRID)
@@ -172,7 +172,7 @@ def test_units_may_change_places(name, unit, monkeypatch):
     permute(model, layout, units_in_order(name, model, unit, 1))
     assert moved(model, before) <= 1e-12
     half = Layout(tuple(replace(b, slots=b.of("o")) for b in layout.blocks))  # a planted error: o alone
-    if {"kv_group": groups, "query_head": heads, "value_channel": width}[unit] > 1:
+    if {"kv_group": groups, "value_channel": width}[unit] > 1:
         permute(model, half, units_in_order(name, model, unit, 1))
         assert moved(model, before) > 1e-4
 
@@ -200,7 +200,6 @@ MISTAKES = [
     ("llama", "kv_group", "o", "(k r d)", "(r k d)"),
     ("llama", "kv_group", "q", "(k r d)", "(d k r)"),  # channels for heads
     ("llama", "kv_group", "k", "(k d)", "(d k)"),
-    ("llama", "query_head", "o", "(k r d)", "(k d r)"),
     ("llama", "value_channel", "o", "(k r d)", "(k d r)"),
     ("llama", "value_channel", "v", "(k d)", "(d k)"),
     ("qwen3_next", "kv_group", "q", "(k r g d)", "(g k r d)"),
@@ -230,8 +229,8 @@ def test_a_wrong_pattern_is_seen_by_both_witnesses(name, unit, part, old, new):
     ("family", "unit", "part"),
     [
         ("llama", "kv_group", "q.bias"), ("llama", "kv_group", "v.bias"), ("gpt_oss", "kv_group", "sinks"),
-        ("gpt_oss", "query_head", "sinks"), ("qwen3_next", "value_channel", "gate"), ("gpt2", "kv_group", "k"),
-        ("cohere, norms of each head", "query_head", "q_norm"), ("cohere, norms of each head", "kv_group", "k_norm"),
+        ("qwen3_next", "value_channel", "gate"), ("gpt2", "kv_group", "k"),
+        ("cohere, norms of each head", "kv_group", "q_norm"), ("cohere, norms of each head", "kv_group", "k_norm"),
     ],
 )  # fmt: skip
 def test_a_forgotten_part_is_seen(family, unit, part):
@@ -249,7 +248,7 @@ def test_a_forgotten_part_is_seen(family, unit, part):
 def test_what_can_not_be_told_is_refused(family):
     """Latent attention, attention experts, a norm over all heads: the reason and the way out."""
     model = build(family)
-    for unit in ("kv_group", "query_head", ("mlp", "kv_group")):
+    for unit in ("kv_group", ("mlp", "kv_group")):
         with pytest.raises(ValueError, match=r'(?s)can be told for certain.*units="'):
             find_layout(model, units=unit)
     if family in REFUSED:
@@ -317,7 +316,7 @@ def test_a_partly_covered_model_says_so():
 
 @pytest.mark.parametrize(
     ("units", "message"),
-    [("heads", "expected some of"), ((), "expected some of"), (("kv_group", "query_head"), "overlap")],
+    [("heads", "expected some of"), ((), "expected some of"), (("kv_group", "value_channel"), "overlap")],
 )
 def test_unknown_and_overlapping_units_are_refused(units, message):
     for make in (
@@ -344,7 +343,7 @@ def test_one_order_of_kinds():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("family", "unit"), COVERED)
+@pytest.mark.parametrize(("family", "unit"), DOWNSTREAM)
 def test_rollback_laws(family, unit, dtype):
     """Undo is the identity; twice is once; the masked slices are earlier's, all else later's; the counts fit."""
     earlier, later = build(family, dtype, 1), build(family, dtype, 2)
@@ -380,8 +379,14 @@ PROJECTIONS = re.compile(
 )
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("family", [f for f, u in COVERED if u == "kv_group"])
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        *((f, torch.bfloat16) for f, u in COVERED if u == "kv_group"),
+        *((f, torch.float32) for f, u in DOWNSTREAM if u == "kv_group"),
+    ],
+    ids=str,
+)
 def test_every_kv_group_is_the_earlier_attention(family, dtype):
     """Budget 1: exactly the projections (told by their names) are earlier's, whole tensors; with the MLP, those too."""
     earlier, later = build(family, dtype, 1), build(family, dtype, 2)
@@ -404,13 +409,23 @@ def test_every_kv_group_is_the_earlier_attention(family, dtype):
         assert same(snapshot(later), before)
 
 
-@pytest.mark.parametrize(("family", "unit"), COVERED)
+@pytest.mark.parametrize("family", sorted({f for f, _ in COVERED}))
+def test_a_folder_holds_the_same_rows(family, tmp_path):
+    """What ``save_pretrained`` wrote, read by the folder's layout, is bit for bit what the live layout reads."""
+    model = build(family, torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    folder = Checkpoint(tmp_path)
+    for unit in (u for f, u in COVERED if f == family):
+        law_same_rows(find_layout(model, units=unit), model, folder_layout(tmp_path, folder.shapes, units=unit), folder)
+
+
+@pytest.mark.parametrize(("family", "unit"), DOWNSTREAM)
 def test_live_and_folder_agree(family, unit, tmp_path):
     """One mask from both and one result of both, bit for bit; no other file of the output differs."""
     models = {name: build(family, torch.bfloat16, seed) for seed, name in enumerate(("base", "earlier", "later"))}
     for name, model in models.items():
         model.save_pretrained(tmp_path / name, max_shard_size="24KB")
-    units = ("mlp", unit) if unit == "query_head" else unit
+    units = ("mlp", unit) if unit == "value_channel" else unit
     folder = Trajectory(**{name: str(tmp_path / name) for name in models}, units=units)
     models["later"] = folder.load()
     live = Trajectory(**models)
@@ -452,14 +467,14 @@ def test_a_layout_and_other_units_contradict_each_other():
     groups = find_layout(model, units="kv_group")
     assert Trajectory(later=model, layout=groups).weights("later")[0].layout is groups
     with pytest.raises(ValueError, match="pass one of both"):
-        Trajectory(later=model, layout=groups, units="query_head")
+        Trajectory(later=model, layout=groups, units="value_channel")
 
 
 # Scores
 
 
 @pytest.mark.parametrize(
-    ("name", "unit"), [*COVERED, ("falcon, new decoder", "query_head"), ("codegen, 8 heads", "value_channel")]
+    ("name", "unit"), [*DOWNSTREAM, ("falcon, new decoder", "kv_group"), ("codegen, 8 heads", "value_channel")]
 )
 def test_activation_is_the_mean_over_the_units_channels(name, unit):
     """The input of o, heard by a hook of the test's own, folded by the configuration's head counts."""
@@ -481,15 +496,15 @@ def test_activation_is_the_mean_over_the_units_channels(name, unit):
     attended = data()[0]["attention_mask"].bool().flatten()
     for block in layout.blocks:
         h = kept[block.name][0].reshape(-1, groups, heads, width)[attended].abs().double().mean(0)
-        over = {"kv_group": h.mean((1, 2)), "query_head": h.mean(2).flatten(), "value_channel": h.mean(1).flatten()}
+        over = {"kv_group": h.mean((1, 2)), "value_channel": h.mean(1).flatten()}
         torch.testing.assert_close(found[block.name].double(), over[unit], rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize(
     ("family", "unit"),
     [
-        ("llama", "kv_group"), ("llama", "query_head"), ("llama", "value_channel"), ("gpt2", "kv_group"),
-        ("qwen3_next", "value_channel"), ("phi3", "kv_group"), ("codegen", "value_channel"), ("gpt_oss", "query_head"),
+        ("llama", "kv_group"), ("llama", "value_channel"), ("gpt2", "kv_group"), ("gpt_oss", "kv_group"),
+        ("qwen3_next", "value_channel"), ("phi3", "kv_group"), ("codegen", "value_channel"),
         ("falcon", "value_channel"), ("gpt_neox", "kv_group"),
     ],
 )  # fmt: skip
@@ -674,10 +689,10 @@ def test_a_kind_whose_cosines_are_small_still_gets_its_share():
         with torch.no_grad():
             earlier.get_parameter(name).add_(torch.randn_like(parameter) * 0.1)
             parameter.copy_(earlier.get_parameter(name) + torch.randn_like(parameter) * 0.1)
-    run = Trajectory(base=base, earlier=earlier, later=later, units=("mlp", "query_head"))
+    run = Trajectory(base=base, earlier=earlier, later=later, units=("mlp", "kv_group"))
     layout, C = find_layout(later, units=run.units), conflict(run)
     mean = {kind: torch.cat([C[n] for n, b in layout.items() if b.kind == kind]).mean() for kind in layout.units}
-    assert mean["query_head"] < 0.7 * mean["mlp"]
+    assert mean["kv_group"] < 0.7 * mean["mlp"]
     mask = AMCSelector(0.5, "C", "C").select(run)
     density = score_products.product({"C": C}, "C", True)
     for kind in layout.units:
@@ -708,7 +723,7 @@ def test_a_sweep_over_kinds_has_a_ceiling_for_each():
         return {"math": sum(float((state[n] == old[n]).double().mean()) for n in state)}
 
     selectors = [AMCSelector(0.0, "MC", "MC", units=u) for u in (None, "kv_group", ("mlp", "kv_group"))]
-    table = sweep(model, Trajectory(**models), None, selectors=selectors, budgets=[0.5], evaluate=evaluate)
+    table = sweep(Trajectory(**models), None, selectors=selectors, budgets=[0.5], evaluate=evaluate)
     names = ["ceiling (all MLP neurons)", "ceiling (all KV groups)", "ceiling (all units (neurons and KV groups))"]
     assert [row.selector for row in table][2:5] == names
     assert [row.neurons for row in table][2:5] == [96, 4, 100]
@@ -717,7 +732,7 @@ def test_a_sweep_over_kinds_has_a_ceiling_for_each():
     assert rows["M×C of KV groups"].neurons == 2
     assert rows[names[2]].recovery == pytest.approx(rows[names[0]].recovery + rows[names[1]].recovery)
     assert same(snapshot(model), before)
-    empty = sweep(model, Trajectory(**models), None, selectors=[], budgets=[], evaluate=evaluate)
+    empty = sweep(Trajectory(**models), None, selectors=[], budgets=[], evaluate=evaluate)
     assert [row.selector for row in empty][2:] == names[:1]
 
 
@@ -728,22 +743,22 @@ def test_a_sweeps_file_is_of_one_kind(tmp_path):
         selectors=[RandomSelector(0.5)], budgets=[0.5], evaluate=lambda _: {"math": 1.0}, path=tmp_path / "rows"
     )
     for _ in range(2):
-        sweep(models["later"], Trajectory(**models, units="kv_group"), None, **rest)
+        sweep(Trajectory(**models, units="kv_group"), None, **rest)
     for units in ("mlp", ("mlp", "kv_group")):
         with pytest.raises(ValueError, match="other checkpoints or units"):
-            sweep(models["later"], Trajectory(**models, units=units), None, **rest)
+            sweep(Trajectory(**models, units=units), None, **rest)
 
 
 def test_a_mask_file_says_which_units_it_holds(tmp_path):
     """Saved and loaded, a mask alone opens the right layout; its print and the rollback's name the units."""
     earlier, later = build("llama", seed=1), build("llama", seed=2)
-    run = Trajectory(earlier=earlier, later=later, units=("mlp", "query_head"))
+    run = Trajectory(earlier=earlier, later=later, units=("mlp", "kv_group"))
     RandomSelector(0.4).select(run).save(tmp_path / "mask")
     mask = Neurons.load(tmp_path / "mask")
-    assert "units (neurons and query heads)" in repr(mask)
+    assert "units (neurons and KV groups)" in repr(mask)
     with operators.rollback(later, to=earlier, mask=mask) as done:
         assert done.neurons == mask.count()
-        assert "units (neurons and query heads)" in str(done)
+        assert "units (neurons and KV groups)" in str(done)
 
 
 @pytest.mark.parametrize("units", ["weight", ("weight",), ("mlp", "weight")])
@@ -754,5 +769,3 @@ def test_a_model_is_not_laid_out_by_single_weights(units):
             ValueError, match=re.escape(f"units={units!r}: a model is not laid out") + ".*: pass it to Dam"
         ):
             refused()
-    with pytest.raises(ValueError, match="here units= says whose weights"):
-        EntrySelector(0.02, units=units)

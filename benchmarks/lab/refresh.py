@@ -27,7 +27,7 @@ from benchmarks.lab.domains import DOMAINS, Item, generate, read_items
 from benchmarks.lab.evaluate import evaluator
 from benchmarks.lab.train import GRPO, Stage, show, train_stage
 from surgery import DamageSelector, Masked, Trajectory, load_prompts
-from surgery.entries import Mask
+from surgery.masks import Mask
 
 STEPS = (5, 10, 20)
 AfterStep = Callable[[int, nn.Module], object]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.pareto import baselines
 from surgery import Trajectory, rollback
-from surgery.entries import Mask
+from surgery.masks import Mask
 from surgery.prompts import Batch
 from surgery.strength_values import Strength
 

@@ -23,8 +23,9 @@ from benchmarks.pareto.changes import (
     wide,
 )
 from benchmarks.pareto.variants import variants
-from surgery import AMCSelector, DamageSelector, EntrySelector, RandomSelector, strengths
+from surgery import AMCSelector, DamageSelector, RandomSelector, strengths
 from surgery.rows import EARLIER, LATER, ceiling_of
+from surgery.units import single
 
 GROUPS, CHANNELS = ("mlp", "kv_group"), ("mlp", "value_channel")
 PAPER = (
@@ -95,11 +96,10 @@ def selectors(setting: Setting) -> list[Any]:
         DamageSelector(0.01, units=GROUPS),
         RandomSelector(0.01, units=GROUPS),
         AMCSelector(0.01, units=GROUPS),
-        EntrySelector(0.01),
-        EntrySelector(0.01, "AMC"),
-        EntrySelector(0.01, "M"),
+        DamageSelector(0.01, units="weight"),
+        AMCSelector(0.01, "M", "M", "global", "weight"),
         *(DamageSelector(0.01, loss="hellinger", units=units) for units in (None, CHANNELS, GROUPS)),
-        EntrySelector(0.01, loss="hellinger"),
+        DamageSelector(0.01, loss="hellinger", units="weight"),
     ]
 
 
@@ -115,10 +115,9 @@ def of_selector(selector: Any) -> Method:
         return Reversal(one.select(setting.run, setting.data))
 
     if drawn:
-        name = selector.name if selector.units else f"{selector.name} neurons"
-        return Method(name, CONTROL, "β", BUDGETS, change, DRAWS)
-    single = isinstance(selector, EntrySelector)
-    return Method(selector.name, LIBRARY, "entries" if single else "β", WEIGHTS if single else BUDGETS, change)
+        return Method(f"{selector.name} neurons", CONTROL, "β", BUDGETS, change, DRAWS)
+    weights = single(selector.units)
+    return Method(selector.name, LIBRARY, "entries" if weights else "β", WEIGHTS if weights else BUDGETS, change)
 
 
 def ceiling(units: tuple[str, ...]) -> Method:

@@ -10,11 +10,15 @@ choose is applied to the live model in its own dtype, as everything else.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
+import numpy as np
 import torch
+from scipy.optimize import minimize_scalar
 
 from benchmarks.pareto.changes import BUDGETS, VARIANT, Method, Reversal, Setting, wide
 from surgery import Neurons, Trajectory, allocate, damage, distillation, earlier_model, rollback, strengths, top
+from surgery.attribution import check_wide
 from surgery.predictions import Divergence, Loss, positions, predicting
 from surgery.prompts import Batch
 
@@ -25,8 +29,8 @@ Choose = Callable[[Trajectory, list[Batch], float], Reversal]  # the float32 run
 def variants() -> list[Method]:
     """All of them, in the order of the tables."""
     named: dict[str, Choose] = {
-        "D, integrated, 2 nodes": lambda run, data, budget: _scored(damage(run, data, nodes=2), budget),
-        "D, integrated, 4 nodes": lambda run, data, budget: _scored(damage(run, data, nodes=4), budget),
+        "D, integrated, 2 nodes": lambda run, data, budget: _scored(integrated(run, data, 2), budget),
+        "D, integrated, 4 nodes": lambda run, data, budget: _scored(integrated(run, data, 4), budget),
         "D − own curvature": lambda run, data, budget: _scored(curved(run, data, -1), budget),
         "D + own curvature": lambda run, data, budget: _scored(curved(run, data, 1), budget),
         "D, 2 rounds": lambda run, data, budget: Reversal(rounds(run, data, budget, 2)),
@@ -35,8 +39,8 @@ def variants() -> list[Method]:
         "D (Hellinger), 4 rounds": lambda run, data, budget: Reversal(rounds(run, data, budget, 4, "hellinger")),
         "D, one strength, one parabola ≤ 3": lambda run, data, budget: predicted(run, data, budget, 3.0),
         "D, each its own parabola ≤ 2": lambda run, data, budget: alone(run, data, budget, 2.0),
-        "D, one strength ≤ 2": lambda run, data, budget: optimal(run, data, budget, 2.0, joint=True),
-        "D, one strength ≤ 3": lambda run, data, budget: optimal(run, data, budget, 3.0, joint=True),
+        "D, one strength ≤ 2": lambda run, data, budget: together(run, data, budget, 2.0),
+        "D, one strength ≤ 3": lambda run, data, budget: together(run, data, budget, 3.0),
         "D, strengths ≤ 1": lambda run, data, budget: optimal(run, data, budget, 1.0),
         "D, strengths ≤ 3": lambda run, data, budget: optimal(run, data, budget, 3.0),
     }
@@ -62,6 +66,24 @@ def _scored(scores: Neurons, budget: float) -> Reversal:
 def _loss(run: Trajectory, data: list[Batch], divergence: Divergence = "kl") -> Loss:
     with earlier_model(run) as earlier:
         return distillation(earlier, data, divergence=divergence)
+
+
+def integrated(run: Trajectory, data: list[Batch], nodes: int, divergence: Divergence = "kl") -> Neurons:
+    """D along the way back, ∫⟨∇L(θ(t)), δB,n⟩dt from the reverted neurons to the later ones, by Gauss and Legendre.
+
+    The scores add up to L(θB) − L(θB with all neurons reverted), but for the jumps of a router on the way.
+    """
+    loss, model, (earlier,) = _loss(run, data, divergence), run.load(), run.weights("earlier")
+    check_wide(model)
+    way = replace(run, later=model)
+    total = {name: torch.zeros(size) for name, size in way.weights("later")[0].layout.sizes.items()}
+    whole = Neurons({name: torch.ones(len(zeros), dtype=torch.bool) for name, zeros in total.items()})
+    for place, weight in zip(*np.polynomial.legendre.leggauss(nodes), strict=True):
+        t = (1 + float(place)) / 2
+        with rollback(model, to=earlier.tensors, mask=whole, strength=1 - t, layout=run.layout):
+            for name, scores in damage(way, data, loss=loss).items():
+                total[name] += float(weight) / 2 / t * scores  # what is left of δB is t · δB
+    return Neurons(total)
 
 
 def curvature(run: Trajectory, data: list[Batch]) -> Neurons:
@@ -121,7 +143,21 @@ def alone(run: Trajectory, data: list[Batch], budget: float, most: float) -> Rev
     return Reversal(best(plain, budget), furthest)
 
 
-def optimal(run: Trajectory, data: list[Batch], budget: float, most: float, joint: bool = False) -> Reversal:
+def optimal(run: Trajectory, data: list[Batch], budget: float, most: float) -> Reversal:
     """D's choice, at the strengths with the least loss on the prompts."""
     mask = best(damage(run, data), budget)
-    return Reversal(mask, strengths(run, data, mask, most=most, joint=joint))
+    return Reversal(mask, strengths(run, data, mask, most=most))
+
+
+def together(run: Trajectory, data: list[Batch], budget: float, most: float) -> Reversal:
+    """D's choice, all at the one strength with the least loss on the prompts."""
+    loss, mask = _loss(run, data), best(damage(run, data), budget)
+    model, earlier = run.load(), run.weights("earlier")[0].tensors
+
+    @torch.no_grad()
+    def at(strength: float) -> float:
+        with rollback(model, to=earlier, mask=mask, strength=float(strength)):
+            return sum(float(loss(model, batch)) * int(positions(batch).sum()) for batch in data)
+
+    found = minimize_scalar(at, bounds=(0, most), method="bounded", options={"xatol": 1e-2})
+    return Reversal(mask, float(found.x))

@@ -1,12 +1,12 @@
 """Which single weights? ``python -m benchmarks.questions.single_weights SEED_FOLDER... [--out FOLDER]``
 
-Math was damaged by QA. D of each weight, by KL and by the Hellinger distance, of all and of one kind of unit alone; the
-paper's A, M and C of each; and weights drawn at random, at equal numbers of weights.
+Math was damaged by QA. D of each weight, by KL and by the Hellinger distance, of all and of one kind of unit alone, in
+rounds and from one look; M of each; and weights drawn at random, at equal numbers of weights.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +16,41 @@ from transformers import AutoTokenizer
 from benchmarks.hardware import statement
 from benchmarks.lab.evaluate import evaluator
 from benchmarks.seeds import asked_for, write
-from surgery import DamageSelector, EntrySelector, RandomSelector, Trajectory, load_prompts, rollback
+from surgery import AMCSelector, DamageSelector, Entries, RandomSelector, Trajectory, load_prompts, rollback
+from surgery.prompts import Batch
 from surgery.scores import remembered
+from surgery.weight_selection import ROUNDS, by_damage, over_weights
 
 BUDGETS, DRAWS = (0.002, 0.01, 0.02, 0.04), 3
 Found = dict[tuple[str, float], tuple[float, float]]
 
 
+@dataclass(frozen=True)
+class ToTheEnd:
+    """D of single weights without a stop: the whole budget, also where fewer lower the loss."""
+
+    budget: float
+    rounds: int = ROUNDS
+    units: str = "weight"
+
+    @property
+    def name(self) -> str:
+        return f"D of single weights, {'1 round, ' if self.rounds == 1 else ''}no stop"
+
+    def select(self, run: Trajectory, data: list[Batch]) -> Entries:
+        return by_damage(over_weights(run), data, self.budget, stop=False, rounds=self.rounds)
+
+
 SELECTORS: tuple[Any, ...] = (
-    EntrySelector(0.01, stop=False),
-    EntrySelector(0.01),
-    EntrySelector(0.01, stop=False, rounds=1),
+    ToTheEnd(0.01),
+    DamageSelector(0.01, units="weight"),
+    ToTheEnd(0.01, rounds=1),
     *(DamageSelector(0.01, units=(kind, "weight")) for kind in ("mlp", "kv_group")),
     *(
         DamageSelector(0.01, loss="hellinger", units=units)
         for units in ("weight", ("mlp", "weight"), ("kv_group", "weight"))
     ),
-    *(EntrySelector(0.01, rank) for rank in ("AMC", "AM", "MC", "AC", "A", "M", "C")),
-    EntrySelector(0.01, "AMC", "proportional"),
-    EntrySelector(0.01, "MC", "proportional"),
+    AMCSelector(0.01, "M", "M", "global", "weight"),
     *(RandomSelector(0.01, seed, "weight") for seed in range(DRAWS)),
 )
 
@@ -62,7 +78,7 @@ def measure(folder: Path) -> list[Found]:
 
 def share(run: Trajectory, units: Any) -> float:
     """How many weights of MLPs and KV groups there are for each of those units'."""
-    whole, own = (RandomSelector(0.0, units=one).select(run).total for one in ("weight", units or "weight"))
+    whole, own = (RandomSelector(0.0, units=one).select(run).total for one in ("weight", units))
     return whole / own
 
 

@@ -122,18 +122,18 @@ def in_training(steps: int, rounds: int) -> str:
             return time.process_time() - used, callback
 
     once(False)
-    bare, watched, share, times = [], [], 0.0, 0
+    bare, watched, times = [], [], 0
     for _ in range(rounds):
         bare.append(once(False)[0])
         used, callback = once(True)
         assert callback is not None
         watched.append(used)
-        share, times = callback.share, len(callback.measured)
+        times = len(callback.measured)
     pairs = ", ".join(f"{100 * (one / other - 1):+.1f}" for one, other in zip(watched, bare, strict=True))
     return (
-        f"A training of {steps} steps, watched (`overhead=0.05`) and not, in turn, {rounds} times. Least CPU seconds: "
+        f"A training of {steps} steps, watched (`every=100`) and not, in turn, {rounds} times. Least CPU seconds: "
         f"{min(watched):.2f} watched, {min(bare):.2f} not, {100 * (min(watched) / min(bare) - 1):+.1f} %; pair by pair "
-        f"{pairs} %. By its own clock (wall) it spent {100 * share:.1f} % on {times} measurements."
+        f"{pairs} %, for {times} measurements."
     )
 
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgery.cli.options import asked, files_of, folder_of
-from surgery.units import owners_of, single
+from surgery.cli.options import asked, files_of, prompts_of
+from surgery.units import single
 
 if TYPE_CHECKING:
-    from surgery.entries import Mask
+    from surgery.masks import Mask
     from surgery.prompts import Batch
     from surgery.selection import Selector
     from surgery.trajectory import Trajectory
@@ -48,9 +48,11 @@ def check_selectors(
         _check_text(text)
         if is_damage(text) and how not in (None, "global") and single(asked(units)):
             raise ValueError(
-                f"--how {how}: D takes the best single weights of the whole model, in rounds: leave --how out, or rank "
-                f"by letters, like --selector AMC"
+                f"--how {how}: D takes the best single weights of the whole model, in rounds: leave --how out, or take "
+                f"--selector M"
             )
+        if single(asked(units)) and not is_damage(text) and text not in ("M", "M/M", "random"):
+            raise ValueError(f"--selector {text}: single weights are ranked by D or by M alone: take --selector D or M")
         if "C" in text and len(checkpoints) == 2:
             raise ValueError(
                 f"--selector {text}: C needs the base checkpoint, and there are two: give three, BASE EARLIER LATER, "
@@ -66,28 +68,24 @@ def check_selectors(
 def _check_text(text: str) -> None:
     from surgery.selector_settings import check_letters
 
-    if text in ("random", "D", "D:kl", "D:hellinger"):
+    if text in ("random", "D", "D:kl"):
         return
     try:
         for letters in text.split("/", 1):
             check_letters("--selector", letters)
     except ValueError as error:
         raise ValueError(
-            f"--selector {text}: expected D, D:hellinger, random, or some of the letters A, M and C, each once, like "
+            f"--selector {text}: expected D, D:kl, random, or some of the letters A, M and C, each once, like "
             f"AMC or A/AMC"
         ) from error
 
 
 def protected(protect: list[str] | None, weight: float, run: Trajectory, batch_size: int) -> Guard:
     """The prompts of each protected domain, and how much its loss counts."""
-    from surgery.prompts import load_prompts
 
     if not 0 <= weight < math.inf:
         raise ValueError(f"--protect-weight {weight}: expected a number ≥ 0")
-    files = files_of(protect or [], "--protect")
-    return {
-        domain: load_prompts(file, folder_of(run.later), batch_size=batch_size) for domain, file in files.items()
-    }, weight
+    return prompts_of(files_of(protect or [], "--protect"), run, batch_size), weight
 
 
 def answered(run: Trajectory, prompts: Any, file: Path | None, write: bool = True) -> tuple[Any, str]:
@@ -131,19 +129,15 @@ class _OnPrompts:
         return replace(self.own, budget=self.budget).select(run, self.prompts)  # type: ignore[no-any-return]
 
 
-def selector_of(text: str, budget: float, how: Any, seed: int, units: str, no_stop: bool, guard: Guard) -> Selector:
-    from surgery.entry_selector import EntrySelector
+def selector_of(text: str, budget: float, how: Any, seed: int, units: str, guard: Guard) -> Selector:
     from surgery.selection import AMCSelector, DamageSelector, RandomSelector
 
-    text, weights = text.strip(), single(asked(units))
-    own = asked(units) if weights else None  # other units are the trajectory's
+    text, own = text.strip(), asked(units)
     if text == "random":
         return RandomSelector(budget, seed, own)
     if is_damage(text):
-        loss: Any = text.partition(":")[2] or "kl"
-        if weights and no_stop:
-            return EntrySelector(budget, how=how or "global", stop=False, loss=loss, units=owners_of(asked(units)))
+        loss: Any = text.partition(":")[2] or "hellinger"
         protect, weight = guard
         return DamageSelector(budget, how or "global", protect or None, weight, loss, own)
     rank, _, spend = text.partition("/")
-    return AMCSelector(budget, rank, spend or rank, how or ("global" if weights else "proportional"), own)
+    return AMCSelector(budget, rank, spend or rank, how or ("global" if single(own) else "proportional"), own)

@@ -8,7 +8,7 @@ import warnings
 import typer
 
 from surgery.cli.looking import analyse, inspect
-from surgery.cli.measuring import sweep, tune
+from surgery.cli.measuring import repair, sweep
 from surgery.cli.options import err
 from surgery.cli.repairing import rollback, select, strengths
 
@@ -21,12 +21,16 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for command in (select, rollback, strengths, sweep, tune, analyse, inspect):
+for command in (repair, select, rollback, strengths, sweep, analyse, inspect):
     app.command()(command)
 
 
 def main() -> None:
-    """The command ``surgery``: exit code 0, 1 for what the user can mend (said in one line), 2 for wrong usage."""
+    """The command ``surgery``.
+
+    Its exit code is 0; 1 for what the user can mend, said in one line; 2 for wrong usage; 3 where ``repair`` finds
+    damage that can't be repaired within the limits.
+    """
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: err.print(f"warning: {message}", markup=False)

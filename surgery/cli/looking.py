@@ -117,7 +117,7 @@ def inspect(
     from surgery.opening import open_weights
 
     if Path(source).is_file():
-        from surgery.entries import load_mask
+        from surgery.masks import load_mask
 
         mask = load_mask(source)
         out.print(repr(mask), markup=False)

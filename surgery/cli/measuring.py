@@ -1,8 +1,7 @@
-"""Commands that evaluate: sweep, tune."""
+"""Commands that evaluate: sweep, repair."""
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,17 +21,18 @@ from surgery.cli.options import (
     How,
     LayoutFile,
     Metric,
-    NoStop,
+    Overwrite,
     Protect,
     ProtectWeight,
     Rows,
     Selected,
+    dtype_of,
+    files_of,
     folder_of,
     fraction,
     function_of,
-    limit_of,
-    live,
     out,
+    prompts_of,
     tell,
     trajectory_of,
     working,
@@ -43,17 +43,21 @@ if TYPE_CHECKING:
     from surgery.trajectory import Trajectory
 
 
+UNREPAIRED = 3  # the exit code: damaged, and not repairable within the limits
+
+
 @contextmanager
 def _loaded(
-    run: Trajectory, data: Path | None, evaluate: str, batch_size: int, device: str | None, dtype: str | None
-) -> Iterator[tuple[Trajectory, list[Batch] | None, Any, Callable[[str], None]]]:
-    """The later model live in its trajectory, the prompts, the evaluation, and what tells of progress."""
+    run: Trajectory, data: Path | None, evaluate: str | None, batch_size: int, device: str | None, dtype: str | None
+) -> Iterator[tuple[list[Batch] | None, Any, Callable[[str], None]]]:
+    """The prompts, the evaluation, and what tells of progress, with the run's later model loaded."""
     from surgery.prompts import load_prompts
 
     batches = load_prompts(data, folder_of(run.later), batch_size=batch_size) if data else None
-    function = function_of(evaluate)
+    function = None if evaluate is None else function_of(evaluate)
     with working("loading") as say:
-        yield live(run, device, dtype), batches, function, say
+        run.load(device, dtype_of(dtype))
+        yield batches, function, say
 
 
 def sweep(
@@ -61,13 +65,12 @@ def sweep(
     evaluate: Evaluation,
     data: Data = None,
     budgets: Annotated[str, typer.Option(help="Fractions, separated by commas.")] = "0.01,0.02,0.04",
-    selectors: Annotated[str, typer.Option(help='Like "D,D:hellinger,AMC,MC,A/AMC,A,random".')] = "AMC,random",
+    selectors: Annotated[str, typer.Option(help='Like "D,D:kl,AMC,MC,A/AMC,A,random".')] = "D,random",
     how: How = None,
     protect: Protect = None,
     protect_weight: ProtectWeight = 0.3,
     answers: Answers = None,
     units: Selected = "mlp",
-    no_stop: NoStop = False,
     metric: Metric = None,
     output: Rows = None,
     batch_size: int = 16,
@@ -81,17 +84,16 @@ def sweep(
 
     fractions = [fraction(text) for text in budgets.split(",")]
     check_selectors(selectors.split(","), checkpoints, data, how, units, protect, answers)
-    run = trajectory_of(checkpoints, layout, units)
+    run = trajectory_of(checkpoints, layout)
     guard = protected(protect, protect_weight, run, batch_size)
-    chosen = [selector_of(text, fractions[0], how, 0, units, no_stop, guard) for text in selectors.split(",")]
+    chosen = [selector_of(text, fractions[0], how, 0, units, guard) for text in selectors.split(",")]
     if dry_run:
         rows = len(chosen) * len(fractions) + 3
         out.print(f"{len(chosen)} selectors × {len(fractions)} budgets + 3 references = {rows} rows")
         return
-    with _loaded(run, data, evaluate, batch_size, device, dtype) as (run, prompts, function, say):
+    with _loaded(run, data, evaluate, batch_size, device, dtype) as (prompts, function, say):
         batches, told = answered(run, prompts, answers)
         found = run_sweep(
-            run.load(),
             run,
             batches,
             selectors=unanswered(chosen, prompts) if answers else chosen,
@@ -105,66 +107,77 @@ def sweep(
     out.print(str(found), markup=False)
 
 
-def tune(
+def repair(
     checkpoints: Checkpoints,
-    evaluate: Evaluation,
-    data: Data = None,
-    selector: Annotated[str, typer.Option(help="As in select.")] = "AMC",
-    how: Annotated[str, typer.Option(help="As in select; only the masks of global are nested.")] = "global",
-    protect: Protect = None,
-    protect_weight: ProtectWeight = 0.3,
-    answers: Answers = None,
-    recovery: Annotated[float, typer.Option(help="The wanted part of what was lost.")] = 0.8,
-    limit: Annotated[
-        list[str] | None, typer.Option(help='The least change allowed elsewhere, like "qa=-0.002"; repeat for more.')
+    data: Annotated[Path, typer.Option(help="JSON lines of the damaged domain: half choose, half measure.")],
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(
+            help='A domain to be kept, like "qa=qa.jsonl"; with --evaluate its metric, "qa"; repeat for more.'
+        ),
     ] = None,
+    recovery: Annotated[float, typer.Option(help="The wanted share of what can be won back, 0 to 1.")] = 0.9,
+    limit: Annotated[float, typer.Option(help="How much a kept metric may lose, in its own unit.")] = 0.01,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="The folder to write; without it, only told.")
+    ] = None,
+    evaluate: Annotated[
+        str | None, typer.Option(help="As in sweep (default: how likely the responses of the measuring half are).")
+    ] = None,
+    selector: Annotated[str, typer.Option(help="As in select.")] = "D",
+    units: Selected = "weight",
+    how: How = None,
     budgets: Annotated[
         str | None, typer.Option(help="Fractions to choose among (default: 19 from 0.001 to 1).")
     ] = None,
-    units: Selected = "mlp",
-    no_stop: NoStop = False,
-    metric: Metric = None,
-    output: Rows = None,
+    answers: Answers = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(help="The damaged one (default: the file's name; of --evaluate the one that fell most)."),
+    ] = None,
+    rows: Annotated[
+        Path | None, typer.Option(help="JSON lines of what is measured; an interrupted run resumes.")
+    ] = None,
     batch_size: int = 16,
     device: Device = None,
     dtype: Dtype = None,
     layout: LayoutFile = None,
+    overwrite: Overwrite = False,
 ) -> None:
-    """Find the smallest budget that reaches a wanted recovery under limits elsewhere; exit code 1 if none does."""
-    from surgery.tuning import BUDGETS, recommend
+    """Find the smallest rollback that repairs a domain and spares the others; exit code 3 if there is none."""
+    from surgery.tuning import BUDGETS
+    from surgery.tuning import repair as run_repair
 
+    if output is not None and output.exists() and not overwrite:
+        raise ValueError(f"{output} exists: choose another folder, or pass --overwrite")
     fractions = [fraction(text) for text in budgets.split(",")] if budgets else list(BUDGETS)
-    check_selectors([selector], checkpoints, data, how, units, protect, answers)
-    limits = dict(map(limit_of, limit or ()))
-    run = trajectory_of(checkpoints, layout, units)
-    guard = protected(protect, protect_weight, run, batch_size)
-    chosen = selector_of(selector, fractions[0], how, 0, units, no_stop, guard)
-    with _loaded(run, data, evaluate, batch_size, device, dtype) as (run, prompts, function, say):
+    check_selectors([selector], checkpoints, data, how, units, None, answers)
+    run = trajectory_of(checkpoints, layout)
+    chosen = selector_of(selector, fractions[0], how, 0, units, ({}, 0.0))
+    with _loaded(run, data, evaluate, batch_size, device, dtype) as (prompts, function, say):
         batches, told = answered(run, prompts, answers)
-        found = recommend(
-            run.load(),
+        kept = list(keep or ()) if function else prompts_of(files_of(keep or [], "--keep"), run, batch_size)
+        done = run_repair(
             run,
             batches,
-            selector=chosen,
-            evaluate=function,
+            keep=kept,
             recovery=recovery,
-            limits=limits,
+            limit=limit,
+            selector=chosen,
             budgets=fractions,
-            metric=metric,
-            path=output,
+            evaluate=function,
+            metric=metric or (None if function else data.stem.partition(".")[0]),
+            path=rows,
             progress=say,
         )
+        if done.mask is not None and output is not None:
+            say(f"writing {output}")
+            done.save(output, overwrite=overwrite)
     tell(told)
-    out.print(str(found), markup=False)
-    if found.budget is None:
-        raise typer.Exit(1)
-    words = [*checkpoints, *(["--data", str(data)] if data else []), "--selector", selector, "--how", how]
-    words += [word for text in protect or () for word in ("--protect", text)]
-    words += ["--protect-weight", f"{protect_weight:g}"] if protect else []
-    words += ["--answers", str(answers)] if answers else []
-    words += ["--units", units] if units != "mlp" else []
-    words += ["--layout", str(layout)] if layout else []
-    words += ["--no-stop"] if no_stop else []
-    words += ["--batch-size", str(batch_size)] if batch_size != 16 else []
-    words += [word for name, text in (("--device", device), ("--dtype", dtype)) if text for word in (name, text)]
-    out.print(f"\nsurgery select {shlex.join(words)} --budget {found.budget} -o mask.safetensors", markup=False)
+    out.print(str(done), markup=False)
+    if done.outcome == "not repairable":
+        raise typer.Exit(UNREPAIRED)
+    if done.mask is not None:
+        out.print(
+            f"\nwrote {output}" if output else "\nnothing was written: pass -o FOLDER to write the repaired checkpoint"
+        )

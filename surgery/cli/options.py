@@ -21,6 +21,7 @@ from surgery.units import KINDS, WEIGHT, kinds_of, single
 if TYPE_CHECKING:
     import torch
 
+    from surgery.prompts import Batch
     from surgery.slots import Layout
     from surgery.strength_values import Strength
     from surgery.trajectory import Trajectory
@@ -43,7 +44,7 @@ Evaluation = Annotated[
     ),
 ]
 Metric = Annotated[str | None, typer.Option(help="Whose recovery to report (default: the one that fell most).")]
-Rows = Annotated[Path | None, typer.Option("-o", "--output", help="JSON lines; what was interrupted resumes.")]
+Rows = Annotated[Path | None, typer.Option("-o", "--output", help="JSON lines; an interrupted run resumes.")]
 Protect = Annotated[
     list[str] | None,
     typer.Option(help='Of D: a domain that should keep what it won, like "qa=qa.jsonl"; repeat for more.'),
@@ -60,27 +61,20 @@ How = Annotated[
     str | None,
     typer.Option(help="proportional, global or uniform (default: global for D and single weights, else proportional)."),
 ]
-Units = Annotated[
-    str, typer.Option(help='"mlp", "kv_group", "query_head", "value_channel", or two like "mlp,kv_group".')
-]
+Units = Annotated[str, typer.Option(help='"mlp", "kv_group", "value_channel", or two like "mlp,kv_group".')]
 Selected = Annotated[
     str, typer.Option("--units", help='As in inspect; or "weight", single weights; or theirs, "mlp,weight".')
 ]
-NoStop = Annotated[
-    bool,
-    typer.Option("--no-stop", help="Of single weights by D take the whole budget, also where fewer lower the loss."),
-]
 
 
-def trajectory_of(checkpoints: list[str], layout: Path | None, units: str) -> Trajectory:
+def trajectory_of(checkpoints: list[str], layout: Path | None) -> Trajectory:
     from surgery.trajectory import Trajectory
 
     if len(checkpoints) not in (2, 3):
         raise ValueError(f"expected [BASE] EARLIER LATER, got {len(checkpoints)} checkpoints")
     base = checkpoints[0] if len(checkpoints) == 3 else None
     own = layout_of(layout, checkpoints[-1])
-    kinds = ("mlp",) if single(asked(units)) else kinds_in(units)
-    return Trajectory(base, checkpoints[-2], checkpoints[-1], layout=own, units=kinds)
+    return Trajectory(base, checkpoints[-2], checkpoints[-1], own)
 
 
 def kinds_in(units: str) -> tuple[str, ...]:
@@ -100,12 +94,6 @@ def asked(units: str) -> tuple[str, ...]:
             f"sweep and tune also weight"
         )
     return kinds
-
-
-def live(run: Trajectory, device: str | None, dtype: str | None) -> Trajectory:
-    from dataclasses import replace
-
-    return replace(run, model=run.load(device, dtype_of(dtype)))
 
 
 def dtype_of(name: str | None) -> torch.dtype | None:
@@ -162,12 +150,11 @@ def files_of(texts: list[str], option: str) -> dict[str, Path]:
     return found
 
 
-def limit_of(text: str) -> tuple[str, float]:
-    name, _, least = text.partition("=")
-    try:
-        return name.strip(), float(least)
-    except ValueError:
-        raise ValueError(f'--limit {text!r}: expected a metric and its least change, like "qa=-0.002"') from None
+def prompts_of(files: dict[str, Path], run: Trajectory, batch_size: int) -> dict[str, list[Batch]]:
+    """The prompts of each domain."""
+    from surgery.prompts import load_prompts
+
+    return {name: load_prompts(file, folder_of(run.later), batch_size=batch_size) for name, file in files.items()}
 
 
 def function_of(name: str) -> Callable[..., Any] | str:

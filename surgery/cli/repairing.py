@@ -18,14 +18,13 @@ from surgery.cli.options import (
     Dtype,
     How,
     LayoutFile,
-    NoStop,
     Overwrite,
     Protect,
     ProtectWeight,
     Selected,
+    dtype_of,
     folder_of,
     layout_of,
-    live,
     out,
     strength_of,
     tell,
@@ -34,7 +33,7 @@ from surgery.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from surgery.entries import Mask
+    from surgery.masks import Mask
     from surgery.predictions import Divergence
 
 
@@ -45,16 +44,13 @@ def select(
     budget: Budget = 0.02,
     selector: Annotated[
         str,
-        typer.Option(
-            help='"D" or "D:hellinger" (damage); letters of A, M, C that rank, "/" letters that split; "random".'
-        ),
-    ] = "AMC",
+        typer.Option(help='"D" (damage) or "D:kl"; letters of A, M, C that rank, "/" letters that split; "random".'),
+    ] = "D",
     how: How = None,
     protect: Protect = None,
     protect_weight: ProtectWeight = 0.3,
     answers: Answers = None,
     units: Selected = "mlp",
-    no_stop: NoStop = False,
     seed: Annotated[int, typer.Option(help="Of the random selector.")] = 0,
     batch_size: int = 16,
     device: Device = None,
@@ -71,13 +67,13 @@ def select(
     if output is not None and output.exists() and not (overwrite or dry_run):
         raise ValueError(f"{output} exists: choose another file, or pass --overwrite")
     check_selectors([selector], checkpoints, data, how, units, protect, answers)
-    run = trajectory_of(checkpoints, layout, units)
+    run = trajectory_of(checkpoints, layout)
     guard = protected(protect, protect_weight, run, batch_size)
-    chosen = selector_of(selector, budget, how, seed, units, no_stop, guard)
+    chosen = selector_of(selector, budget, how, seed, units, guard)
     with working(f"reading {len(checkpoints)} checkpoints"):
         batches = load_prompts(data, folder_of(run.later), batch_size=batch_size) if data else None
         if batches is not None and set(selector) & set("AD"):
-            run = live(run, device, dtype)
+            run.load(device, dtype_of(dtype))
         batches, told = answered(run, batches, answers, write=not dry_run)
         mask = chosen.select(run, batches)
     tell(told)
@@ -121,7 +117,7 @@ def rollback(
     overwrite: Overwrite = False,
 ) -> None:
     """Write the later checkpoint with the masked neurons set back; every other byte stays as it was."""
-    from surgery.entries import load_mask, noun_of
+    from surgery.masks import load_mask
     from surgery.operators import rolled_back
     from surgery.saving import save
     from surgery.strength_values import recorded, spoken
@@ -133,7 +129,7 @@ def rollback(
     chosen = load_mask(mask)
     own = layout_of(layout, later)
     view = rolled_back(later, to=to, mask=chosen, strength=strength_of(strength), layout=own)
-    counted = f"{sum(chosen.count().values())} of {chosen.total} {noun_of(chosen)} ({chosen.fraction:.2%})"
+    counted = f"{sum(chosen.count().values())} of {chosen.total} {chosen.noun} ({chosen.fraction:.2%})"
     out.print(f"{counted}, {view.parameters} parameters")
     if view.strength != 1:
         out.print(spoken(recorded(view.strength, chosen)))
@@ -154,9 +150,8 @@ def strengths(
     data: Annotated[Path, typer.Option(help="JSON lines of the damaged domain.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The file to write, for rollback --strength.")],
     most: Annotated[float, typer.Option(help="The furthest a neuron may go, up to 3; 1 is the earlier value.")] = 2.0,
-    joint: Annotated[bool, typer.Option("--joint", help="One strength for all.")] = False,
     passes: Annotated[int, typer.Option(help="Forward and backward passes over the data.")] = 16,
-    loss: Annotated[str, typer.Option(help='"kl" or "hellinger", from the earlier model.')] = "kl",
+    loss: Annotated[str, typer.Option(help='"hellinger" or "kl", from the earlier model.')] = "hellinger",
     answers: Answers = None,
     batch_size: int = 16,
     device: Device = None,
@@ -164,7 +159,7 @@ def strengths(
     overwrite: Overwrite = False,
 ) -> None:
     """Find how far back each masked neuron should go and write it as a file; the model is loaded in float32."""
-    from surgery.entries import load_mask
+    from surgery.masks import load_mask
     from surgery.prompts import load_prompts
     from surgery.strength_search import strengths as find
     from surgery.strength_values import recorded, spoken
@@ -176,12 +171,12 @@ def strengths(
     if loss not in ("kl", "hellinger"):
         raise ValueError(f"--loss {loss}: expected kl or hellinger")
     chosen = load_mask(mask)
-    run = trajectory_of([earlier, later], layout, "mlp")
+    run = trajectory_of([earlier, later], layout)
     with working("finding strengths"):
         prompts = load_prompts(data, folder_of(later), batch_size=batch_size)
-        run = live(run, device, "float32")
+        run.load(device, dtype_of("float32"))
         batches, kept = answered(run, prompts, answers)
-        found = find(run, batches, chosen, most=most, joint=joint, passes=passes, loss=cast("Divergence", loss))
+        found = find(run, batches, chosen, most=most, passes=passes, loss=cast("Divergence", loss))
     tell(kept)
     told = found.made_by["strengths"]
     none, full = told["loss"][:2]

@@ -1,0 +1,191 @@
+"""One path: a folder is opened once, the later model is loaded once, and an edited model is no later model."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from families import build, pair
+from test_scores import batches
+
+from surgery import (
+    AMCSelector,
+    Checkpoint,
+    DamageSelector,
+    RandomSelector,
+    Trajectory,
+    damage,
+    repair,
+    rollback,
+    rolled_back,
+    save,
+    strengths,
+    sweep,
+)
+from surgery.attribution import reversal_cost
+from surgery.evaluators import likelihood
+from surgery.swap import earlier_model
+
+LABELLED, UNLABELLED = batches(labels=True), batches(labels=False)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> Path:
+    home = tmp_path_factory.mktemp("stages")
+    earlier, later = pair("qwen3")
+    for name, model in {"base": build("qwen3", seed=7), "earlier": earlier, "later": later}.items():
+        model.save_pretrained(home / name)
+    return home
+
+
+@pytest.fixture
+def counted(monkeypatch) -> tuple[Counter, Counter]:
+    """How often each folder is opened, and how often a model is loaded from it."""
+    opens, loads = Counter(), Counter()
+    init, load = Checkpoint.__init__, transformers.AutoModelForCausalLM.from_pretrained
+
+    def opened(self: Checkpoint, folder: str | Path) -> None:
+        opens[Path(folder).name] += 1
+        init(self, folder)
+
+    def loaded(folder: str | Path, *arguments: object, **named: object) -> torch.nn.Module:
+        loads[Path(folder).name] += 1
+        return load(folder, *arguments, **named)
+
+    monkeypatch.setattr(Checkpoint, "__init__", opened)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", loaded)
+    return opens, loads
+
+
+def run_of(folders: Path) -> Trajectory:
+    return Trajectory(*(str(folders / name) for name in ("base", "earlier", "later")))
+
+
+def score(model: torch.nn.Module) -> dict[str, list[float]]:
+    return likelihood({"math": LABELLED})(model)
+
+
+@pytest.mark.parametrize("data", [LABELLED, UNLABELLED], ids=["with responses", "without"])
+@pytest.mark.parametrize(
+    "selector",
+    [AMCSelector(0.1), DamageSelector(0.1), DamageSelector(0.1, units="weight"), RandomSelector(0.1)],
+    ids=lambda one: one.name,
+)
+def test_a_selection_opens_each_folder_once_and_loads_only_the_later_model(folders, counted, selector, data):
+    opens, loads = counted
+    selector.select(run_of(folders), data)
+    assert set(opens.values()) == {1}
+    assert loads == ({} if isinstance(selector, RandomSelector) else {"later": 1})
+
+
+def test_what_the_readme_does(folders, counted, tmp_path):
+    opens, loads = counted
+    run = run_of(folders)
+    model = run.load()
+    mask = DamageSelector(0.1).select(run, UNLABELLED)
+    assert opens == {"base": 1, "earlier": 1, "later": 1}
+    with rollback(model, to=run.earlier, mask=mask):
+        pass
+    save(rolled_back(run.later, to=run.earlier, mask=mask), tmp_path / "healed")
+    assert loads == {"later": 1}
+    assert opens == {"base": 1, "earlier": 3, "later": 2}  # what the user names anew is opened anew
+
+
+def test_a_sweep_and_a_repair_open_and_load_no_more_than_one_selection(folders, counted):
+    opens, loads = counted
+    selectors = [AMCSelector(0.1), DamageSelector(0.1), DamageSelector(0.1, loss="kl"), RandomSelector(0.1)]
+    sweep(run_of(folders), UNLABELLED, selectors=selectors, budgets=[0.1, 0.2], evaluate=score)
+    assert (opens, loads) == ({"base": 1, "earlier": 1, "later": 1}, {"later": 1})
+    opens.clear(), loads.clear()
+    done = repair(run_of(folders), 6 * UNLABELLED, keep={"qa": LABELLED}, budgets=[0.1, 0.5, 1])
+    assert done.outcome != "intact"
+    assert (opens, loads) == ({"base": 1, "earlier": 1, "later": 1}, {"later": 1})
+
+
+def test_the_live_later_model_is_one_object_moved_where_asked(folders):
+    run = run_of(folders)
+    model = run.load()
+    assert run.load() is model
+    assert run.load("cpu", torch.float64) is model
+    assert next(model.parameters()).dtype == torch.float64
+    live = build("qwen3")
+    assert Trajectory(later=live).load() is live
+
+
+def test_a_model_that_is_converted_is_the_model_that_is_read_in_that_dtype(folders):
+    """Rotary frequencies stay in float32, as transformers leaves them."""
+    run = run_of(folders)
+    run.load()
+    converted, read = run.load(dtype=torch.bfloat16), run_of(folders).load(dtype=torch.bfloat16)
+    assert torch.equal(converted(**LABELLED[0]).logits, read(**LABELLED[0]).logits)
+
+
+def test_a_dtype_that_has_rounded_is_not_widened_in_silence(folders):
+    run = run_of(folders)
+    run.load(dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"loaded in torch\.bfloat16, which has rounded the torch\.float32"):
+        run.load(dtype=torch.float32)
+    assert next(run.load(dtype=torch.bfloat16).parameters()).dtype == torch.bfloat16
+
+
+def test_another_earlier_checkpoint_shares_the_live_model(folders, counted):
+    run = Trajectory.through({name: str(folders / name) for name in ("base", "earlier", "later")})
+    other = run.back_to("base")
+    assert other.load() is run.load()
+    assert (other.earlier, other.later) == (run.base, run.later)
+    other.weights("earlier", "later"), run.weights("base", "earlier", "later")
+    assert set(counted[0].values()) == {1}
+    assert counted[1] == {"later": 1}
+
+
+@pytest.mark.parametrize("edit", ["rollback", "earlier"])
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda run: DamageSelector(0.1).select(run, LABELLED),
+        lambda run: DamageSelector(0.1, units="weight").select(run, LABELLED),
+        lambda run: AMCSelector(0.1).select(run, LABELLED),
+        lambda run: damage(run, LABELLED),
+        lambda run: reversal_cost(run, LABELLED),
+        lambda run: strengths(run, LABELLED, RandomSelector(0.1).select(run)),
+        lambda run: sweep(run, LABELLED, selectors=[], budgets=[], evaluate=score),
+        lambda run: repair(run, LABELLED, budgets=[0.1]),
+    ],
+    ids=["D", "D of weights", "AMC", "damage", "reversal_cost", "strengths", "sweep", "repair"],
+)
+def test_an_edited_live_model_is_refused_beside_its_folder(folders, edit, act):
+    run = run_of(folders)
+    model, mask = run.load(), RandomSelector(0.5).select(run)
+    within = rollback(model, to=run.earlier, mask=mask) if edit == "rollback" else earlier_model(run)
+    with within, pytest.raises(ValueError, match="would be a mixture of two models"):
+        act(run)
+    act(run)  # undone, it is the later model again
+
+
+def test_an_edited_model_given_as_later_is_what_it_is(folders):
+    """Where memory is all there is nothing is mixed: D of what is left to revert is measured."""
+    run = run_of(folders)
+    model, mask = run.load(), RandomSelector(0.5).select(run)
+    with rollback(model, to=run.earlier, mask=mask):
+        found = damage(Trajectory(earlier=run.earlier, later=model), LABELLED)
+    assert all(bool((found[name][mask[name]] == 0).all()) for name in mask)
+    assert any(bool((found[name][~mask[name]] != 0).any()) for name in mask)
+
+
+def test_files_that_changed_are_opened_anew_and_never_mixed_with_a_loaded_model(folders, tmp_path):
+    for name in ("base", "earlier", "later"):
+        shutil.copytree(folders / name, tmp_path / name)
+    run = run_of(tmp_path)
+    (before,) = run.weights("earlier")
+    build("qwen3", seed=5).save_pretrained(tmp_path / "earlier")
+    (after,) = run.weights("earlier")
+    name = next(iter(before.layout.blocks[0].slots)).tensor
+    assert torch.equal(after.tensors[name], Checkpoint(tmp_path / "earlier")[name])
+    run.load()
+    build("qwen3", seed=6).save_pretrained(tmp_path / "later")
+    with pytest.raises(ValueError, match="have changed since its model was loaded"):
+        run.load()

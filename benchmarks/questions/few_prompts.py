@@ -8,7 +8,6 @@ by some of them, drawn several times: how much the masks agree, and how much eac
 from __future__ import annotations
 
 import json
-import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,6 +25,7 @@ from benchmarks.seeds import asked_for, write
 from surgery import (
     AMCSelector,
     DamageSelector,
+    Selector,
     Stability,
     Trajectory,
     earlier_model,
@@ -37,14 +37,12 @@ from surgery.plots import prompt_stability
 from surgery.prompts import Batch
 
 SIZES, DRAWS, POOL = (4, 8, 16, 32, 64, 128, 256), 5, 512
-JOINT = ("mlp", "value_channel")
-SELECTORS = (
-    DamageSelector(0.02),
-    DamageSelector(0.02, loss="hellinger"),
-    DamageSelector(0.02, units=JOINT),
-    DamageSelector(0.02, loss="hellinger", units=JOINT),
-    AMCSelector(0.02),
-)
+SELECTORS: dict[str, Selector] = {
+    "D, neurons": DamageSelector(0.02, loss="hellinger"),
+    "D, neurons and value channels": DamageSelector(0.02, loss="hellinger", units=("mlp", "value_channel")),
+    "D by KL, neurons": DamageSelector(0.02, loss="kl"),
+    "A×M×C, neurons": AMCSelector(0.02),
+}
 
 
 def unlabelled(items: Sequence[Item], tokenizer: Path) -> list[Batch]:
@@ -64,8 +62,8 @@ def measure(folder: Path) -> list[Stability]:
     with earlier_model(run) as earlier:
         data = respond(earlier, prompts, max_new_tokens=8)
     found = []
-    for one in SELECTORS:
-        print(f"{folder.name}: {one.name}", flush=True)
+    for name, one in SELECTORS.items():
+        print(f"{folder.name}: {name}", flush=True)
         found.append(stability(run, data, one, SIZES, DRAWS, evaluate=score, metric="math"))
     return found
 
@@ -73,30 +71,30 @@ def measure(folder: Path) -> list[Stability]:
 def table(seeds: list[list[Stability]]) -> str:
     """Recovery by number of prompts: mean over seeds and draws, and the range; then the agreement of two draws."""
     lines = ["| selector | | " + " | ".join(map(str, SIZES)) + " | all |", "|---|---|" + "---|" * (len(SIZES) + 1)]
-    for found in zip(*seeds, strict=True):
+    for name, *found in zip(SELECTORS, *seeds, strict=True):
         agreements = list(zip(*(one.agreements for one in found), strict=True))
         recoveries = [100 * np.array([value for one in size for value in one.recovery]) for size in agreements]
         every = 100 * np.mean([one.recovery for one in found if one.recovery is not None])
         cells = [f"{values.mean():.1f} ({values.min():.1f} … {values.max():.1f})" for values in recoveries]
-        lines.append(f"| {found[0].selector} | recovery, % | " + " | ".join(cells) + f" | {every:.1f} |")
+        lines.append(f"| {name} | recovery, % | " + " | ".join(cells) + f" | {every:.1f} |")
         agreed = [np.mean([value for one in size for value in one.jaccard]) for size in agreements]
         lines.append("| | Jaccard of two draws | " + " | ".join(f"{value:.2f}" for value in agreed) + " | |")
     return "\n".join(lines)
 
 
 def picture(found: list[Stability]) -> Figure:
-    """One seed: how much D's masks agree, and what each selector recovers."""
-    figure = Figure(figsize=(13, 6.4), dpi=150, layout="constrained")
-    axes = figure.subplots(2, 3).flatten()
-    prompt_stability(found[0], axes[0])
-    axes[0].set_title(f"{found[0].selector}: agreement", fontsize="medium")
+    """One seed: what each selector recovers, and below it how much its masks agree."""
+    figure = Figure(figsize=(15, 6.4), dpi=120, layout="constrained")
+    recoveries, agreements = figure.subplots(2, len(found))
     every = [100 * value for each in found for one in each.agreements for value in (*one.recovery, each.recovery or 0)]
-    for ax, one in zip(axes[1:], found, strict=True):
-        prompt_stability(one, ax, of="recovery")
-        ax.set_ylim(min(0, *every), 1.05 * max(every))
-        ax.set_title(re.sub(r"units \((.*?)\)", r"\1", one.selector), fontsize="medium")
-        for text in ax.get_legend().get_texts():
-            text.set_text(text.get_text().partition(", ")[0])
+    for name, one, above, below in zip(SELECTORS, found, recoveries, agreements, strict=True):
+        prompt_stability(one, above, of="recovery")
+        above.set_ylim(min(0, *every), 1.05 * max(every))
+        above.set_title(name, fontsize="medium")
+        prompt_stability(one, below)
+        for ax in (above, below):
+            for text in ax.get_legend().get_texts():
+                text.set_text(text.get_text().partition(", ")[0])
     return figure
 
 
@@ -107,8 +105,9 @@ def main() -> None:
     text = (
         f"# From how few unlabelled prompts?\n\nRecovery of Math (damaged by QA) at a budget of 2 %, by number of "
         f"prompts without responses: mean (least … most) over {len(found)} seeds × {DRAWS} draws from a pool of {POOL} "
-        f"training prompts, none of which is evaluated on (all: the whole pool). The picture: {seeds[0].name}. "
-        f"{statement()}\n\n{table(found)}\n"
+        f"training prompts, none of which is evaluated on (all: the whole pool). Jaccard: what two draws' masks have "
+        f"in common. `python -m benchmarks.questions.few_prompts SEED...`. {statement()}\n\n{table(found)}\n\n"
+        f"![{seeds[0].name}: recovery, and agreement, by number of prompts](few-prompts.png)\n"
     )
     write(out, "few-prompts", text)
     picture(found[0]).savefig(out / "few-prompts.png")

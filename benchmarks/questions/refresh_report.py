@@ -17,13 +17,15 @@ NAMES = {"math": "Math", "code": "Code", "qa": "QA", "cw": "CW"}
 
 HEAD = """# Refreshes: a few training steps on the damaged domain
 
-Written by `python -m benchmarks.questions.refreshes`. {statement}
+Written by `python -m benchmarks.questions.refreshes SEED...`. {statement}
 
 Scores: the probability of exactly the right answer on 256 items a domain, in %, mean ± standard deviation over the
-seeds ({seeds}). GRPO has the lab's own settings (32 training prompts × 8 samples a step, reward 1 for the right
-answer, 3e-4). KL: distillation from the checkpoint before the damage, on the 128 calibration prompts as it answers them
-itself (no label and no reward), 32 a step. Adam, float32. Rates under a mask (1e-3 on 2 % of the units, 3e-4 on 16 %)
-and KL's (1e-4 on all parameters) were chosen on seed 0.
+seeds ({seeds}; where a curve was measured on fewer, its name says on which). GRPO has the lab's own settings (32
+training prompts × 8 samples a step, reward 1 for the right answer, 3e-4). KL: distillation from the checkpoint before
+the damage, on the 128 calibration prompts as it answers them itself (no label and no reward), 32 a step; Adam. D is by
+the Hellinger distance on the same answers. All is in float32: [pareto](pareto.md) has the right answers and the
+checkpoints' bf16, so its recoveries differ a little. Rates under a mask (1e-3 on 2 % of the units, 3e-4 on 16 %) and KL's (1e-4 on all
+parameters) were chosen on seed 0.
 """
 
 COST = """## Refresh, rollback, and rollback then refresh, at equal cost
@@ -49,6 +51,13 @@ def of(found: Mapping[str, Any], question: str, method: str | None = None) -> li
     """The curves of a question, or of one of its methods: one a seed."""
     curves: CURVES = found["curves"]
     return [one for one in curves if one["question"] == question and method in (None, one["method"])]
+
+
+def named(found: Mapping[str, Any], question: str, method: str) -> str:
+    """A method's name, with its seeds where not all have it."""
+    every = {one["seed"] for one in of(found, question)}
+    seeds = [one["seed"] for one in of(found, question, method)]
+    return method if set(seeds) == every else f"{method} ({', '.join(seeds)})"
 
 
 def methods(found: Mapping[str, Any], question: str) -> list[str]:
@@ -85,8 +94,8 @@ class Costs:
         self.found = found
         self.earlier = {one["seed"]: one["points"][0]["scores"] for one in of(found, "equal cost", "earlier")}
         self.methods = [name for name in methods(found, "equal cost") if name != "earlier"]
-        plain = of(found, "equal cost", "GRPO: all parameters")
-        self.later = {one["seed"]: one["points"][0]["scores"] for one in plain}
+        starts = ((one["seed"], one["points"][0]) for one in of(found, "equal cost") if one["method"] != "earlier")
+        self.later = {seed: point["scores"] for seed, point in starts if not point["cost"]}
 
     def recovery(self, seed: str, point: Mapping[str, Any]) -> float:
         earlier, later = self.earlier[seed]["math"], self.later[seed]["math"]
@@ -130,7 +139,7 @@ class Costs:
                     recovered = percent([self.recovery(*one) for one in found])
                     cells.append(f"{recovered} [{100 * np.mean([self.worst(*one) for one in found]):+.1f}]")
                 last = spent
-            lines.append(f"| {method} | " + " | ".join(cells) + " |")
+            lines.append(f"| {named(self.found, 'equal cost', method)} | " + " | ".join(cells) + " |")
         return "\n".join([head, *lines]) + "\n"
 
     def best(self) -> str:
@@ -154,28 +163,22 @@ class Costs:
             return float(np.mean([self.recovery(*one) for one in group[method]]))
 
         method = max(group, key=mean)
-        return f"{method}: {percent([self.recovery(*one) for one in group[method]])}"
+        return f"{named(self.found, 'equal cost', method)}: {percent([self.recovery(*one) for one in group[method]])}"
 
 
 def markdown(found: Mapping[str, Any]) -> str:
     """The whole report."""
     seeds = list(dict.fromkeys(one["seed"] for one in of(found, "re-math")))
-    parts = [HEAD.format(statement=found["measured"] or statement(), seeds=", ".join(seeds))]
+    parts = [HEAD.format(statement="; ".join(found["measured"]) or statement(), seeds=", ".join(seeds))]
     parts.append("## Re-Math after Code → Math → QA → CW (the paper's Figure 9)\n")
     for method in methods(found, "re-math"):
-        parts += [f"### {method}\n", over_steps(found, "re-math", method, (0, 1, 2, 3, 5, 10, 15, 20, 30, 32))]
+        shown = over_steps(found, "re-math", method, (0, 1, 2, 3, 5, 10, 15, 20, 30, 32))
+        parts += [f"### {named(found, 're-math', method)}\n", shown]
     parts.append("![every domain over the steps of Re-Math](refresh-math.png)\n")
-    parts.append("## The two orders: what the third stage does to the second (the paper's Figure 11)\n")
-    for method in methods(found, "orders"):
-        domain, _, before = method.split()
-        parts += [
-            f"### {NAMES[domain]} after {NAMES[before]}\n",
-            over_steps(found, "orders", method, (0, 4, 8, 12, 20, 28, 40, 52, 60)),
-        ]
-    parts.append("![the two orders](refresh-orders.png)\n")
-    parts.append("## Re-Code after Code → Math, for longer than it needs (the paper's Appendix D.2)\n")
-    parts.append(over_steps(found, "re-code", "GRPO", (0, 4, 8, 12, 20, 28, 40, 52, 60)))
-    parts.append("![every domain over the steps of Re-Code](refresh-code.png)\n")
+    if again := of(found, "re-code", "GRPO"):
+        parts.append("## Re-Code after Code → Math, for longer than it needs (the paper's Appendix D.2)\n")
+        parts.append(f"GRPO on {', '.join(one['seed'] for one in again)}.\n")
+        parts.append(over_steps(found, "re-code", "GRPO", (0, 4, 8, 12, 20, 28, 40, 52, 60)))
     costs = Costs(found)
     parts += [COST, costs.table(), costs.best(), "![recovery against cost](refresh-cost.png)\n"]
     return "\n".join(parts)
@@ -187,35 +190,27 @@ SHOWN = {
     "KL: all parameters": "KL refresh, all parameters",
     "KL: D 16 % neurons + value channels": "KL refresh of those 16 %",
     "GRPO: all parameters": "GRPO refresh, all parameters",
-    "GRPO: D 16 % neurons + value channels": "GRPO refresh of those 16 %",
+    "rollback, then KL of all: D 16 % neurons + value channels": "rollback of those 16 %, then KL of all",
     "rollback, then GRPO of all: D 16 % neurons + value channels": "rollback of those 16 %, then GRPO of all",
 }
 
 
 def draw(found: Mapping[str, Any], out: Path) -> None:
-    """The four pictures."""
+    """Re-Math over steps, and recovery against cost."""
     from matplotlib.figure import Figure
 
     from surgery.refresh_plots import recovery_at_cost, refresh_dynamics
 
-    def picture(name: str, titles: Sequence[tuple[str, str, str]], width: float) -> None:
-        figure = Figure(figsize=(width, 4), dpi=150, layout="constrained")
-        panels = figure.subplots(1, len(titles), sharey=True, squeeze=False)[0]
-        for ax, (question, method, title) in zip(panels, titles, strict=True):
-            curves = of(found, question, method)
-            refresh_dynamics({NAMES[domain]: scores(curves, domain) for domain in DOMAINS}, ax).set_title(title)
-        figure.savefig(out / name)
-
-    picture("refresh-math.png", [
-        ("re-math", "GRPO", "GRPO on Math, all parameters"),
-        ("re-math", "GRPO on D 16 % neurons + value channels", "GRPO on Math, 16 % of the units"),
-    ], 10)  # fmt: skip
-    picture("refresh-orders.png", [
-        ("orders", "qa after math", "Math, then QA"), ("orders", "math after qa", "QA, then Math"),
-    ], 10)  # fmt: skip
-    picture("refresh-code.png", [("re-code", "GRPO", "GRPO on Code after Code, Math")], 6.4)
+    figure = Figure(figsize=(10, 4), dpi=150, layout="constrained")
+    shown = [name for name in ("GRPO", "KL") if of(found, "re-math", name)]
+    for ax, name in zip(figure.subplots(1, len(shown), sharey=True, squeeze=False)[0], shown, strict=True):
+        curves = of(found, "re-math", name)
+        title = f"{named(found, 're-math', name)} on Math, all parameters"
+        refresh_dynamics({NAMES[domain]: scores(curves, domain) for domain in DOMAINS}, ax).set_title(title)
+    figure.savefig(out / "refresh-math.png")
     costs = Costs(found)
-    known = {label: costs.means(method) for method, label in SHOWN.items() if method in costs.methods}
+    suffix = {method: named(found, "equal cost", method).removeprefix(method) for method in costs.methods}
+    known = {label + suffix[method]: costs.means(method) for method, label in SHOWN.items() if method in suffix}
     figure = Figure(figsize=(7.5, 5), dpi=150, layout="constrained")
     ax = recovery_at_cost(known, figure.subplots())
     ax.set_xlabel("cost (sequences through the model; a backward pass counts two)")

@@ -1,21 +1,22 @@
-"""Refreshes in the lab.
+"""Refreshes in the lab: ``python -m benchmarks.questions.refreshes SEED_FOLDER... [--out FOLDER]``
 
-``python -m benchmarks.questions.refreshes SEED_FOLDER... [--reverse FOLDER...] [--out FOLDER]``.
-
-Four questions (the paper's Figures 9 and 11, its Appendix D.2, and one of ours):
+Three questions (the paper's Figure 9, its Appendix D.2, and one of ours):
 
 1. Re-Math: a refresh of Math after Code → Math → QA → CW, all domains over steps.
-2. The other order: Math trained after QA, beside QA trained after Math.
+2. Refresh against rollback against rollback-then-refresh, at equal cost: Math damaged by QA.
 3. Re-Code: Code trained again after Code → Math, for longer than it needs.
-4. Refresh against rollback against rollback-then-refresh, at equal cost: Math damaged by QA.
 
-Writes ``refresh.json`` (every curve), ``refresh.md`` and pictures. Curves that ``refresh.json`` holds are not measured
-again (``--fresh`` measures all). Everything is computed in float32, from the bf16 checkpoints.
+Writes ``refresh.json`` (every curve), ``refresh.md`` and pictures. Curves of the same checkpoints and prompts that
+``refresh.json`` holds are not measured again (``--fresh`` measures all). GRPO needs ``surgery[lab]``; without it the
+curves of GRPO that are not stored are left out, and a line says so. All is computed in float32, from the bf16
+checkpoints.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import importlib.util
 import json
 import os
 import tempfile
@@ -34,8 +35,10 @@ from benchmarks.hardware import statement
 from benchmarks.lab.domains import Item, read_items
 from benchmarks.lab.evaluate import Evaluator
 from benchmarks.lab.refresh import grpo, training_items
-from benchmarks.lab.train import GRPO, THIRD, Stage
+from benchmarks.lab.train import GRPO, Stage
 from benchmarks.questions.refresh_report import draw, markdown
+from benchmarks.seeds import RESULTS
+from benchmarks.seeds import write as report
 from surgery import (  # fmt: skip
     DamageSelector,
     Neurons,
@@ -82,6 +85,7 @@ class Curve:
     question: str
     seed: str
     method: str
+    start: str  # which checkpoints and prompts
     points: list[Point] = field(default_factory=list)
 
 
@@ -179,14 +183,6 @@ def re_math(folder: Path) -> Iterator[tuple[str, Callable[[Curve], None]]]:
     yield "rollback of D 16 % neurons + value channels", partial(rolled, desk, 0.16, CHANNELS)
 
 
-def orders(folder: Path) -> Iterator[tuple[str, Callable[[Curve], None]]]:
-    """QA after Math, or Math after QA where the folder is of the other order."""
-    reverse = folder.name.startswith("reverse")
-    before, domain = ("qa", "math") if reverse else ("math", "qa")
-    desk = Desk(folder, "code", before, domain)
-    yield f"{domain} after {before}", lambda curve: trained(desk, curve, domain, THIRD, every=4)
-
-
 def re_code(folder: Path) -> Iterator[tuple[str, Callable[[Curve], None]]]:
     """Code again after Math, for longer than it needs."""
     desk = Desk(folder, "code", "math", "code")
@@ -253,28 +249,41 @@ def costed(
     whole.back()
 
 
-QUESTIONS = {"re-math": re_math, "equal cost": at_equal_cost, "orders": orders, "re-code": re_code}
+KEY = ("question", "seed", "method", "start")
+QUESTIONS = {"re-math": re_math, "equal cost": at_equal_cost, "re-code": re_code}
+
+
+def identity(folder: Path) -> str:
+    """What a seed's curves start from: its checkpoints and prompts."""
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*/model.safetensors"), *(folder / "data").glob("*.jsonl")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def measure(folders: list[Path], path: Path, fresh: bool) -> dict[str, Any]:
     """All curves; those that the file holds are taken from it. It is written after each new one."""
-    held = {"measured": "", "curves": []} if fresh or not path.exists() else json.loads(path.read_text())
-    done = {(one["question"], one["seed"], one["method"]): one for one in held["curves"]}
-    asked = []
+    held = {"measured": [], "curves": []} if fresh or not path.exists() else json.loads(path.read_text())
+    done = {tuple(one[name] for name in KEY): one for one in held["curves"]}
+    asked, trains = [], importlib.util.find_spec("trl") is not None
     for question, methods in QUESTIONS.items():
         for folder in folders:
-            if folder.name.startswith("reverse") and question != "orders":
-                continue
+            start = identity(folder)
             for method, run in methods(folder):
-                key = question, folder.name, method
-                asked.append(key)
-                if key not in done:
-                    print(*key, sep=", ", flush=True)
+                key = question, folder.name, method, start
+                if key in done:
+                    asked.append(key)
+                elif "GRPO" in method and not trains:
+                    print(f"left out, since trl is not installed: {', '.join(key[:3])}", flush=True)
+                else:
+                    print(*key[:3], sep=", ", flush=True)
                     curve = Curve(*key)
                     run(curve=curve)
                     done[key] = asdict(curve)
-                    write(path, {"measured": statement(), "curves": list(done.values())})
-    return {"measured": json.loads(path.read_text())["measured"], "curves": [done[key] for key in asked]}
+                    held["measured"] = list(dict.fromkeys([*held["measured"], statement()]))
+                    asked.append(key)
+                    write(path, {"measured": held["measured"], "curves": list(done.values())})
+    return {"measured": held["measured"], "curves": [done[key] for key in asked]}
 
 
 def write(path: Path, found: dict[str, Any]) -> None:
@@ -300,18 +309,15 @@ def main() -> None:
     """Measure what is missing; write the curves, the tables and the pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("seeds", nargs="+", type=Path, metavar="SEED_FOLDER")
-    parser.add_argument("--reverse", nargs="*", type=Path, default=[], help="folders of the order Code, QA, Math")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--fresh", action="store_true", help="measure all curves again")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
-    found = measure([*asked.seeds, *asked.reverse], asked.out / "refresh.json", asked.fresh)
+    found = measure(asked.seeds, asked.out / "refresh.json", asked.fresh)
     write(asked.out / "refresh.json", found)
-    text = markdown(found)
-    (asked.out / "refresh.md").write_text(text, encoding="utf-8")
+    report(asked.out, "refresh", markdown(found))
     draw(found, asked.out)
-    print(text)
 
 
 if __name__ == "__main__":

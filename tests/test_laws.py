@@ -158,11 +158,11 @@ def law_copies(later: nn.Module, earlier: nn.Module, mask: Neurons) -> None:
 
 
 def law_selected(later: nn.Module, earlier: nn.Module, _: Neurons) -> None:
-    """A selector takes exactly round(β·N) neurons, and the ones of the highest score in each layer."""
+    """A selector takes exactly round(β·N) neurons, the ones of the highest score in each layer, by the layer's mean."""
     from surgery import allocate, magnitude, top
 
     run = Trajectory(earlier=earlier, later=later)
-    scores = magnitude(run)
+    scores = Neurons({name: value.double() / value.double().mean() for name, value in magnitude(run).items()})
     for how in ("proportional", "global", "uniform"):
         for fraction in (0.06, 0.25, 0.777):
             mask = AMCSelector(fraction, rank="M", allocate="M", how=how).select(run)
@@ -508,7 +508,7 @@ def test_ctrl_c_anywhere_in_a_rollback_leaves_the_old_weights(kind):
     """At whichever line the signal comes, the wait for the checks and the report too: else nobody has the undo."""
     earlier, later = pair("llama")
     before, sent = snapshot(later), []
-    mask = RandomSelector(0.1, units="weight" if kind == "weights" else None).select(Trajectory(None, earlier, later))
+    mask = RandomSelector(0.1, units="weight" if kind == "weights" else "mlp").select(Trajectory(None, earlier, later))
     original, lines = sys.gettrace(), set()
 
     def at(line):

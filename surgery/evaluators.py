@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from types import CodeType
+from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -43,7 +43,7 @@ def likelihood(data: Mapping[str, Iterable[Batch]]) -> Evaluate:
         data: domain → batches with labels on the response tokens (without labels all attended tokens count).
 
     Returns:
-        A function for ``sweep``, ``recommend`` and ``history``: model → {domain: one score per prompt}.
+        A function for ``sweep``, ``repair`` and ``history``: model → {domain: one score per prompt}.
 
     Raises:
         ValueError: there is no domain, or one without a prompt; called: a prompt has no response token.
@@ -125,7 +125,7 @@ def harness(
         include_path: a folder with task files of your own.
 
     Returns:
-        A function for ``sweep`` and ``recommend``. In their place, and in the shell, ``"lm_eval:task,task"`` is short
+        A function for ``sweep`` and ``repair``. In their place, and in the shell, ``"lm_eval:task,task"`` is short
         for ``harness("task,task")``.
 
     Raises:
@@ -158,23 +158,40 @@ def evaluator(evaluate: Evaluate | str) -> Evaluate:
 def signature(evaluate: Evaluate) -> str:
     """What tells an evaluation from others: its name, and a hash of its code and of the plain values that it uses.
 
-    What it reads from files or from global variables is not seen.
+    What it reads from files or from global variables is not seen, nor what lies inside lists and other objects.
     """
     if isinstance(evaluate, _Likelihood):
         return f"likelihood of {', '.join(f'{name} {digest_of(batches)}' for name, batches in evaluate.data.items())}"
     if isinstance(evaluate, _Harness):
         return repr(replace(evaluate, tokenizer=None))
-    own: Any = evaluate if hasattr(evaluate, "__code__") else type(evaluate).__call__
+    own: Any = evaluate if hasattr(evaluate, "__qualname__") else type(evaluate)
     digest = hashlib.blake2b(digest_size=16)
-    for part in _code(own.__code__):
+    for part in _parts(evaluate, set()):
         digest.update(part)
-    cells = [cell.cell_contents for cell in own.__closure__ or ()]
-    for value in (*(own.__defaults__ or ()), *(own.__kwdefaults__ or {}).values(), *cells, *vars(evaluate).values()):
-        digest.update(repr(value).encode() if isinstance(value, _PLAIN) else type(value).__name__.encode())
     return f"{own.__module__}.{own.__qualname__} {digest.hexdigest()}"
 
 
-_PLAIN = (str, bytes, int, float, bool, type(None))
+def _parts(value: Any, seen: set[int], own: bool = True) -> Iterator[bytes]:
+    """The code and the plain values in a function, a method or a partial, or in the object that is called itself."""
+    if isinstance(value, str | bytes | int | float | bool | None):
+        yield repr(value).encode()
+        return
+    yield type(value).__name__.encode()
+    held: tuple[Any, ...] = ()
+    if isinstance(value, FunctionType):
+        yield from _code(value.__code__)
+        cells = [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]  # but those still empty
+        held = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values(), *cells, *vars(value).values())
+    elif isinstance(value, MethodType):
+        yield from _parts(value.__self__, seen, own)
+        held = (value.__func__,)
+    elif isinstance(value, partial):
+        held = (value.func, *value.args, *(one for pair in value.keywords.items() for one in pair))
+    elif own:
+        held = (type(value).__call__, *getattr(value, "__dict__", {}).values())
+    if id(value) not in seen:
+        for one in held:
+            yield from _parts(one, seen | {id(value)}, own=False)
 
 
 def _code(code: CodeType) -> Iterator[bytes]:

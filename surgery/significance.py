@@ -182,7 +182,7 @@ def underpowered(lost: Paired, span: Interval | None, wanted: float = 1.0) -> st
     Args:
         lost: earlier against later.
         span: the interval of recovery.
-        wanted: the effect asked about: 1 (all of the loss) in a sweep, the wanted recovery in ``recommend``.
+        wanted: the effect asked about: 1 (all of the loss) in a sweep, the wanted recovery in ``repair``.
 
     Source: ours.
     """

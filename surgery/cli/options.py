@@ -81,7 +81,7 @@ def kinds_in(units: str) -> tuple[str, ...]:
     if single(asked(units)):
         raise ValueError(
             f"--units {units}: single weights lie in units: inspect those, --units mlp or --units mlp,kv_group. "
-            f"weight is for select, sweep and tune, which choose among them"
+            f"weight is for select, sweep and repair, which choose among them"
         )
     return kinds_of(asked(units))
 
@@ -91,7 +91,7 @@ def asked(units: str) -> tuple[str, ...]:
     if set(kinds) - {*KINDS, WEIGHT}:
         raise ValueError(
             f"--units {units}: expected {', '.join(KINDS)}, or two like mlp,kv_group; to select, "
-            f"sweep and tune also weight"
+            f"sweep and repair also weight"
         )
     return kinds
 

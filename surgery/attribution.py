@@ -126,8 +126,9 @@ def reversal_cost(
 ) -> Neurons:
     """What reverting a neuron costs a domain that the later model answers well: D of that domain, from the other end.
 
-    cost_n = ⟨∇L(θR), θR,n − θB,n⟩ with θR the later model with all neurons reverted and L = KL(p_later ‖ p). At θB
-    itself that loss is flat, so its slope there says nothing; at θR it is steep, and has what neurons cost together.
+    cost_n = ⟨∇L(θR), θR,n − θB,n⟩ with θR the later model with all neurons reverted and L how far the predictions are
+    from the later model's. At θB that loss is flat, so its slope there says nothing; at θR it is steep, and has what
+    neurons cost together.
 
     Args:
         run: a trajectory with ``earlier`` and ``later``.

@@ -263,8 +263,8 @@ def test_stages_may_be_called_like_a_trajectorys_own():
 
 def test_attention_units_have_directions():
     models = stages("qwen3", count=3)
-    run = Trajectory.through({f"s{at}": one for at, one in enumerate(models)}, units=("mlp", "kv_group"))
-    found = directions(run, top=0.5)
+    run = Trajectory.through({f"s{at}": one for at, one in enumerate(models)})
+    found = directions(run, top=0.5, units=("mlp", "kv_group"))
     assert any((one.block or "").endswith("[kv_group]") for one in found.pairs[0].blocks)
 
 

@@ -240,8 +240,7 @@ def laws() -> None:
 def test_a_profile_adds_up(family):
     run = run_of(sequence(family, torch.bfloat16))
     layout = find_layout(build(family), units=("mlp", "kv_group"))
-    mixed = Trajectory(run.base, run.earlier, run.later, units=("mlp", "kv_group"))
-    mask = RandomSelector(0.3, seed=1).select(mixed)
+    mask = RandomSelector(0.3, seed=1, units=("mlp", "kv_group")).select(run)
     found = profile(mask, layout.costs)
     assert [(one.block, one.amount, one.units) for one in found.blocks] == [
         (block, count, mask.sizes[block]) for block, count in mask.count().items()

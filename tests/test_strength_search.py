@@ -198,7 +198,7 @@ def test_the_slope_is_that_of_the_loss(family):
     for part in (0.0, 0.5):
         value, slope = along.at(part * along.touched.double())
         with operators.rollback(later, to=earlier, mask=mask, strength=part):
-            there = damage(run, data)
+            there = damage(run, data, loss="kl")
             assert value == pytest.approx(float(divergence(earlier, later, data).detach()), rel=1e-3, abs=1e-7)
         for name, found in along.split(slope).items():
             want = -there[name] * mask[name] / (1 - part)
@@ -272,7 +272,7 @@ def test_never_a_greater_loss_than_by_going_all_the_way_or_not_at_all(family):
     run, data = Trajectory(earlier=earlier, later=later), batches(labels=True)
     both = some_neurons(find_layout(later, units=BOTH)) if family == "qwen3" else some_neurons(find_layout(later), 1)
     for mask in (some_neurons(find_layout(later)), some_entries(find_layout(later)), both):
-        found = strengths(run, data, mask, passes=8)
+        found = strengths(run, data, mask, passes=8, loss="kl")
         told = found.made_by["strengths"]
         assert told["least"] == min(told["loss"]) <= min(told["loss"][:2])
         for part, at in ((0.0, 0), (1.0, 1)):

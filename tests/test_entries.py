@@ -236,10 +236,8 @@ def test_the_highest_gains_are_taken_and_budgets_are_nested(family, dtype):
     found = in_parts(entry_gains(run, data, units=candidates(run)))
     flat = torch.cat(list(found.values()))
     positive = int((flat > 0).sum())
-    masks = [
-        by_damage(run, data, budget, units=candidates(run), stop=False, rounds=1)
-        for budget in (0.0, 0.001, 0.01, 0.1, 1.0)
-    ]
+    budgets, units = (0.0, 0.001, 0.01, 0.1, 1.0), candidates(run)
+    masks = [by_damage(run, data, budget, units=units, stop=False, rounds=1) for budget in budgets]
     assert same(snapshot(later), before)
     for mask, budget in zip(masks, budgets, strict=True):
         assert sum(mask.count().values()) == min(round(budget * len(flat)), positive)

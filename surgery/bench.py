@@ -14,6 +14,7 @@ from typing import IO, Any
 import torch
 from torch import nn
 
+from surgery.compat import writes_to
 from surgery.evaluators import evaluator, signature
 from surgery.fingerprints import known
 from surgery.judging import check_items
@@ -210,7 +211,7 @@ def _watched(evaluate: Evaluate) -> Evaluate:
 
     def marks(model: nn.Module) -> dict[str, tuple[int, int]]:
         named = model.named_parameters(remove_duplicate=False)
-        return {name: (p.data_ptr(), p._version) for name, p in named if not p.is_inference()}
+        return {name: (p.data_ptr(), writes_to(p)) for name, p in named if not p.is_inference()}
 
     def measure(model: nn.Module) -> Mapping[str, Score]:
         before = marks(model)

@@ -47,9 +47,9 @@ def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
 def test_d_in_bf16_is_that_of_the_same_weights_in_float32(family: str, units: Any, loss: Divergence):
     """But for what the passes through the model round: up to 5 % of a block's norm here, in nine families."""
     earlier, later = pair(family, torch.bfloat16)
-    narrow = damage(Trajectory(earlier=earlier, later=later, units=units), batches(labels=True), loss=loss)
-    wide = Trajectory(earlier=copy.deepcopy(earlier).float(), later=copy.deepcopy(later).float(), units=units)
-    for name, expected in damage(wide, batches(labels=True), loss=loss).items():
+    narrow = damage(Trajectory(earlier=earlier, later=later), batches(labels=True), units=units, loss=loss)
+    wide = Trajectory(earlier=copy.deepcopy(earlier).float(), later=copy.deepcopy(later).float())
+    for name, expected in damage(wide, batches(labels=True), loss=loss, units=units).items():
         assert apart(narrow[name], expected) < 0.08, name
 
 
@@ -78,7 +78,7 @@ def law_reduced_wide(family: str = "qwen3", units: Any = "mlp") -> None:
             expected[block.name] += (vectors(grads, block) * change).sum(1).detach()
     later.zero_grad(set_to_none=True)
     tokens = sum(int(positions(batch).sum()) for batch in data)
-    for name, value in damage(Trajectory(earlier=earlier, later=later, units=units), data).items():
+    for name, value in damage(Trajectory(earlier=earlier, later=later), data, units=units).items():
         assert apart(value, expected[name] / tokens) < 1e-5, name
 
 
@@ -268,11 +268,11 @@ def test_all_of_d_is_twice_a_square_and_once_a_distance(power: int, times: float
 def test_a_mask_says_what_its_units_d_adds_up_to(units: Any):
     """With a guard too: what is taken off D for other domains is no gain that was lost."""
     earlier, later = pair("qwen3")
-    run, data = Trajectory(earlier=earlier, later=later, units=units), batches(labels=True)
-    scores = damage(run, data)
+    run, data = Trajectory(earlier=earlier, later=later), batches(labels=True)
+    scores = damage(run, data, units=units)
     others = [{key: value.flip(1) for key, value in batch.items()} for batch in data]
     for protect in (None, {"other": others}):
-        mask = DamageSelector(0.2, protect=protect).select(run, data)
+        mask = DamageSelector(0.2, protect=protect, units=units).select(run, data)
         told = mask.made_by["damage"]
         assert told["promised"] == pytest.approx(sum(float(scores[name][mask[name]].sum()) for name in mask), rel=1e-5)
         assert {**told, "promised": 0} == {**scores.made_by["damage"], "promised": 0}

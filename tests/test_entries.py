@@ -46,7 +46,7 @@ from surgery.masks import load_mask
 from surgery.papers import CARD, MASK, RECORD
 from surgery.slots import Block, Layout, Slot
 from surgery.weight_damage import Gains, entry_gains
-from surgery.weight_selection import by_damage, over_weights
+from surgery.weight_selection import by_damage, candidates
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # separate, Conv1D with biases, fused, fused by group, renamed on disk, interleaved experts, experts with a dense layer
@@ -201,9 +201,8 @@ def in_parts(found: Gains) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("family", downstream())
 def test_gains_add_up_to_the_damage_of_each_neuron(family):
     _, later, run = small_pair(family)
-    run = over_weights(run)
-    data = batches(labels=True)
-    whole, parts = damage(run, data), in_parts(entry_gains(run, data))
+    data, units = batches(labels=True), candidates(run)
+    whole, parts = damage(run, data, units=units), in_parts(entry_gains(run, data, units=units))
     for name, block in finest(later).items():
         rows = [parts[f"{name}/{part}"].reshape(block.neurons, -1).double().sum(1) for part in block.parts]
         total = torch.stack(rows).sum(0).float()
@@ -214,7 +213,7 @@ def test_gains_add_up_to_the_damage_of_each_neuron(family):
 def test_a_gain_is_the_gradient_times_what_changed(family):
     earlier, later, run = small_pair(family)
     data = batches(labels=True)
-    found = in_parts(entry_gains(over_weights(run), data))
+    found = in_parts(entry_gains(run, data, units=candidates(run)))
     divergence(earlier, later, data).backward()
     grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in later.named_parameters()}
     change = {n: p.detach() - dict(earlier.named_parameters())[n].detach() for n, p in later.named_parameters()}
@@ -234,14 +233,13 @@ def test_the_highest_gains_are_taken_and_budgets_are_nested(family, dtype):
             mine.flatten()[::3] = theirs.flatten()[::3]
     data = batches(labels=True)
     before = snapshot(later)
-    found = in_parts(entry_gains(over_weights(run), data))
+    found = in_parts(entry_gains(run, data, units=candidates(run)))
     flat = torch.cat(list(found.values()))
     positive = int((flat > 0).sum())
-    masks = [
-        by_damage(over_weights(run), data, budget, stop=False, rounds=1) for budget in (0.0, 0.001, 0.01, 0.1, 1.0)
-    ]
+    budgets, units = (0.0, 0.001, 0.01, 0.1, 1.0), candidates(run)
+    masks = [by_damage(run, data, budget, units=units, stop=False, rounds=1) for budget in budgets]
     assert same(snapshot(later), before)
-    for mask, budget in zip(masks, (0.0, 0.001, 0.01, 0.1, 1.0), strict=True):
+    for mask, budget in zip(masks, budgets, strict=True):
         assert sum(mask.count().values()) == min(round(budget * len(flat)), positive)
         taken = torch.cat(
             [torch.zeros(len(g), dtype=torch.bool).index_fill(0, mask[p], True) for p, g in found.items()]
@@ -314,7 +312,7 @@ def test_stopping_keeps_the_least_loss_that_was_tried(family, budget):
     earlier, later, run = small_pair(family)
     data = batches(labels=True)
     before = snapshot(later)
-    mask = by_damage(over_weights(run), data, budget, rounds=1)
+    mask = by_damage(run, data, budget, units=candidates(run), rounds=1)
     assert same(snapshot(later), before)
     told = mask.made_by["entries"]
     curve = dict(map(tuple, told["curve"]))
@@ -322,7 +320,7 @@ def test_stopping_keeps_the_least_loss_that_was_tried(family, budget):
     assert curve[taken] == min(curve.values())
     assert len(curve) == 8
     assert list(curve) == sorted(curve)
-    whole = by_damage(over_weights(run), data, budget, stop=False, rounds=1)
+    whole = by_damage(run, data, budget, units=candidates(run), stop=False, rounds=1)
     assert max(curve) == sum(whole.count().values())
     assert (mask & whole).equal(mask)
     assert curve[0] == pytest.approx(float(divergence(earlier, later, data).detach()), rel=1e-3)
@@ -334,13 +332,13 @@ def test_stopping_keeps_the_least_loss_that_was_tried(family, budget):
 def test_each_round_takes_the_best_of_what_is_left_within_the_loss_that_is_left(family):
     earlier, later, run = small_pair(family)
     data, before = batches(labels=True), snapshot(later)
-    run = over_weights(run)
+    units = candidates(run)
     taken, bounds, loss = torch.zeros(0, dtype=torch.int64), [0], None
-    path = weight_selection._path(run, data, loss="kl", rounds=4)
+    path = weight_selection._path(run, data, loss="kl", rounds=4, units=units)
     assert same(snapshot(later), before)
     for _ in range(3):
         with operators.rollback(later, to=earlier, mask=path.gains.entries(taken)):
-            found = entry_gains(run, data)
+            found = entry_gains(run, data, loss="kl", units=units)
         loss = found.value
         assert path.curve[len(bounds) - 1] == (bounds[-1], pytest.approx(loss, rel=1e-4, abs=1e-7))
         order = found.flat.sort(descending=True, stable=True)
@@ -352,10 +350,10 @@ def test_each_round_takes_the_best_of_what_is_left_within_the_loss_that_is_left(
         bounds.append(len(taken))
     assert len(taken.unique()) == len(taken) == len(path.taken)
     budgets = (0.0, 0.001, 0.01, 0.1, 1.0)
-    masks = [by_damage(run, data, budget, stop=False, rounds=4) for budget in budgets]
+    masks = [by_damage(run, data, budget, units=units, stop=False, rounds=4, loss="kl") for budget in budgets]
     assert all((small & big).equal(small) for small, big in pairwise(masks))
     assert [sum(mask.count().values()) for mask in masks[:3]] == [round(b * len(found.flat)) for b in budgets[:3]]
-    stopped = by_damage(run, data, 1.0, rounds=4)
+    stopped = by_damage(run, data, 1.0, units=units, rounds=4, loss="kl")
     curve = dict(map(tuple, stopped.made_by["entries"]["curve"]))
     assert curve[sum(stopped.count().values())] == min(curve.values()) <= min(loss for _, loss in path.curve)
     assert same(snapshot(later), before)
@@ -367,7 +365,7 @@ def test_rounds_need_fewer_weights_than_one_look():
     data = batches(labels=True)
 
     def left(rounds: int) -> float:
-        mask = by_damage(over_weights(run), data, 0.05, rounds=rounds)
+        mask = by_damage(run, data, 0.05, units=candidates(run), rounds=rounds)
         return min(loss for _, loss in mask.made_by["entries"]["curve"])
 
     assert left(8) < 0.8 * left(1)
@@ -454,8 +452,9 @@ def test_only_the_mlps_where_attention_is_unclear_or_the_layout_is_given():
     for family, kinds in (("llama", BOTH), ("deepseek_v3", ("mlp",))):
         _, later, run = small_pair(family)
         assert DamageSelector(0.1, units="weight").select(run, batches(labels=True)).units == kinds
-    own = find_layout(later)
-    assert over_weights(Trajectory(earlier=later, later=later, layout=own)).layout is own
+    for kinds in (("mlp",), ("kv_group",)):
+        layout = find_layout(later, units=kinds)
+        assert candidates(Trajectory(earlier=later, later=later, layout=layout)) == kinds
     with pytest.raises(ValueError, match="can be told for certain"):
         DamageSelector(0.1, units=(*BOTH, "weight")).select(run, batches(labels=True))
 
@@ -463,10 +462,10 @@ def test_only_the_mlps_where_attention_is_unclear_or_the_layout_is_given():
 def test_what_choosing_by_damage_needs():
     _, _, run = small_pair("llama")
     with pytest.raises(ValueError, match="D is measured on prompts"):
-        by_damage(run, None, 0.1)
+        by_damage(run, None, 0.1, units=BOTH)
     for rounds in (0, True, 1.5):
         with pytest.raises(ValueError, match="how often D is measured"):
-            by_damage(run, batches(labels=True), 0.1, rounds=rounds)
+            by_damage(run, batches(labels=True), 0.1, units=BOTH, rounds=rounds)
 
 
 def test_sweep_measures_single_weights():
@@ -529,11 +528,11 @@ def test_anonymous_memory_is_bounded_by_a_chunk():
 def test_long_parts_are_read_and_written_in_pieces(family, monkeypatch):
     earlier, later, run = small_pair(family)
     data, before = batches(labels=True), snapshot(later)
-    whole = by_damage(over_weights(run), data, 0.05)
+    whole = by_damage(run, data, 0.05, units=candidates(run))
     want = expected(before, dict(State(earlier)), finest(later), whole)
     for module, name, size in ((entries, "_RUN", 50), (gradient_hooks, "CHUNK", 100), (weight_ranking, "CHUNK", 1000)):
         monkeypatch.setattr(module, name, size)
-    assert by_damage(over_weights(run), data, 0.05).equal(whole)
+    assert by_damage(run, data, 0.05, units=candidates(run)).equal(whole)
     with operators.rollback(later, to=earlier, mask=whole) as done:
         assert same(snapshot(later), want)
         assert len(done._old) > sum(whole.count().values()) / 50

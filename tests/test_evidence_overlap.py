@@ -18,7 +18,6 @@ from surgery import (
     Overlap,
     Profile,
     RandomSelector,
-    Trajectory,
     activation,
     evidence_overlap,
     find_layout,

@@ -24,8 +24,8 @@ seeds ({seeds}; where a curve was measured on fewer, its name says on which). GR
 training prompts × 8 samples a step, reward 1 for the right answer, 3e-4). KL: distillation from the checkpoint before
 the damage, on the 128 calibration prompts as it answers them itself (no label and no reward), 32 a step; Adam. D is by
 the Hellinger distance on the same answers. All is in float32: [pareto](pareto.md) has the right answers and the
-checkpoints' bf16, so its recoveries differ a little. Rates under a mask (1e-3 on 2 % of the units, 3e-4 on 16 %) and KL's (1e-4 on all
-parameters) were chosen on seed 0.
+checkpoints' bf16, so its recoveries differ a little. Rates under a mask (1e-3 on 2 % of the units, 3e-4 on 16 %) and
+KL's (1e-4 on all parameters) were chosen on seed 0.
 """
 
 COST = """## Refresh, rollback, and rollback then refresh, at equal cost

@@ -102,7 +102,8 @@ class Desk:
     @cached_property
     def run(self) -> Trajectory:
         run = Trajectory(earlier=self.folder / self.earlier, later=self.folder / self.later)
-        return replace(run, model=run.load(dtype=torch.float32))
+        run.load(dtype=torch.float32)
+        return run
 
     @property
     def model(self) -> nn.Module:
@@ -139,9 +140,7 @@ class Desk:
         """What D chooses on the calibration prompts."""
         if (budget, units) not in self._masks:
             data, _ = self.answered
-            self._masks[budget, units] = DamageSelector(budget, loss="hellinger", units=units).select(
-                replace(self.run, units=units), data
-            )
+            self._masks[budget, units] = DamageSelector(budget, units=units).select(self.run, data)
         return self._masks[budget, units]
 
 

@@ -224,8 +224,9 @@ def test_a_gain_is_the_gradient_times_what_changed(family):
             torch.testing.assert_close(ours, want, rtol=2e-3, atol=1e-8 + 1e-3 * float(want.abs().max()))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("family", SEVEN)
+@pytest.mark.parametrize(
+    ("family", "dtype"), [*((f, torch.float32) for f in SEVEN), *(("llama", d) for d in DTYPES[1:])], ids=str
+)
 def test_the_highest_gains_are_taken_and_budgets_are_nested(family, dtype):
     earlier, later, run = small_pair(family, dtype)
     with torch.no_grad():  # some weights that training left alone
@@ -305,8 +306,7 @@ def test_how_many_a_limit_buys(values, limit, chunk):
 # Where to stop.
 
 
-@pytest.mark.parametrize("family", SEVEN)
-@pytest.mark.parametrize("budget", [0.02, 0.5, 1.0])
+@pytest.mark.parametrize(("family", "budget"), [("llama", 0.02), ("llama", 0.5), *((family, 1.0) for family in SEVEN)])
 def test_stopping_keeps_the_least_loss_that_was_tried(family, budget):
     earlier, later, run = small_pair(family)
     data = batches(labels=True)
@@ -327,7 +327,7 @@ def test_stopping_keeps_the_least_loss_that_was_tried(family, budget):
         assert curve[taken] == pytest.approx(float(divergence(earlier, later, data)), rel=1e-3, abs=1e-6)
 
 
-@pytest.mark.parametrize("family", SEVEN)
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 def test_each_round_takes_the_best_of_what_is_left_within_the_loss_that_is_left(family):
     earlier, later, run = small_pair(family)
     data, before = batches(labels=True), snapshot(later)

@@ -132,15 +132,15 @@ def test_live_laws(family, dtype):
 
 def test_an_error_on_the_way_puts_the_old_weights_back(monkeypatch):
     earlier, later = build("llama", seed=1), build("llama", seed=2)
-    before, calls, real = snapshot(later), [], operators._write
+    before, calls, real = snapshot(later), [], Slot.put_entries
 
-    def write(tensor, edit, rows):
-        calls.append(edit)
+    def put(self, *args):
+        calls.append(self)
         if len(calls) == 9:
             raise OSError("disk")
-        real(tensor, edit, rows)
+        real(self, *args)
 
-    monkeypatch.setattr(operators, "_write", write)
+    monkeypatch.setattr(Slot, "put_entries", put)
     with pytest.raises(OSError, match="disk"):
         operators.rollback(later, to=earlier, mask=some_entries(finest(later)))
     assert len(calls) > 9

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import build
+from families import build, fewer
 from mutants import dies
 from test_attribution import pair
 from test_entries import DTYPES, SEVEN, law_exact
@@ -51,7 +51,7 @@ from surgery.weight_damage import entry_gains
 from surgery.weight_scores import Traits, entry_traits
 
 # what only hands over to a function beneath, which is tested on more families: one dense, one of experts
-TWO = ("llama", "qwen3_moe")
+TWO = fewer(("llama", "qwen3_moe"), SEVEN)
 RANDOM = partial(RandomSelector, units="weight")
 KINDS = (
     DamageSelector(0.01, units="weight"),
@@ -76,7 +76,11 @@ def bare(run: Trajectory) -> Trajectory:
 # Equal to EntrySelector.
 
 
-@pytest.mark.parametrize(("family", "dtype"), [*((f, torch.float32) for f in TWO), ("llama", torch.bfloat16)], ids=str)
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [*((f, torch.float32) for f in TWO), *((f, torch.bfloat16) for f in fewer(("llama",), SEVEN))],
+    ids=str,
+)
 def test_damage_takes_what_the_entry_selector_takes(family, dtype):
     run, data = two(family, dtype), batches(labels=True)
     for budget in (0.002, 0.05):

@@ -166,15 +166,13 @@ def test_live_models_and_folders_are_damaged_alike(family, tmp_path):
         assert all(torch.equal(found[name], live[name]) for name in live)
 
 
-def test_only_one_tensors_gradient_exists_at_a_time(monkeypatch):
+def test_only_one_tensors_gradient_exists_at_a_time():
     earlier, later = pair("qwen3")
-    most, real = [], attribution._Total.add
-
-    def watched(self: Any, *arguments: Any) -> None:
-        most.append(sum(p.grad is not None for p in later.parameters()))
-        real(self, *arguments)
-
-    monkeypatch.setattr(attribution._Total, "add", watched)
+    most: list[int] = []
+    for parameter in later.parameters():
+        parameter.register_post_accumulate_grad_hook(
+            lambda _: most.append(sum(p.grad is not None for p in later.parameters()))
+        )
     damage(Trajectory(earlier=earlier, later=later), batches(labels=True))
     assert most
     assert max(most) == 1

@@ -477,6 +477,7 @@ def test_an_interrupted_rollback_leaves_the_old_weights(family, error, monkeypat
         assert same(snapshot(later), before)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_is_held_back_until_the_weights_are_whole(monkeypatch):
     """A real signal: during the rollback the old weights come back, during the undo the undo is completed first."""
     earlier, later = pair("llama")
@@ -503,6 +504,7 @@ def test_ctrl_c_is_held_back_until_the_weights_are_whole(monkeypatch):
     assert signal.getsignal(signal.SIGINT) is handler
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("kind", ["neurons", "weights"])
 def test_ctrl_c_anywhere_in_a_rollback_leaves_the_old_weights(kind):
     """At whichever line the signal comes, the wait for the checks and the report too: else nobody has the undo."""

@@ -446,14 +446,6 @@ def test_the_report(tmp_path):
         assert "all parameters" in str(done)
 
 
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """Ctrl-C as in a foreground process: in the background a shell has it ignored from the start."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_during_the_way_back_waits_until_it_is_whole(monkeypatch):
     model = build("llama")

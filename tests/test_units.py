@@ -640,8 +640,10 @@ def test_costs_have_to_fit():
     assert allocate(scores, 0.5, costs={"a": 3}) == {"a": 1}
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "qwen3_next"])
-@pytest.mark.parametrize("unit", ATTENTION)
+@pytest.mark.parametrize(
+    ("family", "unit"),
+    [*(("llama", unit) for unit in ATTENTION), *((f, "value_channel") for f in ("gpt2", "mixtral", "qwen3_next"))],
+)
 def test_a_joint_selector_spends_parameters_on_both_kinds(family, unit):
     """Never more than β of them, nearly all of them, at random and by score; bigger contains smaller where global."""
     base, earlier, later = (build(family, seed=seed) for seed in range(3))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -12,25 +13,16 @@ from test_scores import Batch, batches
 from torch import nn
 from torch.nn import functional as F
 
-from surgery import (
-    DamageSelector,
-    Neurons,
-    Trajectory,
-    allocate,
-    attribution,
-    damage,
-    distillation,
-    find_layout,
-    gradient_hooks,
-    predictions,
-    respond,
-    reversal_cost,
-    rollback,
-    sweep,
-    top,
-)
-from surgery.operators import rolled_back
-from surgery.saving import save
+from surgery import DamageSelector, Neurons, Trajectory, allocate, damage, rollback, sweep, top
+from surgery.layout import find_layout
+from surgery.live import distillation, respond
+from surgery.live import hooks as gradient_hooks
+from surgery.live import losses as predictions
+from surgery.reverting.folder import save
+from surgery.reverting.rollback import rolled_back
+from surgery.scores import reversal_cost
+
+attribution = import_module("surgery.scores.damage")
 
 
 def divergence(earlier: nn.Module, model: nn.Module, data: list[Batch]) -> torch.Tensor:

@@ -17,7 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from surgery import Checkpoint, Neurons, find_layout, rollback, rolled_back, save
+from surgery import Checkpoint, Neurons, rollback, rolled_back, save
+from surgery.layout import find_layout
 
 TYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 

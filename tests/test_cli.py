@@ -22,14 +22,14 @@ from surgery import (
     Neurons,
     RandomSelector,
     Trajectory,
-    find_layout,
     load_prompts,
     rollback,
     rolled_back,
     strengths,
 )
 from surgery.cli import main
-from surgery.masks import load_mask
+from surgery.layout import find_layout
+from surgery.masks.mask import load_mask
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,32 +22,24 @@ from test_laws import all_neurons, hashes, same, snapshot
 from test_scores import batches
 from torch import nn
 
-from surgery import (
-    Checkpoint,
-    DamageSelector,
-    Entries,
-    Neurons,
-    Trajectory,
-    damage,
-    entries,
-    find_layout,
-    gradient_hooks,
-    jaccard,
-    operators,
-    rolled_back,
-    save,
-    sweep,
-    weight_damage,
-    weight_ranking,
-    weight_selection,
-)
-from surgery.checkpoint import State
-from surgery.entries import shapes_of
-from surgery.masks import load_mask
-from surgery.papers import CARD, MASK, RECORD
-from surgery.slots import Block, Layout, Slot
-from surgery.weight_damage import Gains, entry_gains
-from surgery.weight_selection import by_damage, candidates
+from surgery import Checkpoint, DamageSelector, Entries, Neurons, Trajectory, damage, rolled_back, save, sweep
+from surgery.checkpoints.checkpoint import State
+from surgery.layout import find_layout
+from surgery.layout.slots import Block, Layout, Slot
+from surgery.live import hooks as gradient_hooks
+from surgery.masks import entries
+from surgery.masks.entries import shapes_of
+from surgery.masks.mask import load_mask
+from surgery.measure import jaccard
+from surgery.reverting.provenance import CARD, MASK, RECORD
+from surgery.scores import weights as weight_damage
+from surgery.scores import weights as weight_ranking
+from surgery.scores.weights import Gains, entry_gains
+from surgery.selectors import rounds as weight_selection
+from surgery.selectors.rounds import by_damage, candidates
+
+operators = import_module("surgery.reverting.rollback")
+
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # separate, Conv1D with biases, fused, fused by group, renamed on disk, interleaved experts, experts with a dense layer
@@ -495,8 +488,8 @@ def test_sweep_measures_single_weights():
 MEMORY = """
 import sys, threading, torch
 from pathlib import Path
-from surgery.weight_damage import Gains
-from surgery.scratch import zeros_on_disk
+from surgery.scores.weights import Gains
+from surgery.scores.weights import zeros_on_disk
 
 def anonymous():
     lines = Path("/proc/self/status").read_text().split("\\n")

@@ -15,7 +15,7 @@ from test_sweeps import same, snapshot
 from benchmarks.lab.tokenizer import build_tokenizer
 from surgery import RandomSelector, Trajectory, harness, repair, sweep
 from surgery.cli import main
-from surgery.evaluators import _score, evaluator
+from surgery.measure.evaluators import _score, evaluator
 
 ITEMS = 24
 

@@ -9,6 +9,7 @@ import sys
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,21 +21,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from surgery import (
-    AMCSelector,
-    Checkpoint,
-    Neurons,
-    RandomSelector,
-    Trajectory,
-    budget,
-    find_layout,
-    operators,
-    rolled_back,
-    save,
-)
-from surgery.checkpoint import State
-from surgery.slots import Layout, Slot
-from surgery.stored import folder_layout
+from surgery import AMCSelector, Checkpoint, Neurons, RandomSelector, Trajectory, rolled_back, save
+from surgery.checkpoints.checkpoint import State
+from surgery.layout import find_layout
+from surgery.layout.on_disk import folder_layout
+from surgery.layout.slots import Layout, Slot
+from surgery.masks import budget
+
+operators = import_module("surgery.reverting.rollback")
+
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 THREE = ("llama", "gpt2", "mixtral")

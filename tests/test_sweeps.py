@@ -20,16 +20,16 @@ from surgery import (
     RandomSelector,
     Trajectory,
     allocate,
-    find_layout,
     harness,
     likelihood,
     magnitude,
-    scores,
     sweep,
     top,
 )
-from surgery.bench import Bench
-from surgery.checkpoint import State
+from surgery.checkpoints.checkpoint import State
+from surgery.layout import find_layout
+from surgery.measure.sweep import Bench
+from surgery.scores import amc as scores
 
 BUDGETS = [0.1, 0.25]
 SELECTORS = [AMCSelector(0.0), AMCSelector(0.0, rank="M", allocate="M"), RandomSelector(0.0), RandomSelector(0.0, 1)]

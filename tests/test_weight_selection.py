@@ -32,19 +32,19 @@ from surgery import (
     repair,
     rolled_back,
     save,
-    selection,
-    stability,
     sweep,
-    weight_ranking,
-    weight_selection,
 )
-from surgery.bench import units_of
-from surgery.checkpoint import State
-from surgery.masks import load_mask
-from surgery.papers import MASK
-from surgery.predictions import cross_entropy
-from surgery.weight_damage import entry_gains
-from surgery.weight_selection import by_damage, by_magnitude, candidates
+from surgery.checkpoints.checkpoint import State
+from surgery.live.losses import cross_entropy
+from surgery.masks.mask import load_mask
+from surgery.measure import stability
+from surgery.measure.sweep import units_of
+from surgery.reverting.provenance import MASK
+from surgery.scores import weights as weight_ranking
+from surgery.scores.weights import entry_gains
+from surgery.selectors import rounds as weight_selection
+from surgery.selectors import selectors as selection
+from surgery.selectors.rounds import by_damage, by_magnitude, candidates
 
 # what only hands over to a function beneath, which is tested on more families: one dense, one of experts
 TWO = fewer(("llama", "qwen3_moe"), SEVEN)
@@ -200,7 +200,7 @@ MEMORY = """
 import threading, torch
 from pathlib import Path
 from surgery import RandomSelector, Trajectory
-from surgery.layout import spec_layout
+from surgery.layout.finding import spec_layout
 
 def anonymous():
     lines = Path("/proc/self/status").read_text().split("\\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -12,25 +13,16 @@ from test_scores import Batch, batches
 from torch import nn
 from torch.nn import functional as F
 
-from surgery import (
-    DamageSelector,
-    Neurons,
-    Trajectory,
-    allocate,
-    attribution,
-    damage,
-    distillation,
-    find_layout,
-    gradient_hooks,
-    predictions,
-    respond,
-    reversal_cost,
-    rollback,
-    sweep,
-    top,
-)
-from surgery.operators import rolled_back
-from surgery.saving import save
+from surgery import DamageSelector, Neurons, Trajectory, allocate, damage, rollback, sweep, top
+from surgery.layout import find_layout
+from surgery.live import distillation, respond
+from surgery.live import hooks as gradient_hooks
+from surgery.live import losses as predictions
+from surgery.reverting.folder import save
+from surgery.reverting.rollback import rolled_back
+from surgery.scores import reversal_cost
+
+attribution = import_module("surgery.scores.damage")
 
 
 def divergence(earlier: nn.Module, model: nn.Module, data: list[Batch]) -> torch.Tensor:
@@ -166,15 +158,13 @@ def test_live_models_and_folders_are_damaged_alike(family, tmp_path):
         assert all(torch.equal(found[name], live[name]) for name in live)
 
 
-def test_only_one_tensors_gradient_exists_at_a_time(monkeypatch):
+def test_only_one_tensors_gradient_exists_at_a_time():
     earlier, later = pair("qwen3")
-    most, real = [], attribution._Total.add
-
-    def watched(self: Any, *arguments: Any) -> None:
-        most.append(sum(p.grad is not None for p in later.parameters()))
-        real(self, *arguments)
-
-    monkeypatch.setattr(attribution._Total, "add", watched)
+    most: list[int] = []
+    for parameter in later.parameters():
+        parameter.register_post_accumulate_grad_hook(
+            lambda _: most.append(sum(p.grad is not None for p in later.parameters()))
+        )
     damage(Trajectory(earlier=earlier, later=later), batches(labels=True))
     assert most
     assert max(most) == 1

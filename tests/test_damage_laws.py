@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,14 @@ from test_scores import Batch, batches
 from torch import nn
 
 from benchmarks.pareto.variants import integrated
-from surgery import (
-    DamageSelector,
-    Neurons,
-    RandomSelector,
-    Trajectory,
-    attribution,
-    damage,
-    distillation,
-    find_layout,
-    rollback,
-)
-from surgery.predictions import Divergence, positions, predicting, summed
+from surgery import DamageSelector, Neurons, RandomSelector, Trajectory, damage, rollback
+from surgery.layout import find_layout
+from surgery.live import distillation
+from surgery.live.losses import Divergence, positions, predicting, summed
+
+attribution = import_module("surgery.scores.damage")
+attribution = import_module("surgery.scores.damage")
+
 
 JOINT = ("mlp", "kv_group")
 PRECISE = [("qwen3", "mlp"), ("gpt2", JOINT), ("qwen3", JOINT), ("mixtral", "mlp"), ("gpt_oss", JOINT)]
@@ -184,7 +181,7 @@ MEMORY = """
 import sys, tempfile, threading, torch
 from pathlib import Path
 from transformers import AutoModelForCausalLM, Qwen3Config
-from surgery import Trajectory, attribution, damage
+from surgery import Trajectory, damage
 
 def anonymous():
     lines = Path("/proc/self/status").read_text().split("\\n")

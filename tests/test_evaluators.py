@@ -15,7 +15,7 @@ from test_sweeps import same, snapshot
 from benchmarks.lab.tokenizer import build_tokenizer
 from surgery import RandomSelector, Trajectory, harness, repair, sweep
 from surgery.cli import main
-from surgery.evaluators import _score, evaluator
+from surgery.measure.evaluators import _score, evaluator
 
 ITEMS = 24
 
@@ -137,12 +137,13 @@ def test_the_harness_from_repair_and_the_shell(place, quiet, monkeypatch, capsys
     model = run.load()
     found = repair(run, None, selector=RandomSelector(0.0), evaluate=evaluate, budgets=[0.5, 1.0])
     assert [sum(row.items["tiny_sums"]) for row in found.sweep.rows[:2]] == [right[better], right[worse]]
-    with pytest.raises(LookupError, match="knows no task 'no_such_task'"):
-        harness("no_such_task")(model)
+    with pytest.raises(LookupError, match="knows no task 'no_such_task'"):  # with a folder whose index is read by now
+        harness("no_such_task", include_path=place / "tasks")(model)
     monkeypatch.chdir(place)
-    words = "surgery sweep earlier later --evaluate lm_eval:no_such_task --selectors random --budgets 0.5"
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    words = "surgery sweep earlier later --evaluate lm_eval:gsm8k --selectors random --budgets 0.5"
     monkeypatch.setattr(sys, "argv", words.split())
     with pytest.raises(SystemExit) as stopped:
         main()
     assert stopped.value.code == 1
-    assert "knows no task 'no_such_task'" in capsys.readouterr().err
+    assert "lm_eval tasks need lm_eval: pip install" in " ".join(capsys.readouterr().err.split())

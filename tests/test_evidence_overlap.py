@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from itertools import combinations
 from math import comb
 
@@ -12,20 +13,13 @@ from families import build
 from test_evidence_changes import run_of, sequence
 from test_scores import batches
 
-from surgery import (
-    AMCSelector,
-    Neurons,
-    Overlap,
-    Profile,
-    RandomSelector,
-    activation,
-    evidence_overlap,
-    find_layout,
-    magnitude,
-    overlap,
-    profile,
-)
-from surgery.evidence_overlap import chance_jaccard
+from surgery import AMCSelector, Neurons, RandomSelector, activation, magnitude
+from surgery.evidence import Overlap, Profile, overlap, profile
+from surgery.evidence.overlap import chance_jaccard
+from surgery.layout import find_layout
+
+evidence_overlap = import_module("surgery.evidence.overlap")
+
 
 SIZES = {"a": 40, "b": 25, "c": 60}
 

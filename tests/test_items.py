@@ -10,10 +10,10 @@ import pytest
 import torch
 from test_sweeps import BUDGETS, SELECTORS, data, trio
 
-from surgery import Row, Sweep, Trajectory, sweep
-from surgery.judging import judged
-from surgery.rows import CEILING, EARLIER, LATER, scored
-from surgery.significance import paired, recovery_intervals
+from surgery import Trajectory, sweep
+from surgery.measure import Row, Sweep
+from surgery.measure.rows import CEILING, EARLIER, LATER, judged, scored
+from surgery.measure.statistics import paired, recovery_intervals
 
 N = 80
 

@@ -26,8 +26,8 @@ from benchmarks.pareto.methods import methods
 from benchmarks.pareto.points import OTHER, OURS, SCALE, UNDECIDED, Point, best, contests, points, verdict
 from benchmarks.pareto.report import markdown
 from surgery import rolled_back
-from surgery.rows import CEILING, EARLIER, LATER
-from surgery.strength_values import applied as used
+from surgery.measure.rows import CEILING, EARLIER, LATER
+from surgery.reverting.writing import applied as used
 
 needs_checkpoints = pytest.mark.skipif(not (SEED0 / "qa").is_dir(), reason="seed 0 has not been trained here")
 ITEMS = 200
@@ -168,15 +168,15 @@ def test_what_was_asked_of_d_is_bold_where_it_is_missed() -> None:
     """Twice A×M×C at 1, 2, 4 %; 90 % of the ceiling by 16 %; no domain down by more than 0.2 points."""
     runs = [run_of("seed0", 0.2, {}, noise=0.0)]
     later = np.array(runs[0]["rows"][0]["items"]) / SCALE
-    for method, recovered in (("A×M×C", 0.1), ("D", 0.25), ("D (Hellinger)", 0.15)):
+    for method, recovered in (("A×M×C", 0.1), ("D (KL)", 0.25), ("D", 0.15)):
         for budget in BUDGETS:
             one = row(method, LIBRARY, budget, later + 0.2 * recovered)
-            one["delta"] = {"qa": (-0.001 if method == "D" else -0.004, -0.01, 0.01)}
+            one["delta"] = {"qa": (-0.001 if method == "D (KL)" else -0.004, -0.01, 0.01)}
             runs[0]["rows"].append(one)
     runs[0]["rows"].append(row(CEILING, LIBRARY, 1.0, later + 0.2 * 0.27))
     text = markdown({PAIR.name: runs}, {PAIR.name: points(runs)})
-    assert "| D | 2.5, 2.5, 2.5 | 93 % | -0.10 (qa) |" in text
-    assert "| D (Hellinger) | **1.5**, **1.5**, **1.5** | **56 %** | **-0.40** (qa) |" in text
+    assert "| D (KL) | 2.5, 2.5, 2.5 | 93 % | -0.10 (qa) |" in text
+    assert "| D | **1.5**, **1.5**, **1.5** | **56 %** | **-0.40** (qa) |" in text
 
 
 def test_a_variant_of_d_is_told_beside_d_and_takes_no_part_in_contests() -> None:
@@ -184,9 +184,9 @@ def test_a_variant_of_d_is_told_beside_d_and_takes_no_part_in_contests() -> None
     later = np.array(run["rows"][0]["items"]) / SCALE
     shares = {
         "A×M×C": (LIBRARY, 0.1),
-        "D": (LIBRARY, 0.3),
-        "D, 2 rounds": (VARIANT, 0.4),
-        "D (proportional)": (LIBRARY, 0.35),
+        "D (KL)": (LIBRARY, 0.3),
+        "D (KL), 2 rounds": (VARIANT, 0.4),
+        "D (KL) (proportional)": (LIBRARY, 0.35),
     }
     noise = {name: 0.05 * np.random.default_rng(3).standard_normal(ITEMS) for name in shares}
     for name, (kind, share) in shares.items():
@@ -197,11 +197,11 @@ def test_a_variant_of_d_is_told_beside_d_and_takes_no_part_in_contests() -> None
     found = points([run])
     text = markdown({PAIR.name: [run]}, {PAIR.name: found})
     told = text.split("### Variants of D")[1].split("<details>")[0]
-    (line,) = [line for line in told.splitlines() if line.startswith("| D, 2 rounds")]
+    (line,) = [line for line in told.splitlines() if line.startswith("| D (KL), 2 rounds")]
     assert line.count("| +10.") == len(BUDGETS)  # the same noise: the difference is 0.1 of the loss on every item
     assert "[9." in line or "[10." in line
     assert "proportional" not in told
-    assert "*D, 2 rounds, β" in text.split("### The front")[1].split("###")[0]
+    assert "*D (KL), 2 rounds, β" in text.split("### The front")[1].split("###")[0]
     assert "2 rounds" not in text.split("### Who wins")[1].split("### The front")[0]
     assert "2 rounds" not in text.split("### Neurons and units")[1].split("### Variants")[0]
     assert "None was measured" in markdown({PAIR.name: [run]}, {PAIR.name: [p for p in found if p.kind != VARIANT]})
@@ -340,7 +340,7 @@ def test_strengths_keep_ds_masks_and_leave_the_live_model_in_its_own_dtype(seed0
     """What is measured has the bits of the folder that ``rolled_back`` would give."""
     setting = setting_of(seed0, PAIR)
     curves = {one.name: one for one in methods(setting)}
-    for name in ("D", "D of units (neurons and value channels)", "D of units (neurons and KV groups)"):
+    for name in ("D (KL)", "D", "D of units (neurons and value channels)"):
         plain, further = (curves[each].change(setting, 0.02, 0) for each in (name, f"{name}, strengths ≤ 2"))
         assert plain.strength == 1
         assert plain.mask.equal(further.mask)
@@ -367,19 +367,11 @@ def test_the_earlier_models_row_is_the_earlier_checkpoint(seed0: Path) -> None:
 
 
 README = {
-    "2 % of the neurons, random": ("random neurons", 0.02),
     "2 % of the neurons, A×M×C (the paper's)": ("A×M×C", 0.02),
     "2 % of the neurons, **D** (ours)": ("D", 0.02),
     "2 % of neurons and value channels, **D**": ("D of units (neurons and value channels)", 0.02),
-    "the same, each up to twice as far back": ("D of units (neurons and value channels), strengths ≤ 2", 0.02),
-    "0.2 % of single weights, **D** by Hellinger": ("D (Hellinger) of single weights", 0.002),
-    "1 % of single weights, **D** by Hellinger": ("D (Hellinger) of single weights", 0.01),
-    "4 % of single weights, **D** by Hellinger": ("D (Hellinger) of single weights", 0.04),
-    "32 % of neurons and KV groups, **D** by Hellinger": ("D (Hellinger) of units (neurons and KV groups)", 0.32),
-    "the most changed 16 % of all weights": ("most-changed entries", 0.16),
-    "the noise in every matrix's change (DG-Hard, factor 2)": ("spectral (DG-Hard)", 2.0),
+    "1 % of single weights, **D**": ("D of single weights", 0.01),
     "everything, half-way (WiSE-FT, α = 0.5)": ("WiSE-FT", 0.5),
-    "everything": (EARLIER, 1.0),
     "nothing: 20 more GRPO steps of training": ("GRPO, training prompts", 20.0),
 }
 

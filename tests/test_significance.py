@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surgery import significance
-from surgery.significance import (
+from surgery.measure import statistics as significance
+from surgery.measure.statistics import (
     bootstrap_means,
     healing,
     interval,

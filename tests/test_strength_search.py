@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 
 import pytest
 import torch
@@ -14,25 +15,18 @@ from test_laws import THREE, all_neurons, bits, hashes, same, snapshot, some_neu
 from test_scores import batches
 from torch import nn
 
-from surgery import (
-    Checkpoint,
-    Entries,
-    Neurons,
-    Trajectory,
-    damage,
-    find_layout,
-    operators,
-    rolled_back,
-    save,
-    strength_search,
-    strength_values,
-    strengths,
-)
-from surgery.checkpoint import State
-from surgery.edits import Numbers
-from surgery.papers import CARD, RECORD, STRENGTH
-from surgery.slots import Layout
+from surgery import Checkpoint, Entries, Neurons, Trajectory, damage, rolled_back, save, strengths
+from surgery.checkpoints.checkpoint import State
+from surgery.layout import find_layout
+from surgery.layout.slots import Layout
+from surgery.masks.edits import Numbers
+from surgery.reverting import writing as strength_values
+from surgery.reverting.provenance import CARD, RECORD, STRENGTH
 from surgery.units import Units
+
+operators = import_module("surgery.reverting.rollback")
+strength_search = import_module("surgery.selectors.strengths")
+
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PARTS = (0.0, 0.25, 1.0, 1.75)

@@ -10,9 +10,25 @@ import torch
 from mutants import dies
 from torch import Tensor
 
-from surgery import curvature, fisher, theory, theory_krylov
-from surgery.theory import Point, allowed, along, combined, descent, distances, inner, noise, norm, parts, slope
-from surgery.theory_krylov import eigenpairs, largest, orthonormal
+from surgery.theory import curvature, fisher
+from surgery.theory import vectors as theory
+from surgery.theory import vectors as theory_krylov
+from surgery.theory.vectors import (
+    Point,
+    allowed,
+    along,
+    combined,
+    descent,
+    distances,
+    eigenpairs,
+    inner,
+    largest,
+    noise,
+    norm,
+    orthonormal,
+    parts,
+    slope,
+)
 
 torch.manual_seed(0)
 X = torch.randn(7, 5, dtype=torch.float64)

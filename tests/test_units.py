@@ -6,6 +6,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from importlib import import_module
 from itertools import pairwise
 from typing import Any
 
@@ -25,29 +26,29 @@ from transformers.models.mpt import modeling_mpt
 from surgery import (
     AMCSelector,
     Checkpoint,
-    Layout,
     Neurons,
     RandomSelector,
-    Slot,
     Trajectory,
     activation,
     allocate,
     conflict,
-    find_layout,
     magnitude,
-    operators,
-    probe,
     rolled_back,
     save,
-    score_products,
     sweep,
     top,
 )
-from surgery.checkpoint import State
-from surgery.deltas import reading
-from surgery.opening import open_weights
-from surgery.stored import folder_layout
+from surgery.checkpoints.checkpoint import State
+from surgery.checkpoints.opening import open_weights
+from surgery.checkpoints.trajectory import reading
+from surgery.layout import Layout, Slot, find_layout
+from surgery.layout.on_disk import folder_layout
+from surgery.live import probe
+from surgery.scores import amc as score_products
 from surgery.units import ATTENTION, kinds_of
+
+operators = import_module("surgery.reverting.rollback")
+
 
 REFUSED = ("deepseek_v2", "deepseek_v3", "glm_moe_dsa", "jetmoe")
 WHOLE_NORM = ("olmo2", "olmoe", "minimax_m2")  # no head stands alone, value channels do
@@ -640,8 +641,10 @@ def test_costs_have_to_fit():
     assert allocate(scores, 0.5, costs={"a": 3}) == {"a": 1}
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "qwen3_next"])
-@pytest.mark.parametrize("unit", ATTENTION)
+@pytest.mark.parametrize(
+    ("family", "unit"),
+    [*(("llama", unit) for unit in ATTENTION), *((f, "value_channel") for f in ("gpt2", "mixtral", "qwen3_next"))],
+)
 def test_a_joint_selector_spends_parameters_on_both_kinds(family, unit):
     """Never more than β of them, nearly all of them, at random and by score; bigger contains smaller where global."""
     base, earlier, later = (build(family, seed=seed) for seed in range(3))

@@ -17,12 +17,15 @@ from test_laws import same, snapshot
 from test_scores import batches
 from torch import nn
 
-from surgery import AMCSelector, Trajectory, deltas, magnitude, repair, sweep, weight_ranking, weight_scores
-from surgery.budget import share
-from surgery.checkpoint import State
-from surgery.entries import Entries, shapes_of
-from surgery.weight_scores import entry_magnitude
-from surgery.weight_selection import candidates
+from surgery import AMCSelector, Trajectory, magnitude, repair, sweep
+from surgery.checkpoints import trajectory as deltas
+from surgery.checkpoints.checkpoint import State
+from surgery.masks.budget import share
+from surgery.masks.entries import Entries, shapes_of
+from surgery.scores import weights as weight_ranking
+from surgery.scores import weights as weight_scores
+from surgery.scores.weights import entry_magnitude
+from surgery.selectors.rounds import candidates
 
 BUDGETS = (0.0, 0.001, 0.02, 0.2)
 HOWS = ("global", "proportional", "uniform")
@@ -196,7 +199,7 @@ MEMORY = """
 import threading, torch
 from pathlib import Path
 from surgery import AMCSelector, Trajectory
-from surgery.layout import spec_layout
+from surgery.layout.finding import spec_layout
 
 def anonymous():
     lines = Path("/proc/self/status").read_text().split("\\n")

@@ -26,8 +26,9 @@ from transformers.utils import logging as transformers_logging
 from benchmarks.lab.domains import DOMAINS, Item, generate, read_items
 from benchmarks.lab.evaluate import evaluator
 from benchmarks.lab.train import GRPO, Stage, show, train_stage
-from surgery import DamageSelector, Masked, Trajectory, load_prompts
-from surgery.masks import Mask
+from surgery import DamageSelector, Trajectory, load_prompts
+from surgery.masks.mask import Mask
+from surgery.training import Masked
 
 STEPS = (5, 10, 20)
 AfterStep = Callable[[int, nn.Module], object]
@@ -124,10 +125,10 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3)
     asked = parser.parse_args()
     transformers_logging.disable_progress_bar()
-    run = Trajectory(earlier=asked.seed / "math", later=asked.seed / "qa", units=("mlp", "value_channel"))
+    run = Trajectory(earlier=asked.seed / "math", later=asked.seed / "qa")
     model = run.load(dtype=torch.float32)
     data = load_prompts(asked.seed / "data/math.calibration.jsonl", asked.seed / "qa")
-    mask = DamageSelector(asked.budget, units=run.units).select(replace(run, model=model), data)
+    mask = DamageSelector(asked.budget, units=("mlp", "value_channel")).select(run, data)
     evaluate = evaluator(asked.seed / "data", AutoTokenizer.from_pretrained(asked.seed / "qa"))
     print(f"before: {show(evaluate(model))}")
     plan = replace(GRPO["math"], steps=asked.steps, learning_rate=asked.lr)

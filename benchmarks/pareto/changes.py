@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from benchmarks.pareto import baselines
 from surgery import Trajectory, rollback
-from surgery.masks import Mask
-from surgery.prompts import Batch
-from surgery.strength_values import Strength
+from surgery.live.prompts import Batch
+from surgery.masks.mask import Mask
+from surgery.reverting.writing import Strength
 
 LIBRARY, VARIANT, BASELINE, CONTROL = "library", "variant", "baseline", "control"
 TRAINED, REFERENCE = "trained", "reference"
@@ -74,6 +74,6 @@ def applied(setting: Setting, change: Change) -> Iterator[None]:
 
 
 def wide(setting: Setting) -> Trajectory:
-    """The same checkpoints with the later model in float32; the live one keeps its dtype."""
-    apart = replace(setting.run, model=None)
-    return replace(apart, model=apart.load(dtype=torch.float32))
+    """The same checkpoints with the later model live in float32; the setting's own keeps its dtype."""
+    apart = Trajectory(later=setting.run.later)
+    return replace(setting.run, later=apart.load(dtype=torch.float32))

@@ -35,7 +35,7 @@ from benchmarks.pareto.methods import methods
 from benchmarks.pareto.points import SCALE, Seed, points
 from benchmarks.pareto.report import markdown
 from surgery import Trajectory, load_prompts
-from surgery.fingerprints import fingerprint
+from surgery.checkpoints.opening import fingerprint
 
 ORDER = ("code", "math", "qa")
 
@@ -93,7 +93,6 @@ def setting_of(folder: Path, pair: Pair) -> Setting:
     """The checkpoints and calibration prompts of one pair, with the later model live in its own dtype."""
     run = Trajectory(folder / pair.base, folder / pair.earlier, folder / pair.later)
     model = run.load()
-    run = Trajectory(run.base, run.earlier, run.later, model=model)
     (earlier,) = run.weights("earlier")
     later = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     data = {

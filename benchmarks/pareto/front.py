@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.pareto.changes import BASELINE, LIBRARY, TRAINED, VARIANT
 from benchmarks.pareto.points import Point
-from surgery.rows import CEILING, EARLIER, LATER
+from surgery.measure.rows import CEILING, EARLIER, LATER
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 # What is drawn in full, in Okabe and Ito's palette, and a marker of its own: no reader depends on the colour
 _STYLES: dict[str, tuple[str, str]] = {
     "A×M×C": ("#0072B2", "o"),
-    "D": ("black", "o"),
-    "D (Hellinger)": ("black", "h"),
-    "D (Hellinger) of units (neurons and value channels)": ("black", "^"),
-    "D (Hellinger) of units (neurons and KV groups)": ("black", "d"),
-    "D (Hellinger) of single weights": ("#CC79A7", "*"),
+    "D (KL)": ("black", "o"),
+    "D": ("black", "h"),
+    "D of units (neurons and value channels)": ("black", "^"),
+    "D of units (neurons and KV groups)": ("black", "d"),
+    "D of single weights": ("#CC79A7", "*"),
     "WiSE-FT": ("#E69F00", "s"),
     "most-changed entries": ("#009E73", "v"),
     "spectral (DG-Hard)": ("#D55E00", "P"),
@@ -138,8 +138,8 @@ def _style(point: Point) -> dict[str, Any]:
         label = re.sub(r"units \((.*?)\)", r"\1", point.method)
         return {
             "color": colour, "marker": marker, "markersize": 9 if marker == "*" else 5, "linewidth": 1.4, "zorder": 3,
-            "markerfacecolor": "white" if point.method == "D" else colour,
-            "label": f"{label} of neurons" if point.method in ("A×M×C", "D", "D (Hellinger)") else label,
+            "markerfacecolor": "white" if point.method == "D (KL)" else colour,
+            "label": f"{label} of neurons" if point.method in ("A×M×C", "D", "D (KL)") else label,
         }  # fmt: skip
     colour, label = _THIN.get(point.kind, _THIN[BASELINE])
     return {

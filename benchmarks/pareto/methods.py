@@ -23,8 +23,8 @@ from benchmarks.pareto.changes import (
     wide,
 )
 from benchmarks.pareto.variants import variants
-from surgery import AMCSelector, DamageSelector, RandomSelector, strengths
-from surgery.rows import EARLIER, LATER, ceiling_of
+from surgery import AMCSelector, DamageSelector, RandomSelector, allocate, magnitude, strengths, top
+from surgery.measure.rows import EARLIER, LATER, ceiling_of
 from surgery.units import single
 
 GROUPS, CHANNELS = ("mlp", "kv_group"), ("mlp", "value_channel")
@@ -55,8 +55,8 @@ def methods(setting: Setting) -> list[Method]:
         Method(EARLIER, REFERENCE, "", (1.0,), _interpolated),
         *map(ceiling, (("mlp",), GROUPS, CHANNELS)),
         *map(of_selector, selectors(setting)),
-        *map(going_further, (DamageSelector(0.01, units=units) for units in (None, CHANNELS, GROUPS))),
-        *(going_further(DamageSelector(0.01, loss="hellinger", units=units)) for units in (None, CHANNELS)),
+        *map(going_further, (DamageSelector(0.01, loss="kl", units=units) for units in ("mlp", CHANNELS, GROUPS))),
+        *map(going_further, (DamageSelector(0.01, units=units) for units in ("mlp", CHANNELS))),
         *variants(),
         Method("WiSE-FT", BASELINE, "α", ALPHAS, _interpolated),
         Method("most-changed entries", BASELINE, "entries", FRACTIONS, _entries),
@@ -85,21 +85,21 @@ def refreshes(setting: Setting) -> list[Method]:
 
 
 def selectors(setting: Setting) -> list[Any]:
-    """The paper's selectors; D split by layers, guarded, over units of attention, of weights, by Hellinger."""
+    """The paper's selectors; D by KL, split by layers, guarded, over units of attention, of weights; D."""
+    by_kl: list[dict[str, Any]] = [
+        {},
+        {"how": "proportional"},
+        {"protect": setting.others},
+        *({"units": units} for units in ("value_channel", CHANNELS, GROUPS)),
+    ]
     return [
         *PAPER,
-        DamageSelector(0.01),
-        DamageSelector(0.01, how="proportional"),
-        DamageSelector(0.01, protect=setting.others),
-        DamageSelector(0.01, units="value_channel"),
-        DamageSelector(0.01, units=CHANNELS),
-        DamageSelector(0.01, units=GROUPS),
+        *(DamageSelector(0.01, loss="kl", **given) for given in by_kl),
         RandomSelector(0.01, units=GROUPS),
         AMCSelector(0.01, units=GROUPS),
-        DamageSelector(0.01, units="weight"),
+        DamageSelector(0.01, loss="kl", units="weight"),
         AMCSelector(0.01, "M", "M", "global", "weight"),
-        *(DamageSelector(0.01, loss="hellinger", units=units) for units in (None, CHANNELS, GROUPS)),
-        DamageSelector(0.01, loss="hellinger", units="weight"),
+        *(DamageSelector(0.01, units=units) for units in ("mlp", CHANNELS, GROUPS, "weight")),
     ]
 
 
@@ -115,7 +115,8 @@ def of_selector(selector: Any) -> Method:
         return Reversal(one.select(setting.run, setting.data))
 
     if drawn:
-        return Method(f"{selector.name} neurons", CONTROL, "β", BUDGETS, change, DRAWS)
+        name = f"{selector.name} neurons" if selector.units == "mlp" else selector.name
+        return Method(name, CONTROL, "β", BUDGETS, change, DRAWS)
     weights = single(selector.units)
     return Method(selector.name, LIBRARY, "entries" if weights else "β", WEIGHTS if weights else BUDGETS, change)
 
@@ -158,7 +159,8 @@ def _random_entries(setting: Setting, value: float, draw: int) -> Change:
 
 
 def _neurons(setting: Setting, value: float, draw: int) -> Change:
-    return Reversal(AMCSelector(value, "M", "M", how="global").select(setting.run))
+    norms = magnitude(setting.run)
+    return Reversal(top(norms, allocate(norms, value, how="global")))
 
 
 def _layers(setting: Setting, value: float, draw: int) -> Change:

@@ -11,7 +11,7 @@ from benchmarks.hardware import statement
 from benchmarks.pareto.changes import BASELINE, BUDGETS, CONTROL, LIBRARY, REFERENCE, TRAINED, VARIANT
 from benchmarks.pareto.front import front
 from benchmarks.pareto.points import OTHER, OURS, UNDECIDED, Point, Seed, contests, shown, verdict
-from surgery.rows import CEILING, EARLIER, is_ceiling
+from surgery.measure.rows import CEILING, EARLIER, is_ceiling
 
 HEAD = """# Recovery, and what it costs elsewhere: every selector beside everything people use today
 
@@ -63,9 +63,9 @@ checkpoints and prompts are taken from `pareto.json.gz`, not measured again; `--
 """  # noqa: E501
 
 
-FITTED = "D, strengths ≤ 2", "D (Hellinger), strengths ≤ 2"
-ASKED = "D", "D (Hellinger)", FITTED[1]  # of neurons
-ALONE = ("D", "D (Hellinger)", "D (Hellinger) of single weights", "D (Hellinger) of units (neurons and value channels)")
+FITTED = "D (KL), strengths ≤ 2", "D, strengths ≤ 2"
+ASKED = "D (KL)", "D", FITTED[1]  # of neurons
+ALONE = ("D (KL)", "D", "D of single weights", "D of units (neurons and value channels)")
 
 
 def _recovery(point: Point) -> str:
@@ -145,20 +145,20 @@ def _curves(found: Sequence[Point]) -> dict[str, list[Point]]:
 
 
 def _variants(found: Sequence[Point]) -> str:
-    """What each variant of D recovers more than D with as many neurons, and what it costs elsewhere."""
-    of = [point for point in found if point.kind == VARIANT or point.method in ("D", "D (Hellinger)", *FITTED)]
+    """What D and each variant of it recovers more than D by KL with as many neurons, and what it costs elsewhere."""
+    of = [point for point in found if point.kind == VARIANT or point.method in ("D (KL)", "D", *FITTED)]
     curves = _curves(of)
-    if "D" not in curves or len(curves) == 1:
+    if "D (KL)" not in curves or len(curves) == 1:
         return "None was measured.\n"
-    plain = {point.value: point for point in curves["D"]}
+    plain = {point.value: point for point in curves["D (KL)"]}
     lines = [
-        "D itself; then what a variant of it recovers more with as many neurons, in points, and in brackets 95 % of",
+        "D by KL; then what D and the variants recover more with as many neurons, in points, and in brackets 95 % of",
         "that difference over the same resampled items. The worst Δ is that of all budgets up to the one named.\n",
         "| | " + " | ".join(f"{100 * b:g} %" for b in BUDGETS) + " | worst Δ to 4 % | to 32 % | seconds |",
         "|---|" + "---|" * (len(BUDGETS) + 3),
     ]
     for name, row in curves.items():
-        cells = [_recovery(point) if name == "D" else _gain(point, plain[point.value]) for point in row]
+        cells = [_recovery(point) if name == "D (KL)" else _gain(point, plain[point.value]) for point in row]
         least = [min((point.worst for point in row if point.value <= end), default=np.nan) for end in (0.04, 0.32)]
         worst = [f"{100 * value:+.2f}" for value in least]
         seconds = f"{np.mean([point.seconds for point in row]):.2f}"

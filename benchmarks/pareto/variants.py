@@ -17,10 +17,11 @@ import torch
 from scipy.optimize import minimize_scalar
 
 from benchmarks.pareto.changes import BUDGETS, VARIANT, Method, Reversal, Setting, wide
-from surgery import Neurons, Trajectory, allocate, damage, distillation, earlier_model, rollback, strengths, top
-from surgery.attribution import check_wide
-from surgery.predictions import Divergence, Loss, positions, predicting
-from surgery.prompts import Batch
+from surgery import Neurons, RandomSelector, Trajectory, allocate, damage, rollback, strengths, top
+from surgery.live import distillation, earlier_model
+from surgery.live.losses import Divergence, Loss, positions, predicting
+from surgery.live.prompts import Batch
+from surgery.scores.damage import check_wide
 from surgery.units import Units
 
 SAMPLES = 4  # draws of labels for the curvature
@@ -30,20 +31,20 @@ Choose = Callable[[Trajectory, list[Batch], float], Reversal]  # the float32 run
 def variants() -> list[Method]:
     """All of them, in the order of the tables."""
     named: dict[str, Choose] = {
-        "D, integrated, 2 nodes": lambda run, data, budget: _scored(integrated(run, data, 2), budget),
-        "D, integrated, 4 nodes": lambda run, data, budget: _scored(integrated(run, data, 4), budget),
-        "D − own curvature": lambda run, data, budget: _scored(curved(run, data, -1), budget),
-        "D + own curvature": lambda run, data, budget: _scored(curved(run, data, 1), budget),
-        "D, 2 rounds": lambda run, data, budget: Reversal(rounds(run, data, budget, 2)),
-        "D, 4 rounds": lambda run, data, budget: Reversal(rounds(run, data, budget, 4)),
-        "D (Hellinger), 2 rounds": lambda run, data, budget: Reversal(rounds(run, data, budget, 2, "hellinger")),
-        "D (Hellinger), 4 rounds": lambda run, data, budget: Reversal(rounds(run, data, budget, 4, "hellinger")),
-        "D, one strength, one parabola ≤ 3": lambda run, data, budget: predicted(run, data, budget, 3.0),
-        "D, each its own parabola ≤ 2": lambda run, data, budget: alone(run, data, budget, 2.0),
-        "D, one strength ≤ 2": lambda run, data, budget: together(run, data, budget, 2.0),
-        "D, one strength ≤ 3": lambda run, data, budget: together(run, data, budget, 3.0),
-        "D, strengths ≤ 1": lambda run, data, budget: optimal(run, data, budget, 1.0),
-        "D, strengths ≤ 3": lambda run, data, budget: optimal(run, data, budget, 3.0),
+        "D (KL), integrated, 2 nodes": lambda run, data, budget: _scored(integrated(run, data, 2), budget),
+        "D (KL), integrated, 4 nodes": lambda run, data, budget: _scored(integrated(run, data, 4), budget),
+        "D (KL) − own curvature": lambda run, data, budget: _scored(curved(run, data, -1), budget),
+        "D (KL) + own curvature": lambda run, data, budget: _scored(curved(run, data, 1), budget),
+        "D (KL), 2 rounds": lambda run, data, budget: Reversal(rounds(run, data, budget, 2)),
+        "D (KL), 4 rounds": lambda run, data, budget: Reversal(rounds(run, data, budget, 4)),
+        "D, 2 rounds": lambda run, data, budget: Reversal(rounds(run, data, budget, 2, "hellinger")),
+        "D, 4 rounds": lambda run, data, budget: Reversal(rounds(run, data, budget, 4, "hellinger")),
+        "D (KL), one strength, one parabola ≤ 3": lambda run, data, budget: predicted(run, data, budget, 3.0),
+        "D (KL), each its own parabola ≤ 2": lambda run, data, budget: alone(run, data, budget, 2.0),
+        "D (KL), one strength ≤ 2": lambda run, data, budget: together(run, data, budget, 2.0),
+        "D (KL), one strength ≤ 3": lambda run, data, budget: together(run, data, budget, 3.0),
+        "D (KL), strengths ≤ 1": lambda run, data, budget: optimal(run, data, budget, 1.0),
+        "D (KL), strengths ≤ 3": lambda run, data, budget: optimal(run, data, budget, 3.0),
     }
 
     def method(name: str, choose: Choose) -> Method:
@@ -72,18 +73,17 @@ def _loss(run: Trajectory, data: list[Batch], divergence: Divergence = "kl") -> 
 def integrated(
     run: Trajectory, data: list[Batch], nodes: int, divergence: Divergence = "kl", units: Units = "mlp"
 ) -> Neurons:
-    """D along the way back, ∫⟨∇L(θ(t)), δB,n⟩dt from the reverted neurons to the later ones, by Gauss and Legendre.
+    """D along the way back, ∫⟨∇L(θ(t)), δB,n⟩dt from the reverted units to the later ones, by Gauss and Legendre.
 
-    The scores add up to L(θB) − L(θB with all neurons reverted), but for the jumps of a router on the way.
+    The scores add up to L(θB) − L(θB with all units reverted), but for the jumps of a router on the way.
     """
-    loss, model, (earlier,) = _loss(run, data, divergence), run.load(), run.weights("earlier")
+    loss, model, earlier = _loss(run, data, divergence), run.load(), run.tensors("earlier")
     check_wide(model)
-    way = replace(run, later=model)
-    total = {name: torch.zeros(size) for name, size in way.weights("later", units=units)[0].layout.sizes.items()}
-    whole = Neurons({name: torch.ones(len(zeros), dtype=torch.bool) for name, zeros in total.items()})
+    way, whole = replace(run, later=model), RandomSelector(1.0, units=units).select(run)
+    total = {name: torch.zeros(len(every)) for name, every in whole.items()}
     for place, weight in zip(*np.polynomial.legendre.leggauss(nodes), strict=True):
         t = (1 + float(place)) / 2
-        with rollback(model, to=earlier.tensors, mask=whole, strength=1 - t, layout=run.layout):
+        with rollback(model, to=earlier, mask=whole, strength=1 - t):
             for name, scores in damage(way, data, loss=loss, units=units).items():
                 total[name] += float(weight) / 2 / t * scores  # what is left of δB is t · δB
     return Neurons(total)
@@ -108,7 +108,7 @@ def curvature(run: Trajectory, data: list[Batch]) -> Neurons:
 
 def curved(run: Trajectory, data: list[Batch], sign: float) -> Neurons:
     """The gain of reverting one neuron alone to second order is D less its curvature; plus is the control."""
-    plain, bend = damage(run, data), curvature(run, data)
+    plain, bend = damage(run, data, loss="kl"), curvature(run, data)
     return Neurons({name: plain[name] + sign * bend[name] for name in plain})
 
 
@@ -117,7 +117,7 @@ def rounds(run: Trajectory, data: list[Batch], budget: float, count: int, diverg
     loss = _loss(run, data, divergence)
     mask = best(damage(run, data, loss=loss), budget / count)
     for at in range(2, count + 1):
-        with rollback(run.load(), to=run.weights("earlier")[0].tensors, mask=mask):
+        with rollback(run.load(), to=run.tensors("earlier"), mask=mask):
             now = damage(run, data, loss=loss)
         kept = Neurons({name: now[name].masked_fill(mask[name], 1e30) for name in now})
         mask = best(kept, budget * at / count)
@@ -133,7 +133,7 @@ def predicted(run: Trajectory, data: list[Batch], budget: float, most: float) ->
     plain = damage(run, data, loss=loss)
     mask = best(plain, budget)
     start = sum(float(plain[name][mask[name]].sum()) for name in mask)
-    with rollback(run.load(), to=run.weights("earlier")[0].tensors, mask=mask, strength=0.5):
+    with rollback(run.load(), to=run.tensors("earlier"), mask=mask, strength=0.5):
         now = damage(run, data, loss=loss)
     half = 2 * sum(float(now[name][mask[name]].sum()) for name in mask)  # half of δ is left there
     return Reversal(mask, min(most, start / (2 * (start - half))) if start > half else most)
@@ -141,21 +141,21 @@ def predicted(run: Trajectory, data: list[Batch], budget: float, most: float) ->
 
 def alone(run: Trajectory, data: list[Batch], budget: float, most: float) -> Reversal:
     """D's choice, each neuron at the best of its own parabola, s · D − s² · curvature, the others fixed."""
-    plain, bend = damage(run, data), curvature(run, data)
+    plain, bend = damage(run, data, loss="kl"), curvature(run, data)
     furthest = Neurons({name: (plain[name] / (2 * bend[name])).nan_to_num(0).clamp(0, most) for name in plain})
     return Reversal(best(plain, budget), furthest)
 
 
 def optimal(run: Trajectory, data: list[Batch], budget: float, most: float) -> Reversal:
     """D's choice, at the strengths with the least loss on the prompts."""
-    mask = best(damage(run, data), budget)
-    return Reversal(mask, strengths(run, data, mask, most=most))
+    mask = best(damage(run, data, loss="kl"), budget)
+    return Reversal(mask, strengths(run, data, mask, most=most, loss="kl"))
 
 
 def together(run: Trajectory, data: list[Batch], budget: float, most: float) -> Reversal:
     """D's choice, all at the one strength with the least loss on the prompts."""
-    loss, mask = _loss(run, data), best(damage(run, data), budget)
-    model, earlier = run.load(), run.weights("earlier")[0].tensors
+    loss, mask = _loss(run, data), best(damage(run, data, loss="kl"), budget)
+    model, earlier = run.load(), run.tensors("earlier")
 
     @torch.no_grad()
     def at(strength: float) -> float:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -33,8 +32,8 @@ from surgery import (
     respond,
     stability,
 )  # fmt: skip
-from surgery.plots import prompt_stability
-from surgery.prompts import Batch
+from surgery.live.prompts import Batch
+from surgery.plots.sweeps import prompt_stability
 
 SIZES, DRAWS, POOL = (4, 8, 16, 32, 64, 128, 256), 5, 512
 SELECTORS: dict[str, Selector] = {
@@ -56,7 +55,6 @@ def unlabelled(items: Sequence[Item], tokenizer: Path) -> list[Batch]:
 def measure(folder: Path) -> list[Stability]:
     """The stability of every selector on one seed."""
     run = Trajectory(folder / "code", folder / "math", folder / "qa")
-    run = replace(run, model=run.load())
     score = evaluator(folder / "data", AutoTokenizer.from_pretrained(folder / "qa"))
     prompts = unlabelled(training_items(folder, "math")[:POOL], folder / "qa")
     with earlier_model(run) as earlier:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,12 +18,13 @@ import torch
 from benchmarks.hardware import statement
 from benchmarks.pareto.variants import integrated
 from benchmarks.seeds import asked_for, write
-from surgery import Neurons, Trajectory, allocate, damage, distillation, earlier_model, load_prompts, rollback, top
-from surgery import predictions as measured
-from surgery.attribution import promised
-from surgery.predictions import Distillation, Divergence, positions, predicting
-from surgery.prompts import Batch
-from surgery.score_products import costs_of
+from surgery import Neurons, Trajectory, allocate, damage, load_prompts, rollback, top
+from surgery.live import distillation, earlier_model
+from surgery.live import losses as measured
+from surgery.live.losses import Distillation, Divergence, positions, predicting
+from surgery.live.prompts import Batch
+from surgery.scores.amc import costs_of
+from surgery.scores.damage import promised
 from surgery.units import Units
 
 BUDGETS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.0)
@@ -39,8 +39,8 @@ class Pair:
 
     def __init__(self, folder: Path, domain: str, stage: str, units: Units = "mlp") -> None:
         self.earlier = folder / domain
-        run = Trajectory(earlier=self.earlier, later=folder / stage, units=units)
-        self.run = replace(run, model=run.load(dtype=torch.float32))
+        self.run, self.units = Trajectory(earlier=self.earlier, later=folder / stage), units
+        self.run.load(dtype=torch.float32)
         self.data: list[Batch] = list(load_prompts(folder / "data" / f"{domain}.calibration.jsonl", folder / stage))
         with earlier_model(self.run) as earlier:
             self.losses = {one: distillation(earlier, self.data, divergence=one) for one in LOSSES}
@@ -53,7 +53,7 @@ class Pair:
         return sum(value * count for value, count in zip(found, counts, strict=True)) / sum(counts)
 
     def best(self, scores: Neurons, budget: float) -> Neurons:
-        return top(scores, allocate(scores, budget, how="global", costs=costs_of(self.run)))
+        return top(scores, allocate(scores, budget, how="global", costs=costs_of(self.run, self.units)))
 
     def won(self, loss: Distillation, mask: Neurons) -> float:
         """How much less the loss is with the mask reverted."""
@@ -68,7 +68,7 @@ def rows(folder: Path) -> Iterator[str]:
         for name, units in UNITS.items():
             pair = Pair(folder, domain, stage, units)
             for loss in LOSSES:
-                scores = damage(pair.run, pair.data, loss=loss)
+                scores = damage(pair.run, pair.data, loss=loss, units=units)
                 whole = scores.made_by["damage"]["loss"]
                 masks = [pair.best(scores, budget) for budget in BUDGETS]
                 parts = [(promised(scores, one) / whole, pair.won(pair.losses[loss], one) / whole) for one in masks]
@@ -124,7 +124,8 @@ def main() -> None:
     text = (
         f"# What D's sum promises, and what reverting wins\n\nThe lab's {folder.name}, float32, calibration prompts. "
         f"At each budget: the selected units' D added up, and how much of the loss is won back by reverting them, both "
-        f"in parts of the loss. Along the way: 4 nodes; it is what reverting all of these units wins. {statement()}\n\n"
+        f"in parts of the loss. Along the way: 4 nodes; it is what reverting all of these units wins. "
+        f"`python -m benchmarks.questions.promises SEED`. {statement()}\n\n"
         f"{table(first, BUDGETS, rows(folder))}\n\n## The Hellinger distance by ε\n\nMath by QA, neurons: how much of "
         f"the distance (with ε = 0.01) is won back by those that D with another ε chooses.\n\n"
         f"{table('| ε', BUDGETS[:-1], by_epsilon(pair))}\n\nRounding its logits to bfloat16 moves the later model's "

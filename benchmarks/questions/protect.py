@@ -9,50 +9,35 @@ that plain D begins to hurt them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers import AutoTokenizer
 
+from benchmarks.damaged import METRIC, OTHERS, Damaged, Judged
 from benchmarks.hardware import statement
-from benchmarks.lab.evaluate import evaluator
 from benchmarks.seeds import asked_for, write
-from surgery import DamageSelector, Trajectory, load_prompts, rollback
-from surgery.scores import remembered
+from surgery import DamageSelector
+from surgery.scores.amc import remembered
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BUDGETS, WEIGHTS = (0.08, 0.32, 0.64, 0.8), (0.0, 0.1, 0.3, 1.0, 3.0)
 _COLOURS = ("black", "#0072B2", "#009E73", "#E69F00", "#D55E00")
-OTHERS = ("qa", "code", "cw")
-Judged = tuple[float, dict[str, float]]
 Found = dict[tuple[float, float], Judged]
 
 
 def measure(folder: Path) -> Found:
     """(weight, budget) → recovery of Math, Δ of the others."""
-    run = Trajectory(earlier=folder / "math", later=folder / "qa")
-    model = run.load()
-    live = replace(run, model=model)
-    score = evaluator(folder / "data", AutoTokenizer.from_pretrained(folder / "qa"))
-    later, earlier = score(model), score(Trajectory(later=run.earlier).load())
-    data = {
-        domain: load_prompts(folder / "data" / f"{domain}.calibration.jsonl", folder / "qa")
-        for domain in ("math", *OTHERS)
-    }
-    found: Found = {}
+    lab, found = Damaged.of(folder), {}
+    guarded = {domain: lab.data[domain] for domain in OTHERS}
     with remembered():
         for weight in WEIGHTS:
             for budget in BUDGETS:
-                guarded = {domain: data[domain] for domain in OTHERS}
-                mask = DamageSelector(budget, protect=guarded, weight=weight).select(live, data["math"])
-                with rollback(model, to=folder / "math", mask=mask):
-                    now = score(model)
-                recovery = (now["math"] - later["math"]) / (earlier["math"] - later["math"])
-                found[weight, budget] = recovery, {domain: now[domain] - later[domain] for domain in OTHERS}
+                selector = DamageSelector(budget, protect=guarded if weight else None, weight=weight)
+                judged = lab.stored.get((selector.name, budget))
+                found[weight, budget] = judged or lab.judged(selector.select(lab.run, lab.data[METRIC]))
     return found
 
 
@@ -100,7 +85,7 @@ def main() -> None:
         f"# What protecting the other domains buys, and costs\n\nRecovery of Math in % (mean ± standard deviation over "
         f"{len(found)} seeds) and the worst mean Δ among QA, Code and CW in points, by the weight of what reverting "
         f"costs them (0: plain D) and the budget of MLP neurons. The same as curves: "
-        f"[protect.png](protect.png). Weight 0.3 on the other pairs: `python -m benchmarks.pareto`. "
+        f"[protect.png](protect.png). `python -m benchmarks.questions.protect SEED...`. "
         f"{statement()}\n\n{table(found, BUDGETS, 'weight')}\n"
     )
     write(out, "protect", text)

@@ -13,56 +13,57 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
+from benchmarks.damaged import METRIC, OTHERS, Damaged, Judged
 from benchmarks.hardware import statement
-from benchmarks.lab.evaluate import evaluator
-from benchmarks.questions.protect import OTHERS, Judged, table
+from benchmarks.questions.protect import table
 from benchmarks.seeds import asked_for, write
-from surgery import Rollback, Trajectory, load_prompts, respond, reversal_cost, rollback
-from surgery.predictions import distillation
-from surgery.weight_damage import entry_gains
-from surgery.weight_selection import ROUNDS
+from surgery import Trajectory, rollback
+from surgery.live import respond
+from surgery.live.losses import distillation
+from surgery.live.prompts import Batch
+from surgery.reverting import Rollback
+from surgery.scores import reversal_cost
+from surgery.scores.weights import Gains, entry_gains
+from surgery.selectors.rounds import ROUNDS
 
-BUDGETS, WEIGHTS = (0.002, 0.01, 0.04), (0.3,)
+BUDGETS, WEIGHTS, UNITS = (0.002, 0.01, 0.04), (0.3,), ("mlp", "kv_group")
 Found = dict[tuple[str, float], Judged]
 
 
 class Lab:
-    """One seed: the later model live, D of its weights, and what they cost the other domains."""
+    """One seed: D of the later model's weights, and what they cost the other domains."""
 
     def __init__(self, folder: Path) -> None:
-        run = Trajectory(earlier=folder / "math", later=folder / "qa", units=("mlp", "kv_group"))
-        self.model, self.folder = run.load(), folder
-        self.run = replace(run, model=self.model)
-        self.data = {domain: self.prompts(domain) for domain in ("math", *OTHERS)}
-        self.score = evaluator(folder / "data", AutoTokenizer.from_pretrained(folder / "qa"))
-        self.later, self.earlier = self.score(self.model), self.score(Trajectory(later=run.earlier).load())
-        self.start = entry_gains(self.run, self.data["math"])
+        self.lab = Damaged.of(folder)
+        self.run, self.model, self.data = self.lab.run, self.lab.model, self.lab.data
+        self.start = self.gains(self.run, self.data[METRIC])
         answered = {domain: respond(self.model, self.data[domain]) for domain in OTHERS}
-        self.guarded = {domain: (some, distillation(self.model, some)) for domain, some in answered.items()}
+        self.guarded = {
+            domain: (some, distillation(self.model, some, divergence="kl")) for domain, some in answered.items()
+        }
         self.far = self.costs()
 
-    def prompts(self, domain: str) -> list[dict[str, Tensor]]:
-        return load_prompts(self.folder / "data" / f"{domain}.calibration.jsonl", self.folder / "qa")
+    def gains(self, run: Trajectory, data: list[Batch], loss: Any = "kl") -> Gains:
+        return entry_gains(run, data, loss=loss, units=UNITS)
 
     def reverted(self, chosen: Tensor) -> Rollback:
-        return rollback(self.model, to=self.run.earlier, mask=self.start.entries(chosen))
+        return rollback(self.model, to=self.run.tensors("earlier"), mask=self.start.entries(chosen))
 
     def costs(self) -> dict[str, Tensor]:
         """``reversal_cost`` of single weights: D of a domain with the ends exchanged."""
         with self.reverted(torch.arange(len(self.start.flat))):
-            back = replace(self.run, earlier=self.folder / "qa", later=self.model)
-            found = {domain: entry_gains(back, some, loss=loss) for domain, (some, loss) in self.guarded.items()}
-        return {domain: gains.flat for domain, gains in found.items()}
+            back = replace(self.run, earlier=self.run.later, later=self.model)
+            return {domain: self.gains(back, some, loss).flat for domain, (some, loss) in self.guarded.items()}
 
     def on_the_way(self) -> Tensor:
         """What going on costs the others where the model is now; nothing at all at the later model itself."""
-        each = (entry_gains(self.run, some, loss=loss).flat for some, loss in self.guarded.values())
+        each = (self.gains(self.run, some, loss).flat for some, loss in self.guarded.values())
         return -torch.stack(list(each)).sum(0)
 
     def order(self, cost: Callable[[], Tensor | float]) -> Tensor:
@@ -70,7 +71,7 @@ class Lab:
         taken, most = torch.zeros(0, dtype=torch.int64), round(max(BUDGETS) * len(self.start.flat))
         for at in range(ROUNDS):
             with self.reverted(taken):
-                now = entry_gains(self.run, self.start.batches, loss=self.start.loss)
+                now = self.gains(self.run, self.start.batches, self.start.loss)
                 now.flat.sub_(cost())
             now.flat[taken] = 0
             last = at == ROUNDS - 1 or len(taken) >= most
@@ -79,13 +80,6 @@ class Lab:
             if last or not len(new):
                 break
         return taken
-
-    def judged(self, chosen: Tensor) -> tuple[float, dict[str, float]]:
-        """The recovery of Math, and the Δ of the others."""
-        with self.reverted(chosen):
-            now = self.score(self.model)
-        recovery = (now["math"] - self.later["math"]) / (self.earlier["math"] - self.later["math"])
-        return recovery, {domain: now[domain] - self.later[domain] for domain in OTHERS}
 
 
 def guards(lab: Lab) -> dict[str, Callable[[], Tensor | float]]:
@@ -107,10 +101,10 @@ def measure(folder: Path) -> tuple[Found, dict[str, tuple[float, ...]]]:
     for name, cost in guards(lab).items():
         order = lab.order(cost)
         for budget in BUDGETS:
-            found[name, budget] = lab.judged(order[: round(budget * len(lab.start.flat))])
+            found[name, budget] = lab.lab.judged(lab.start.entries(order[: round(budget * len(lab.start.flat))]))
     sums = {}
     for domain, cost in lab.far.items():
-        units = torch.cat(list(reversal_cost(lab.run, lab.data[domain]).values()))
+        units = torch.cat(list(reversal_cost(lab.run, lab.data[domain], loss="kl", units=UNITS).values()))
         sums[domain] = tuple(float(one) for one in (cost.sum(), cost.abs().sum(), units.sum(), units.abs().sum()))
     return found, sums
 
@@ -129,12 +123,13 @@ def main() -> None:
     seeds, out = asked_for(__doc__)
     found = [measure(folder) for folder in seeds]
     rows, sums = table([one for one, _ in found], BUDGETS, "taken off D"), sums_table([one for _, one in found])
+    command = "`python -m benchmarks.questions.protect_weights SEED...`"
     text = (
         f"# Can single weights be chosen so that other domains are protected?\n\nRecovery of Math (damaged by QA) in % "
-        f"(mean ± standard deviation over {len(found)} seeds) and the worst mean Δ among QA, Code and CW in points, by "
-        f"what is taken off D and the part of the weights of MLPs and KV groups that is reverted, in {ROUNDS} rounds "
-        f"without a stop. {statement()}\n\n{rows}\n\n## How far costs cancel\n\nIn nats per response token, where "
-        f"everything is reverted; means over seeds.\n\n{sums}\n"
+        f"(mean ± standard deviation over {len(found)} seeds) and the worst mean Δ among the other domains in points, "
+        f"by what is taken off D (by KL) and the part of the weights of MLPs and KV groups that is reverted, in "
+        f"{ROUNDS} rounds without a stop. {command}. {statement()}\n\n{rows}\n\n## How far costs cancel\n\nIn nats "
+        f"per response token, where everything is reverted; means over seeds.\n\n{sums}\n"
     )
     write(out, "protect-weights", text)
 

@@ -39,20 +39,11 @@ from benchmarks.lab.train import GRPO, Stage
 from benchmarks.questions.refresh_report import draw, markdown
 from benchmarks.seeds import RESULTS
 from benchmarks.seeds import write as report
-from surgery import (  # fmt: skip
-    DamageSelector,
-    Neurons,
-    RandomSelector,
-    Trajectory,
-    distillation,
-    load_prompts,
-    refresh,
-    respond,
-    rollback,
-)
-from surgery.predictions import Distillation
-from surgery.prompts import Batch
-from surgery.refresh_copies import Leaves
+from surgery import DamageSelector, Neurons, RandomSelector, Trajectory, load_prompts, refresh, rollback
+from surgery.live import distillation, respond
+from surgery.live.losses import Distillation
+from surgery.live.prompts import Batch
+from surgery.training.leaves import Leaves
 
 BATCH = 32
 BUDGETS, CHANNELS = (0.02, 0.16), ("mlp", "value_channel")
@@ -102,7 +93,8 @@ class Desk:
     @cached_property
     def run(self) -> Trajectory:
         run = Trajectory(earlier=self.folder / self.earlier, later=self.folder / self.later)
-        return replace(run, model=run.load(dtype=torch.float32))
+        run.load(dtype=torch.float32)
+        return run
 
     @property
     def model(self) -> nn.Module:
@@ -139,9 +131,7 @@ class Desk:
         """What D chooses on the calibration prompts."""
         if (budget, units) not in self._masks:
             data, _ = self.answered
-            self._masks[budget, units] = DamageSelector(budget, loss="hellinger", units=units).select(
-                replace(self.run, units=units), data
-            )
+            self._masks[budget, units] = DamageSelector(budget, units=units).select(self.run, data)
         return self._masks[budget, units]
 
 

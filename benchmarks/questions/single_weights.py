@@ -1,7 +1,8 @@
 """Which single weights? ``python -m benchmarks.questions.single_weights SEED_FOLDER... [--out FOLDER]``
 
-Math was damaged by QA. D of each weight, by KL and by the Hellinger distance, of all and of one kind of unit alone, in
-rounds and from one look; M of each; and weights drawn at random, at equal numbers of weights.
+Math was damaged by QA. D of each weight, by the Hellinger distance and by KL, of all and of one kind of unit alone,
+with and without its stop; the letters A, M and C of each; and weights drawn at random, at equal numbers of weights. Of
+the letters the library has M alone, and this is why.
 """
 
 from __future__ import annotations
@@ -11,15 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoTokenizer
+import torch
+from torch import Tensor
 
+from benchmarks.damaged import METRIC, Damaged
 from benchmarks.hardware import statement
-from benchmarks.lab.evaluate import evaluator
 from benchmarks.seeds import asked_for, write
-from surgery import AMCSelector, DamageSelector, Entries, RandomSelector, Trajectory, load_prompts, rollback
-from surgery.prompts import Batch
-from surgery.scores import remembered
-from surgery.weight_selection import ROUNDS, by_damage, over_weights
+from surgery import AMCSelector, DamageSelector, Entries, RandomSelector, Trajectory, activation
+from surgery.checkpoints.trajectory import displacements
+from surgery.live.prompts import Batch
+from surgery.masks.entries import shapes_of
+from surgery.scores.amc import remembered
+from surgery.scores.weights import best, entries_of
+from surgery.selectors.rounds import ROUNDS, by_damage, candidates
+from surgery.selectors.settings import damage_named
 
 BUDGETS, DRAWS = (0.002, 0.01, 0.02, 0.04), 3
 Found = dict[tuple[str, float], tuple[float, float]]
@@ -30,49 +36,96 @@ class ToTheEnd:
     """D of single weights without a stop: the whole budget, also where fewer lower the loss."""
 
     budget: float
+    loss: Any = "hellinger"
     rounds: int = ROUNDS
     units: str = "weight"
 
     @property
     def name(self) -> str:
-        return f"D of single weights, {'1 round, ' if self.rounds == 1 else ''}no stop"
+        return f"{damage_named(self.loss)} of single weights, {'1 round, ' if self.rounds == 1 else ''}no stop"
 
     def select(self, run: Trajectory, data: list[Batch]) -> Entries:
-        return by_damage(over_weights(run), data, self.budget, stop=False, rounds=self.rounds)
+        units, given = candidates(run), {"stop": False, "rounds": self.rounds, "loss": self.loss}
+        return by_damage(run, data, self.budget, units=units, **given)
+
+
+@dataclass(frozen=True)
+class ByLetters:
+    """The paper's letters of single weights: A of the weight's neuron, M = abs(δB,w), both by their layer's mean.
+
+    C is 1 where δA,w and δB,w have opposite signs, else 0: max(0, −cos) of two vectors of one number. A weight whose
+    score is 0 is never taken.
+    """
+
+    budget: float
+    letters: str
+    units: str = "weight"
+
+    @property
+    def name(self) -> str:
+        return f"{'×'.join(self.letters)} of single weights"
+
+    def select(self, run: Trajectory, data: list[Batch]) -> Entries:
+        units = candidates(run)
+        (later,) = run.weights("later", units=units)
+        shapes, scores = shapes_of(later.layout), self.scores(run, data, units)
+        flat = torch.cat([scores[part].flatten() for part in shapes])
+        return entries_of(best(flat, round(self.budget * len(flat))), shapes)
+
+    def scores(self, run: Trajectory, data: list[Batch], units: tuple[str, ...]) -> dict[str, Tensor]:
+        """``[neuron, width]`` of every part."""
+        A = activation(run.load(), data, units=units).relative()
+        pieces: dict[str, list[Tensor]] = {}
+        for block, part, start, stop, (a, b) in displacements(run, "base", "earlier", "later", units=units):
+            score = torch.ones_like(b)
+            if "A" in self.letters:
+                score *= A[block][start:stop, None]
+            if "M" in self.letters:
+                score *= b.abs()
+            if "C" in self.letters:
+                score *= a.sign() * b.sign() < 0
+            pieces.setdefault(f"{block}/{part}", []).append(score)
+        found = {part: torch.cat(some) for part, some in pieces.items()}
+        return found if "M" not in self.letters else by_layer(found, run, units)
+
+
+def by_layer(scores: dict[str, Tensor], run: Trajectory, units: tuple[str, ...]) -> dict[str, Tensor]:
+    """Each score divided by the mean M of its layer."""
+    sums: dict[str, list[float]] = {}
+    for block, *_, (step,) in displacements(run, "earlier", "later", units=units):
+        held = sums.setdefault(block, [0.0, 0])
+        sums[block] = [held[0] + float(step.abs().double().sum()), held[1] + step.numel()]
+    means = {block: total / count for block, (total, count) in sums.items()}
+    return {part: score / means[part.rpartition("/")[0]] for part, score in scores.items()}
 
 
 SELECTORS: tuple[Any, ...] = (
-    ToTheEnd(0.01),
     DamageSelector(0.01, units="weight"),
+    ToTheEnd(0.01),
     ToTheEnd(0.01, rounds=1),
     *(DamageSelector(0.01, units=(kind, "weight")) for kind in ("mlp", "kv_group")),
-    *(
-        DamageSelector(0.01, loss="hellinger", units=units)
-        for units in ("weight", ("mlp", "weight"), ("kv_group", "weight"))
-    ),
+    DamageSelector(0.01, loss="kl", units="weight"),
+    ToTheEnd(0.01, "kl"),
+    ToTheEnd(0.01, "kl", 1),
     AMCSelector(0.01, "M", "M", "global", "weight"),
+    *(ByLetters(0.01, letters) for letters in ("AMC", "MC", "A", "C")),
     *(RandomSelector(0.01, seed, "weight") for seed in range(DRAWS)),
 )
 
 
 def measure(folder: Path) -> list[Found]:
     """Per draw: (selector, budget) → recovery of Math, the worst change elsewhere."""
-    run = Trajectory(folder / "code", folder / "math", folder / "qa")
-    model = run.load()
-    live = replace(run, model=model)
-    score = evaluator(folder / "data", AutoTokenizer.from_pretrained(folder / "qa"))
-    later, earlier = score(model), score(Trajectory(later=run.earlier).load())
-    data = load_prompts(folder / "data" / "math.calibration.jsonl", folder / "qa")
+    lab = Damaged.of(folder)
     found: list[Found] = [{} for _ in range(DRAWS)]
     with remembered():
         for selector in SELECTORS:
             for budget in BUDGETS:
-                mask = replace(selector, budget=budget * share(live, selector.units)).select(live, data)
-                with rollback(model, to=run.earlier, mask=mask):
-                    now = score(model)
-                recovery = (now["math"] - later["math"]) / (earlier["math"] - later["math"])
-                worst = min(now[domain] - later[domain] for domain in now if domain != "math")
-                found[getattr(selector, "seed", 0)][selector.name, budget] = recovery, worst
+                judged = lab.stored.get((selector.name, budget))
+                if judged is None:
+                    one = replace(selector, budget=budget * share(lab.run, selector.units))
+                    judged = lab.judged(one.select(lab.run, lab.data[METRIC]))
+                recovery, others = judged
+                found[getattr(selector, "seed", 0)][selector.name, budget] = recovery, min(others.values())
     return found
 
 
@@ -103,7 +156,8 @@ def main() -> None:
         f"# Which single weights?\n\nRecovery of Math (damaged by QA) in %, mean ± standard deviation over "
         f"{len(seeds)} seeds, by fraction of the weights of MLPs and KV groups that may be reverted (also where "
         f"those of one kind are chosen from); all but D with its stop take as many as they may. Δ: the worst of the "
-        f"other domains in points, mean over seeds, at the budget where it is worst. {statement()}\n\n{table(found)}\n"
+        f"other domains in points, mean over seeds, at the budget where it is worst. "
+        f"`python -m benchmarks.questions.single_weights SEED...`. {statement()}\n\n{table(found)}\n"
     )
     write(out, "single-weights", text)
 

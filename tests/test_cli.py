@@ -23,6 +23,7 @@ from surgery import (
     RandomSelector,
     Trajectory,
     load_prompts,
+    repair,
     rollback,
     rolled_back,
     strengths,

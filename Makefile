@@ -1,4 +1,4 @@
-.PHONY: demo test venv lint clean
+.PHONY: demo test test-all venv lint clean
 PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 2
@@ -8,6 +8,9 @@ demo: venv ## the main job on the lab's checkpoints: select, dry run, rollback t
 
 test: venv lint ## everything that CI runs, a process and a thread per core
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --dist worksteal
+
+test-all: venv lint ## the same, what reads slots on every family and not on the representatives only
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --dist worksteal --all-families
 
 lint: venv
 	$(BIN)/ruff format --check .

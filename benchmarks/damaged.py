@@ -17,9 +17,9 @@ from benchmarks.lab.evaluate import Evaluator
 from benchmarks.pareto.comparison import Store, pairs
 from benchmarks.seeds import RESULTS
 from surgery import Trajectory, load_prompts, rollback
-from surgery.masks import Mask
-from surgery.prompts import Batch
-from surgery.rows import EARLIER, LATER
+from surgery.live.prompts import Batch
+from surgery.masks.mask import Mask
+from surgery.measure.rows import EARLIER, LATER
 
 METRIC, PAIR = "math", pairs()[0].name
 OTHERS = tuple(domain for domain in DOMAINS if domain != METRIC)

@@ -6,9 +6,8 @@ import argparse
 import json
 from pathlib import Path
 
-from surgery.judging import judged
-from surgery.plots import dose_response
-from surgery.rows import EARLIER, LATER, Row, Sweep
+from surgery.measure.rows import EARLIER, LATER, Row, Sweep, judged
+from surgery.plots.sweeps import dose_response
 
 
 def read(path: Path, metric: str) -> Sweep:

@@ -7,7 +7,7 @@ import platform
 
 import torch
 
-from surgery.papers import versions
+from surgery.reverting.provenance import versions
 
 
 def statement() -> str:

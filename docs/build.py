@@ -1,4 +1,4 @@
-"""Write docs/reference/api.md from the docstrings: ``python docs/build.py``; ``--check`` says whether it is up to date."""
+"""Write docs/reference/api.md from the docstrings; ``--check`` says whether it is up to date."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HEAD = """# Python
 Names without a prefix are imported from `surgery`, the others from where they are listed. A *source* of weights is a
 folder, a hub id in the local cache, an `nn.Module` or a mapping from tensor name to tensor.
 """
-SECTION = re.compile(r"^(Args|Returns|Yields|Raises|Source|Example):[ \n]", re.M)
+SECTION = re.compile(r"^(Args|Returns|Yields|Raises|Source):(.*\n?(?:(?: {4,}.*)?\n| {4,}.*)*)", re.M)
 
 
 def page() -> str:
@@ -31,7 +31,7 @@ def page() -> str:
         module = import_module(f"surgery.{room}")
         parts.append(f"## {room}\n\n`surgery.{room}`: {text(module)}\n")
         parts += [entry(name, getattr(module, name)) for name in module.__all__]
-    return "\n".join(parts)
+    return re.sub(r" +$", "", "\n".join(parts), flags=re.M)
 
 
 def entry(name: str, thing: Any) -> str:
@@ -63,18 +63,19 @@ def signature(thing: Any) -> str:
 
 def text(thing: Any) -> str:
     """A docstring as Markdown: its sections as lists, its examples fenced."""
-    doc = inspect.getdoc(thing) or ""
-    doc = re.sub(r"``([^`]+)``", r"`\1`", doc)
-    doc = re.sub(r"((?:^>>> .*\n?(?:^(?!>>>|\n).*\n?)*)+)", r"```pycon\n\1\n```\n", doc, flags=re.M)
-    body, *sections = SECTION.split(doc)
-    for name, told in zip(sections[::2], sections[1::2], strict=True):
-        items = [" ".join(item.split()) for item in re.split(r"\n(?=    \S)", f"\n{told}") if item.strip()]
-        if name in ("Args", "Raises"):
-            items = [re.sub(r"^([\w, ]+): ", r"`\1`: ", item) for item in items]
-            body += f"*{name}*\n\n" + "\n".join(f"- {item}" for item in items) + "\n\n"
-        else:
-            body += f"*{name}*: {told.strip()}\n\n"
-    return body.strip()
+    doc = re.sub(r"``([^`]+)``", r"`\1`", inspect.getdoc(thing) or "")
+    doc = re.sub(r"^(?:>>> .*\n?(?:(?!>>>|\n).+\n?)*)+", lambda m: f"```pycon\n{m[0].rstrip()}\n```\n", doc, flags=re.M)
+    return SECTION.sub(section, doc).strip()
+
+
+def section(found: re.Match[str]) -> str:
+    """One section of a docstring: a list of what is indented once, or one paragraph."""
+    name, told = found[1], found[2].strip("\n")
+    if name not in ("Args", "Raises"):
+        return f"*{name}*: {' '.join(told.split())}\n\n"
+    items = re.split(r"\n(?= {4}\S)", f"\n{told}" if told.startswith("    ") else told)
+    lines = [" ".join(item.split()) for item in items if item.strip()]
+    return f"*{name}*\n\n" + "".join(re.sub(r"^([\w, ]+): ", r"- `\1`: ", line) + "\n" for line in lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
-"""The option that widens the tests to every family."""
+"""The option that widens the tests to every family, and Ctrl-C as it is at a prompt."""
 
 from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
 
 import families
 import pytest
@@ -15,3 +18,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("all_families"):
         families.on_all_families()
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt, as in a foreground process: a shell starts background jobs with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

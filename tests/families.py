@@ -125,14 +125,19 @@ _all_families = False
 
 
 def on_all_families() -> None:
-    """Let ``downstream`` name every family (pytest's option ``--all-families``)."""
+    """Let ``downstream`` and ``fewer`` name every family (pytest's option ``--all-families``)."""
     global _all_families
     _all_families = True
 
 
 def downstream(families: tuple[str, ...] = FAMILIES, kind: str = "mlp") -> tuple[str, ...]:
     """The families on which to test what reads a model through its slots only: the representatives among these."""
-    return families if _all_families else tuple(name for name in families if name in REPRESENTATIVES[kind])
+    return fewer(tuple(name for name in families if name in REPRESENTATIVES[kind]), families)
+
+
+def fewer(some: tuple[str, ...], families: tuple[str, ...]) -> tuple[str, ...]:
+    """``some`` of the families on which a test could run: for what hands over to what is tested on more of them."""
+    return families if _all_families else some
 
 
 def config(family: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -12,25 +13,16 @@ from test_scores import Batch, batches
 from torch import nn
 from torch.nn import functional as F
 
-from surgery import (
-    DamageSelector,
-    Neurons,
-    Trajectory,
-    allocate,
-    attribution,
-    damage,
-    distillation,
-    find_layout,
-    gradient_hooks,
-    predictions,
-    respond,
-    reversal_cost,
-    rollback,
-    sweep,
-    top,
-)
-from surgery.operators import rolled_back
-from surgery.saving import save
+from surgery import DamageSelector, Neurons, Trajectory, allocate, damage, rollback, sweep, top
+from surgery.layout import find_layout
+from surgery.live import distillation, respond
+from surgery.live import hooks as gradient_hooks
+from surgery.live import losses as predictions
+from surgery.reverting.folder import save
+from surgery.reverting.rollback import rolled_back
+from surgery.scores import reversal_cost
+
+attribution = import_module("surgery.scores.damage")
 
 
 def divergence(earlier: nn.Module, model: nn.Module, data: list[Batch]) -> torch.Tensor:
@@ -61,7 +53,7 @@ def vectors(tensors: dict[str, torch.Tensor], block: Any) -> torch.Tensor:
 def test_damage_is_the_gradient_times_what_changed(family):
     earlier, later = pair(family)
     data = batches(labels=True)
-    found = damage(Trajectory(earlier=earlier, later=later), data)
+    found = damage(Trajectory(earlier=earlier, later=later), data, loss="kl")
     divergence(earlier, later, data).backward()
     grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in later.named_parameters()}
     theirs, ours = dict(earlier.named_parameters()), dict(later.named_parameters())
@@ -77,7 +69,7 @@ def test_damage_is_the_gradient_times_what_changed(family):
 def test_damage_predicts_what_a_small_step_back_gains(family):
     earlier, later = (model.double() for model in pair(family))
     data, run = batches(labels=True), Trajectory(earlier=earlier, later=later)
-    scores = damage(run, data)
+    scores = damage(run, data, loss="kl")
     layout, step = find_layout(later), 1e-3
     mask = Neurons({name: torch.arange(b.neurons) % 3 == 0 for name, b in layout.items()})
     with torch.no_grad():
@@ -166,15 +158,13 @@ def test_live_models_and_folders_are_damaged_alike(family, tmp_path):
         assert all(torch.equal(found[name], live[name]) for name in live)
 
 
-def test_only_one_tensors_gradient_exists_at_a_time(monkeypatch):
+def test_only_one_tensors_gradient_exists_at_a_time():
     earlier, later = pair("qwen3")
-    most, real = [], attribution._Total.add
-
-    def watched(self: Any, *arguments: Any) -> None:
-        most.append(sum(p.grad is not None for p in later.parameters()))
-        real(self, *arguments)
-
-    monkeypatch.setattr(attribution._Total, "add", watched)
+    most: list[int] = []
+    for parameter in later.parameters():
+        parameter.register_post_accumulate_grad_hook(
+            lambda _: most.append(sum(p.grad is not None for p in later.parameters()))
+        )
     damage(Trajectory(earlier=earlier, later=later), batches(labels=True))
     assert most
     assert max(most) == 1
@@ -343,13 +333,13 @@ def test_a_named_loss_is_the_gradient_of_its_definition(family):
         return hellinger(logits.double(), target.double()) / len(logits)
 
     run = Trajectory(earlier=earlier, later=later)
-    found, want, other = damage(run, data, loss="hellinger"), damage(run, data, loss=own), damage(run, data)
+    found, want, other = damage(run, data), damage(run, data, loss=own), damage(run, data, loss="kl")
     for name, values in want.items():
         scale = float(values.abs().max())
         torch.testing.assert_close(found[name], values, rtol=1e-3, atol=1e-4 * scale)
         assert not torch.allclose(other[name], values, rtol=0.1)
     assert 0 < found.made_by["damage"]["loss"] <= 1
-    chosen = DamageSelector(0.2, loss="hellinger").select(run, data)
+    chosen = DamageSelector(0.2).select(run, data)
     assert chosen.equal(top(found, allocate(found, 0.2, how="global")))
     assert chosen.made_by["selector"]["loss"] == "hellinger"
 
@@ -364,10 +354,10 @@ def test_a_wrong_guard_is_told():
 
 def test_losses_have_names():
     assert [DamageSelector(0.1, loss=one).name for one in ("kl", "hellinger", print)] == [
-        "D", "D (Hellinger)", "D (own loss)",
+        "D (KL)", "D", "D (own loss)",
     ]  # fmt: skip
-    assert DamageSelector(0.1, loss="hellinger") != DamageSelector(0.1)
-    assert DamageSelector(0.1, loss="hellinger", units="weight").name == "D (Hellinger) of single weights"
+    assert DamageSelector(0.1, loss="hellinger") == DamageSelector(0.1) != DamageSelector(0.1, loss="kl")
+    assert DamageSelector(0.1, loss="kl", units="weight").name == "D (KL) of single weights"
     earlier, later = pair("qwen3")
     data = batches(labels=True)
     for wrong in (
@@ -496,7 +486,7 @@ def test_a_sweep_lets_the_earlier_model_answer_once(monkeypatch):
     asked, calls = batches(labels=False), []
     monkeypatch.setattr(attribution, "respond", lambda *given, **how: calls.append(1) or respond(*given, **how))
     run = Trajectory(earlier=earlier, later=later)
-    kinds: list[Any] = [DamageSelector(0.1), DamageSelector(0.1, loss="hellinger")]
+    kinds: list[Any] = [DamageSelector(0.1), DamageSelector(0.1, loss="kl")]
     kinds += [DamageSelector(0.1, units=units) for units in ("kv_group", "weight")]
     table = sweep(run, asked, selectors=kinds, budgets=[0.1, 0.3], evaluate=lambda _: {"a": 0.0})
     assert len(calls) == 1
@@ -514,15 +504,15 @@ def test_damage_of_attention_units(family, units):
     except ValueError:
         pytest.skip("refused for this family, with the reason")
     earlier, later = pair(family)
-    run, data = Trajectory(earlier=earlier, later=later, units=units), batches(labels=True)
-    found = damage(run, data)
+    run, data = Trajectory(earlier=earlier, later=later), batches(labels=True)
+    found = damage(run, data, loss="kl", units=units)
     divergence(earlier, later, data).backward()
     grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in later.named_parameters()}
     theirs, ours = dict(earlier.named_parameters()), dict(later.named_parameters())
     for name, block in find_layout(later, units=units).items():
         want = (vectors(grads, block) * (vectors(ours, block) - vectors(theirs, block))).sum(1).float().detach()
         torch.testing.assert_close(found[name], want, rtol=2e-3, atol=2e-6 + 1e-3 * float(want.abs().max()))
-    mask = DamageSelector(0.3, units=units).select(Trajectory(earlier=earlier, later=later), data)
+    mask = DamageSelector(0.3, units=units).select(run, data)
     layout = find_layout(later, units=units)
     spent = sum(count * layout[name].width for name, count in mask.count().items())
     assert spent > 0

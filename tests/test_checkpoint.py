@@ -17,7 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from surgery import Checkpoint, Neurons, find_layout, rollback, rolled_back, save
+from surgery import Checkpoint, Neurons, rollback, rolled_back, save
+from surgery.layout import find_layout
 
 TYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 
@@ -278,13 +279,17 @@ def test_overwrite_keeps_the_old_folder_until_the_new_one_is_complete(tmp_path, 
     out = tmp_path / "out"
     out.mkdir()
     (out / "model.safetensors").write_bytes(b"old")
-    import surgery.saving as module
+    seen, real = [], Path.rename
 
-    seen: list[dict[str, bytes]] = []
-    real = module.put_in_place
-    monkeypatch.setattr(module, "put_in_place", lambda *a: (seen.append(hashes(out)), real(*a))[1])
+    def rename(self: Path, target: Path) -> Path:
+        if self == out:  # now the old folder makes way
+            (new,) = tmp_path.glob(".out.*.partial")
+            seen.append((hashes(out), hashes(new)))
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
     save(rolled_back(later, to=earlier, mask=mask), out, overwrite=True)
-    assert seen == [{"model.safetensors": b"old"}]
+    assert seen == [({"model.safetensors": b"old"}, hashes(out))]
     assert sorted(os.listdir(tmp_path)) == ["earlier", "later", "out"]
     want = expected_llama(later, earlier, mask)
     assert {name: data for name, data in hashes(out).items() if name in want} == want

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from test_docs import build_tokenizer, three_stages
+from transformers import GenerationMixin
 
 from surgery import (
     AMCSelector,
@@ -21,15 +22,14 @@ from surgery import (
     Neurons,
     RandomSelector,
     Trajectory,
-    find_layout,
     load_prompts,
-    responses,
     rollback,
     rolled_back,
     strengths,
 )
 from surgery.cli import main
-from surgery.masks import load_mask
+from surgery.layout import find_layout
+from surgery.masks.mask import load_mask
 
 
 @pytest.fixture(scope="module")
@@ -225,8 +225,8 @@ def test_answers_are_written_once_and_read_by_later_commands(
         "    return {'sum': (model.model.layers[0].mlp.up_proj.weight == w).float().mean().item()}\n"
     )
     generated: list[object] = []
-    generate = responses._generate
-    monkeypatch.setattr(responses, "_generate", lambda *given: generated.append(given) or generate(*given))
+    generate = GenerationMixin.generate
+    monkeypatch.setattr(GenerationMixin, "generate", lambda *a, **k: generated.append(a) or generate(*a, **k))
     file = tmp_path / "answers" / "math.jsonl"
     runs, kept = f"{tmp_path}/math {tmp_path}/qa --data {tmp_path}/data.jsonl", f"--answers {file}"
     score = f"--evaluate {tmp_path}/answers_score.py:score --budgets 0.3"

@@ -132,7 +132,7 @@ def test_writes_to() -> None:
     before = compat.writes_to(tensor)
     tensor.add_(1)
     assert compat.writes_to(tensor) == before + 1, (
-        "compare surgery.fingerprints.sampled before and after instead: it costs a little reading per tensor"
+        "compare surgery.checkpoints.opening.sampled before and after instead: it costs a little reading per tensor"
     )
 
 

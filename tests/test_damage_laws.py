@@ -5,30 +5,27 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from benchmarks.variants import integrated
 from families import pair
 from mutants import dies
 from test_attribution import hellinger, kl, vectors
 from test_scores import Batch, batches
 from torch import nn
 
-from surgery import (
-    DamageSelector,
-    Neurons,
-    RandomSelector,
-    Trajectory,
-    attribution,
-    damage,
-    distillation,
-    find_layout,
-    rollback,
-)
-from surgery.predictions import Divergence, positions, predicting, summed
+from benchmarks.pareto.variants import integrated
+from surgery import DamageSelector, Neurons, RandomSelector, Trajectory, damage, rollback
+from surgery.layout import find_layout
+from surgery.live import distillation
+from surgery.live.losses import Divergence, positions, predicting, summed
+
+attribution = import_module("surgery.scores.damage")
+attribution = import_module("surgery.scores.damage")
+
 
 JOINT = ("mlp", "kv_group")
 PRECISE = [("qwen3", "mlp"), ("gpt2", JOINT), ("qwen3", JOINT), ("mixtral", "mlp"), ("gpt_oss", JOINT)]
@@ -47,9 +44,9 @@ def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
 def test_d_in_bf16_is_that_of_the_same_weights_in_float32(family: str, units: Any, loss: Divergence):
     """But for what the passes through the model round: up to 5 % of a block's norm here, in nine families."""
     earlier, later = pair(family, torch.bfloat16)
-    narrow = damage(Trajectory(earlier=earlier, later=later, units=units), batches(labels=True), loss=loss)
-    wide = Trajectory(earlier=copy.deepcopy(earlier).float(), later=copy.deepcopy(later).float(), units=units)
-    for name, expected in damage(wide, batches(labels=True), loss=loss).items():
+    narrow = damage(Trajectory(earlier=earlier, later=later), batches(labels=True), units=units, loss=loss)
+    wide = Trajectory(earlier=copy.deepcopy(earlier).float(), later=copy.deepcopy(later).float())
+    for name, expected in damage(wide, batches(labels=True), loss=loss, units=units).items():
         assert apart(narrow[name], expected) < 0.08, name
 
 
@@ -78,7 +75,7 @@ def law_reduced_wide(family: str = "qwen3", units: Any = "mlp") -> None:
             expected[block.name] += (vectors(grads, block) * change).sum(1).detach()
     later.zero_grad(set_to_none=True)
     tokens = sum(int(positions(batch).sum()) for batch in data)
-    for name, value in damage(Trajectory(earlier=earlier, later=later, units=units), data).items():
+    for name, value in damage(Trajectory(earlier=earlier, later=later), data, units=units).items():
         assert apart(value, expected[name] / tokens) < 1e-5, name
 
 
@@ -148,10 +145,10 @@ def unrouted(family: str) -> tuple[nn.Module, nn.Module]:
 def law_complete(family: str = "qwen3", units: Any = "mlp", loss: Divergence = "kl", routed: bool = True) -> None:
     """Σ D along the way is what reverting all gains, to a thousandth of what was lost; the slope alone is not."""
     earlier, later = pair(family, step=0.05) if routed else unrouted(family)
-    run, data = Trajectory(earlier=earlier, later=later, units=units), batches(labels=True)
+    run, data = Trajectory(earlier=earlier, later=later), batches(labels=True)
     before = {name: tensor.clone() for name, tensor in later.state_dict().items()}
-    found = integrated(run, data, 12, loss)
-    slope = damage(run, data, loss=loss).made_by["damage"]["sum"]
+    found = integrated(run, data, 12, loss, units)
+    slope = damage(run, data, loss=loss, units=units).made_by["damage"]["sum"]
     assert all(torch.equal(tensor, before[name]) for name, tensor in later.state_dict().items())
     whole = gain = lost(earlier, later, loss)
     with rollback(later, to=earlier, mask=everything(later, units)):
@@ -184,7 +181,7 @@ MEMORY = """
 import sys, tempfile, threading, torch
 from pathlib import Path
 from transformers import AutoModelForCausalLM, Qwen3Config
-from surgery import Trajectory, attribution, damage
+from surgery import Trajectory, damage
 
 def anonymous():
     lines = Path("/proc/self/status").read_text().split("\\n")
@@ -268,11 +265,11 @@ def test_all_of_d_is_twice_a_square_and_once_a_distance(power: int, times: float
 def test_a_mask_says_what_its_units_d_adds_up_to(units: Any):
     """With a guard too: what is taken off D for other domains is no gain that was lost."""
     earlier, later = pair("qwen3")
-    run, data = Trajectory(earlier=earlier, later=later, units=units), batches(labels=True)
-    scores = damage(run, data)
+    run, data = Trajectory(earlier=earlier, later=later), batches(labels=True)
+    scores = damage(run, data, units=units)
     others = [{key: value.flip(1) for key, value in batch.items()} for batch in data]
     for protect in (None, {"other": others}):
-        mask = DamageSelector(0.2, protect=protect).select(run, data)
+        mask = DamageSelector(0.2, protect=protect, units=units).select(run, data)
         told = mask.made_by["damage"]
         assert told["promised"] == pytest.approx(sum(float(scores[name][mask[name]].sum()) for name in mask), rel=1e-5)
         assert {**told, "promised": 0} == {**scores.made_by["damage"], "promised": 0}

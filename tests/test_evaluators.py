@@ -13,9 +13,9 @@ from test_docs import SIZES
 from test_sweeps import same, snapshot
 
 from benchmarks.lab.tokenizer import build_tokenizer
-from surgery import RandomSelector, Trajectory, harness, recommend, sweep
+from surgery import RandomSelector, Trajectory, harness, repair, sweep
 from surgery.cli import main
-from surgery.evaluators import _score, evaluator
+from surgery.measure.evaluators import _score, evaluator
 
 ITEMS = 24
 
@@ -127,22 +127,23 @@ def test_a_sweep_on_the_harness(place, quiet):
 
 
 @pytest.mark.filterwarnings("default")
-def test_the_harness_from_recommend_and_the_shell(place, quiet, monkeypatch, capsys):
-    """The same tasks through ``recommend``, and ``lm_eval:`` on the command line; an unknown task is named."""
+def test_the_harness_from_repair_and_the_shell(place, quiet, monkeypatch, capsys):
+    """The same tasks through ``repair``, and ``lm_eval:`` on the command line; an unknown task is named."""
     evaluate = harness("tiny_sums", include_path=place / "tasks", limit=ITEMS // 2)
     right = {name: sum(by_hand(Trajectory(later=place / name).load())[: ITEMS // 2]) for name in ("earlier", "later")}
     worse, better = sorted(right, key=lambda name: right[name])
     assert right[worse] < right[better]
     run = Trajectory(earlier=place / better, later=place / worse)
     model = run.load()
-    found = recommend(run, None, selector=RandomSelector(0.0), evaluate=evaluate, budgets=[0.5, 1.0])
+    found = repair(run, None, selector=RandomSelector(0.0), evaluate=evaluate, budgets=[0.5, 1.0])
     assert [sum(row.items["tiny_sums"]) for row in found.sweep.rows[:2]] == [right[better], right[worse]]
-    with pytest.raises(LookupError, match="knows no task 'no_such_task'"):
-        harness("no_such_task")(model)
+    with pytest.raises(LookupError, match="knows no task 'no_such_task'"):  # with a folder whose index is read by now
+        harness("no_such_task", include_path=place / "tasks")(model)
     monkeypatch.chdir(place)
-    words = "surgery sweep earlier later --evaluate lm_eval:no_such_task --selectors random --budgets 0.5"
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    words = "surgery sweep earlier later --evaluate lm_eval:gsm8k --selectors random --budgets 0.5"
     monkeypatch.setattr(sys, "argv", words.split())
     with pytest.raises(SystemExit) as stopped:
         main()
     assert stopped.value.code == 1
-    assert "knows no task 'no_such_task'" in capsys.readouterr().err
+    assert "lm_eval tasks need lm_eval: pip install" in " ".join(capsys.readouterr().err.split())

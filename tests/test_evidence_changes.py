@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,14 @@ import torch
 from families import FAMILIES, build
 from torch import Tensor, nn
 
-from surgery import Changes, Trajectory, changes, evidence_histograms, find_layout
-from surgery.evidence_changes import Change
-from surgery.tensor_places import KINDS, Place, places_of
+from surgery import Trajectory
+from surgery.evidence import Changes, changes
+from surgery.evidence.changes import Change
+from surgery.evidence.matching import KINDS, Place, places_of
+from surgery.layout import find_layout
+
+evidence_histograms = import_module("surgery.evidence.changes")
+
 
 SOME = ["qwen3", "gpt2", "phi3", "bloom", "bert", "mixtral", "qwen3_moe", "gpt_oss"]
 State = dict[str, Tensor]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from importlib import import_module
 from itertools import permutations as orders
 from typing import Any
 
@@ -14,8 +15,14 @@ from families import build
 from test_evidence_changes import run_of, spoilt
 from torch import Tensor, nn
 
-from surgery import Directions, Trajectory, directions, evidence_cosines, evidence_directions, find_layout
-from surgery.evidence_cosines import Cosines
+from surgery import Trajectory
+from surgery.evidence import Directions, directions
+from surgery.evidence.directions import Cosines
+from surgery.layout import find_layout
+
+evidence_cosines = import_module("surgery.evidence.directions")
+evidence_directions = import_module("surgery.evidence.directions")
+
 
 SOME = ["qwen3", "gpt2", "phi3", "bloom", "mixtral", "qwen3_moe", "gpt_oss"]
 LAYER = "model.layers.0.mlp"
@@ -263,8 +270,8 @@ def test_stages_may_be_called_like_a_trajectorys_own():
 
 def test_attention_units_have_directions():
     models = stages("qwen3", count=3)
-    run = Trajectory.through({f"s{at}": one for at, one in enumerate(models)}, units=("mlp", "kv_group"))
-    found = directions(run, top=0.5)
+    run = Trajectory.through({f"s{at}": one for at, one in enumerate(models)})
+    found = directions(run, top=0.5, units=("mlp", "kv_group"))
     assert any((one.block or "").endswith("[kv_group]") for one in found.pairs[0].blocks)
 
 

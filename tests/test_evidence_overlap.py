@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from itertools import combinations
 from math import comb
 
@@ -12,21 +13,13 @@ from families import build
 from test_evidence_changes import run_of, sequence
 from test_scores import batches
 
-from surgery import (
-    AMCSelector,
-    Neurons,
-    Overlap,
-    Profile,
-    RandomSelector,
-    Trajectory,
-    activation,
-    evidence_overlap,
-    find_layout,
-    magnitude,
-    overlap,
-    profile,
-)
-from surgery.evidence_overlap import chance_jaccard
+from surgery import AMCSelector, Neurons, RandomSelector, activation, magnitude
+from surgery.evidence import Overlap, Profile, overlap, profile
+from surgery.evidence.overlap import chance_jaccard
+from surgery.layout import find_layout
+
+evidence_overlap = import_module("surgery.evidence.overlap")
+
 
 SIZES = {"a": 40, "b": 25, "c": 60}
 
@@ -240,8 +233,7 @@ def laws() -> None:
 def test_a_profile_adds_up(family):
     run = run_of(sequence(family, torch.bfloat16))
     layout = find_layout(build(family), units=("mlp", "kv_group"))
-    mixed = Trajectory(run.base, run.earlier, run.later, units=("mlp", "kv_group"))
-    mask = RandomSelector(0.3, seed=1).select(mixed)
+    mask = RandomSelector(0.3, seed=1, units=("mlp", "kv_group")).select(run)
     found = profile(mask, layout.costs)
     assert [(one.block, one.amount, one.units) for one in found.blocks] == [
         (block, count, mask.sizes[block]) for block, count in mask.count().items()

@@ -10,10 +10,11 @@ from test_evidence_changes import run_of, sequence
 from test_evidence_directions import stages
 from test_evidence_overlap import scores
 
-from surgery import Neurons, changes, directions, overlap, profile
+from surgery import Neurons
+from surgery.evidence import changes, directions, overlap, profile
 
 pytest.importorskip("matplotlib")
-from surgery.evidence_plots import change_histogram, directional_cosine, overlap_matrix, profile_bars
+from surgery.plots.evidence import change_histogram, directional_cosine, overlap_matrix, profile_bars
 
 
 @pytest.mark.parametrize("what", ["absolute", "relative"])

@@ -7,8 +7,7 @@ import torch
 from families import build, downstream
 
 from surgery import RandomSelector, Trajectory, sweep
-from surgery.fingerprints import known, sampled
-from surgery.opening import open_weights
+from surgery.checkpoints.opening import known, open_weights, sampled
 
 
 @pytest.mark.parametrize("family", downstream())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -15,29 +16,31 @@ from torch import nn
 from surgery import (
     AMCSelector,
     DamageSelector,
-    Masked,
     Neurons,
     RandomSelector,
-    Rollback,
     Trajectory,
     activation,
-    attribution,
     conflict,
     damage,
-    damage_terms,
-    distillation,
-    find_layout,
-    gradients,
     likelihood,
     magnitude,
     refresh,
-    reversal_cost,
     rollback,
     strengths,
     sweep,
 )
-from surgery.prompts import padded
-from surgery.theory_landscape import Landscape
+from surgery.evidence import gradients
+from surgery.layout import find_layout
+from surgery.live import distillation
+from surgery.live.prompts import padded
+from surgery.reverting import Rollback
+from surgery.scores import reversal_cost
+from surgery.theory import damage_terms
+from surgery.theory.landscape import Landscape
+from surgery.training import Masked
+
+attribution = import_module("surgery.scores.damage")
+
 
 DEVICE = "cuda"
 SOME = ["qwen3", "llama", "gpt2", "phi3", "gpt_oss", "qwen3_moe"]

@@ -13,9 +13,11 @@ from families import build, config
 from test_gradient_cosines import domains
 from torch import nn
 
-from surgery import GradientCosines, gradient_callback, gradients
-from surgery.predictions import cross_entropy
-from surgery.prompts import Batch
+from surgery.evidence import gradients
+from surgery.live.losses import cross_entropy
+from surgery.live.prompts import Batch
+from surgery.training import GradientCosines
+from surgery.training import callbacks as gradient_callback
 
 transformers = pytest.importorskip("transformers")
 

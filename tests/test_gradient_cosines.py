@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,16 @@ from test_scores import Batch, batches
 from torch import nn
 from torch.nn import functional as F
 
-from surgery import (
-    Gradients,
-    GradientSeries,
-    Trajectory,
-    distillation,
-    find_layout,
-    gradient_cosines,
-    gradient_products,
-    gradients,
-    gradients_along,
-)
-from surgery.predictions import cross_entropy
-from surgery.tensor_places import places_of
+from surgery import Trajectory
+from surgery.evidence import Gradients, GradientSeries, gradients, gradients_along
+from surgery.evidence import products as gradient_products
+from surgery.evidence.matching import places_of
+from surgery.layout import find_layout
+from surgery.live import distillation
+from surgery.live.losses import cross_entropy
+
+gradient_cosines = import_module("surgery.evidence.gradients")
+
 
 NAMES = ("a", "b", "c")
 
@@ -317,7 +315,7 @@ def test_only_one_tensors_gradient_exists_at_a_time(monkeypatch):
 MEMORY = """
 import threading, torch
 from pathlib import Path
-from surgery import gradients
+from surgery.evidence import gradients
 
 def anonymous():
     lines = Path("/proc/self/status").read_text().split("\\n")

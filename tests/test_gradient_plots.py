@@ -10,10 +10,10 @@ import pytest
 from families import build
 from test_gradient_cosines import domains
 
-from surgery import Gradients, GradientSeries, gradients
+from surgery.evidence import Gradients, GradientSeries, gradients
 
 pytest.importorskip("matplotlib")
-from surgery.gradient_plots import gradient_courses, gradient_extremes, gradient_heatmap
+from surgery.plots.evidence import gradient_courses, gradient_extremes, gradient_heatmap
 
 
 @cache

@@ -9,8 +9,9 @@ import torch
 from families import build
 from torch import nn
 
-from surgery import History, Trajectory, history, likelihood
-from surgery.prompts import padded
+from surgery import Trajectory, likelihood
+from surgery.live.prompts import padded
+from surgery.measure import History, history
 
 PAIRS = [([5, 6, 7], [8, 9, 2]), ([3, 4], [10, 2]), ([11, 12, 13, 14], [15, 2])]
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from test_sweeps import BUDGETS, SELECTORS, data, trio
 
-from surgery import Row, Sweep, Trajectory, sweep
-from surgery.judging import judged
-from surgery.rows import CEILING, EARLIER, LATER, scored
-from surgery.significance import paired, recovery_intervals
+from surgery import Trajectory, sweep
+from surgery.measure import Row, Sweep
+from surgery.measure.rows import CEILING, EARLIER, LATER, judged, scored
+from surgery.measure.statistics import paired, recovery_intervals
 
 N = 80
 
@@ -22,14 +22,16 @@ class PerItem:
     """Item i is right once a share of the neurons that only it knows is earlier's; qa goes the other way."""
 
     def __init__(self, earlier, kind=np.asarray, items=N) -> None:
-        self.earlier, self.kind, self.items = earlier, kind, items
+        self.earlier, self.kind, self.items = earlier, kind, [items]  # no setting: its code tells it from another
+        self.called: list[object] = []
 
     def __call__(self, model):
+        self.called.append(model)
         pairs = zip(self.earlier.model.layers, model.model.layers, strict=True)
         part = float(
             torch.cat([(a.mlp.up_proj.weight == b.mlp.up_proj.weight).all(1) for a, b in pairs]).float().mean()
         )
-        needs = np.random.default_rng(0).uniform(0.02, 1.0, self.items)
+        needs = np.random.default_rng(0).uniform(0.02, 1.0, *self.items)
         right = part >= needs
         return {"math": self.kind(right), "qa": self.kind(0.3 + 0.5 * (1 - part) * needs), "code": 0.5}
 
@@ -91,14 +93,16 @@ def test_items_survive_the_file_and_old_files_load(models, tmp_path):
     """A resumed sweep says bit for bit what the first one said; a file written before there were items still loads."""
     file = tmp_path / "sweep.jsonl"
     first = swept(models, PerItem(models["earlier"]), path=file)
-    again = swept(models, lambda model: 1 / 0, path=file)
+    evaluate = PerItem(models["earlier"])
+    again = swept(models, evaluate, path=file)
     assert again == first
     assert again.rows[3].interval is not None
     assert max(map(len, file.read_text().splitlines()[1:])) < 20 * N  # a few characters an item
     head, *lines = file.read_text().splitlines()
     old = [{k: v for k, v in json.loads(line).items() if k != "items"} for line in lines]
     file.write_text("\n".join([head, *(json.dumps({**line, "recovery": None, "delta": {}}) for line in old)]) + "\n")
-    without = swept(models, lambda model: 1 / 0, path=file)
+    without = swept(models, evaluate, path=file)
+    assert not evaluate.called
     assert [row.recovery for row in without] == [row.recovery for row in first]
     assert {row.interval for row in without} == {None}
 
@@ -124,7 +128,7 @@ def test_the_table_says_intervals_tests_and_doubt(models):
     assert f"over {N} items" in text
     few = str(swept(models, PerItem(models["earlier"], items=5)))
     assert "? underpowered: the loss itself" in few
-    assert "can't be told from nothing with 5 items" in few
+    assert "is not significant with 5 items" in few
 
 
 def test_a_wide_interval_is_called_underpowered():

@@ -20,7 +20,8 @@ import torch
 from test_checkpoint import hashes
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from surgery import Checkpoint, Neurons, find_layout, rolled_back, save
+from surgery import Checkpoint, Neurons, rolled_back, save
+from surgery.layout import find_layout
 
 KILLS = 50
 MASK = "surgery/mask.safetensors"

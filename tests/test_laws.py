@@ -9,6 +9,7 @@ import sys
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,21 +21,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from surgery import (
-    AMCSelector,
-    Checkpoint,
-    Neurons,
-    RandomSelector,
-    Trajectory,
-    budget,
-    find_layout,
-    operators,
-    rolled_back,
-    save,
-)
-from surgery.checkpoint import State
-from surgery.slots import Layout, Slot
-from surgery.stored import folder_layout
+from surgery import AMCSelector, Checkpoint, Neurons, RandomSelector, Trajectory, rolled_back, save
+from surgery.checkpoints.checkpoint import State
+from surgery.layout import find_layout
+from surgery.layout.on_disk import folder_layout
+from surgery.layout.slots import Layout, Slot
+from surgery.masks import budget
+
+operators = import_module("surgery.reverting.rollback")
+
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 THREE = ("llama", "gpt2", "mixtral")
@@ -158,11 +153,11 @@ def law_copies(later: nn.Module, earlier: nn.Module, mask: Neurons) -> None:
 
 
 def law_selected(later: nn.Module, earlier: nn.Module, _: Neurons) -> None:
-    """A selector takes exactly round(β·N) neurons, and the ones of the highest score in each layer."""
+    """A selector takes exactly round(β·N) neurons, the ones of the highest score in each layer, by the layer's mean."""
     from surgery import allocate, magnitude, top
 
     run = Trajectory(earlier=earlier, later=later)
-    scores = magnitude(run)
+    scores = Neurons({name: value.double() / value.double().mean() for name, value in magnitude(run).items()})
     for how in ("proportional", "global", "uniform"):
         for fraction in (0.06, 0.25, 0.777):
             mask = AMCSelector(fraction, rank="M", allocate="M", how=how).select(run)
@@ -477,6 +472,7 @@ def test_an_interrupted_rollback_leaves_the_old_weights(family, error, monkeypat
         assert same(snapshot(later), before)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_is_held_back_until_the_weights_are_whole(monkeypatch):
     """A real signal: during the rollback the old weights come back, during the undo the undo is completed first."""
     earlier, later = pair("llama")
@@ -503,12 +499,13 @@ def test_ctrl_c_is_held_back_until_the_weights_are_whole(monkeypatch):
     assert signal.getsignal(signal.SIGINT) is handler
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("kind", ["neurons", "weights"])
 def test_ctrl_c_anywhere_in_a_rollback_leaves_the_old_weights(kind):
     """At whichever line the signal comes, the wait for the checks and the report too: else nobody has the undo."""
     earlier, later = pair("llama")
     before, sent = snapshot(later), []
-    mask = RandomSelector(0.1, units="weight" if kind == "weights" else None).select(Trajectory(None, earlier, later))
+    mask = RandomSelector(0.1, units="weight" if kind == "weights" else "mlp").select(Trajectory(None, earlier, later))
     original, lines = sys.gettrace(), set()
 
     def at(line):

@@ -11,11 +11,13 @@ from families import DENSE, FAMILIES, build, config, neurons
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from surgery import Block, Checkpoint, Layout, Slot, find_layout, magnitude, probe, rollback, rolled_back
-from surgery.checkpoint import State
-from surgery.neurons import Neurons
-from surgery.stored import folder_layout
-from surgery.trajectory import Trajectory
+from surgery import Checkpoint, magnitude, rollback, rolled_back
+from surgery.checkpoints.checkpoint import State
+from surgery.checkpoints.trajectory import Trajectory
+from surgery.layout import Block, Layout, Slot, find_layout
+from surgery.layout.on_disk import folder_layout
+from surgery.live import probe
+from surgery.masks.neurons import Neurons
 
 IDS = torch.randint(3, 64, (2, 12), generator=torch.Generator().manual_seed(0))
 LLAMA = {

@@ -12,14 +12,16 @@ from mutants import dies
 from test_laws import same, snapshot
 from torch import nn
 
-from surgery import Checkpoint, Entries, Neurons, find_layout, jaccard, rollback, rolled_back, save
-from surgery.checkpoint import State
-from surgery.edits import Numbers
-from surgery.entries import shapes_of
-from surgery.masks import Mask, checked, load_mask
-from surgery.papers import CARD, RECORD
-from surgery.slots import Layout
-from surgery.strength_values import applied, recorded
+from surgery import Checkpoint, Entries, Neurons, rollback, rolled_back, save
+from surgery.checkpoints.checkpoint import State
+from surgery.layout import find_layout
+from surgery.layout.slots import Layout
+from surgery.masks.edits import Numbers
+from surgery.masks.entries import shapes_of
+from surgery.masks.mask import Mask, checked, load_mask
+from surgery.measure import jaccard
+from surgery.reverting.provenance import CARD, RECORD
+from surgery.reverting.writing import applied, recorded
 
 CASES = [
     ("llama", "mlp"),

@@ -26,9 +26,9 @@ from surgery import (
     strengths,
     sweep,
 )
-from surgery.attribution import reversal_cost
-from surgery.evaluators import likelihood
-from surgery.swap import earlier_model
+from surgery.live.earlier import earlier_model
+from surgery.measure.evaluators import likelihood
+from surgery.scores.damage import reversal_cost
 
 LABELLED, UNLABELLED = batches(labels=True), batches(labels=False)
 

@@ -26,8 +26,8 @@ from benchmarks.pareto.methods import methods
 from benchmarks.pareto.points import OTHER, OURS, SCALE, UNDECIDED, Point, best, contests, points, verdict
 from benchmarks.pareto.report import markdown
 from surgery import rolled_back
-from surgery.rows import CEILING, EARLIER, LATER
-from surgery.strength_values import applied as used
+from surgery.measure.rows import CEILING, EARLIER, LATER
+from surgery.reverting.writing import applied as used
 
 needs_checkpoints = pytest.mark.skipif(not (SEED0 / "qa").is_dir(), reason="seed 0 has not been trained here")
 ITEMS = 200

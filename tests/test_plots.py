@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from surgery.rows import CEILING, EARLIER, LATER, Row, Sweep, ceiling_of
+from surgery.measure.rows import CEILING, EARLIER, LATER, Row, Sweep, ceiling_of
 
 pytest.importorskip("matplotlib")
-from surgery.plots import dose_response, layer_budgets, pareto_front
+from surgery.plots.sweeps import dose_response, layer_budgets, pareto_front
 
 
 def test_dose_response_draws_recovery_in_percent(tmp_path: Path) -> None:

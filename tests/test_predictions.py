@@ -11,7 +11,8 @@ from families import pair
 from safetensors.torch import save_file
 from test_scores import batches
 
-from surgery import distillation, predictions
+from surgery.live import distillation
+from surgery.live import losses as predictions
 
 DATA = batches(labels=True)
 

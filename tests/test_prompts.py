@@ -13,7 +13,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from surgery import load_prompts
-from surgery.prompts import response_mask
+from surgery.live.prompts import response_mask
 
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789 <>|:+=\n\u2028\x85\ufeff"
 TEMPLATE = (

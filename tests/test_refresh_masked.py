@@ -17,8 +17,11 @@ from test_laws import expected, same, snapshot, some_neurons
 from test_scores import Batch
 from torch import nn
 
-from surgery import Masked, Neurons, find_layout, refresh_masked
-from surgery.refresh_copies import Leaves
+from surgery import Neurons
+from surgery.layout import find_layout
+from surgery.training import Masked
+from surgery.training import callbacks as refresh_masked
+from surgery.training.leaves import Leaves
 
 LAB = Path(__file__).parent.parent / "benchmarks/lab/seed0"
 

@@ -18,7 +18,7 @@ def lines(ax: Any) -> dict[str, list[tuple[float, float]]]:
 
 
 def test_dynamics_of_several_runs_show_mean_range_and_start() -> None:
-    from surgery.refresh_plots import refresh_dynamics
+    from surgery.plots.refresh import refresh_dynamics
 
     ax = refresh_dynamics({"math": {0: [0.8, 0.9], 5: [0.9, 1.0]}, "qa": {5: 0.4, 0: 0.5}})
     found = lines(ax)
@@ -33,7 +33,7 @@ def test_dynamics_of_several_runs_show_mean_range_and_start() -> None:
 
 
 def test_dynamics_of_a_refresh() -> None:
-    from surgery.refresh_plots import refresh_dynamics
+    from surgery.plots.refresh import refresh_dynamics
 
     model, told = build("llama"), iter([0.1, 0.4, 0.2])
     with refresh(model, validate=lambda _: {"math": next(told), "qa": 0.5}) as done:
@@ -47,7 +47,7 @@ def test_dynamics_of_a_refresh() -> None:
 
 
 def test_recovery_at_cost() -> None:
-    from surgery.refresh_plots import recovery_at_cost
+    from surgery.plots.refresh import recovery_at_cost
 
     ax = recovery_at_cost({"refresh": [(100, 0.2), (200, 0.5)], "rollback": [(640, 0.47)]})
     found = lines(ax)

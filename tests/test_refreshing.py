@@ -7,6 +7,7 @@ import math
 import os
 import signal
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -16,11 +17,18 @@ from test_laws import Tensors, all_neurons, expected, same, snapshot, some_neuro
 from test_scores import Batch, batches
 from torch import nn
 
-from surgery import Entries, Neurons, Refresh, distillation, find_layout, refresh_copies, refreshing, rollback
-from surgery.edits import Rows
-from surgery.entries import shapes_of
-from surgery.refresh_copies import Leaves
-from surgery.slots import Layout
+from surgery import Entries, Neurons, rollback
+from surgery.layout import find_layout
+from surgery.layout.slots import Layout
+from surgery.live import distillation
+from surgery.masks.edits import Rows
+from surgery.masks.entries import shapes_of
+from surgery.training import Refresh
+from surgery.training import leaves as refresh_copies
+from surgery.training.leaves import Leaves
+
+refreshing = import_module("surgery.training.refresh")
+
 
 SGD = torch.optim.SGD
 ATTENTION = [("llama", "kv_group"), ("qwen3", "value_channel"), ("phi3", "kv_group"), ("gpt2", "value_channel")]
@@ -444,14 +452,6 @@ def test_the_report(tmp_path):
     assert not any(key.startswith("_") for key in read)
     with refresh(model) as done:
         assert "all parameters" in str(done)
-
-
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """Ctrl-C as in a foreground process: in the background a shell has it ignored from the start."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.usefixtures("interruptible")

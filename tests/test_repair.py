@@ -17,13 +17,13 @@ from surgery import (
     Neurons,
     RandomSelector,
     Trajectory,
-    find_layout,
     load_prompts,
     repair,
     rolled_back,
     sweep,
 )
-from surgery.tuning import BUDGETS
+from surgery.layout import find_layout
+from surgery.measure.repair import BUDGETS
 
 N = 96
 GRID = [k / N for k in range(1, N + 1)]

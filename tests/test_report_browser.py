@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from test_report_page import drawn, evil
 
-from surgery.evidence import Table
-from surgery.report_page import Section, page
+from surgery.report.page import Section, page
+from surgery.tables import Table
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")

@@ -19,13 +19,12 @@ from test_report_page import EVIL, Reader
 from torch import nn
 
 from surgery import DamageSelector, Trajectory, analyse, likelihood, load_prompts, rollback, write_report
-from surgery.histories import History, Lost
-from surgery.prompts import padded
-from surgery.report_inquiry import Inquiry
-from surgery.report_parts import PARTS, Study, halved
-from surgery.report_sections import sections
-from surgery.report_verdict import verdict
-from surgery.significance import Paired
+from surgery.live.prompts import padded
+from surgery.measure.history import History, Lost
+from surgery.measure.statistics import Paired
+from surgery.report.inquiry import PARTS, Inquiry, Study, halved
+from surgery.report.sections import sections
+from surgery.report.verdict import verdict
 
 LAB = Path(__file__).parent.parent / "benchmarks/lab/seed0"
 STAGES, DOMAINS = ("base", "code", "math", "qa", "cw"), ("math", "code", "qa")

@@ -12,8 +12,8 @@ import pytest
 from matplotlib.figure import Figure as Canvas
 
 import surgery
-from surgery.evidence import Table
-from surgery.report_page import Figure, Section, page
+from surgery.report.page import Figure, Section, page
+from surgery.tables import Table
 
 EVIL = """<script>alert("x")</script> & 'q' </td>"""
 VOID = {"meta", "link", "img", "br"}

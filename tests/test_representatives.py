@@ -11,8 +11,9 @@ import pytest
 from families import FAMILIES, REPRESENTATIVES, build
 from torch import Tensor, nn
 
-from surgery import Block, Checkpoint, Layout, find_layout
-from surgery.stored import folder_layout
+from surgery import Checkpoint
+from surgery.layout import Block, Layout, find_layout
+from surgery.layout.on_disk import folder_layout
 from surgery.units import KINDS
 
 
@@ -31,7 +32,7 @@ class Signature(NamedTuple):
 
 
 def hearing(model: nn.Module, block: Block) -> str:
-    """Which of the ways of ``surgery.hooks.listening`` hears the block's neurons."""
+    """Which of the ways of ``surgery.live.hooks.listening`` hears the block's neurons."""
     consumer: Any = model.get_submodule(block.consumer)
     if not block.experts:
         return "dense"

@@ -10,8 +10,10 @@ import pytest
 import torch
 from test_sweeps import Evaluate, data, same, snapshot, trio
 
-from surgery import AMCSelector, Neurons, RandomSelector, Trajectory, activation, find_layout, jaccard, stability
-from surgery.resampling import _some
+from surgery import AMCSelector, Neurons, RandomSelector, Trajectory, activation
+from surgery.layout import find_layout
+from surgery.measure import jaccard, stability
+from surgery.measure.stability import _some
 
 N = 96
 
@@ -124,7 +126,7 @@ def test_recovery_of_each_draw(models):
 
 def test_it_prints_a_table_and_is_drawn(models):
     pytest.importorskip("matplotlib")
-    from surgery.plots import prompt_stability
+    from surgery.plots.sweeps import prompt_stability
 
     found = stability(
         Trajectory(**models), prompts(), AMCSelector(0.25), sizes=(2, 6), draws=3, evaluate=Evaluate(models["earlier"])

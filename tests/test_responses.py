@@ -13,7 +13,9 @@ from families import build
 from safetensors import SafetensorError
 from test_scores import batches
 
-from surgery import Trajectory, activation, damage, distillation, likelihood, predictions, respond
+from surgery import Trajectory, activation, damage, likelihood
+from surgery.live import distillation, respond
+from surgery.live import losses as predictions
 
 FEW = 6
 

@@ -14,25 +14,24 @@ from torch.nn import functional as F
 
 from surgery import (
     AMCSelector,
-    Block,
     Neurons,
     Trajectory,
     activation,
     allocate,
     conflict,
     damage,
-    deltas,
-    find_layout,
     likelihood,
     magnitude,
-    respond,
-    reversal_cost,
     rollback,
-    scores,
     top,
 )
-from surgery.checkpoint import State
-from surgery.slots import Layout
+from surgery.checkpoints import trajectory as deltas
+from surgery.checkpoints.checkpoint import State
+from surgery.layout import Block, find_layout
+from surgery.layout.slots import Layout
+from surgery.live import respond
+from surgery.scores import amc as scores
+from surgery.scores import reversal_cost
 
 Batch = dict[str, torch.Tensor]
 SORTED, ALL = ("jetmoe",), ("llama4_text",)

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surgery.significance import (
+from surgery.measure import statistics as significance
+from surgery.measure.statistics import (
     bootstrap_means,
     healing,
     interval,
@@ -96,6 +97,21 @@ def test_the_same_items_are_drawn_in_every_row_and_again():
     assert np.allclose(means[1], 2 * means[0])
     assert np.array_equal(means[0], bootstrap_means(values, draws=300))
     assert not np.array_equal(means[0], bootstrap_means(values, draws=300, seed=1))
+
+
+def test_one_item_is_every_resample():
+    """There is no other item to draw: the interval is that one point."""
+    assert bootstrap_means(np.array([[2.0], [3.0]]), draws=4).tolist() == [[2.0] * 4, [3.0] * 4]
+    assert paired(np.array([[0.75]]), np.array([0.5]))[0].interval == (0.25, 0.25)
+
+
+def test_resamples_are_the_same_in_pieces(monkeypatch):
+    """How many are held at once has no say in the numbers."""
+    values = normal(50, rows=3)
+    whole = bootstrap_means(values, draws=300)
+    monkeypatch.setattr(significance, "_CHUNK", 7 * values.size)
+    assert np.array_equal(bootstrap_means(values, draws=300), whole)
+    assert np.array_equal(bootstrap_means(values[1], draws=300), whole[1])  # nor has how many rows there are
 
 
 def test_every_item_is_drawn_as_often_as_any_other():

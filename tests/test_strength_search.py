@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 
 import pytest
 import torch
@@ -14,25 +15,18 @@ from test_laws import THREE, all_neurons, bits, hashes, same, snapshot, some_neu
 from test_scores import batches
 from torch import nn
 
-from surgery import (
-    Checkpoint,
-    Entries,
-    Neurons,
-    Trajectory,
-    damage,
-    find_layout,
-    operators,
-    rolled_back,
-    save,
-    strength_search,
-    strength_values,
-    strengths,
-)
-from surgery.checkpoint import State
-from surgery.edits import Numbers
-from surgery.papers import CARD, RECORD, STRENGTH
-from surgery.slots import Layout
+from surgery import Checkpoint, Entries, Neurons, Trajectory, damage, rolled_back, save, strengths
+from surgery.checkpoints.checkpoint import State
+from surgery.layout import find_layout
+from surgery.layout.slots import Layout
+from surgery.masks.edits import Numbers
+from surgery.reverting import writing as strength_values
+from surgery.reverting.provenance import CARD, RECORD, STRENGTH
 from surgery.units import Units
+
+operators = import_module("surgery.reverting.rollback")
+strength_search = import_module("surgery.selectors.strengths")
+
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PARTS = (0.0, 0.25, 1.0, 1.75)
@@ -198,7 +192,7 @@ def test_the_slope_is_that_of_the_loss(family):
     for part in (0.0, 0.5):
         value, slope = along.at(part * along.touched.double())
         with operators.rollback(later, to=earlier, mask=mask, strength=part):
-            there = damage(run, data)
+            there = damage(run, data, loss="kl")
             assert value == pytest.approx(float(divergence(earlier, later, data).detach()), rel=1e-3, abs=1e-7)
         for name, found in along.split(slope).items():
             want = -there[name] * mask[name] / (1 - part)
@@ -272,7 +266,7 @@ def test_never_a_greater_loss_than_by_going_all_the_way_or_not_at_all(family):
     run, data = Trajectory(earlier=earlier, later=later), batches(labels=True)
     both = some_neurons(find_layout(later, units=BOTH)) if family == "qwen3" else some_neurons(find_layout(later), 1)
     for mask in (some_neurons(find_layout(later)), some_entries(find_layout(later)), both):
-        found = strengths(run, data, mask, passes=8)
+        found = strengths(run, data, mask, passes=8, loss="kl")
         told = found.made_by["strengths"]
         assert told["least"] == min(told["loss"]) <= min(told["loss"][:2])
         for part, at in ((0.0, 0), (1.0, 1)):

@@ -8,9 +8,10 @@ from families import FAMILIES, build
 from test_attribution import pair
 from test_scores import batches
 
-from surgery import Trajectory, swap
-from surgery.opening import Weights
-from surgery.swap import earlier_model
+from surgery import Trajectory
+from surgery.checkpoints.opening import Weights
+from surgery.live import earlier as swap
+from surgery.live.earlier import earlier_model
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:

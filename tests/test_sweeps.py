@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 import torch
@@ -17,13 +20,16 @@ from surgery import (
     RandomSelector,
     Trajectory,
     allocate,
-    find_layout,
+    harness,
+    likelihood,
     magnitude,
-    scores,
     sweep,
     top,
 )
-from surgery.checkpoint import State
+from surgery.checkpoints.checkpoint import State
+from surgery.layout import find_layout
+from surgery.measure.sweep import Bench
+from surgery.scores import amc as scores
 
 BUDGETS = [0.1, 0.25]
 SELECTORS = [AMCSelector(0.0), AMCSelector(0.0, rank="M", allocate="M"), RandomSelector(0.0), RandomSelector(0.0, 1)]
@@ -114,18 +120,14 @@ def test_it_prints_a_table(models):
 def test_each_score_is_computed_once(models, monkeypatch):
     """Whatever the number of budgets and selectors: one pass over the data, one over the weights for M, one for C."""
     reads, passes = [], []
-    displacements, run_batch = scores.displacements, scores._run
+    displacements = scores.displacements
 
-    def reading(run, *names):
+    def reading(run, *names, **how):
         reads.append(names)
-        return displacements(run, *names)
-
-    def passing(*args):
-        passes.append(1)
-        return run_batch(*args)
+        return displacements(run, *names, **how)
 
     monkeypatch.setattr(scores, "displacements", reading)
-    monkeypatch.setattr(scores, "_run", passing)
+    models["later"].get_input_embeddings().register_forward_pre_hook(lambda *_: passes.append(1))
     letters = [("AMC", "AMC"), ("A", "AMC"), ("MC", "MC"), ("A", "A"), ("AM", "AM")]
     selectors = [AMCSelector(0.0, rank=rank, allocate=budgets) for rank, budgets in letters]
     run, evaluate = Trajectory(**models), Evaluate(models["earlier"])
@@ -208,6 +210,117 @@ def test_a_file_of_other_checkpoints_is_refused(models, tmp_path):
     models["base"].save_pretrained(tmp_path / "earlier")
     with pytest.raises(ValueError, match="other checkpoints"):
         sweep(run, None, **arguments, evaluate=Evaluate(models["earlier"], fail=1))
+
+
+def test_a_file_of_other_prompts_is_refused(models, tmp_path):
+    """The masks of A and D depend on them: rows by other prompts were given out as these."""
+    run, other = Trajectory(**models), [{**batch, "input_ids": batch["input_ids"].flip(1)} for batch in data()]
+    arguments = dict(selectors=SELECTORS[:1], budgets=[0.1], path=tmp_path / "sweep.jsonl")
+    first = sweep(run, data(), **arguments, evaluate=Evaluate(models["earlier"]))
+    written = (tmp_path / "sweep.jsonl").read_bytes()
+    for prompts in (other, data()[:1], None):
+        with pytest.raises(ValueError, match=r"sweep\.jsonl holds rows of other prompts: choose another file"):
+            sweep(run, prompts, **arguments, evaluate=Evaluate(models["earlier"], fail=1))
+    assert (tmp_path / "sweep.jsonl").read_bytes() == written
+    assert sweep(run, iter(data()), **arguments, evaluate=Evaluate(models["earlier"], fail=1)) == first
+
+
+@dataclass
+class Scaled:
+    """An evaluation with a setting."""
+
+    by: float
+    norm: bool = False
+
+    def __call__(self, model: nn.Module) -> dict[str, float]:
+        return self.score(model)
+
+    def score(self, model: nn.Module) -> dict[str, float]:
+        return {"math": self.by * float(model.lm_head.weight.sum())}
+
+
+def scaled(model: nn.Module, by: float) -> dict[str, float]:
+    return Scaled(by)(model)
+
+
+def closed_over(by: float):
+    return lambda model: scaled(model, by)
+
+
+def recursive(by: float):
+    def score(model: nn.Module, times: int = 1) -> dict[str, float]:
+        return score(model, times - 1) if times else {"math": by}
+
+    return score
+
+
+def wrapped(inner):
+    return lambda model: inner(model)
+
+
+def ten(model: nn.Module) -> dict[str, float]:
+    return {"math": 10.0}
+
+
+def twenty(model: nn.Module) -> dict[str, float]:
+    return {"math": 20.0}
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (lambda: ten, lambda: twenty),
+        (lambda: recursive(1.0), lambda: recursive(2.0)),
+        (lambda: Scaled(1.0), lambda: Scaled(2.0)),
+        (lambda: Scaled(1.0).score, lambda: Scaled(2.0).score),
+        (lambda: partial(scaled, by=1.0), lambda: partial(scaled, by=2.0)),
+        (lambda: partial(ten), lambda: partial(twenty)),
+        (lambda: closed_over(1.0), lambda: closed_over(2.0)),
+        (lambda: wrapped(ten), lambda: wrapped(twenty)),
+        (lambda: likelihood({"math": data()}), lambda: likelihood({"math": data()[:1]})),
+        (lambda: likelihood({"math": data()}), lambda: likelihood({"qa": data()})),
+        (lambda: harness("gsm8k"), lambda: harness("gsm8k", limit=10)),
+    ],
+    ids=[
+        "function", "recursive", "object", "method", "partial", "function of partial", "closure", "wrapper", "prompts",
+        "domain", "harness",
+    ],
+)  # fmt: skip
+def test_a_file_of_another_evaluation_is_refused(models, tmp_path, one, other):
+    """Its rows were given out as scores of this one; the same evaluation, made anew, goes on."""
+    run, file = Trajectory(**models), tmp_path / "sweep.jsonl"
+    Bench(run, None, one(), file)
+    Bench(run, None, one(), file)
+    written = file.read_bytes()
+    with pytest.raises(ValueError, match=r"sweep\.jsonl holds rows of another evaluation: choose another file"):
+        Bench(run, None, other(), file)
+    assert file.read_bytes() == written
+
+
+OTHER_PROCESS = """
+import fcntl, sys, time
+with open(sys.argv[1], "a+") as file:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    print("locked", flush=True)
+    time.sleep(0.3)
+    file.write(sys.stdin.read())
+"""
+
+
+def test_two_processes_share_a_file(models, tmp_path):
+    """The second waits while the first writes what the rows are of: two of those lines made a file that none read."""
+    run, file, evaluate = Trajectory(**models), tmp_path / "sweep.jsonl", Evaluate(models["earlier"])
+    arguments = dict(selectors=SELECTORS[2:3], budgets=[0.1])
+    whole = sweep(run, None, **arguments, evaluate=Evaluate(models["earlier"]), path=tmp_path / "first.jsonl")
+    text = (tmp_path / "first.jsonl").read_text()
+    words = [sys.executable, "-c", OTHER_PROCESS, str(file)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        other.stdin.write(text)
+        other.stdin.close()
+        assert other.stdout.readline() == "locked\n"
+        assert sweep(run, None, **arguments, evaluate=evaluate, path=file) == whole
+    assert evaluate.calls == 0
+    assert file.read_text() == text
 
 
 def test_a_file_that_was_cut_is_refused_by_name(models, tmp_path):

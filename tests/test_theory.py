@@ -5,13 +5,30 @@ from __future__ import annotations
 import math
 
 import pytest
+import scipy.sparse.linalg
 import torch
 from mutants import dies
 from torch import Tensor
 
-from surgery import curvature, fisher, theory, theory_krylov
-from surgery.theory import Point, allowed, along, combined, descent, distances, inner, noise, norm, parts, slope
-from surgery.theory_krylov import eigenpairs, largest, orthonormal
+from surgery.theory import curvature, fisher
+from surgery.theory import vectors as theory
+from surgery.theory import vectors as theory_krylov
+from surgery.theory.vectors import (
+    Point,
+    allowed,
+    along,
+    combined,
+    descent,
+    distances,
+    eigenpairs,
+    inner,
+    largest,
+    noise,
+    norm,
+    orthonormal,
+    parts,
+    slope,
+)
 
 torch.manual_seed(0)
 X = torch.randn(7, 5, dtype=torch.float64)
@@ -146,6 +163,15 @@ def test_eigenpairs_of_a_known_matrix(values, k):
     left = (matrix @ vectors.T - vectors.T * torch.tensor(found.values)).norm(dim=0)
     assert float(left.max()) < 1e-6
     assert largest(lambda v: unflat(matrix @ flat(v)), THETA, 30) == pytest.approx(max(values), rel=1e-6)
+
+
+def test_eigenpairs_are_those_of_scipy():
+    matrix, _ = known(torch.linspace(10, 1, 60).tolist())
+    found = eigenpairs(lambda v: unflat(matrix @ flat(v)), THETA, 4, tolerance=1e-9)
+    values, vectors = scipy.sparse.linalg.eigsh(matrix.numpy(), k=4, which="LA")
+    assert found.values == pytest.approx(values[::-1].tolist(), rel=1e-9)
+    alike = torch.stack([flat(u) for u in found.vectors]) @ torch.from_numpy(vectors[:, ::-1].copy())
+    torch.testing.assert_close(alike.abs(), torch.eye(4, dtype=torch.float64), rtol=0, atol=1e-6)
 
 
 def test_residuals_are_those_of_the_pairs():

@@ -18,28 +18,25 @@ from test_scores import batches
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from surgery import (
+from surgery import Neurons, Trajectory, damage
+from surgery.layout import find_layout
+from surgery.live import distillation
+from surgery.theory import (
     Landscape,
-    Neurons,
-    Trajectory,
     contraction,
     curvature,
     curvature_bounds,
-    damage,
     damage_spectrum,
     damage_split,
     damage_terms,
-    distillation,
     eigenspace,
-    find_layout,
-    theory,
-    theory_damage,
-    theory_landscape,
 )
-from surgery.theory import along, inner, noise, norm
-from surgery.theory_contraction import answer_loss
-from surgery.theory_landscape import differentiable
-from surgery.theory_subspaces import coordinates
+from surgery.theory import damage as theory_damage
+from surgery.theory import landscape as theory_landscape
+from surgery.theory import vectors as theory
+from surgery.theory.contraction import answer_loss
+from surgery.theory.landscape import coordinates, differentiable
+from surgery.theory.vectors import along, inner, noise, norm
 
 FEW = ("llama", "qwen3", "gpt2", "phi3", "qwen3_moe")
 DATA = batches(labels=True)

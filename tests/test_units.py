@@ -6,6 +6,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from importlib import import_module
 from itertools import pairwise
 from typing import Any
 
@@ -25,29 +26,29 @@ from transformers.models.mpt import modeling_mpt
 from surgery import (
     AMCSelector,
     Checkpoint,
-    Layout,
     Neurons,
     RandomSelector,
-    Slot,
     Trajectory,
     activation,
     allocate,
     conflict,
-    find_layout,
     magnitude,
-    operators,
-    probe,
     rolled_back,
     save,
-    score_products,
     sweep,
     top,
 )
-from surgery.checkpoint import State
-from surgery.deltas import reading
-from surgery.opening import open_weights
-from surgery.stored import folder_layout
+from surgery.checkpoints.checkpoint import State
+from surgery.checkpoints.opening import open_weights
+from surgery.checkpoints.trajectory import reading
+from surgery.layout import Layout, Slot, find_layout
+from surgery.layout.on_disk import folder_layout
+from surgery.live import probe
+from surgery.scores import amc as score_products
 from surgery.units import ATTENTION, kinds_of
+
+operators = import_module("surgery.reverting.rollback")
+
 
 REFUSED = ("deepseek_v2", "deepseek_v3", "glm_moe_dsa", "jetmoe")
 WHOLE_NORM = ("olmo2", "olmoe", "minimax_m2")  # no head stands alone, value channels do
@@ -321,7 +322,7 @@ def test_a_partly_covered_model_says_so():
 def test_unknown_and_overlapping_units_are_refused(units, message):
     for make in (
         lambda: AMCSelector(0.1, units=units or ("x",)),
-        lambda: Trajectory(units=units),
+        lambda: Trajectory().kinds(units),
         lambda: kinds_of(units),
     ):
         with pytest.raises(ValueError, match=message):
@@ -426,7 +427,7 @@ def test_live_and_folder_agree(family, unit, tmp_path):
     for name, model in models.items():
         model.save_pretrained(tmp_path / name, max_shard_size="24KB")
     units = ("mlp", unit) if unit == "value_channel" else unit
-    folder = Trajectory(**{name: str(tmp_path / name) for name in models}, units=units)
+    folder = Trajectory(**{name: str(tmp_path / name) for name in models})
     models["later"] = folder.load()
     live = Trajectory(**models)
     disk = folder_layout(tmp_path / "later", Checkpoint(tmp_path / "later").shapes, units=units)
@@ -434,7 +435,7 @@ def test_live_and_folder_agree(family, unit, tmp_path):
     assert disk.notes == find_layout(models["later"], units=units).notes
     mask = AMCSelector(0.5, units=units).select(live, data())
     assert sum(mask.count().values())
-    assert AMCSelector(0.5).select(folder, data()).equal(mask)  # the run's own units
+    assert AMCSelector(0.5, units=units).select(folder, data()).equal(mask)
     view = rolled_back(folder.later, to=folder.earlier, mask=mask)
     out = save(view, tmp_path / "out")
     record = json.loads((out / "surgery.json").read_text())
@@ -467,7 +468,7 @@ def test_a_layout_and_other_units_contradict_each_other():
     groups = find_layout(model, units="kv_group")
     assert Trajectory(later=model, layout=groups).weights("later")[0].layout is groups
     with pytest.raises(ValueError, match="pass one of both"):
-        Trajectory(later=model, layout=groups, units="value_channel")
+        Trajectory(later=model, layout=groups).weights("later", units="value_channel")
 
 
 # Scores
@@ -511,8 +512,8 @@ def test_activation_is_the_mean_over_the_units_channels(name, unit):
 def test_magnitude_and_conflict_are_of_what_a_rollback_changes(family, unit):
     """M is the length of the change that reverting the unit alone makes; C the cosine with the earlier update there."""
     base, earlier, later = (build(family, seed=seed) for seed in range(3))
-    run = Trajectory(base=base, earlier=earlier, later=later, units=unit)
-    M, C = magnitude(run), conflict(run)
+    run = Trajectory(base=base, earlier=earlier, later=later)
+    M, C = magnitude(run, units=unit), conflict(run, units=unit)
     before, start, old = snapshot(later), dict(State(base)), dict(State(earlier))
     for name, size in M.sizes.items():
         for i in range(0, size, max(size // 4, 1)):
@@ -640,8 +641,10 @@ def test_costs_have_to_fit():
     assert allocate(scores, 0.5, costs={"a": 3}) == {"a": 1}
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "qwen3_next"])
-@pytest.mark.parametrize("unit", ATTENTION)
+@pytest.mark.parametrize(
+    ("family", "unit"),
+    [*(("llama", unit) for unit in ATTENTION), *((f, "value_channel") for f in ("gpt2", "mixtral", "qwen3_next"))],
+)
 def test_a_joint_selector_spends_parameters_on_both_kinds(family, unit):
     """Never more than β of them, nearly all of them, at random and by score; bigger contains smaller where global."""
     base, earlier, later = (build(family, seed=seed) for seed in range(3))
@@ -689,11 +692,11 @@ def test_a_kind_whose_cosines_are_small_still_gets_its_share():
         with torch.no_grad():
             earlier.get_parameter(name).add_(torch.randn_like(parameter) * 0.1)
             parameter.copy_(earlier.get_parameter(name) + torch.randn_like(parameter) * 0.1)
-    run = Trajectory(base=base, earlier=earlier, later=later, units=("mlp", "kv_group"))
-    layout, C = find_layout(later, units=run.units), conflict(run)
+    run, units = Trajectory(base=base, earlier=earlier, later=later), ("mlp", "kv_group")
+    layout, C = find_layout(later, units=units), conflict(run, units=units)
     mean = {kind: torch.cat([C[n] for n, b in layout.items() if b.kind == kind]).mean() for kind in layout.units}
     assert mean["kv_group"] < 0.7 * mean["mlp"]
-    mask = AMCSelector(0.5, "C", "C").select(run)
+    mask = AMCSelector(0.5, "C", "C", units=units).select(run)
     density = score_products.product({"C": C}, "C", True)
     for kind in layout.units:
         blocks = [b for b in layout.blocks if b.kind == kind]
@@ -702,11 +705,8 @@ def test_a_kind_whose_cosines_are_small_still_gets_its_share():
             torch.testing.assert_close(density[b.name] * mean[kind], C[b.name])
         spent = sum(mask.count()[b.name] * b.width for b in blocks)
         assert abs(spent - 0.5 * sum(b.width * b.neurons for b in blocks)) <= 2 * max(layout.costs.values())
-    assert (
-        AMCSelector(0.2, "C", "C", units="mlp")
-        .select(run)
-        .equal(top(conflict(replace(run, units="mlp")), allocate(conflict(replace(run, units="mlp")), 0.2)))
-    )
+    alone = conflict(run)
+    assert AMCSelector(0.2, "C", "C").select(run).equal(top(alone, allocate(alone, 0.2)))
 
 
 # The sweep and the command line
@@ -722,7 +722,7 @@ def test_a_sweep_over_kinds_has_a_ceiling_for_each():
         state = dict(State(one))
         return {"math": sum(float((state[n] == old[n]).double().mean()) for n in state)}
 
-    selectors = [AMCSelector(0.0, "MC", "MC", units=u) for u in (None, "kv_group", ("mlp", "kv_group"))]
+    selectors = [AMCSelector(0.0, "MC", "MC", units=u) for u in ("mlp", "kv_group", ("mlp", "kv_group"))]
     table = sweep(Trajectory(**models), None, selectors=selectors, budgets=[0.5], evaluate=evaluate)
     names = ["ceiling (all MLP neurons)", "ceiling (all KV groups)", "ceiling (all units (neurons and KV groups))"]
     assert [row.selector for row in table][2:5] == names
@@ -736,24 +736,21 @@ def test_a_sweep_over_kinds_has_a_ceiling_for_each():
     assert [row.selector for row in empty][2:] == names[:1]
 
 
-def test_a_sweeps_file_is_of_one_kind(tmp_path):
-    """Rows of one name over other units are not taken for the same: the file is refused."""
+def test_a_sweeps_file_tells_kinds_apart(tmp_path):
+    """Rows over other units have other names, so that none is taken for another."""
     models = {name: build("llama", seed=seed) for seed, name in enumerate(("base", "earlier", "later"))}
-    rest = dict(
-        selectors=[RandomSelector(0.5)], budgets=[0.5], evaluate=lambda _: {"math": 1.0}, path=tmp_path / "rows"
-    )
-    for _ in range(2):
-        sweep(Trajectory(**models, units="kv_group"), None, **rest)
-    for units in ("mlp", ("mlp", "kv_group")):
-        with pytest.raises(ValueError, match="other checkpoints or units"):
-            sweep(Trajectory(**models, units=units), None, **rest)
+    rest = dict(budgets=[0.5], evaluate=lambda _: {"math": 1.0}, path=tmp_path / "rows")
+    for units, count in (("kv_group", 2), ("mlp", 48), (("mlp", "kv_group"), 50), ("kv_group", 2)):
+        *_, row = sweep(Trajectory(**models), None, selectors=[RandomSelector(0.5, units=units)], **rest)
+        assert abs(row.neurons - count) <= 2
+    assert len((tmp_path / "rows").read_text().splitlines()) == 1 + 2 + 3 + 3  # the head, references, ceilings, rows
 
 
 def test_a_mask_file_says_which_units_it_holds(tmp_path):
     """Saved and loaded, a mask alone opens the right layout; its print and the rollback's name the units."""
     earlier, later = build("llama", seed=1), build("llama", seed=2)
-    run = Trajectory(earlier=earlier, later=later, units=("mlp", "kv_group"))
-    RandomSelector(0.4).select(run).save(tmp_path / "mask")
+    run = Trajectory(earlier=earlier, later=later)
+    RandomSelector(0.4, units=("mlp", "kv_group")).select(run).save(tmp_path / "mask")
     mask = Neurons.load(tmp_path / "mask")
     assert "units (neurons and KV groups)" in repr(mask)
     with operators.rollback(later, to=earlier, mask=mask) as done:
@@ -764,7 +761,7 @@ def test_a_mask_file_says_which_units_it_holds(tmp_path):
 @pytest.mark.parametrize("units", ["weight", ("weight",), ("mlp", "weight")])
 def test_a_model_is_not_laid_out_by_single_weights(units):
     model = build("llama")
-    for refused in (lambda: Trajectory(later=model, units=units), lambda: find_layout(model, units=units)):
+    for refused in (lambda: Trajectory(later=model).kinds(units), lambda: find_layout(model, units=units)):
         with pytest.raises(
             ValueError, match=re.escape(f"units={units!r}: a model is not laid out") + ".*: pass it to Dam"
         ):

@@ -17,12 +17,15 @@ from test_laws import same, snapshot
 from test_scores import batches
 from torch import nn
 
-from surgery import AMCSelector, Trajectory, deltas, magnitude, recommend, sweep, weight_ranking, weight_scores
-from surgery.budget import share
-from surgery.checkpoint import State
-from surgery.entries import Entries, shapes_of
-from surgery.weight_scores import entry_magnitude
-from surgery.weight_selection import over_weights
+from surgery import AMCSelector, Trajectory, magnitude, repair, sweep
+from surgery.checkpoints import trajectory as deltas
+from surgery.checkpoints.checkpoint import State
+from surgery.masks.budget import share
+from surgery.masks.entries import Entries, shapes_of
+from surgery.scores import weights as weight_ranking
+from surgery.scores import weights as weight_scores
+from surgery.scores.weights import entry_magnitude
+from surgery.selectors.rounds import candidates
 
 BUDGETS = (0.0, 0.001, 0.02, 0.2)
 HOWS = ("global", "proportional", "uniform")
@@ -40,7 +43,7 @@ def _three(family: str, dtype: torch.dtype) -> tuple[nn.Module, nn.Module, nn.Mo
 
 def trajectory(family: str, dtype: torch.dtype = torch.float32) -> Trajectory:
     base, earlier, later = _three(family, dtype)
-    return over_weights(Trajectory(base, earlier, later))
+    return Trajectory(base, earlier, later)
 
 
 def by_magnitude(run: Trajectory, budget: float, how: str = "global") -> Entries:
@@ -51,9 +54,10 @@ def by_magnitude(run: Trajectory, budget: float, how: str = "global") -> Entries
 
 def parts_of(run: Trajectory) -> dict[str, torch.Tensor]:
     """M, part by part."""
-    (later,) = run.weights("later")
+    units = candidates(run)
+    (later,) = run.weights("later", units=units)
     shapes = shapes_of(later.layout)
-    return dict(zip(shapes, entry_magnitude(run).split([n * d for n, d in shapes.values()]), strict=True))
+    return dict(zip(shapes, entry_magnitude(run, units).split([n * d for n, d in shapes.values()]), strict=True))
 
 
 def defined(run: Trajectory) -> dict[str, torch.Tensor]:
@@ -171,7 +175,7 @@ def test_it_needs_neither_prompts_nor_a_base_and_every_number():
         by_magnitude(Trajectory(earlier=run.earlier, later=broken), 0.1)
 
 
-def test_sweep_and_recommend_rank_single_weights_by_magnitude():
+def test_sweep_and_repair_rank_single_weights_by_magnitude():
     run, data = trajectory("qwen3"), batches(labels=True)
     later, before = run.later, snapshot(run.later)  # type: ignore[arg-type]
     weight = dict(State(run.earlier))["model.layers.0.mlp.up_proj.weight"]  # type: ignore[arg-type]
@@ -182,12 +186,12 @@ def test_sweep_and_recommend_rank_single_weights_by_magnitude():
     kinds = [AMCSelector(0.1, "M", "M", how, "weight") for how in ("global", "proportional")]
     table = sweep(run, data, selectors=kinds, budgets=[0.01, 0.1], evaluate=evaluate)
     assert [row.neurons for row in table["M of single weights"]] == [
-        round(budget * entry_magnitude(run).numel()) for budget in (0.01, 0.1)
+        round(budget * entry_magnitude(run, candidates(run)).numel()) for budget in (0.01, 0.1)
     ]
     assert [row.selector for row in table][2] == "ceiling (all units (neurons and KV groups))"
-    found = recommend(run, data, selector=kinds[0], evaluate=evaluate, recovery=0.1, budgets=[0.01, 0.1, 0.5])
-    assert found.nested
-    assert found.budget is not None
+    found = repair(run, data, selector=kinds[0], evaluate=evaluate, recovery=0.1, budgets=[0.01, 0.1, 0.5])
+    assert found.outcome == "repaired"
+    assert "not ordered" not in str(found)
     assert same(snapshot(later), before)
 
 
@@ -195,7 +199,7 @@ MEMORY = """
 import threading, torch
 from pathlib import Path
 from surgery import AMCSelector, Trajectory
-from surgery.layout import spec_layout
+from surgery.layout.finding import spec_layout
 
 def anonymous():
     lines = Path("/proc/self/status").read_text().split("\\n")
@@ -233,7 +237,16 @@ def test_anonymous_memory_is_bounded_by_a_chunk():
 
 
 def no_abs(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(torch.Tensor, "abs", lambda self: self)
+    def mutant(run, steps=weight_scores._steps):
+        for *where, step in steps(run):
+            yield (*where, step.as_subclass(_Signed))
+
+    patch.setattr(weight_scores, "_steps", mutant)
+
+
+class _Signed(torch.Tensor):
+    def abs(self):
+        return self
 
 
 def not_relative(patch: pytest.MonkeyPatch) -> None:

@@ -26,8 +26,9 @@ from transformers.utils import logging as transformers_logging
 from benchmarks.lab.domains import DOMAINS, Item, generate, read_items
 from benchmarks.lab.evaluate import evaluator
 from benchmarks.lab.train import GRPO, Stage, show, train_stage
-from surgery import DamageSelector, Masked, Trajectory, load_prompts
-from surgery.masks import Mask
+from surgery import DamageSelector, Trajectory, load_prompts
+from surgery.masks.mask import Mask
+from surgery.training import Masked
 
 STEPS = (5, 10, 20)
 AfterStep = Callable[[int, nn.Module], object]

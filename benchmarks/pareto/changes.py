@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from benchmarks.pareto import baselines
 from surgery import Trajectory, rollback
-from surgery.masks import Mask
-from surgery.prompts import Batch
-from surgery.strength_values import Strength
+from surgery.live.prompts import Batch
+from surgery.masks.mask import Mask
+from surgery.reverting.writing import Strength
 
 LIBRARY, VARIANT, BASELINE, CONTROL = "library", "variant", "baseline", "control"
 TRAINED, REFERENCE = "trained", "reference"

@@ -35,7 +35,7 @@ from benchmarks.pareto.methods import methods
 from benchmarks.pareto.points import SCALE, Seed, points
 from benchmarks.pareto.report import markdown
 from surgery import Trajectory, load_prompts
-from surgery.fingerprints import fingerprint
+from surgery.checkpoints.opening import fingerprint
 
 ORDER = ("code", "math", "qa")
 

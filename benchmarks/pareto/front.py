@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.pareto.changes import BASELINE, LIBRARY, TRAINED, VARIANT
 from benchmarks.pareto.points import Point
-from surgery.rows import CEILING, EARLIER, LATER
+from surgery.measure.rows import CEILING, EARLIER, LATER
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

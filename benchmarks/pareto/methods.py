@@ -24,7 +24,7 @@ from benchmarks.pareto.changes import (
 )
 from benchmarks.pareto.variants import variants
 from surgery import AMCSelector, DamageSelector, RandomSelector, allocate, magnitude, strengths, top
-from surgery.rows import EARLIER, LATER, ceiling_of
+from surgery.measure.rows import EARLIER, LATER, ceiling_of
 from surgery.units import single
 
 GROUPS, CHANNELS = ("mlp", "kv_group"), ("mlp", "value_channel")

@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks.lab.evaluate import bootstrap_interval
 from benchmarks.pareto.changes import BASELINE, CONTROL, LIBRARY, TRAINED
-from surgery.rows import EARLIER, LATER
+from surgery.measure.rows import EARLIER, LATER
 
 SCALE = 10_000  # stored per-item probabilities are whole numbers of 1/SCALE
 RESAMPLES = 2_000

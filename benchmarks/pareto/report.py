@@ -11,7 +11,7 @@ from benchmarks.hardware import statement
 from benchmarks.pareto.changes import BASELINE, BUDGETS, CONTROL, LIBRARY, REFERENCE, TRAINED, VARIANT
 from benchmarks.pareto.front import front
 from benchmarks.pareto.points import OTHER, OURS, UNDECIDED, Point, Seed, contests, shown, verdict
-from surgery.rows import CEILING, EARLIER, is_ceiling
+from surgery.measure.rows import CEILING, EARLIER, is_ceiling
 
 HEAD = """# Recovery, and what it costs elsewhere: every selector beside everything people use today
 

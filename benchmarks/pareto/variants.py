@@ -17,21 +17,11 @@ import torch
 from scipy.optimize import minimize_scalar
 
 from benchmarks.pareto.changes import BUDGETS, VARIANT, Method, Reversal, Setting, wide
-from surgery import (
-    Neurons,
-    RandomSelector,
-    Trajectory,
-    allocate,
-    damage,
-    distillation,
-    earlier_model,
-    rollback,
-    strengths,
-    top,
-)
-from surgery.attribution import check_wide
-from surgery.predictions import Divergence, Loss, positions, predicting
-from surgery.prompts import Batch
+from surgery import Neurons, RandomSelector, Trajectory, allocate, damage, rollback, strengths, top
+from surgery.live import distillation, earlier_model
+from surgery.live.losses import Divergence, Loss, positions, predicting
+from surgery.live.prompts import Batch
+from surgery.scores.damage import check_wide
 from surgery.units import Units
 
 SAMPLES = 4  # draws of labels for the curvature

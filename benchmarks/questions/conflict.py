@@ -13,7 +13,8 @@ import torch
 
 from benchmarks.hardware import statement
 from benchmarks.seeds import asked_for, write
-from surgery import Gradients, GradientSeries, Trajectory, gradients_along, load_prompts
+from surgery import Trajectory, load_prompts
+from surgery.evidence import Gradients, GradientSeries, gradients_along
 
 DOMAINS, STAGES = ("math", "code", "qa", "cw"), ("base", "code", "math", "qa", "cw")
 

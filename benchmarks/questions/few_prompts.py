@@ -32,8 +32,8 @@ from surgery import (
     respond,
     stability,
 )  # fmt: skip
-from surgery.plots import prompt_stability
-from surgery.prompts import Batch
+from surgery.live.prompts import Batch
+from surgery.plots.sweeps import prompt_stability
 
 SIZES, DRAWS, POOL = (4, 8, 16, 32, 64, 128, 256), 5, 512
 SELECTORS: dict[str, Selector] = {

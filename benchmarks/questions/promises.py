@@ -18,12 +18,13 @@ import torch
 from benchmarks.hardware import statement
 from benchmarks.pareto.variants import integrated
 from benchmarks.seeds import asked_for, write
-from surgery import Neurons, Trajectory, allocate, damage, distillation, earlier_model, load_prompts, rollback, top
-from surgery import predictions as measured
-from surgery.attribution import promised
-from surgery.predictions import Distillation, Divergence, positions, predicting
-from surgery.prompts import Batch
-from surgery.score_products import costs_of
+from surgery import Neurons, Trajectory, allocate, damage, load_prompts, rollback, top
+from surgery.live import distillation, earlier_model
+from surgery.live import losses as measured
+from surgery.live.losses import Distillation, Divergence, positions, predicting
+from surgery.live.prompts import Batch
+from surgery.scores.amc import costs_of
+from surgery.scores.damage import promised
 from surgery.units import Units
 
 BUDGETS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.0)

@@ -18,7 +18,7 @@ from benchmarks.damaged import METRIC, OTHERS, Damaged, Judged
 from benchmarks.hardware import statement
 from benchmarks.seeds import asked_for, write
 from surgery import DamageSelector
-from surgery.scores import remembered
+from surgery.scores.amc import remembered
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -23,11 +23,14 @@ from benchmarks.damaged import METRIC, OTHERS, Damaged, Judged
 from benchmarks.hardware import statement
 from benchmarks.questions.protect import table
 from benchmarks.seeds import asked_for, write
-from surgery import Rollback, Trajectory, respond, reversal_cost, rollback
-from surgery.predictions import distillation
-from surgery.prompts import Batch
-from surgery.weight_damage import Gains, entry_gains
-from surgery.weight_selection import ROUNDS
+from surgery import Trajectory, rollback
+from surgery.live import respond
+from surgery.live.losses import distillation
+from surgery.live.prompts import Batch
+from surgery.reverting import Rollback
+from surgery.scores import reversal_cost
+from surgery.scores.weights import Gains, entry_gains
+from surgery.selectors.rounds import ROUNDS
 
 BUDGETS, WEIGHTS, UNITS = (0.002, 0.01, 0.04), (0.3,), ("mlp", "kv_group")
 Found = dict[tuple[str, float], Judged]

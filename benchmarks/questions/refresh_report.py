@@ -199,7 +199,7 @@ def draw(found: Mapping[str, Any], out: Path) -> None:
     """Re-Math over steps, and recovery against cost."""
     from matplotlib.figure import Figure
 
-    from surgery.refresh_plots import recovery_at_cost, refresh_dynamics
+    from surgery.plots.refresh import recovery_at_cost, refresh_dynamics
 
     figure = Figure(figsize=(10, 4), dpi=150, layout="constrained")
     shown = [name for name in ("GRPO", "KL") if of(found, "re-math", name)]

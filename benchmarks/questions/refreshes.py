@@ -39,20 +39,11 @@ from benchmarks.lab.train import GRPO, Stage
 from benchmarks.questions.refresh_report import draw, markdown
 from benchmarks.seeds import RESULTS
 from benchmarks.seeds import write as report
-from surgery import (  # fmt: skip
-    DamageSelector,
-    Neurons,
-    RandomSelector,
-    Trajectory,
-    distillation,
-    load_prompts,
-    refresh,
-    respond,
-    rollback,
-)
-from surgery.predictions import Distillation
-from surgery.prompts import Batch
-from surgery.refresh_copies import Leaves
+from surgery import DamageSelector, Neurons, RandomSelector, Trajectory, load_prompts, refresh, rollback
+from surgery.live import distillation, respond
+from surgery.live.losses import Distillation
+from surgery.live.prompts import Batch
+from surgery.training.leaves import Leaves
 
 BATCH = 32
 BUDGETS, CHANNELS = (0.02, 0.16), ("mlp", "value_channel")

@@ -19,13 +19,13 @@ from benchmarks.damaged import METRIC, Damaged
 from benchmarks.hardware import statement
 from benchmarks.seeds import asked_for, write
 from surgery import AMCSelector, DamageSelector, Entries, RandomSelector, Trajectory, activation
-from surgery.deltas import displacements
-from surgery.entries import shapes_of
-from surgery.prompts import Batch
-from surgery.scores import remembered
-from surgery.selector_settings import damage_named
-from surgery.weight_ranking import best, entries_of
-from surgery.weight_selection import ROUNDS, by_damage, candidates
+from surgery.checkpoints.trajectory import displacements
+from surgery.live.prompts import Batch
+from surgery.masks.entries import shapes_of
+from surgery.scores.amc import remembered
+from surgery.scores.weights import best, entries_of
+from surgery.selectors.rounds import ROUNDS, by_damage, candidates
+from surgery.selectors.settings import damage_named
 
 BUDGETS, DRAWS = (0.002, 0.01, 0.02, 0.04), 3
 Found = dict[tuple[str, float], tuple[float, float]]

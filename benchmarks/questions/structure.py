@@ -10,19 +10,9 @@ from pathlib import Path
 
 from benchmarks.hardware import statement
 from benchmarks.seeds import asked_for, write
-from surgery import (
-    Changes,
-    Directions,
-    Overlap,
-    Trajectory,
-    activation,
-    changes,
-    directions,
-    load_prompts,
-    magnitude,
-    overlap,
-)
-from surgery.evidence import Table, cell_text
+from surgery import Trajectory, activation, load_prompts, magnitude
+from surgery.evidence import Changes, Directions, Overlap, changes, directions, overlap
+from surgery.tables import Table, cell_text
 
 STAGES = ("base", "code", "math", "qa", "cw")
 
@@ -54,7 +44,7 @@ def draw(folder: Path, moved: Changes, changed: Overlap, active: Overlap, along:
     """The figures of one seed."""
     from matplotlib.figure import Figure
 
-    from surgery import evidence_plots as plots
+    from surgery.plots import evidence as plots
 
     figure = Figure(figsize=(12, 8), dpi=100, layout="constrained")
     for row, what in zip(figure.subplots(2, 2), ("absolute", "relative"), strict=True):

@@ -17,9 +17,10 @@ from benchmarks.pareto.comparison import Store, pairs
 from benchmarks.pareto.methods import CHANNELS, GROUPS, PAPER
 from benchmarks.pareto.points import Point, Seed, points
 from benchmarks.seeds import asked_for, write
-from surgery import AMCSelector, DamageSelector, RandomSelector, Sweep, Trajectory, load_prompts
-from surgery.plots import dose_response, layer_budgets
-from surgery.rows import CEILING, Row, ceiling_of
+from surgery import AMCSelector, DamageSelector, RandomSelector, Trajectory, load_prompts
+from surgery.measure import Sweep
+from surgery.measure.rows import CEILING, Row, ceiling_of
+from surgery.plots.sweeps import dose_response, layer_budgets
 
 BUDGETS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32)
 RANDOM = "random neurons"

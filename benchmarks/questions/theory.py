@@ -15,31 +15,24 @@ import torch
 
 from benchmarks.hardware import statement
 from benchmarks.seeds import asked_for, write
-from surgery import (
+from surgery import Neurons, Trajectory, activation, allocate, damage, load_prompts, magnitude, top
+from surgery.layout import find_layout
+from surgery.plots.theory import contracting_distance, damage_curve, expansion
+from surgery.tables import Table
+from surgery.theory import (
     Contraction,
     CurvatureBounds,
     DamageSpectrum,
     DamageSplit,
     DamageTerms,
     Landscape,
-    Neurons,
-    Trajectory,
-    activation,
-    allocate,
     contraction,
     curvature_bounds,
-    damage,
     damage_spectrum,
     damage_split,
     damage_terms,
     eigenspace,
-    find_layout,
-    load_prompts,
-    magnitude,
-    top,
 )
-from surgery.evidence import Table
-from surgery.theory_plots import contracting_distance, damage_curve, expansion
 
 ACTIVE, CHANGED, DIMENSIONS, FEW = 0.05, 0.10, 16, 4
 OTHERS = ("qa", "code", "cw")

@@ -18,7 +18,8 @@ from benchmarks.speed.checkpoints import made
 CHILD = """
 import sys, threading, time
 import torch
-from surgery import Checkpoint, Trajectory, changes, directions, magnitude, overlap
+from surgery import Checkpoint, Trajectory, magnitude
+from surgery.evidence import changes, directions, overlap
 
 names = ("base", "earlier", "later")
 stages = {name: f"{sys.argv[1]}/{name}" for name in names}

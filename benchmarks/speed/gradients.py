@@ -20,8 +20,9 @@ from transformers import PrinterCallback, Qwen3Config, Qwen3ForCausalLM, Trainer
 
 from benchmarks.hardware import statement
 from benchmarks.speed import checkpoints
-from surgery import GradientCosines, gradients
-from surgery.predictions import cross_entropy
+from surgery.evidence import gradients
+from surgery.live.losses import cross_entropy
+from surgery.training import GradientCosines
 
 Batch = dict[str, torch.Tensor]
 

@@ -93,7 +93,8 @@ def scores(folder: Path) -> list[Result]:
 
 def live(folder: Path, mask_file: Path) -> list[Result]:
     """Rollback and undo on a live model (wall ms), and the activation score beside the bare forward pass."""
-    from surgery import Neurons, Trajectory, activation, find_layout, rollback
+    from surgery import Neurons, Trajectory, activation, rollback
+    from surgery.layout import find_layout
 
     model = Trajectory(later=folder / "later").load()
     mask, layout = Neurons.load(mask_file), find_layout(model)
@@ -146,7 +147,8 @@ def on_gpu() -> list[Result]:
     """A Qwen3-4B shape on the GPU: rollback of 2 % from a live earlier model, and undo from the slices kept there."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    from surgery import Neurons, Trajectory, damage, find_layout, rollback
+    from surgery import Neurons, Trajectory, damage, rollback
+    from surgery.layout import find_layout
 
     config = Qwen3Config(
         hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32,

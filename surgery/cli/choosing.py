@@ -11,10 +11,10 @@ from surgery.cli.options import asked, files_of, prompts_of
 from surgery.units import single
 
 if TYPE_CHECKING:
-    from surgery.masks import Mask
-    from surgery.prompts import Batch
-    from surgery.selection import Selector
-    from surgery.trajectory import Trajectory
+    from surgery.checkpoints.trajectory import Trajectory
+    from surgery.live.prompts import Batch
+    from surgery.masks.mask import Mask
+    from surgery.selectors.selectors import Selector
 
     Guard = tuple[dict[str, list[Batch]], float]  # prompts of the domains to protect, and the weight of their loss
 
@@ -66,7 +66,7 @@ def check_selectors(
 
 
 def _check_text(text: str) -> None:
-    from surgery.selector_settings import check_letters
+    from surgery.selectors.settings import check_letters
 
     if text in ("random", "D", "D:kl"):
         return
@@ -90,7 +90,7 @@ def protected(protect: list[str] | None, weight: float, run: Trajectory, batch_s
 
 def answered(run: Trajectory, prompts: Any, file: Path | None, write: bool = True) -> tuple[Any, str]:
     """The prompts with the earlier model's answers, where a file is named that keeps them; and what was done."""
-    from surgery.attribution import earlier_answers
+    from surgery.scores.damage import earlier_answers
 
     if file is None:
         return prompts, ""
@@ -104,7 +104,7 @@ def answered(run: Trajectory, prompts: Any, file: Path | None, write: bool = Tru
 
 def unanswered(selectors: list[Any], prompts: list[Batch] | None) -> list[Any]:
     """The selectors, those by letters on the prompts alone: A of answered ones is another, a mean over the answers."""
-    from surgery.selection import AMCSelector
+    from surgery.selectors.selectors import AMCSelector
 
     return [_OnPrompts(one.budget, one, prompts) if isinstance(one, AMCSelector) else one for one in selectors]
 
@@ -130,7 +130,7 @@ class _OnPrompts:
 
 
 def selector_of(text: str, budget: float, how: Any, seed: int, units: str, guard: Guard) -> Selector:
-    from surgery.selection import AMCSelector, DamageSelector, RandomSelector
+    from surgery.selectors.selectors import AMCSelector, DamageSelector, RandomSelector
 
     text, own = text.strip(), asked(units)
     if text == "random":

@@ -29,7 +29,7 @@ from surgery.cli.options import (
 from surgery.units import noun
 
 if TYPE_CHECKING:
-    from surgery.slots import Block, Slot
+    from surgery.layout.slots import Block, Slot
 
 BUDGETS = "0.01,0.02,0.04,0.08,0.16,0.32"
 
@@ -58,11 +58,11 @@ def analyse(
     overwrite: Overwrite = False,
 ) -> None:
     """Is a later stage hurting an earlier one? Write a page with all the evidence, and what a repair would bring."""
-    from surgery.prompts import load_prompts
-    from surgery.report_inquiry import analyse as run_analysis
-    from surgery.report_sections import write_report
-    from surgery.report_verdict import verdict
-    from surgery.trajectory import Trajectory
+    from surgery.checkpoints.trajectory import Trajectory
+    from surgery.live.prompts import load_prompts
+    from surgery.report.inquiry import analyse as run_analysis
+    from surgery.report.sections import write_report
+    from surgery.report.verdict import verdict
 
     if output.exists() and not overwrite:
         raise ValueError(f"{output} exists: choose another folder, or pass --overwrite")
@@ -114,10 +114,10 @@ def inspect(
     layout: LayoutFile = None,
 ) -> None:
     """Print where the neurons (or other units) lie and how that was found."""
-    from surgery.opening import open_weights
+    from surgery.checkpoints.opening import open_weights
 
     if Path(source).is_file():
-        from surgery.masks import load_mask
+        from surgery.masks.mask import load_mask
 
         mask = load_mask(source)
         out.print(repr(mask), markup=False)
@@ -173,9 +173,9 @@ def _which(slot: Slot) -> str:
 
 def _probed(source: str, layout: Path | None, kinds: tuple[str, ...], names: list[str]) -> bool:
     """Whether autograd confirms the named blocks; prints what it finds."""
-    from surgery.layout import find_layout
-    from surgery.probing import probe as verify
-    from surgery.trajectory import Trajectory
+    from surgery.checkpoints.trajectory import Trajectory
+    from surgery.layout.finding import find_layout
+    from surgery.live.probing import probe as verify
 
     with working("loading the model to probe it"):
         model = Trajectory(later=source).load()

@@ -39,8 +39,8 @@ from surgery.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from surgery.prompts import Batch
-    from surgery.trajectory import Trajectory
+    from surgery.checkpoints.trajectory import Trajectory
+    from surgery.live.prompts import Batch
 
 
 UNREPAIRED = 3  # the exit code: damaged, and not repairable within the limits
@@ -51,7 +51,7 @@ def _loaded(
     run: Trajectory, data: Path | None, evaluate: str | None, batch_size: int, device: str | None, dtype: str | None
 ) -> Iterator[tuple[list[Batch] | None, Any, Callable[[str], None]]]:
     """The prompts, the evaluation, and what tells of progress, with the run's later model loaded."""
-    from surgery.prompts import load_prompts
+    from surgery.live.prompts import load_prompts
 
     batches = load_prompts(data, folder_of(run.later), batch_size=batch_size) if data else None
     function = None if evaluate is None else function_of(evaluate)
@@ -80,7 +80,7 @@ def sweep(
     dry_run: DryRun = False,
 ) -> None:
     """Evaluate selectors at budgets on one live model, beside earlier, later and the ceiling."""
-    from surgery.sweeps import sweep as run_sweep
+    from surgery.measure.sweep import sweep as run_sweep
 
     fractions = [fraction(text) for text in budgets.split(",")]
     check_selectors(selectors.split(","), checkpoints, data, how, units, protect, answers)
@@ -145,8 +145,8 @@ def repair(
     overwrite: Overwrite = False,
 ) -> None:
     """Find the smallest rollback that repairs a domain and spares the others; exit code 3 if there is none."""
-    from surgery.tuning import BUDGETS
-    from surgery.tuning import repair as run_repair
+    from surgery.measure.repair import BUDGETS
+    from surgery.measure.repair import repair as run_repair
 
     if output is not None and output.exists() and not overwrite:
         raise ValueError(f"{output} exists: choose another folder, or pass --overwrite")

@@ -21,10 +21,10 @@ from surgery.units import KINDS, WEIGHT, kinds_of, single
 if TYPE_CHECKING:
     import torch
 
-    from surgery.prompts import Batch
-    from surgery.slots import Layout
-    from surgery.strength_values import Strength
-    from surgery.trajectory import Trajectory
+    from surgery.checkpoints.trajectory import Trajectory
+    from surgery.layout.slots import Layout
+    from surgery.live.prompts import Batch
+    from surgery.reverting.writing import Strength
 
 out, err = Console(soft_wrap=True, highlight=False), Console(stderr=True, soft_wrap=True, highlight=False)
 
@@ -68,7 +68,7 @@ Selected = Annotated[
 
 
 def trajectory_of(checkpoints: list[str], layout: Path | None) -> Trajectory:
-    from surgery.trajectory import Trajectory
+    from surgery.checkpoints.trajectory import Trajectory
 
     if len(checkpoints) not in (2, 3):
         raise ValueError(f"expected [BASE] EARLIER LATER, got {len(checkpoints)} checkpoints")
@@ -81,7 +81,7 @@ def kinds_in(units: str) -> tuple[str, ...]:
     if single(asked(units)):
         raise ValueError(
             f"--units {units}: single weights lie in units: inspect those, --units mlp or --units mlp,kv_group. "
-            f"weight is for select, sweep and tune, which choose among them"
+            f"weight is for select, sweep and repair, which choose among them"
         )
     return kinds_of(asked(units))
 
@@ -91,7 +91,7 @@ def asked(units: str) -> tuple[str, ...]:
     if set(kinds) - {*KINDS, WEIGHT}:
         raise ValueError(
             f"--units {units}: expected {', '.join(KINDS)}, or two like mlp,kv_group; to select, "
-            f"sweep and tune also weight"
+            f"sweep and repair also weight"
         )
     return kinds
 
@@ -107,14 +107,14 @@ def dtype_of(name: str | None) -> torch.dtype | None:
 def layout_of(path: Path | None, source: str) -> Layout | None:
     if path is None:
         return None
-    from surgery.checkpoint import Checkpoint
-    from surgery.layout import spec_layout
+    from surgery.checkpoints.checkpoint import Checkpoint
+    from surgery.layout.finding import spec_layout
 
     return spec_layout(json.loads(path.read_text()), Checkpoint(source).shapes)
 
 
 def folder_of(source: Any) -> Path:
-    from surgery.checkpoint import Checkpoint
+    from surgery.checkpoints.checkpoint import Checkpoint
 
     return Checkpoint(source).folder
 
@@ -127,7 +127,7 @@ def fraction(text: str) -> float:
 
 
 def strength_of(text: str) -> Strength:
-    from surgery.neurons import Neurons
+    from surgery.masks.neurons import Neurons
 
     try:
         return float(text)
@@ -152,7 +152,7 @@ def files_of(texts: list[str], option: str) -> dict[str, Path]:
 
 def prompts_of(files: dict[str, Path], run: Trajectory, batch_size: int) -> dict[str, list[Batch]]:
     """The prompts of each domain."""
-    from surgery.prompts import load_prompts
+    from surgery.live.prompts import load_prompts
 
     return {name: load_prompts(file, folder_of(run.later), batch_size=batch_size) for name, file in files.items()}
 

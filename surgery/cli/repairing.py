@@ -33,8 +33,8 @@ from surgery.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from surgery.masks import Mask
-    from surgery.predictions import Divergence
+    from surgery.live.losses import Divergence
+    from surgery.masks.mask import Mask
 
 
 def select(
@@ -60,7 +60,7 @@ def select(
     overwrite: Overwrite = False,
 ) -> None:
     """Choose the neurons to revert and write them as a mask file."""
-    from surgery.prompts import load_prompts
+    from surgery.live.prompts import load_prompts
 
     if output is None and not dry_run:
         raise ValueError("say where the mask goes: -o mask.safetensors (or --dry-run to see the counts only)")
@@ -86,7 +86,7 @@ def select(
 
 def _describe(mask: Mask, budget: float) -> None:
     """What was chosen, and what a reader of it should know."""
-    from surgery.attribution import overpromised
+    from surgery.scores.damage import overpromised
 
     out.print(repr(mask), markup=False)
     for note in mask.made_by.get("not_covered", []):
@@ -117,10 +117,10 @@ def rollback(
     overwrite: Overwrite = False,
 ) -> None:
     """Write the later checkpoint with the masked neurons set back; every other byte stays as it was."""
-    from surgery.masks import load_mask
-    from surgery.operators import rolled_back
-    from surgery.saving import save
-    from surgery.strength_values import recorded, spoken
+    from surgery.masks.mask import load_mask
+    from surgery.reverting.folder import save
+    from surgery.reverting.rollback import rolled_back
+    from surgery.reverting.writing import recorded, spoken
 
     if output is None and not dry_run:
         raise ValueError("say where the healed checkpoint goes: -o FOLDER (or --dry-run to see the counts only)")
@@ -159,10 +159,10 @@ def strengths(
     overwrite: Overwrite = False,
 ) -> None:
     """Find how far back each masked neuron should go and write it as a file; the model is loaded in float32."""
-    from surgery.masks import load_mask
-    from surgery.prompts import load_prompts
-    from surgery.strength_search import strengths as find
-    from surgery.strength_values import recorded, spoken
+    from surgery.live.prompts import load_prompts
+    from surgery.masks.mask import load_mask
+    from surgery.reverting.writing import recorded, spoken
+    from surgery.selectors.strengths import strengths as find
 
     if output.exists() and not overwrite:
         raise ValueError(f"{output} exists: choose another file, or pass --overwrite")

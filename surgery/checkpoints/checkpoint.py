@@ -1,0 +1,320 @@
+"""Checkpoints as mappings: a lazy folder of safetensors, and a live module's state."""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+INDEX = "model.safetensors.index.json"
+_HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors format itself
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "C64": torch.complex64,
+}
+
+
+def mapped(path: Path, header: Mapping[str, Any], writable: bool) -> dict[str, Tensor]:
+    """Every tensor of a safetensors file as a view of the mapped file; writes reach the file only if ``writable``."""
+    with open(path, "r+b" if writable else "rb") as file:
+        access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_COPY
+        memory = mmap.mmap(file.fileno(), 0, access=access)
+    start = 8 + struct.unpack("<Q", memory[:8])[0]
+    return {
+        name: _tensor(memory, start + entry["data_offsets"][0], entry)
+        for name, entry in header.items()
+        if name != "__metadata__" and entry["dtype"] in DTYPES
+    }
+
+
+def _tensor(memory: mmap.mmap, offset: int, entry: Mapping[str, Any]) -> Tensor:
+    dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
+    count = torch.Size(shape).numel()
+    if count == 0:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(memory, dtype=dtype, count=count, offset=offset).view(shape)
+
+
+def header_of(path: Path) -> dict[str, Any]:
+    """The header of a safetensors file, checked against the file: nothing that it names may lie outside."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+        if length > min(_HEADER_LIMIT, size - 8):
+            raise ValueError(
+                f"{path} is truncated or not a safetensors file: its header wants {length} of {size} bytes"
+            )
+        try:
+            header = json.loads(file.read(length))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is not a safetensors file: its header is no JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise ValueError(f"{path} is not a safetensors file: its header is a {type(header).__name__}")
+    held, reached = size - 8 - length, 0
+    spans = sorted((*_span(path, name, entry), name) for name, entry in header.items() if name != "__metadata__")
+    for begin, end, name in spans:  # the format allows neither holes nor overlaps
+        if begin != reached or end > held:
+            raise ValueError(
+                f"{path} is truncated or damaged: {name!r} should lie at bytes {begin}–{end} of {held}, "
+                f"and the tensors before it end at {reached}"
+            )
+        reached = end
+    if reached != held:
+        raise ValueError(f"{path} is damaged: its tensors end at byte {reached}, and it holds {held}")
+    return header
+
+
+def _span(path: Path, name: str, entry: Any) -> tuple[int, int]:
+    """Where a header's entry says that its tensor lies; refused where it contradicts itself."""
+    try:
+        (begin, end), shape, dtype = entry["data_offsets"], entry["shape"], entry["dtype"]
+        if not all(type(number) is int and number >= 0 for number in (begin, end, *shape)):
+            raise ValueError("a size or an offset that is no natural number")
+        if begin > end or (dtype in DTYPES and math.prod(shape) * DTYPES[dtype].itemsize != end - begin):
+            raise ValueError(f"bytes {begin}–{end} for the shape {shape} of {dtype}")
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"{path}: the header's entry of {name!r} is damaged ({error!r})") from error
+    return begin, end
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    try:
+        found: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        if not all(isinstance(name, str) and isinstance(file, str) for name, file in found.items()):
+            raise ValueError("a weight_map maps names to file names")
+        if not found:
+            raise ValueError("its weight_map is empty")
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{index} is not an index of safetensors shards: {error!r}") from error
+    return found
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The path of a shard, refused where it leaves the folder (a hub cache's own links into its blobs may)."""
+    path = folder / name
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(f"the index of {folder} names a file outside the folder: {name!r}")
+    if not path.is_file():
+        raise LookupError(f"the index of {folder} names {name!r}, and there is no such file")
+    home = folder.resolve()
+    allowed = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    if not any(path.resolve().is_relative_to(place) for place in allowed):
+        raise ValueError(f"{path} is a link to {path.resolve()}, outside the folder")
+    return path
+
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+class Checkpoint(Mapping[str, Tensor]):
+    """A folder of safetensors shards, read lazily: a mapping from tensor name to tensor.
+
+    Tensors are views of the mapped files: asking for one costs no memory until its numbers are used, and a slice
+    reads only its own pages. Nothing can be written through them (``save`` writes).
+
+    Args:
+        folder: a folder with ``model.safetensors``, or shards and their index; or a hub id that is in the local cache.
+
+    Raises:
+        LookupError: no such folder, no weights in it, or a shard that the index names is missing.
+        ValueError: pickled weights only, an index that points outside the folder, or a truncated or damaged file.
+
+    Source: ours (the file format is safetensors').
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = folder_of(folder)
+        self.headers = {str(path.relative_to(self.folder)): header_of(path) for path in self._files()}
+        self.where = {name: file for file, header in self.headers.items() for name in header if name != "__metadata__"}
+        self._check_index()
+        self._state = self._stat()
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.where:
+            near = [other for other in self.where if other.split(".")[-2:] == name.split(".")[-2:]][:3]
+            raise KeyError(f"{self.folder} has no tensor {name!r}" + (f"; it has {near}" if near else ""))
+        tensors = self._mapped(self.where[name])
+        if name not in tensors:
+            dtype = self.headers[self.where[name]][name]["dtype"]
+            raise ValueError(f"{name!r} of {self.folder} has the dtype {dtype}, which can be copied but not read here")
+        return tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.where)
+
+    def __len__(self) -> int:
+        return len(self.where)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.where
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({str(self.folder)!r}): {len(self)} tensors in {len(self.headers)} files"
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Tensor name → shape, from the headers alone."""
+        return {name: tuple(self.headers[file][name]["shape"]) for name, file in self.where.items()}
+
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        """The dtypes of the tensors, as far as they can be read here."""
+        entries = (self.headers[file][name] for name, file in self.where.items())
+        return {DTYPES[entry["dtype"]] for entry in entries if entry["dtype"] in DTYPES}
+
+    @property
+    def state(self) -> tuple[tuple[str, int, int, int], ...]:
+        """Name, inode, size and time of change of every weight file and of ``config.json`` when this was opened."""
+        return self._state
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the files are still those that were opened."""
+        try:
+            return self._stat() == self._state
+        except OSError:
+            return False
+
+    def _stat(self) -> tuple[tuple[str, int, int, int], ...]:
+        config = ["config.json"] if (self.folder / "config.json").exists() else []
+        found = ((file, (self.folder / file).stat()) for file in [*config, *self.headers])
+        return tuple((file, one.st_ino, one.st_size, one.st_mtime_ns) for file, one in found)
+
+    @cached_property
+    def _open(self) -> dict[str, dict[str, Tensor]]:
+        return {}
+
+    def _mapped(self, file: str) -> dict[str, Tensor]:
+        if file not in self._open:
+            self._open[file] = mapped(self.folder / file, self.headers[file], writable=False)
+        return self._open[file]
+
+    def _files(self) -> list[Path]:
+        index, single = self.folder / INDEX, self.folder / "model.safetensors"
+        if index.exists():
+            shards = [inside(self.folder, name) for name in dict.fromkeys(weight_map(index).values())]
+            if single.exists() and single not in shards:  # transformers would read the one, others read the shards
+                raise ValueError(f"{self.folder} holds both {single.name} and {INDEX}: remove the one that is stale")
+            return shards
+        if single.exists():
+            return [inside(self.folder, single.name)]
+        found = sorted(self.folder.glob("*.safetensors"))
+        if len(found) == 1:
+            return [inside(self.folder, found[0].name)]
+        if found:
+            raise LookupError(f"{self.folder} has {len(found)} safetensors files and no {INDEX} to say which belong")
+        if pickles := [path.name for pattern in _PICKLES for path in self.folder.glob(pattern)]:
+            raise ValueError(
+                f"{self.folder} holds pickled weights only ({', '.join(pickles[:3])}); loading a pickle can run code, "
+                f"so they are never opened. Convert them once: model.save_pretrained(folder) writes safetensors"
+            )
+        raise LookupError(f"{self.folder} has no safetensors file")
+
+    def _check_index(self) -> None:
+        index = self.folder / INDEX
+        for name, file in weight_map(index).items() if index.exists() else ():
+            if self.where.get(name) != file:
+                raise ValueError(f"{index} says that {name!r} is in {file}, and it is not there")
+
+
+class State(Mapping[str, Tensor]):
+    """A live module's parameters and buffers by name, never copied (``state_dict`` without its hooks).
+
+    Args:
+        module: the model; its parameters may lie on any device, but not be offloaded to ``meta``.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        named: list[tuple[str, Tensor]] = [*module.named_parameters(remove_duplicate=False)]
+        named += module.named_buffers(remove_duplicate=False)
+        self._tensors = {name: tensor.detach() for name, tensor in named}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+Source = str | Path | nn.Module | Mapping[str, Tensor]
+_in_force: WeakKeyDictionary[nn.Module, list[str]] = WeakKeyDictionary()
+
+
+def in_force(module: nn.Module) -> list[str]:
+    """What has been written into a live module and not been undone, in words; the oldest first.
+
+    ``rollback``, ``refresh`` and ``earlier_model`` add to it and take away from it.
+    """
+    return _in_force.setdefault(module, [])
+
+
+@contextmanager
+def edited(module: nn.Module, how: str) -> Iterator[None]:
+    """While the body runs, ``how`` is among what is in force on the module."""
+    edits = in_force(module)
+    edits.append(how)
+    try:
+        yield
+    finally:
+        edits.remove(how)
+
+
+def tensors_of(source: Source) -> Mapping[str, Tensor]:
+    """Any source of weights as a mapping: a folder or hub id, a live module, or a mapping already."""
+    if isinstance(source, nn.Module):
+        return State(source)
+    if isinstance(source, str | Path):
+        return Checkpoint(source)
+    if isinstance(source, Mapping):
+        return source
+    raise ValueError(
+        f"expected a folder, a hub id, a torch module or a mapping of tensors, got {type(source).__name__}"
+    )
+
+
+def folder_of(source: str | Path) -> Path:
+    """The folder that a path or a hub id in the local cache names; ``LookupError`` where there is none."""
+    path = Path(source)
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise LookupError(f"{path} is a file: pass the folder that holds it")
+    if path.is_absolute() or str(source).startswith(".") or str(source).count("/") != 1:
+        raise LookupError(f"there is no folder {source}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(source), local_files_only=True))
+    except (LocalEntryNotFoundError, ValueError) as error:
+        raise LookupError(f"there is no folder {source}, nor a model of that name in the local hub cache") from error

@@ -1,0 +1,217 @@
+"""What tells one checkpoint from another, without reading all of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.checkpoints.checkpoint import Checkpoint, Source, State, tensors_of
+from surgery.layout.finding import find_layout
+from surgery.layout.on_disk import folder_layout
+from surgery.layout.slots import Block, Layout
+from surgery.units import Units, kinds_of
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A source of weights, opened: its tensors and where its neurons lie."""
+
+    tensors: Mapping[str, Tensor]
+    layout: Layout
+    name: str
+
+
+def open_weights(
+    source: Source, layout: Layout | None = None, like: Weights | None = None, units: Units = "mlp"
+) -> Weights:
+    """Open a folder, module or mapping and find its neurons or other units.
+
+    Args:
+        source: a folder, hub id, ``nn.Module`` or mapping of tensors.
+        layout: the user's own layout; it wins over everything found.
+        like: weights of the same model: their layout serves where the names are the same; its units are looked for.
+        units: which kinds of unit to find (see ``find_layout``).
+
+    Raises:
+        ValueError: the units can't be found, or are not those of ``like``; a tensor outside the MLPs has another
+            shape there. Outside the layers another number of rows (a padded or extended vocabulary) is only a
+            warning: such tensors are never touched. Other dtypes are fine, and so are tensors that only one has.
+    """
+    tensors = tensors_of(source)
+    name = _name(source)
+    kinds = kinds_of(units) if like is None else like.layout.units
+    found = layout or _layout(tensors, like, name, kinds)
+    if like is not None and found.sizes != like.layout.sizes:
+        raise ValueError(_differs(found.sizes, name, like.layout.sizes, like.name))
+    _check_shapes(tensors, found, name)
+    if like is not None:
+        _check_alike(tensors, found, name, like)
+    return Weights(tensors, found, name)
+
+
+def _layout(tensors: Mapping[str, Tensor], like: Weights | None, name: str, kinds: tuple[str, ...]) -> Layout:
+    if isinstance(own := getattr(tensors, "layout", None), Layout):
+        later: Any = getattr(tensors, "later", None)  # a rolled-back view: its mask may be over other units
+        return own if own.units == kinds or later is None else _layout(later.tensors, like, name, kinds)
+    if isinstance(tensors, State):
+        return find_layout(tensors.module, units=kinds)
+    if like is not None and like.layout.fits(tensors) and _kind(tensors) in (None, _kind(like.tensors)):
+        return like.layout  # the same names alone are not enough: a gated MLP has those of an ungated one
+    if isinstance(tensors, Checkpoint) and (tensors.folder / "config.json").exists():
+        return _folder_layout(_Folder(tensors.folder, tensors.state, tensors.shapes), kinds)
+    if like is not None:
+        slots = (slot.tensor for block in like.layout.blocks for slot in block.slots)
+        missing = [tensor for tensor in slots if tensor not in tensors]
+        raise ValueError(f"{name} lacks {len(missing)} tensors that {like.name} has, the first of them {missing[0]!r}")
+    raise ValueError(f"where the neurons of {name} lie can't be told from bare tensors: pass layout=")
+
+
+def _kind(tensors: Mapping[str, Tensor]) -> str | None:
+    """The model type that a folder's or a live model's configuration names; None where there is no configuration."""
+    if isinstance(tensors, State):
+        return getattr(getattr(tensors.module, "config", None), "model_type", None)
+    if not isinstance(tensors, Checkpoint) or not (tensors.folder / "config.json").exists():
+        return None
+    try:
+        return str(json.loads((tensors.folder / "config.json").read_text(encoding="utf-8"))["model_type"])
+    except (ValueError, KeyError, TypeError):
+        return "unreadable"
+
+
+@dataclass(frozen=True)
+class _Folder:
+    """A folder in a certain state of its files."""
+
+    path: Path
+    state: tuple[tuple[str, int, int, int], ...]
+    shapes: Mapping[str, tuple[int, ...]] = field(compare=False)
+
+
+@lru_cache(maxsize=8)
+def _folder_layout(folder: _Folder, kinds: tuple[str, ...]) -> Layout:
+    """The layout of a folder, found once for as long as its files stay as they are (seconds for a large MoE)."""
+    return folder_layout(folder.path, folder.shapes, units=kinds)
+
+
+def _check_shapes(tensors: Mapping[str, Tensor], layout: Layout, name: str) -> None:
+    shapes = tensors.shapes if isinstance(tensors, Checkpoint) else None
+    for slot in (slot for block in layout.blocks for slot in block.slots):
+        if slot.tensor not in tensors:
+            raise ValueError(f"{name} has no tensor {slot.tensor!r}")
+        shape = shapes[slot.tensor] if shapes else tuple(tensors[slot.tensor].shape)
+        if shape != slot.shape:
+            raise ValueError(f"{slot.tensor!r} has the shape {shape} in {name}, expected {slot.shape}")
+
+
+def _check_alike(tensors: Mapping[str, Tensor], layout: Layout, name: str, like: Weights) -> None:
+    for block in layout.blocks:
+        ours, theirs = _widths(block), _widths(like.layout[block.name])
+        if ours != theirs:
+            raise ValueError(
+                f"{name} and {like.name} are different models: a neuron of {block.name!r} is made of {ours} numbers in "
+                f"the one and {theirs} in the other"
+            )
+    in_mlp = {slot.tensor for one in (layout, like.layout) for block in one.blocks for slot in block.slots}
+    mine, its = _shapes(tensors, in_mlp), _shapes(like.tensors, in_mlp)
+    other = [tensor for tensor in mine if tensor in its and mine[tensor] != its[tensor]]
+    what = {
+        tensor: f"{tensor!r} has the shape {mine[tensor]} in {name}, {its[tensor]} in {like.name}" for tensor in other
+    }
+    for tensor in other:
+        if re.search(r"\.\d+\.", tensor) or mine[tensor][1:] != its[tensor][1:]:  # in a layer, or not only longer
+            raise ValueError(f"{what[tensor]}: they are different models")
+    if other:
+        warnings.warn(
+            f"{what[other[0]]}: another vocabulary, or another padding of it. It lies outside the MLPs and stays "
+            f"untouched; the same token ids have to mean the same in both",
+            stacklevel=4,
+        )
+
+
+def _widths(block: Block) -> dict[str, int]:
+    return {part: block.of(part)[0].width for part in block.parts}
+
+
+def _shapes(tensors: Mapping[str, Tensor], without: set[str]) -> dict[str, tuple[int, ...]]:
+    shapes = tensors.shapes if isinstance(tensors, Checkpoint) else None
+    return {name: shapes[name] if shapes else tuple(tensors[name].shape) for name in tensors if name not in without}
+
+
+def _differs(ours: Mapping[str, int], name: str, theirs: Mapping[str, int], other: str) -> str:
+    for block in dict.fromkeys([*ours, *theirs]):
+        if ours.get(block) != theirs.get(block):
+            return (
+                f"{name} and {other} are different models: block {block!r} has {ours.get(block, 'no')} neurons in the "
+                f"one and {theirs.get(block, 'none')} in the other"
+            )
+    return f"{name} and {other} are different models: their blocks come in another order"
+
+
+def _name(source: Source) -> str:
+    if isinstance(source, nn.Module):
+        return f"the live {type(source).__name__}"
+    folder = getattr(source, "folder", None)
+    return str(folder or (source if not isinstance(source, Mapping) else "the mapping"))
+
+
+_SAMPLES = 1024
+
+
+def fingerprint(weights: Weights) -> dict[str, Any]:
+    """What tells a checkpoint from another: its name and, for a folder, a sha256 of every weight file.
+
+    The hash is taken over the file's header, its size and 1024 evenly spaced runs of 4 KiB: two training stages never
+    agree on those, and hashing all of a large checkpoint would cost more than rolling it back.
+    """
+    if not isinstance(weights.tensors, Checkpoint):
+        return {"name": weights.name}
+    folder, files = weights.tensors.folder, sorted(weights.tensors.headers)
+    found = {"name": folder.resolve().name, "sha256_of": "header, size and 1024 samples of 4 KiB"}
+    return {**found, "sha256": {file: _sha256(folder / file) for file in files}}
+
+
+def _sha256(path: Path, samples: int = _SAMPLES, run: int = 4096) -> str:
+    digest, size = hashlib.sha256(str(path.stat().st_size).encode()), path.stat().st_size
+    with open(path, "rb") as file:
+        prefix = file.read(8)
+        digest.update(prefix + file.read(int.from_bytes(prefix, "little")))
+        start = file.tell()
+        step = max(run, (size - start) // samples)
+        for at in range(start, size, step):
+            file.seek(at)
+            digest.update(file.read(run))
+    return digest.hexdigest()
+
+
+def known(weights: Weights) -> dict[str, Any]:
+    """The fingerprint, and of live weights what ``sampled`` says of them, since a name tells them from nothing."""
+    found = fingerprint(weights)
+    return (
+        found if "sha256" in found else {**found, "sampled": sampled(one for _, one in sorted(weights.tensors.items()))}
+    )
+
+
+def sampled(tensors: Iterable[Tensor]) -> str:
+    """What tells live weights from others: a sha256 of 1024 evenly spaced values of every tensor.
+
+    The values are rounded to bf16, so that a checkpoint is the same one in bf16 and in float32, on a CPU and on a GPU.
+    """
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(str(tuple(tensor.shape)).encode())
+        if tensor.is_meta:  # offloaded: its values are elsewhere
+            continue
+        places = torch.linspace(0, max(0, tensor.numel() - 1), min(_SAMPLES, tensor.numel()), dtype=torch.float64)
+        some = tensor.detach()[torch.unravel_index(places.long().to(tensor.device), tensor.shape)]
+        digest.update(some.bfloat16().cpu().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,350 @@
+"""What training changed, read chunk by chunk: no checkpoint is ever in memory, whatever its size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.checkpoints.checkpoint import Checkpoint, Source, in_force
+from surgery.checkpoints.opening import Weights, open_weights
+from surgery.layout.slots import Block, Layout
+from surgery.units import Units, kinds_of, noun
+
+
+@dataclass
+class _Held:
+    """What a run has opened and loaded so far."""
+
+    folders: dict[str, Checkpoint] = field(default_factory=dict)
+    weights: dict[tuple[str, tuple[str, ...]], tuple[Weights | None, Weights]] = field(default_factory=dict)
+    model: nn.Module | None = None
+    read: Checkpoint | None = None  # the files that ``model`` was read from
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """Three checkpoints of one model in training order.
+
+    Args:
+        base: before the earlier domain was trained; only C needs it.
+        earlier: after the earlier domain: what a rollback goes back to.
+        later: after the later domain: what is rolled back. A model that is live already is passed here.
+        layout: where the neurons lie, if surgery can't find them by itself; it wins over the ``units`` of a score.
+        stages: every checkpoint in training order by name, where there are more than three (see ``through``).
+
+    Each checkpoint is a folder, a hub id in the local cache, an ``nn.Module`` or a mapping of tensors. Nothing is read
+    until it is needed; then each folder is opened once, and the later model is loaded once (``load``).
+
+    Source: the paper, Section 5 (θ0, θA, θB).
+    """
+
+    base: Source | None = None
+    earlier: Source | None = None
+    later: Source | None = None
+    layout: Layout | None = field(default=None, repr=False)
+    stages: Mapping[str, Source] | None = field(default=None, repr=False)
+    _held: _Held = field(init=False, repr=False, compare=False, default_factory=_Held)
+
+    @classmethod
+    def through(
+        cls,
+        stages: Mapping[str, Source],
+        *,
+        earlier: str | None = None,
+        later: str | None = None,
+        layout: Layout | None = None,
+    ) -> Trajectory:
+        """A trajectory of any number of checkpoints, by name in training order.
+
+        Args:
+            stages: name → checkpoint, like {"base": ..., "code": ..., "math": ..., "qa": ..., "cw": ...}. A stage's
+                update is its checkpoint less the one before.
+            earlier: which of them a rollback goes back to (default: the one before ``later``).
+            later: which of them is rolled back (default: the last).
+            layout: as in ``Trajectory``.
+
+        Raises:
+            ValueError: fewer than two stages, a name that is not among them, or ``later`` not after ``earlier``.
+
+        >>> Trajectory.through({"base": "runs/base", "math": "runs/math", "qa": "runs/qa"})
+        Trajectory(base='runs/base', earlier='runs/math', later='runs/qa')
+        """
+        names = list(stages)
+        if len(names) < 2:
+            raise ValueError(f"a trajectory has two or more checkpoints, got {names}")
+        if unknown := {earlier, later} - {None, *names}:
+            raise ValueError(f"no stage is called {unknown.pop()!r}: expected one of {', '.join(names)}")
+        last = names.index(later) if later is not None else len(names) - 1
+        first = names.index(earlier) if earlier is not None else last - 1
+        if not 0 <= first < last:
+            raise ValueError(f"{later or names[last]!r} has to come after {earlier or 'another'!r} in {names}")
+        base = stages[names[first - 1]] if first else None
+        return cls(base, stages[names[first]], stages[names[last]], layout, dict(stages))
+
+    def back_to(self, name: str) -> Trajectory:
+        """The same run with another of its checkpoints as ``earlier``; the two share the live later model.
+
+        Raises:
+            ValueError: there is no such checkpoint before the later one.
+        """
+        later = next(one for one, source in self.checkpoints.items() if source is self.later)
+        found = Trajectory.through(self.checkpoints, earlier=name, later=later, layout=self.layout)
+        object.__setattr__(found, "_held", self._held)
+        return found
+
+    @property
+    def checkpoints(self) -> dict[str, Source]:
+        """Every checkpoint by name, in training order: the stages, or what there is of base, earlier and later."""
+        if self.stages is not None:
+            return dict(self.stages)
+        given = {"base": self.base, "earlier": self.earlier, "later": self.later}
+        return {name: source for name, source in given.items() if source is not None}
+
+    def steps(self) -> dict[str, Trajectory]:
+        """Each stage as a trajectory of its own, by the name of the checkpoint it led to: earlier is the one before."""
+        found = self.checkpoints
+        bases = [None, *found.values()]
+        return {
+            after: Trajectory(base, found[before], found[after], self.layout)
+            for base, (before, after) in zip(bases, pairwise(found), strict=False)
+        }
+
+    def kinds(self, units: Units = "mlp") -> tuple[str, ...]:
+        """The kinds of unit that ``units`` means here: those of the trajectory's own layout, if it has one.
+
+        Raises:
+            ValueError: ``units`` are none, overlap, or contradict the layout.
+        """
+        kinds = kinds_of(units)
+        if self.layout is not None and kinds not in (("mlp",), self.layout.units):
+            raise ValueError(
+                f"units={units!r}, and the trajectory's own layout has {noun(self.layout.units)}: pass one of both"
+            )
+        return kinds if self.layout is None else self.layout.units
+
+    def opened(self, units: Units = "mlp") -> dict[str, Weights]:
+        """Every checkpoint by name, in training order, opened and found to be of one model."""
+        *others, last = self.checkpoints.items()
+        end = self._open(last[1], units)
+        return {**{name: self._open(source, units, end) for name, source in others}, last[0]: end}
+
+    def weights(self, *names: str, units: Units = "mlp") -> list[Weights]:
+        """The checkpoints of those names, opened: "base", "earlier" and "later" are roles, all others stages.
+
+        Args:
+            names: which.
+            units: which kinds of unit to find (see ``find_layout``), where the trajectory has no layout.
+        """
+        later = self._open(self.source("later"), units)
+        return [later if name == "later" else self._open(self.source(name), units, later) for name in names]
+
+    def live(self, *names: str, units: Units = "mlp") -> list[Weights]:
+        """The later model as it is in memory, and then the checkpoints of those names as its like (see ``weights``)."""
+        model = open_weights(self.load(), self.layout, units=self.kinds(units))
+        return [model, *(self._open(self.source(name), units, model) for name in names)]
+
+    def tensors(self, name: str) -> Source:
+        """The checkpoint of that name; a folder as it was opened."""
+        source = self.source(name)
+        return self._folder(source) if isinstance(source, str | Path) else source
+
+    def source(self, name: str) -> Source:
+        """The checkpoint of that name, as it was given; ValueError where it was not."""
+        if name not in ("base", "earlier", "later"):
+            return self._stage(name)
+        source: Source | None = getattr(self, name)
+        if source is None:
+            raise ValueError(f"this needs the {name} checkpoint: pass Trajectory({name}=...)")
+        return source
+
+    def load(self, device: Any = None, dtype: torch.dtype | None = None) -> nn.Module:
+        """The later model, live: read when it is first asked for, in eval mode; the same object ever after.
+
+        Every score and selector of this trajectory uses that model, on the device where it lies. A model that was given
+        as ``later`` is returned as it is. Either is moved and converted in place where that is asked for.
+
+        Args:
+            device: where to put it (default: where it is, or the CPU); "auto" spreads it over the devices that there
+                are, as accelerate's device map does, when it is read.
+            dtype: torch dtype (default: its own).
+
+        Raises:
+            ValueError: there is no later checkpoint, or a bare mapping, which has no forward pass; the files have
+                changed since the model was read; a dtype is asked for that it can't be had in any more.
+        """
+        if isinstance(self.later, nn.Module):
+            return _moved(self.later, device, dtype)
+        if self._held.model is None:
+            self._held.model = self._read(device, dtype)
+            return self._held.model
+        assert self._held.read is not None
+        if not self._held.read.is_current:
+            raise ValueError(
+                f"the files of {self.later} have changed since its model was loaded, so memory and disk are two "
+                f"models: make a new Trajectory"
+            )
+        if dtype is not None:
+            _check_conversion(self._held.model, dtype, self._held.read)
+        return _moved(self._held.model, None if device == "auto" else device, dtype)
+
+    def check_whole(self) -> None:
+        """Raise ``ValueError`` where the live later model is not what ``later`` says, because of edits in force."""
+        if isinstance(self.later, nn.Module) or self._held.model is None:
+            return
+        if edits := in_force(self._held.model):
+            raise ValueError(
+                f"the live later model is edited ({'; '.join(edits)}), and its folder is not: what is read from both "
+                f"would be a mixture of two models. Undo it first, or pass the live model: Trajectory(later=model)"
+            )
+
+    def _read(self, device: Any, dtype: torch.dtype | None) -> nn.Module:
+        if self.later is None:
+            raise ValueError("there is no later checkpoint to load: pass Trajectory(later=...)")
+        if isinstance(self.later, Mapping) and not isinstance(self.later, Checkpoint):
+            raise ValueError("a bare mapping of tensors has no forward pass: pass a folder or an nn.Module as later")
+        from transformers import AutoModelForCausalLM
+
+        source = self.tensors("later")
+        assert isinstance(source, Checkpoint)
+        spread = {"device_map": "auto"} if device == "auto" else {}
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+            source.folder, dtype=dtype or "auto", local_files_only=True, **spread
+        )
+        self._held.read = source
+        return (model.to(device) if device and not spread else model).eval()
+
+    def _stage(self, name: str) -> Source:
+        if name not in (self.stages or {}):
+            raise ValueError(f"no stage is called {name!r}: expected one of {', '.join(self.checkpoints)}")
+        assert self.stages is not None
+        return self.stages[name]
+
+    def _folder(self, source: str | Path) -> Checkpoint:
+        """A folder, opened once for as long as its files stay as they are."""
+        found = self._held.folders.get(str(source))
+        if found is None or not found.is_current:
+            found = self._held.folders[str(source)] = Checkpoint(source)
+        return found
+
+    def _open(self, source: Source, units: Units, like: Weights | None = None) -> Weights:
+        """A source's weights; of a folder those that were opened before, if nothing has changed."""
+        kinds = self.kinds(units)
+        if not isinstance(source, str | Path):
+            return open_weights(source, self.layout, like, kinds)
+        tensors, key = self._folder(source), (str(source), kinds)
+        known, found = self._held.weights.get(key, (None, None))
+        if found is None or found.tensors is not tensors or known is not like:
+            found = open_weights(tensors, self.layout, like, kinds)
+            self._held.weights[key] = (like, found)
+        return found
+
+
+def _moved(model: nn.Module, device: Any, dtype: torch.dtype | None) -> nn.Module:
+    """The model on a device and in a dtype; as when it is read, buffers that no file holds keep their own dtype."""
+    model = model.to(device) if device else model
+    if dtype is not None:
+        stored = model.state_dict(keep_vars=True).values()
+        for tensor in (one for one in stored if one.is_floating_point()):
+            tensor.data = tensor.data.to(dtype)
+    return model
+
+
+def _check_conversion(model: nn.Module, dtype: torch.dtype, stored: Checkpoint) -> None:
+    """Raise ``ValueError`` where converting would not give what reading the files in that dtype gives."""
+    now = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    held = {one for one in stored.dtypes if one.is_floating_point}
+    if now == {dtype}:
+        return
+    for one in now:
+        for other in held:
+            if torch.promote_types(one, other) != one and torch.promote_types(dtype, one) != one:
+                raise ValueError(
+                    f"the model was loaded in {one}, which has rounded the {other} of its files: {dtype} can't be had "
+                    f"of it any more. Make a new Trajectory and load(dtype={dtype}) first"
+                )
+
+
+CHUNK = 1 << 20  # bytes of float32 that one chunk of a part may take: it stays in the processor's cache
+
+
+def pieces(block: Block, part: str, others: list[Block], chunk: int = CHUNK) -> Iterator[tuple[int, int]]:
+    """Runs of neurons of one part that every layout holds in one tensor, each at most ``chunk`` bytes of float32."""
+    slots = [slot for one in (block, *others) for slot in one.of(part)]
+    cuts = sorted({edge for slot in slots for edge in (slot.start, slot.stop)})
+    step = max(1, chunk // (4 * max(slots[0].width, 1)))
+    for low, high in pairwise(cuts):
+        for start in range(low, high, step):
+            yield start, min(start + step, high)
+
+
+def reading(weights: Weights, name: str, part: str) -> Callable[[int, int], Tensor]:
+    """A function that reads neurons start…stop of one part as float32 ``[neuron, width]`` on the CPU."""
+    views: dict[int, Tensor] = {}  # of the slot that was read last: making a view takes longer than reading a chunk
+
+    def read(start: int, stop: int) -> Tensor:
+        slot = next(s for s in weights.layout[name].of(part) if s.start <= start < s.stop)
+        if slot.start not in views:
+            views.clear()
+            view = slot.view(weights.tensors[slot.tensor]).detach()
+            views[slot.start] = view.flatten(1, slot.stacked) if slot.stacked else view
+        view, first, last = views[slot.start], start - slot.start, stop - slot.start
+        if slot.stacked:
+            rows = view.shape[1]
+            one, other = divmod(first, rows)[0], (last - 1) // rows
+            view = view[one : other + 1].flatten(0, 1)[first - one * rows : last - one * rows]
+        else:
+            view = view[first:last]
+        return view.to("cpu", torch.float32).reshape(stop - start, -1)
+
+    return read
+
+
+def displacements(
+    run: Trajectory, *names: str, units: Units = "mlp"
+) -> Iterator[tuple[str, str, int, int, tuple[Tensor, ...]]]:
+    """What each step of training changed, chunk by chunk: ``(block, part, start, stop, (δ, ...))``.
+
+    Args:
+        run: the trajectory.
+        names: the checkpoints in order: ("earlier", "later") gives δB, ("base", "earlier", "later") gives δA and δB.
+        units: of which kinds of unit (see ``find_layout``).
+
+    Yields:
+        For one part of neurons start…stop of a block: the differences, float32 ``[neuron, width]``. Every part of
+        every neuron comes exactly once, its row contiguous; memory is bounded by ``CHUNK`` per checkpoint. NaN and
+        infinite weights come as they are (``check_finite``).
+    """
+    opened = run.weights(*names, units=units)
+    for name, block in opened[-1].layout.items():
+        others = [one.layout[name] for one in opened[:-1]]
+        for part in block.parts:
+            readers = [reading(one, name, part) for one in opened]
+            for start, stop in pieces(block, part, others):
+                read = [reader(start, stop) for reader in readers]
+                yield name, part, start, stop, tuple((b - a).contiguous() for a, b in pairwise(read))
+
+
+def _check_finite(weights: Weights, name: str, part: str, start: int, read: Tensor) -> None:
+    if bad := int((~read.isfinite()).sum()):
+        slot = next(s for s in weights.layout[name].of(part) if s.start <= start < s.stop)
+        raise ValueError(f"{slot.tensor!r} of {weights.name} holds {bad} NaN or infinite numbers")
+
+
+def check_finite(run: Trajectory, *names: str, units: Units = "mlp") -> None:
+    """Find the NaN or infinite numbers that made a score so: costs a second reading, so it is asked for only then.
+
+    Raises:
+        ValueError: there are some among the units' weights; the message names the first tensor.
+    """
+    for one in run.weights(*names, units=units):
+        for name, block in one.layout.items():
+            for part in block.parts:
+                read = reading(one, name, part)
+                for start, stop in pieces(block, part, []):
+                    _check_finite(one, name, part, start, read(start, stop))

@@ -1,0 +1,21 @@
+"""The paper's structural evidence: what changed, what overlaps, which way, and whether gradients conflict."""
+
+from surgery.evidence.changes import Changes, changes
+from surgery.evidence.directions import Directions, directions
+from surgery.evidence.gradients import Gradients, GradientSeries, gradients, gradients_along
+from surgery.evidence.overlap import Overlap, Profile, overlap, profile
+
+__all__ = [
+    "Changes",
+    "Directions",
+    "GradientSeries",
+    "Gradients",
+    "Overlap",
+    "Profile",
+    "changes",
+    "directions",
+    "gradients",
+    "gradients_along",
+    "overlap",
+    "profile",
+]

@@ -1,0 +1,152 @@
+"""The neurons of a folder: the same blocks as in memory, under the names and in the shapes that the files have."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surgery.compat import as_saved
+from surgery.layout.finding import WAY_OUT, Shapes, Spec, find_layout, spec_layout
+from surgery.layout.slots import Block, Layout, Slot
+from surgery.units import Units
+
+
+def folder_layout(folder: Path, shapes: Shapes, spec: Spec | None = None, units: Units = "mlp") -> Layout:
+    """Where the neurons (or other units) of a folder of safetensors lie, by the names and shapes on disk.
+
+    Args:
+        folder: holds ``config.json``; no code in it is ever run.
+        shapes: tensor name → shape, as the shards' headers say.
+        spec: your own layout (see ``find_layout``), over the names on disk.
+        units: which kinds of unit (see ``find_layout``).
+
+    Raises:
+        ValueError: a tensor is missing or has another shape than the config says, or the neurons can't be found.
+
+    Source: ours.
+    """
+    if spec is not None:
+        return spec_layout(spec, shapes)
+    model = _meta_model(folder)
+    live = find_layout(model, units=units)
+    prefix = f"{model.base_model_prefix}."
+    renamed: dict[str, list[Slot]] = {}
+    blocks = []
+    for block in live.blocks:
+        slots: list[Slot] = []
+        for slot in block.slots:
+            names = (slot.tensor, slot.tensor.removeprefix(prefix), prefix + slot.tensor)
+            if name := next((name for name in names if name in shapes), None):
+                slots.append(_at(slot, name, shapes, folder))
+                continue
+            if block.experts and _key(slot) not in renamed:  # only experts are stored under other names
+                _on_disk(model, block, renamed)
+            there = renamed.get(_key(slot), [slot])
+            slots += [_at(other, other.tensor, shapes, folder) for other in there]
+        blocks.append(replace(block, slots=tuple(slots)))
+    return Layout(tuple(blocks), live.notes)
+
+
+def _at(slot: Slot, name: str, shapes: Shapes, folder: Path) -> Slot:
+    if name not in shapes:
+        raise ValueError(f"{folder} has no tensor {name!r}, which its config.json calls for")
+    if shapes[name] != slot.shape:
+        raise ValueError(f"{name!r} has the shape {shapes[name]} in {folder}, and its config.json expects {slot.shape}")
+    return replace(slot, tensor=name)
+
+
+def _meta_model(folder: Path) -> Any:
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (ValueError, OSError, KeyError) as error:
+        raise ValueError(
+            f"{folder}/config.json can't be read as a model's configuration: {error}. {WAY_OUT}"
+        ) from error
+    kinds = ("AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForImageTextToText", "AutoModel")
+    for kind in kinds:
+        try:
+            with torch.device("meta"):
+                return getattr(transformers, kind).from_config(config)
+        except ValueError as error:
+            reason = error
+    raise ValueError(f"transformers can't build the model of {folder}: {reason}. {WAY_OUT}")
+
+
+def name_on_disk(model: Any, name: str) -> str:
+    """What transformers calls a tensor of a live model in the files that it writes (one that is stored as it is)."""
+    names = list(as_saved(model, {name: torch.empty(0)}))
+    return names[0] if len(names) == 1 else name
+
+
+def _on_disk(model: Any, block: Block, found: dict[str, list[Slot]]) -> None:
+    """Add to ``found`` the slots on disk of a block's stacked tensors, read off transformers' own conversion.
+
+    Marker tensors that number their neurons (the hidden axis is cut to 2) go through the conversion that
+    ``save_pretrained`` uses; what comes out has the names on disk, and its numbers say which neurons it holds.
+    """
+    owners, markers, base = [], {}, 0
+    for tensor in dict.fromkeys(slot.tensor for slot in block.slots):
+        slots = [slot for slot in block.slots if slot.tensor == tensor]
+        owners.append((base, slots))
+        markers[tensor] = _marker(slots[0]) + base
+        base += markers[tensor].numel()
+    starts = torch.tensor([start for start, _ in owners])
+    for name, numbers in as_saved(model, markers).items():
+        start, slots = owners[int(torch.searchsorted(starts, numbers.flatten()[0], right=True)) - 1]
+        for slot in slots:
+            if (there := _read(name, numbers - start, slot)) is not None:
+                found.setdefault(_key(slot), []).append(there)
+    for slot in block.slots:
+        parts = sorted(found.get(_key(slot), []), key=lambda part: part.start)
+        if [part.start for part in parts] != [0, *accumulate(part.neurons for part in parts)][:-1] or (
+            sum(part.neurons for part in parts) != slot.neurons
+        ):
+            raise ValueError(f"the names on disk of {slot.tensor} can't be told for certain. {WAY_OUT}")
+        found[_key(slot)] = parts
+
+
+def _key(slot: Slot) -> str:
+    return f"{slot.part}:{slot.tensor}"
+
+
+def _axes(slot: Slot) -> list[tuple[str, int]]:
+    """The axes of the slot's tensor as its pattern names them, with their sizes."""
+    return list(zip(re.findall(r"\([^)]*\)|\w+", slot.pattern.split("->")[0]), slot.shape, strict=True))
+
+
+def _marker(slot: Slot) -> Tensor:
+    """Numbers 0, 1, … in the shape of the slot's tensor with its hidden axis cut to 2.
+
+    Two, not one: transformers 5.17 squeezes what it splits, and an axis of size 1 would be gone with its place.
+    """
+    shape = [2 if axis == "d" else size for axis, size in _axes(slot)]
+    return torch.arange(torch.Size(shape).numel(), dtype=torch.int32).reshape(shape)
+
+
+def _read(name: str, numbers: Tensor, slot: Slot) -> Slot | None:
+    """The slot that a converted marker is, if it holds neurons of ``slot``'s part."""
+    marker = _marker(slot)
+    if numbers.shape == marker.shape and torch.equal(numbers, marker):
+        return Slot(slot.part, name, slot.pattern, slot.shape, slot.g, slot.parts)
+    width = next((size for axis, size in _axes(slot) if axis == "d"), 0)
+    small = Slot(slot.part, name, slot.pattern, tuple(marker.shape), slot.g, slot.parts)
+    own = small.view(marker).flatten(0, int(slot.stacked))  # [neuron, 2], or [neuron] of a bias
+    if numbers.ndim != own.ndim:
+        return None
+    for pattern, rows in (("n d -> n d", numbers), ("d n -> n d", numbers.mT)) if width else (("n -> n", numbers),):
+        if rows.shape[1:] != own.shape[1:]:
+            continue
+        first = (own == rows[0]).reshape(len(own), -1).all(1).nonzero().flatten()
+        if len(first) and torch.equal(own[int(first[0]) : int(first[0]) + len(rows)], rows):
+            sizes = {"n": len(rows), "d": width}
+            shape = tuple(sizes[axis] for axis in pattern.split("->")[0].split())
+            return Slot(slot.part, name, pattern, shape, start=int(first[0]))
+    return None

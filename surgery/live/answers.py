@@ -1,0 +1,179 @@
+"""Answers to prompts that come without: the earlier model writes them."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.checkpoints.opening import sampled
+from surgery.live.hooks import evaluating
+from surgery.live.prompts import Batch, batches_of, check_fits, padded
+
+_ALONE = threading.Lock()  # generate draws from torch's own random numbers, of which a process has one sequence
+
+
+@dataclass(frozen=True)
+class _Settings:
+    max_new_tokens: int
+    temperature: float
+    seed: int
+
+
+def respond(
+    model: nn.Module,
+    prompts: Iterable[Batch],
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 1.0,
+    seed: int = 0,
+    path: str | Path | None = None,
+) -> list[Batch]:
+    """Let a model answer prompts, so that scores which need responses can be had without labels.
+
+    Args:
+        model: the earlier model, live (``earlier_model(run)``), with a ``generate`` method.
+        prompts: batches of ``{"input_ids", "attention_mask"}``, ``[batch, token]``; batches with labels are passed on.
+        max_new_tokens: an answer is cut after so many tokens, and where the model's context ends.
+        temperature: of the sampling, from the model's whole distribution; 0 is greedy. What the model's own generation
+            settings say (a repetition penalty, beams) is left out.
+        seed: of the sampling; torch's own random state stays as it was.
+        path: JSON lines of token ids; if the file is there, it is read instead.
+
+    Returns:
+        The batches, padded on the right, with ``labels`` on the answers (end-of-sequence token included).
+
+    Raises:
+        ValueError: the file answers other prompts, has another model's answers or was made with other settings, a
+            prompt leaves no room, or a setting is out of range.
+
+    Source: ours.
+    """
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens!r}: expected how many tokens, 1 or more")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature={temperature!r}: expected a number ≥ 0 (0 is greedy)")
+    batches, settings = list(batches_of(prompts)), _Settings(max_new_tokens, temperature, seed)
+    asked = [_rows(batch) for batch in batches if "labels" not in batch]
+    file = Path(path) if path is not None else None
+    if file is None:
+        answers = _generate(model, asked, settings)
+    else:
+        head = {**asdict(settings), "model": sampled(model.parameters())}
+        if file.exists():
+            answers = _read(file, head, asked)
+        else:
+            answers = _generate(model, asked, settings)
+            _write(file, head, asked, answers)
+    made = iter(zip(asked, answers, strict=True))
+    pad = _special(model, "pad_token_id") or [0]
+    return [batch if "labels" in batch else _joined(*next(made), pad[0]) for batch in batches]
+
+
+def _joined(prompts: list[list[int]], answers: list[list[int]], pad: int) -> Batch:
+    return padded(list(zip(prompts, answers, strict=True)), pad)
+
+
+def _rows(batch: Batch) -> list[list[int]]:
+    attended = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+    return [row[mask].tolist() for row, mask in zip(batch["input_ids"], attended, strict=True)]
+
+
+def _special(model: Any, name: str) -> list[int]:
+    """A special token's ids as the model's generation settings, or else its configuration, give them."""
+    for home in (getattr(model, "generation_config", None), getattr(model, "config", None)):
+        found = getattr(home, name, None)
+        if found is not None:
+            return list(found) if isinstance(found, list | tuple) else [int(found)]
+    return []
+
+
+def _generate(model: Any, asked: list[list[list[int]]], settings: _Settings) -> list[list[list[int]]]:
+    if not hasattr(model, "generate"):
+        raise ValueError(
+            f"{type(model).__name__} can't answer prompts (no generate): pass a causal LM, or batches with labels"
+        )
+    device = next(model.parameters()).device
+    ends = _special(model, "eos_token_id")
+    pad = (_special(model, "pad_token_id") or [0])[0]  # masked, and cut off behind the end
+    limit = getattr(model.config, "max_position_embeddings", None)
+    sampled = {"do_sample": True, "temperature": settings.temperature, "top_k": 0, "top_p": 1.0}
+    how: dict[str, Any] = sampled if settings.temperature > 0 else {"do_sample": False}
+    answers = []
+    forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    with _ALONE, forked, torch.inference_mode(), evaluating(model), _own_settings(model):
+        torch.manual_seed(settings.seed)
+        for rows in asked:
+            length = max(map(len, rows))
+            room = settings.max_new_tokens if limit is None else min(settings.max_new_tokens, limit - length)
+            if room < 1:
+                raise ValueError(f"a prompt has {length} tokens, which leaves no room in a context of {limit}")
+            ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows], device=device)
+            mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=device)
+            check_fits(model, ids)
+            out: Tensor = model.generate(
+                input_ids=ids, attention_mask=mask, max_new_tokens=room, pad_token_id=pad,
+                eos_token_id=ends or None, use_cache=True, **how,
+            )  # fmt: skip
+            answers.append([_until(row, ends) for row in out[:, length:].tolist()])
+    return answers
+
+
+@contextmanager
+def _own_settings(model: Any) -> Iterator[None]:
+    """While the body runs, the model's generation settings are the plain ones: generate adds what a call leaves open.
+
+    A repetition penalty or a minimum probability would make the answers those of another distribution.
+    """
+    from transformers import GenerationConfig
+
+    kept = model.generation_config
+    try:
+        model.generation_config = GenerationConfig()
+        yield
+    finally:
+        model.generation_config = kept
+
+
+def _until(row: list[int], ends: list[int]) -> list[int]:
+    """A generated row up to its end-of-sequence token, which is part of the answer."""
+    for at, token in enumerate(row):
+        if token in ends:
+            return row[: at + 1]
+    return row
+
+
+def _read(path: Path, head: dict[str, Any], asked: list[list[list[int]]]) -> list[list[list[int]]]:
+    try:
+        found, *lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        pairs = [(line["prompt_ids"], line["response_ids"]) for line in lines]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a file that respond() wrote: {error!r}") from error
+    settings = {name: value for name, value in head.items() if name != "model"}
+    if (made := {name: found.get(name) for name in settings}) != settings:
+        raise ValueError(f"{path} was made with {made}, and now {settings} is asked for: choose another file")
+    if found.get("model") != head["model"]:
+        raise ValueError(f"{path} has the answers of another model: choose another file")
+    if [prompt for prompt, _ in pairs] != [row for rows in asked for row in rows]:
+        raise ValueError(f"{path} answers other prompts than these: choose another file")
+    answers = iter(pairs)
+    return [[next(answers)[1] for _ in rows] for rows in asked]
+
+
+def _write(path: Path, head: dict[str, Any], asked: list[list[list[int]]], answers: list[list[list[int]]]) -> None:
+    lines = [head]
+    for rows, replies in zip(asked, answers, strict=True):
+        lines += [{"prompt_ids": p, "response_ids": r} for p, r in zip(rows, replies, strict=True)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")  # another process may write the same
+    partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    partial.replace(path)

@@ -1,0 +1,81 @@
+"""Edits: what a mask changes in one slot, as rows (of neurons) or as single numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from surgery.layout.slots import Block, Layout, Slot
+
+
+class Held(Protocol):
+    """A checkpoint that is open: its tensors, and where the neurons lie in them."""
+
+    @property
+    def layout(self) -> Layout: ...
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one slot that a mask reverts."""
+
+    block: Block
+    slot: Slot
+    index: Tensor  # of the neurons in the block, int64, ascending
+
+    @property
+    def neurons(self) -> Tensor:
+        """The neuron of each row."""
+        return self.index
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers it writes."""
+        return len(self.index) * self.slot.width
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """A copy of what the tensor holds there."""
+        return self.slot.take(tensor, self.index - self.slot.start)
+
+    def put(self, tensor: Tensor, rows: Tensor) -> None:
+        """Write there, in place."""
+        self.slot.put(tensor, self.index - self.slot.start, rows)
+
+    def read(self, source: Held) -> Tensor:
+        """A copy of what another checkpoint holds there, whatever its names and shapes."""
+        return source.layout[self.block.name].rows(source.tensors, self.slot.part, self.index)
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """The single numbers of one slot that a mask reverts (see ``Rows``)."""
+
+    block: Block
+    slot: Slot
+    index: Tensor  # positions in the part, int64, ascending
+
+    @property
+    def neurons(self) -> Tensor:
+        return self.index // self.slot.width
+
+    @property
+    def numbers(self) -> int:
+        return len(self.index)
+
+    def take(self, tensor: Tensor) -> Tensor:
+        return self.slot.take_entries(tensor, self.index - self.slot.span[0])
+
+    def put(self, tensor: Tensor, values: Tensor) -> None:
+        self.slot.put_entries(tensor, self.index - self.slot.span[0], values)
+
+    def read(self, source: Held) -> Tensor:
+        return source.layout[self.block.name].entries(source.tensors, self.slot.part, self.index)
+
+
+Edit = Rows | Numbers

@@ -1,0 +1,89 @@
+"""What every mask answers, whether it selects neurons (``Neurons``) or single weights (``Entries``)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+from torch import Tensor
+
+from surgery.layout.slots import Layout
+from surgery.masks.edits import Edit
+from surgery.masks.entries import Entries
+from surgery.masks.files import kind_of_file
+from surgery.masks.neurons import Neurons
+
+
+class Mask(Protocol):
+    """What is to be reverted, as a value. A mask of whole units and one of all their weights are the same edits."""
+
+    made_by: dict[str, Any]  # what made it, as JSON
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        """The kinds of unit that it is over, or whose weights it selects, "mlp" first."""
+
+    @property
+    def noun(self) -> str:
+        """What it counts, in words: "neurons", "KV groups", "weights"."""
+
+    @property
+    def candidates(self) -> str:
+        """What it selects from, in words: "MLP neurons", "weights of neurons"."""
+
+    @property
+    def total(self) -> int:
+        """How many there are to select from."""
+
+    @property
+    def fraction(self) -> float:
+        """The selected fraction of them, in [0, 1]."""
+
+    def count(self) -> dict[str, int]:
+        """How many are selected, by block or part."""
+
+    def tally(self) -> dict[str, Any]:
+        """How many are selected of how many, and where, as the record of a saved folder has it."""
+
+    def edits(self, layout: Layout, whose: str) -> Iterator[Edit]:
+        """What it changes, slot by slot in layer order; ``whose`` layout it is goes into the error of another model."""
+
+    def strengths(self, each: Neurons) -> Tensor:
+        """The strength of every selected neuron or weight, where each neuron has one: float32 ``[selected]``."""
+
+    def signed(self, made_by: Mapping[str, Any]) -> Self:
+        """The same mask with more said of what made it."""
+
+    def __and__(self, other: Self, /) -> Self: ...
+
+    def __or__(self, other: Self, /) -> Self: ...
+
+    def equal(self, other: Self, /) -> bool:
+        """Whether both select the same of the same."""
+
+    def save(self, path: str | Path) -> None:
+        """Write a file for ``load_mask``."""
+
+
+def checked(mask: Mask) -> Mask:
+    """The mask itself.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not hasattr(mask, "edits"):
+        raise ValueError(
+            f"mask= is a {type(mask).__name__}: expected the Neurons or Entries that a selector gives (of a file "
+            f"surgery.masks.load_mask(path))"
+        )
+    return mask
+
+
+def load_mask(path: str | Path) -> Neurons | Entries:
+    """A mask file of either kind.
+
+    Raises:
+        ValueError: the file is neither.
+    """
+    return Entries.load(path) if kind_of_file(path) == "Entries" else Neurons.load(path)

@@ -1,0 +1,26 @@
+"""Measuring models: sweeps, repair, stability, history, and the statistics beneath."""
+
+from surgery.measure.evaluators import harness, likelihood
+from surgery.measure.history import History, history
+from surgery.measure.repair import Repair, repair
+from surgery.measure.rows import Row, Sweep
+from surgery.measure.stability import Agreement, Stability, jaccard, stability
+from surgery.measure.statistics import Paired
+from surgery.measure.sweep import sweep
+
+__all__ = [
+    "Agreement",
+    "History",
+    "Paired",
+    "Repair",
+    "Row",
+    "Stability",
+    "Sweep",
+    "harness",
+    "history",
+    "jaccard",
+    "likelihood",
+    "repair",
+    "stability",
+    "sweep",
+]

@@ -1,0 +1,258 @@
+"""Evaluators: what a sweep measures, where it need not be written by hand."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
+from types import CellType, CodeType, FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.live.hooks import evaluating
+from surgery.live.losses import positions, predicting
+from surgery.live.prompts import Batch, batches_of, digest_of, opened_tokenizer
+from surgery.measure.rows import Evaluate, Score
+
+_ROWS = 1 << 24  # numbers of logits that are turned into float32 at a time
+PREFIX = "lm_eval:"
+
+
+@dataclass(frozen=True)
+class _Likelihood:
+    data: dict[str, list[Batch]]
+
+    def __call__(self, model: nn.Module) -> dict[str, Score]:
+        with evaluating(model), torch.no_grad():
+            return {
+                domain: [value for batch in batches for value in _per_prompt(model, batch)]
+                for domain, batches in self.data.items()
+            }
+
+
+def likelihood(data: Mapping[str, Iterable[Batch]]) -> Evaluate:
+    """An ``evaluate`` that needs no generation: how likely a model finds the responses, prompt by prompt.
+
+    score_i = 1/T_i · Σ_t log p(token t of response i | what comes before it), in nats per token, ≤ 0, larger = better.
+
+    Args:
+        data: domain → batches with labels on the response tokens (without labels all attended tokens count).
+
+    Returns:
+        A function for ``sweep``, ``repair`` and ``history``: model → {domain: one score per prompt}.
+
+    Raises:
+        ValueError: there is no domain, or one without a prompt; called: a prompt has no response token.
+
+    Source: ours.
+    """
+    found = {domain: list(batches_of(batches)) for domain, batches in data.items()}
+    if empty := [domain for domain, batches in found.items() if not batches]:
+        raise ValueError(f"the data of {empty[0]!r} is empty: expected batches of prompts with responses")
+    if not found:
+        raise ValueError('expected data by domain, like {"math": load_prompts(...)}')
+    return _Likelihood(found)
+
+
+def _per_prompt(model: nn.Module, batch: Batch) -> list[float]:
+    where = positions(batch)
+    counts = where.sum(1)
+    if bool((counts == 0).any()):
+        raise ValueError(f"{int((counts == 0).sum())} prompts of a batch have no response token to score")
+    logits = predicting(model, batch)
+    tokens = batch["input_ids"][:, 1:][where].to(logits.device)
+    step = max(1, _ROWS // logits.shape[1])
+    parts = [
+        torch.nn.functional.cross_entropy(logits[at : at + step].float(), tokens[at : at + step], reduction="none")
+        for at in range(0, len(tokens), step)
+    ]
+    losses: Tensor = torch.cat(parts).double().cpu()
+    sums = torch.zeros(len(counts), dtype=torch.float64).index_add_(0, where.nonzero()[:, 0].cpu(), -losses)
+    return (sums / counts.cpu()).tolist()
+
+
+@dataclass(frozen=True)
+class _Harness:
+    tasks: tuple[str, ...]
+    tokenizer: Any
+    limit: int | None
+    few_shot: int | None
+    batch_size: int
+    include_path: str | None
+
+    def __call__(self, model: nn.Module) -> dict[str, Score]:
+        lm_eval, models = _modules()
+        manager = _tasks(self.include_path)
+        if unknown := [task for task in self.tasks if task not in manager.all_tasks]:
+            raise LookupError(f"lm_eval knows no task {unknown[0]!r}: see `lm_eval ls tasks`, or pass include_path=")
+        tokenizer = self.tokenizer or getattr(model, "name_or_path", None)
+        if not tokenizer:
+            raise ValueError('the model does not know its folder, so name the tokenizer: harness("...", tokenizer=...)')
+        with evaluating(model):
+            live = models.HFLM(pretrained=model, tokenizer=opened_tokenizer(tokenizer), batch_size=self.batch_size)
+            found = lm_eval.simple_evaluate(
+                model=live, tasks=list(self.tasks), num_fewshot=self.few_shot, limit=self.limit,
+                task_manager=manager, bootstrap_iters=0,
+            )  # fmt: skip
+        return {task: _score(task, found) for task in self.tasks}
+
+
+def harness(
+    tasks: str | Iterable[str],
+    *,
+    tokenizer: Any = None,
+    limit: int | None = None,
+    few_shot: int | None = None,
+    batch_size: int = 8,
+    include_path: str | Path | None = None,
+) -> Evaluate:
+    """An ``evaluate`` that runs tasks of EleutherAI's lm-evaluation-harness on the live model.
+
+    A task's score is its first metric (with its first filter), larger = better (a metric of the other kind is
+    negated); it comes per item where the harness gives one number per item. The items of a group (like "mmlu") are
+    those of its tasks, end to end.
+
+    Args:
+        tasks: names, a list or separated by commas.
+        tokenizer: a tokenizer or its folder (default: that of the model's own folder).
+        limit: only so many items of each task.
+        few_shot: examples in the prompt (default: the task's own number).
+        batch_size: of the forward passes.
+        include_path: a folder with task files of your own.
+
+    Returns:
+        A function for ``sweep`` and ``repair``. In their place, and in the shell, ``"lm_eval:task,task"`` is short
+        for ``harness("task,task")``.
+
+    Raises:
+        ValueError: no task is named; called: the model's tokenizer can't be told, or lm_eval is not installed.
+        LookupError: called: there is no such task.
+
+    Source: ours; lm_eval's ``simple_evaluate`` does the work.
+    """
+    names = tasks.split(",") if isinstance(tasks, str) else list(tasks)
+    names = [name.strip() for name in names if name.strip()]
+    if not names:
+        raise ValueError(f'tasks={tasks!r}: expected the names of lm_eval tasks, like "gsm8k,mmlu"')
+    where = str(include_path) if include_path is not None else None
+    return _Harness(tuple(names), tokenizer, limit, few_shot, batch_size, where)
+
+
+def evaluator(evaluate: Evaluate | str) -> Evaluate:
+    """The function, or what ``"lm_eval:task,task"`` names.
+
+    Raises:
+        ValueError: another text, or no function.
+    """
+    if isinstance(evaluate, str) and evaluate.startswith(PREFIX):
+        return harness(evaluate.removeprefix(PREFIX))
+    if not callable(evaluate):
+        raise ValueError(f'evaluate={evaluate!r}: expected a function of the model, or "lm_eval:task,task"')
+    return evaluate
+
+
+def signature(evaluate: Evaluate) -> str:
+    """What tells an evaluation from others: its name, and a hash of its code and of the plain values that it uses.
+
+    What it reads from files or from global variables is not seen, nor what lies inside lists and other objects.
+    """
+    if isinstance(evaluate, _Likelihood):
+        return f"likelihood of {', '.join(f'{name} {digest_of(batches)}' for name, batches in evaluate.data.items())}"
+    if isinstance(evaluate, _Harness):
+        return repr(replace(evaluate, tokenizer=None))
+    own: Any = evaluate if hasattr(evaluate, "__qualname__") else type(evaluate)
+    digest = hashlib.blake2b(digest_size=16)
+    for part in _parts(evaluate, set()):
+        digest.update(part)
+    return f"{own.__module__}.{own.__qualname__} {digest.hexdigest()}"
+
+
+def _parts(value: Any, seen: set[int], own: bool = True) -> Iterator[bytes]:
+    """The code and the plain values in a function, a method or a partial, or in the object that is called itself."""
+    if isinstance(value, str | bytes | int | float | bool | None):
+        yield repr(value).encode()
+        return
+    yield type(value).__name__.encode()
+    held: tuple[Any, ...] = ()
+    if isinstance(value, FunctionType):
+        yield from _code(value.__code__)
+        cells = [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]  # but those still empty
+        held = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values(), *cells, *vars(value).values())
+    elif isinstance(value, MethodType):
+        yield from _parts(value.__self__, seen, own)
+        held = (value.__func__,)
+    elif isinstance(value, partial):
+        held = (value.func, *value.args, *(one for pair in value.keywords.items() for one in pair))
+    elif own:
+        held = (type(value).__call__, *getattr(value, "__dict__", {}).values())
+    if id(value) not in seen:
+        for one in held:
+            yield from _parts(one, seen | {id(value)}, own=False)
+
+
+def _code(code: CodeType) -> Iterator[bytes]:
+    """The instructions and constants of a function, and of those inside it."""
+    yield code.co_code
+    yield repr(code.co_names).encode()
+    for one in code.co_consts:
+        if isinstance(one, CodeType):
+            yield from _code(one)
+        else:
+            yield repr(sorted(one, key=repr) if isinstance(one, frozenset) else one).encode()
+
+
+def _modules() -> tuple[Any, Any]:
+    try:
+        import lm_eval
+        from lm_eval.models import huggingface
+    except ImportError as error:
+        raise ValueError(f'lm_eval tasks need lm_eval: pip install "surgery[eval]" ({error})') from error
+    return lm_eval, huggingface
+
+
+@lru_cache(maxsize=4)
+def _tasks(include_path: str | None) -> Any:
+    """The index of all tasks: thousands of files, read once."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=include_path)
+
+
+def _score(task: str, found: Mapping[str, Any]) -> Score:
+    """One task's or group's first metric: per item where every item has a number, else as a whole."""
+    leaves = _leaves(task, found)
+    parts = [_items(leaf, found) for leaf in leaves]
+    if all(part is not None for part in parts):
+        return [x for part in parts if part is not None for x in part]
+    if len(leaves) > 1:
+        raise ValueError(f"lm_eval's group {task!r} has no scores per item: name its tasks instead ({leaves[:3]}…)")
+    key, sign = _first(task, found)
+    return sign * float(found["results"][task][key])
+
+
+def _leaves(task: str, found: Mapping[str, Any]) -> list[str]:
+    inside = found.get("group_subtasks", {}).get(task) or []
+    return [leaf for one in inside for leaf in _leaves(one, found)] or [task]
+
+
+def _first(task: str, found: Mapping[str, Any]) -> tuple[str, int]:
+    """The key "metric,filter" of a task's first metric, and +1 where larger is better, −1 where smaller is."""
+    key = next(key for key in found["results"][task] if "," in key and "_stderr" not in key)
+    larger = found.get("higher_is_better", {}).get(task, {}).get(key.partition(",")[0], True)
+    return key, -1 if larger is False else 1
+
+
+def _items(task: str, found: Mapping[str, Any]) -> list[float] | None:
+    key, sign = _first(task, found)
+    metric, _, chosen = key.partition(",")
+    samples = sorted((s for s in found["samples"][task] if s["filter"] == chosen), key=lambda s: s["doc_id"])
+    values = [sample.get(metric) for sample in samples]
+    if not values or not all(isinstance(value, int | float) for value in values):
+        return None  # perplexities come as pairs, corpus metrics as texts
+    if abs(sum(values) / len(values) - found["results"][task][key]) > 1e-6:
+        return None  # not a mean of the items
+    return [sign * float(value) for value in values]

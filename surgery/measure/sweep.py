@@ -1,0 +1,331 @@
+"""Sweeps: budgets × selectors × an evaluation, in one process, on one model that is whole again at the end."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import product
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import nn
+
+from surgery.checkpoints.opening import known
+from surgery.checkpoints.trajectory import Trajectory
+from surgery.compat import writes_to
+from surgery.live.earlier import earlier_model
+from surgery.live.prompts import Batch, batches_of, digest_of
+from surgery.masks.mask import Mask
+from surgery.masks.neurons import Neurons
+from surgery.measure.evaluators import evaluator, signature
+from surgery.measure.rows import EARLIER, LATER, Evaluate, Row, Score, Sweep, ceiling_of, check_items, judged, measured
+from surgery.reverting.rollback import rollback
+from surgery.scores.amc import identity, remembered
+from surgery.selectors.rounds import candidates
+from surgery.selectors.selectors import Selector
+from surgery.units import Units, kinds_of, single
+
+MEASURED = ("selector", "budget", "neurons", "metrics", "seconds")
+
+
+class Bench:
+    """Measures rows on one live model, which is bit-identical after each of them, also after an error.
+
+    Args:
+        run: the trajectory; its later model is loaded once (``run.load``).
+        data: calibration prompts, or None.
+        evaluate: model → {metric: score or one score per item}, or "lm_eval:task,task".
+        path: a JSON-lines file: rows are appended as they come, and rows that it holds are not measured again.
+        say: called with a line of text before each evaluation.
+
+    ``evaluations`` counts the models that were really evaluated.
+
+    Raises:
+        ValueError: the file is of other checkpoints; ``evaluate`` changed the weights.
+    """
+
+    def __init__(
+        self,
+        run: Trajectory,
+        data: Iterable[Batch] | None,
+        evaluate: Evaluate | str,
+        path: str | Path | None = None,
+        say: Callable[[str], None] | None = None,
+    ) -> None:
+        run.check_whole()
+        self.model, self.run = run.load(), run
+        self.data = None if data is None else list(batches_of(data))
+        self.path = Path(path) if path is not None else None
+        self.evaluations = 0
+        self._say = say or (lambda _: None)
+        measure = evaluator(evaluate)
+        self._scores = _watched(torch.no_grad()(measure))
+        self._rows = self._read(signature(measure))
+
+    def later(self) -> Row:
+        """The model as it is."""
+        return self._measured(LATER, 0.0, lambda: (0, self._evaluate(self.model)))
+
+    def earlier(self) -> Row:
+        """The earlier model, in the later one's place for as long as its evaluation takes."""
+        return self._measured(EARLIER, 0.0, lambda: (0, self._earlier_scores()))
+
+    def ceiling(self, units: Units = "mlp") -> Row:
+        """All units of those kinds rolled back."""
+        kinds = kinds_of(units)
+        return self._measured(ceiling_of(kinds), 1.0, lambda: self._tried(~self._nothing(kinds)))
+
+    def row(self, selector: Any, budget: float) -> Row:
+        """A selector at a budget."""
+        one = at_budget(selector, budget)
+        return self._measured(name_of(one), budget, lambda: self._tried(self.mask(one, budget)))
+
+    def tried(self, name: str, mask: Mask) -> Row:
+        """A mask that is there already; it is named, and not remembered."""
+        start = time.perf_counter()
+        self._say(name)
+        neurons, values = self._tried(mask)
+        metrics, items = measured(values)
+        return self._comparable(Row(name, mask.fraction, neurons, metrics, time.perf_counter() - start, items=items))
+
+    def mask(self, selector: Any, budget: float) -> Mask:
+        """What the selector chooses at a budget."""
+        found: Mask = at_budget(selector, budget).select(self.run, self.data)
+        return found
+
+    def _evaluate(self, model: nn.Module) -> Mapping[str, Score]:
+        self.evaluations += 1
+        return self._scores(model)
+
+    def _tried(self, mask: Mask) -> tuple[int, Mapping[str, Score]]:
+        with rollback(self.model, to=self.run.tensors("earlier"), mask=mask, layout=self.run.layout) as done:
+            return sum(done.neurons.values()), self._evaluate(self.model)
+
+    def _nothing(self, units: Units) -> Neurons:
+        (live,) = self.run.live(units=units)
+        return Neurons({name: torch.zeros(size, dtype=torch.bool) for name, size in live.layout.sizes.items()})
+
+    def _earlier_scores(self) -> Mapping[str, Score]:
+        with earlier_model(self.run) as model:
+            return self._evaluate(model)
+
+    def _measured(self, name: str, budget: float, measure: Callable[[], tuple[int, Mapping[str, Score]]]) -> Row:
+        key = name, float(budget)
+        if key not in self._rows:
+            self._say(f"{name}, {100 * budget:g} %" if budget else name)
+            start = time.perf_counter()
+            neurons, values = measure()
+            metrics, items = measured(values)
+            row = Row(name, key[1], neurons, metrics, time.perf_counter() - start, items=items)
+            self._rows[key] = self._comparable(row)
+            written = {one: getattr(row, one) for one in MEASURED}
+            self._append({**written, "items": {one: _compact(held) for one, held in items.items()}})
+        return self._comparable(self._rows[key])
+
+    def _comparable(self, row: Row) -> Row:
+        """The row, refused where it has other metrics than the later model's, or other items."""
+        later = self._rows.get((LATER, 0.0), row)
+        if row.metrics.keys() != later.metrics.keys():
+            raise ValueError(
+                f"{row.selector!r} has the metrics {sorted(row.metrics)}, and 'later' {sorted(later.metrics)}: "
+                f"evaluate has to return the same for every model (and rows of another evaluate need another file)"
+            )
+        check_items(row, later)
+        return row
+
+    def _read(self, how: str) -> dict[tuple[str, float], Row]:
+        """The rows of the file, which has to be of these checkpoints, prompts and evaluation; a new one says which."""
+        if self.path is None:
+            return {}
+        names = ("earlier", "later")
+        opened = zip(names, self.run.weights(*names), strict=True)
+        head = {
+            "checkpoints": {name: known(weights) for name, weights in opened},
+            "prompts": None if self.data is None else digest_of(self.data),
+            "evaluate": how,
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(self.path) as file:
+            text = file.read()
+            lines = [line for line in text.splitlines() if line.strip()]
+            if not lines:
+                file.write(json.dumps(head) + "\n")
+                return {}
+            found = _parsed(lines[0], self.path)
+            rows = [_row(line, self.path) for line in lines[1:]]
+            for name, mine in head.items():
+                if found.get(name) != mine:
+                    raise ValueError(f"{self.path} holds rows of {_OTHERS[name]}: choose another file")
+            if not text.endswith("\n"):  # an editor took it, or a full disk: the next row needs a line of its own
+                file.write("\n")
+        return {(row.selector, row.budget): row for row in rows}
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        if self.path is not None:
+            with _alone(self.path) as file:
+                file.write(json.dumps(line) + "\n")
+
+
+_OTHERS = {"checkpoints": "other checkpoints", "prompts": "other prompts", "evaluate": "another evaluation"}
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[IO[str]]:
+    """The file, read from its beginning and written at its end; other processes wait meanwhile."""
+    with open(path, "a+", encoding="utf-8", errors="replace") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
+        file.seek(0)
+        yield file
+
+
+def _compact(items: list[float]) -> list[float]:
+    return [int(x) if x.is_integer() else x for x in items]
+
+
+def _parsed(line: str, path: Path) -> dict[str, Any]:
+    try:
+        found = dict(json.loads(line))
+        held = {name: [float(x) for x in items] for name, items in found.get("items", {}).items()}
+        return {**found, "items": held} if "items" in found else found
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is not a sweep's file, or its last line was cut: {error}. Remove that line to go on, or choose "
+            f"another file"
+        ) from error
+
+
+def _row(line: str, path: Path) -> Row:
+    found = _parsed(line, path)
+    try:
+        return Row(**found)
+    except TypeError as error:
+        raise ValueError(f"{path} holds a line that is no row of a sweep: {error}") from error
+
+
+def _watched(evaluate: Evaluate) -> Evaluate:
+    """The evaluation, refused where it writes into or moves the parameters: later rows would be of another model."""
+
+    def marks(model: nn.Module) -> dict[str, tuple[int, int]]:
+        named = model.named_parameters(remove_duplicate=False)
+        return {name: (p.data_ptr(), writes_to(p)) for name, p in named if not p.is_inference()}
+
+    def measure(model: nn.Module) -> Mapping[str, Score]:
+        before = marks(model)
+        metrics = evaluate(model)
+        if changed := [name for name, mark in marks(model).items() if before.get(name) != mark]:
+            raise ValueError(
+                f"evaluate changed the weights ({len(changed)} tensors, the first of them {changed[0]!r}); it has to "
+                f"leave the model as it was: no training, no .to(...), no merging of adapters"
+            )
+        return metrics
+
+    return measure
+
+
+def units_of(selector: Any, run: Trajectory) -> tuple[str, ...]:
+    """The kinds of unit that a selector chooses among, or among whose weights."""
+    units = getattr(selector, "units", "mlp")
+    return candidates(run, units) if single(units) else run.kinds(units)
+
+
+def at_budget(selector: Any, budget: float) -> Any:
+    """The same selector with another budget.
+
+    Raises:
+        ValueError: it has no field ``budget``.
+    """
+    if not dataclasses.is_dataclass(selector) or not any(f.name == "budget" for f in dataclasses.fields(selector)):
+        raise ValueError(f"{selector!r} has no field 'budget' to sweep over: make it a dataclass with one")
+    return dataclasses.replace(selector, budget=budget)  # type: ignore[type-var]
+
+
+def check_names(selectors: Sequence[Any]) -> None:
+    """Raise ``ValueError`` where rows of two selectors could not be told apart: one name, other settings."""
+    seen: dict[str, tuple[Any, ...]] = {}
+    for selector in selectors:
+        own = dataclasses.fields(selector) if dataclasses.is_dataclass(selector) else ()
+        held = (type(selector), *(identity(getattr(selector, f.name)) for f in own if f.name != "budget"))
+        if seen.setdefault(name_of(selector), held) != held:
+            raise ValueError(
+                f"two selectors with different settings are both called {name_of(selector)!r}, and a row is known by "
+                f"its name: sweep them one by one, each with a file of its own"
+            )
+
+
+def name_of(selector: Any) -> str:
+    """What tells its rows from another's: its own name and seed, or its class and everything but the budget."""
+    if name := getattr(selector, "name", None):
+        seed = getattr(selector, "seed", None)
+        return str(name) if not seed else f"{name}, seed {seed}"
+    if not dataclasses.is_dataclass(selector):
+        return type(selector).__name__
+    settings = {f.name: getattr(selector, f.name) for f in dataclasses.fields(selector) if f.name != "budget"}
+    listed = ", ".join(f"{key}={value!r}" for key, value in settings.items())
+    return f"{type(selector).__name__}({listed})" if settings else type(selector).__name__
+
+
+def sweep(
+    run: Trajectory,
+    data: Iterable[Batch] | None,
+    *,
+    selectors: Sequence[Selector],
+    budgets: Sequence[float],
+    evaluate: Evaluate | str,
+    metric: str | None = None,
+    path: str | Path | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Sweep:
+    """Evaluate every selector at every budget, after the references: earlier, later and the ceiling (of every unit).
+
+    Each score is computed once; rollbacks are applied and undone in place; nothing is reloaded. The model is
+    bit-identical at the end, also after an error.
+
+    Args:
+        run: the trajectory; its later model is loaded once (``run.load``), where you put it.
+        data: calibration prompts (not those that ``evaluate`` uses), or None if no selector needs them.
+        selectors: dataclasses with a field ``budget`` (it is replaced), each with a ``select``.
+        budgets: fractions in [0, 1].
+        evaluate: model → {metric: score}, larger = better; where a score is a 1-D sequence, array or tensor of one
+            number per item, rows get intervals and tests. Or "lm_eval:task,task" (see ``harness``).
+        metric: whose recovery is reported (default: the one that fell most from earlier to later).
+        path: a JSON-lines file: rows are appended as they come, and rows that it holds are not computed again.
+        progress: called with a line of text before each evaluation.
+
+    Returns:
+        A ``Sweep``: rows, and a table when printed.
+
+    Raises:
+        ValueError: the file is of other checkpoints, a selector has no budget, two selectors have one name, there is no
+            such metric, a score is NaN, models were scored on different metrics or items, or ``evaluate`` changed the
+            weights.
+
+    Source: the paper's Table 6 and Figure 13 in kind.
+    """
+    selectors, budgets = list(selectors), list(budgets)  # generators too are gone through more than once
+    for selector, budget in product(selectors, budgets):  # said now, and not after hours of evaluations
+        at_budget(selector, budget)
+    check_names(selectors)
+    bench = Bench(run, data, evaluate, path, progress)
+    later, earlier = bench.later(), bench.earlier()
+    metric = metric_of(earlier, later, metric)
+    with remembered():
+        asked = [units_of(one, bench.run) for one in selectors] or [("mlp",)]
+        rows = [bench.ceiling(units) for units in dict.fromkeys(asked)]
+        rows += [bench.row(selector, budget) for selector in selectors for budget in budgets]
+    return Sweep(metric, tuple(judged([earlier, later, *rows], earlier, later, metric)))
+
+
+def metric_of(earlier: Row, later: Row, metric: str | None = None) -> str:
+    """The metric that was asked for, or the one that fell most from earlier to later.
+
+    Raises:
+        ValueError: there is no such metric.
+    """
+    if metric is not None and metric not in later.metrics:
+        raise ValueError(f"the metric {metric!r} is none of those that evaluate returns: {sorted(later.metrics)}")
+    return metric or max(earlier.metrics, key=lambda name: earlier.metrics[name] - later.metrics[name])

@@ -1,0 +1,356 @@
+"""The inquiry: everything that a trajectory and some prompts can tell about what a later stage cost, in one call."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from surgery.checkpoints.opening import fingerprint
+from surgery.checkpoints.trajectory import Trajectory
+from surgery.evidence.changes import Changes, changes
+from surgery.evidence.directions import Directions, directions
+from surgery.evidence.gradients import Gradients, gradients
+from surgery.evidence.overlap import Overlap, Profile, overlap, profile
+from surgery.live.answers import respond
+from surgery.live.earlier import earlier_model
+from surgery.live.losses import distillation, positions
+from surgery.live.prompts import Batch, batches_of, halved
+from surgery.masks.budget import check_budget
+from surgery.masks.neurons import Neurons
+from surgery.measure.evaluators import evaluator, likelihood
+from surgery.measure.history import History, Lost, history
+from surgery.measure.rows import EARLIER, LATER, Evaluate, Row, Sweep, judged, measured
+from surgery.measure.sweep import sweep
+from surgery.reverting.provenance import versions
+from surgery.scores.amc import activation, magnitude, remembered
+from surgery.scores.damage import damage
+from surgery.selectors.selectors import AMCSelector, DamageSelector, RandomSelector, Selector
+from surgery.tables import write_json
+from surgery.theory.damage import DamageTerms, damage_terms
+from surgery.theory.landscape import Landscape
+from surgery.training.refresh import Refresh, refresh
+
+CHANGED, ACTIVE = 0.10, 0.05  # the paper's shares of neurons
+# Of the way that training went per parameter, what a refresh may go back: Adam's steps all have about one size, and the
+# whole way, walked in all coordinates at once, does harm in the lab.
+_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class Sites:
+    """Where the damage sits: D of every neuron, summed up.
+
+    ``half``: the smallest share of all neurons that holds half of the positive D. ``gain`` = Σ of the positive D and
+    ``loss`` = KL(p_earlier ‖ p_later) are in nats per response token. ``blocks``: the positive D by block.
+    """
+
+    half: float
+    gain: float
+    loss: float
+    blocks: Profile
+
+
+@dataclass(frozen=True)
+class Refreshed:
+    """A short training on the damaged domain: its report, its rate, and what it brought, judged as a rollback is."""
+
+    report: Refresh
+    rate: float
+    row: Row
+
+
+class Missing(Exception):
+    """What a part would need."""
+
+
+@dataclass
+class Study:
+    """What the parts share, each loaded or computed when it is first asked for."""
+
+    run: Trajectory
+    prompts: dict[str, list[Batch]]
+    evaluate: Evaluate | str | None
+    budgets: tuple[float, ...]
+    steps: int
+    device: Any
+    dtype: Any
+    found: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def last(self) -> nn.Module:
+        """The last checkpoint, live."""
+        return self.run.load(self.device, self.dtype)
+
+    @cached_property
+    def answered(self) -> dict[str, list[Batch]]:
+        """The prompts with responses."""
+        if not self.prompts:
+            raise Missing("prompts of a domain or more: data={domain: batches}, in the shell --data domain=file")
+        found = {}
+        for domain, batches in self.prompts.items():
+            if all("labels" in batch for batch in batches):
+                found[domain] = batches
+                continue
+            own = self.run.checkpoints.get(domain)
+            model = self.last if own is None else Trajectory(later=own).load(self.device, self.dtype)
+            found[domain] = respond(model, batches)
+        return found
+
+    def half(self, which: int) -> dict[str, list[Batch]]:
+        """Every other prompt of each domain: 0 those that choose, 1 those that measure."""
+        found = {domain: halved(batches, which) for domain, batches in self.answered.items()}
+        if short := [domain for domain, batches in found.items() if not batches]:
+            raise Missing(f"two prompts or more of {short[0]}: half of them choose, the other half measures")
+        return found
+
+    @cached_property
+    def choosing(self) -> dict[str, list[Batch]]:
+        return self.half(0)
+
+    @cached_property
+    def measure(self) -> Evaluate:
+        return evaluator(self.evaluate) if self.evaluate is not None else likelihood(self.half(1))
+
+    @cached_property
+    def lost(self) -> Lost | None:
+        """The largest loss that can be told from nothing."""
+        first = self.found["history"].lost[0]
+        return first if first.certain and first.amount > 0 else None
+
+    @cached_property
+    def focus(self) -> tuple[str, Trajectory]:
+        """The domain that lost most, and the way from its best checkpoint to the last."""
+        if "history" not in self.found:
+            raise Missing("to know which domain lost most (see history)")
+        if self.lost is None:
+            raise Missing("a domain whose loss can be told from nothing; more prompts may show one")
+        if self.lost.domain not in self.choosing:
+            raise Missing(f"prompts of {self.lost.domain}, which lost most: --data {self.lost.domain}=file")
+        return self.lost.domain, self.run.back_to(self.lost.best)
+
+
+def _several(study: Study) -> dict[str, Trajectory]:
+    steps = study.run.steps()
+    if len(steps) < 2:
+        raise Missing("three checkpoints or more, to compare the updates of two stages")
+    return steps
+
+
+def _changed(study: Study) -> Overlap:
+    return overlap({name: magnitude(step) for name, step in _several(study).items()}, top=CHANGED)
+
+
+def _directions(study: Study) -> Directions:
+    _several(study)
+    return directions(study.run, top=CHANGED, how="uniform")
+
+
+def _history(study: Study) -> History:
+    return history(study.run, study.measure, device=study.device, dtype=study.dtype)
+
+
+def _active(study: Study) -> Overlap:
+    found = {domain: activation(study.last, batches, layout=study.run.layout) for domain, batches in _domains(study)}
+    return overlap(found, top=ACTIVE)
+
+
+def _gradients(study: Study) -> Gradients:
+    return gradients(study.last, dict(_domains(study)))
+
+
+def _domains(study: Study) -> Iterable[tuple[str, list[Batch]]]:
+    if len(study.choosing) < 2:
+        raise Missing("prompts of two domains or more: --data domain=file, again for each")
+    return study.choosing.items()
+
+
+def _sites(study: Study) -> Sites:
+    domain, run = study.focus
+    scores = damage(run, study.choosing[domain])
+    positive = Neurons({name: value.double().clamp(min=0) for name, value in scores.items()})
+    flat = torch.cat(list(positive.values())).sort(descending=True).values
+    gain = float(flat.sum())
+    half = int(torch.searchsorted(flat.cumsum(0), gain / 2)) + 1
+    return Sites(half / len(flat), gain, float(scores.made_by["damage"]["loss"]), profile(positive))
+
+
+def _terms(study: Study) -> DamageTerms:
+    domain, run = study.focus
+    return damage_terms(Landscape.around(run, study.choosing[domain]))
+
+
+def _rollback(study: Study) -> Sweep:
+    domain, run = study.focus
+    first = study.budgets[0]
+    selectors: list[Selector] = [DamageSelector(first), RandomSelector(first)]
+    if run.base is not None:
+        selectors.insert(1, AMCSelector(first))
+    return sweep(
+        run, study.choosing[domain], selectors=selectors, budgets=study.budgets, evaluate=study.measure,
+        metric=domain,
+    )  # fmt: skip
+
+
+def _refreshed(study: Study) -> Refreshed:
+    domain, run = study.focus
+    if not study.steps:
+        raise Missing("a number of steps: refresh_steps=10, in the shell --refresh-steps 10")
+    if "rollback" not in study.found:
+        raise Missing("what the rollbacks are measured against (see rollback)")
+    batches = study.choosing[domain]
+    moved = changes(Trajectory(earlier=run.earlier, later=run.later)).incremental[0].whole
+    rate = _SHARE * moved.norm / math.sqrt(moved.parameters) / study.steps
+    with earlier_model(run) as earlier:
+        loss = distillation(earlier, batches)
+
+    def closeness(model: nn.Module) -> float:
+        with torch.no_grad():
+            return -sum(float(loss(model, batch)) * int(positions(batch).sum()) for batch in batches)
+
+    every, start = max(1, study.steps // 5), time.perf_counter()
+    with refresh(study.last, loss, batches, study.steps, rate, validate=closeness, every=every) as done:
+        metrics, items = measured(torch.no_grad()(study.measure)(study.last))
+    row = Row(f"refresh, {study.steps} steps", 1.0, 0, metrics, time.perf_counter() - start, items=items)
+    rows = study.found["rollback"]
+    (earlier_row,), (later_row,) = rows[EARLIER], rows[LATER]
+    return Refreshed(done, rate, judged([row], earlier_row, later_row, domain)[0])
+
+
+PARTS: dict[str, Callable[[Study], Any]] = {
+    "changes": lambda study: changes(study.run),
+    "changed": _changed,
+    "directions": _directions,
+    "history": _history,
+    "active": _active,
+    "gradients": _gradients,
+    "sites": _sites,
+    "terms": _terms,
+    "rollback": _rollback,
+    "refreshed": _refreshed,
+}
+
+
+LIKELIHOOD = "log-likelihood of the responses (nats per token)"
+BUDGETS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32)
+
+
+@dataclass(frozen=True)
+class Inquiry:
+    """What ``analyse`` found; a part is None where inputs did not allow it or it was left out: ``skipped`` says why.
+
+    ``stages``: the checkpoints, in training order; ``domains``: those that there are prompts of; ``score``: what is
+    measured of them, in words.
+    ``changes``, ``changed``, ``directions``: of all parameters, and of the neurons that stages changed most.
+    ``history``: every domain at every checkpoint. ``focus``: the domain that certainly lost most; what follows is about
+    it. ``active``: overlap of the neurons that domains use most. ``gradients``: of all domains, at the last checkpoint.
+    ``sites``: where D sits. ``terms``: Proposition 1 along what training changed since the domain's best. ``rollback``:
+    selectors × budgets. ``refreshed``: a short training on the domain, taken back. ``skipped``: what was not computed →
+    what it would need. ``made``: versions, and hashes of the checkpoints.
+
+    Source: ours; the parts say theirs.
+    """
+
+    stages: tuple[str, ...]
+    domains: tuple[str, ...]
+    score: str
+    skipped: dict[str, str]
+    made: dict[str, Any]
+    changes: Changes | None = None
+    changed: Overlap | None = None
+    directions: Directions | None = None
+    history: History | None = None
+    focus: Lost | None = None
+    active: Overlap | None = None
+    gradients: Gradients | None = None
+    sites: Sites | None = None
+    terms: DamageTerms | None = None
+    rollback: Sweep | None = None
+    refreshed: Refreshed | None = None
+
+    def save(self, path: str | Path) -> None:
+        """Write it as JSON."""
+        write_json(self, path)
+
+
+def analyse(
+    run: Trajectory,
+    data: Mapping[str, Iterable[Batch]] | None = None,
+    *,
+    evaluate: Evaluate | str | None = None,
+    budgets: Sequence[float] = BUDGETS,
+    refresh_steps: int = 10,
+    skip: Iterable[str] = (),
+    device: Any = None,
+    dtype: Any = None,
+    progress: Callable[[str], None] | None = None,
+) -> Inquiry:
+    """Is a later stage hurting an earlier one? All evidence that the inputs allow, and what a repair would bring.
+
+    Half of each domain's prompts (every other one) choose: scores, gradients, masks and the refresh see them. The
+    other half measures: the history, and what comes back. So what is told of a repair is not told of the prompts that
+    made it. The focus is the domain that certainly lost most; it is rolled back to the checkpoint of its own name (or
+    its best), never further.
+
+    Args:
+        run: two checkpoints or more (see ``Trajectory.through``): folders or live models; the last is judged.
+        data: domain → batches. Prompts without responses are answered by the domain's own stage, or else the last.
+        evaluate: model → {domain: score or one per item}, larger = better, in the place of the responses' likelihood.
+        budgets: of the rollbacks, fractions of all MLP neurons.
+        refresh_steps: of the refresh (distillation from the domain's own checkpoint, Adam, float32 copies).
+        skip: parts to leave out, by their names in ``Inquiry``.
+        device: where models run; dtype: theirs (default: the checkpoints' own).
+        progress: called with a line of text before each part.
+
+    Returns:
+        An ``Inquiry``; ``write_report`` makes a page of it. One model is in memory at a time; the last is whole again
+        at the end, bit for bit.
+
+    Raises:
+        ValueError: fewer than two checkpoints, or of different models; ``skip`` names no part; a budget or the data are
+            none. What a single part refuses (``ValueError``, ``LookupError``, a full disk) stands in ``skipped``, and
+            the other parts are computed; an error that is a bug is raised.
+
+    Source: ours.
+    """
+    asked = list(skip)
+    if wrong := [name for name in asked if name not in PARTS]:
+        raise ValueError(f"skip={wrong[0]!r}: expected some of {', '.join(PARTS)}")
+    for budget in budgets:
+        check_budget(budget)
+    if data is not None and not isinstance(data, Mapping):
+        raise ValueError('data has to say which domain the prompts are of: {"math": load_prompts(...)}')
+    prompts = {domain: list(batches_of(batches)) for domain, batches in (data or {}).items()}
+    study = Study(run, prompts, evaluate, tuple(budgets), refresh_steps, device, dtype)
+    skipped = dict.fromkeys(asked, "left out, as asked")
+    with remembered():
+        for name, part in PARTS.items():
+            if name in skipped:
+                continue
+            if progress is not None:
+                progress(name)
+            try:
+                study.found[name] = part(study)
+            except Missing as why:
+                skipped[name] = str(why)
+            except (ValueError, LookupError, OSError) as error:
+                if name == "changes" or not _on_purpose(error):
+                    raise  # the checkpoints themselves are wrong, or there is a bug
+                skipped[name] = str(error)
+    hashes = {name: fingerprint(weights) for name, weights in run.opened().items()}
+    made = {"versions": versions(), "checkpoints": hashes}
+    lost = study.lost if "history" in study.found else None
+    score = LIKELIHOOD if evaluate is None else "score"
+    return Inquiry(tuple(run.checkpoints), tuple(prompts), score, skipped, made, focus=lost, **study.found)
+
+
+def _on_purpose(error: Exception) -> bool:
+    """Whether it is an error that this library raises to refuse something: no KeyError, IndexError or missing file."""
+    return isinstance(error, ValueError) or type(error) in (LookupError, OSError)

@@ -1,0 +1,102 @@
+"""The report: one HTML page that needs no network, with its figures inside, and everything escaped."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from surgery.tables import Cell, Table, cell_text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+TEMPLATE = "page.html.jinja"  # beside this module
+_SHOWN = 30  # rows of a table up to which it is not folded
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A drawing and what it shows, in words (also its text for those who can't see it)."""
+
+    axes: Axes
+    caption: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """One part of the page.
+
+    Args:
+        title: a few words.
+        finding: what was found, in a sentence or two.
+        definition: what the numbers are and where that is from.
+        columns: what each column of its tables means, by the column's name.
+        figures, tables: what it shows.
+    """
+
+    title: str
+    finding: str
+    definition: str
+    columns: Mapping[str, str] = field(default_factory=dict)
+    figures: tuple[Figure, ...] = ()
+    tables: tuple[Table, ...] = ()
+
+
+def page(
+    title: str, verdict: Iterable[str], sections: Iterable[Section], skipped: Mapping[str, str], made: Mapping[str, str]
+) -> str:
+    """The whole page.
+
+    Args:
+        title: of the page.
+        verdict: paragraphs that it opens with.
+        sections: its parts, in order.
+        skipped: what was not computed → what it would need.
+        made: how the page was made, by name: command, versions, hashes.
+
+    Returns:
+        HTML that refers to nothing outside itself. Every text is escaped.
+
+    Source: ours.
+    """
+    import jinja2
+
+    made_of = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,  # a misspelt name is an error, and no empty place on the page
+        keep_trailing_newline=True,
+    )
+    made_of.filters |= {"numbers": _numbers, "exact": _exact, "shown": cell_text, "svg": _svg}
+    return made_of.get_template(TEMPLATE).render(
+        title=title,
+        verdict=list(verdict),
+        sections=list(sections),
+        skipped=skipped,
+        made=made,
+        folded_from=_SHOWN,
+    )
+
+
+def _svg(axes: Axes) -> str:
+    """A figure as base64; the same figure is the same bytes."""
+    import matplotlib
+
+    held, metadata = io.BytesIO(), {"Date": None, "Creator": None}
+    with matplotlib.rc_context({"svg.hashsalt": "surgery"}):
+        axes.get_figure().savefig(held, format="svg", metadata=metadata)  # type: ignore[union-attr]
+    return base64.b64encode(held.getvalue()).decode()
+
+
+def _numbers(table: Table) -> list[bool]:
+    """Which columns hold numbers."""
+    return [any(isinstance(row[at], int | float) for row in table.rows) for at in range(len(table.head))]
+
+
+def _exact(cell: Cell) -> str:
+    """What a cell is sorted by: all digits of a number."""
+    return "" if cell is None else repr(cell) if isinstance(cell, int | float) else cell

@@ -1,0 +1,364 @@
+"""The sections of a report: each part of an inquiry with what was found in words, its figures, tables, definitions."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from surgery.evidence.overlap import Overlap
+from surgery.measure.rows import EARLIER, LATER, Row
+from surgery.plots.evidence import (
+    change_histogram,
+    directional_cosine,
+    gradient_extremes,
+    gradient_heatmap,
+    overlap_matrix,
+    profile_bars,
+    score_lines,
+)
+from surgery.plots.sweeps import dose_response, pareto_front
+from surgery.plots.theory import expansion
+from surgery.report.inquiry import Inquiry
+from surgery.report.page import Figure, Section, page
+from surgery.report.verdict import verdict
+from surgery.reverting.folder import check_free, put_in_place
+from surgery.tables import Cell, Table
+
+"""What the numbers of a report mean: a definition for each section and each column, with its source."""
+
+HISTORY = (
+    "The score of every domain at every checkpoint. What a domain lost is its score at its own stage (the checkpoint "
+    "of the same name; else its best before the last) less that of the last checkpoint; beside it the stage whose "
+    "step cost most. A loss counts as certain where its 95 % interval lies above zero and p < 0.05."
+)
+SCORE = (
+    "Unless an evaluation was given, the score is the log-likelihood of the responses: per prompt the mean over its "
+    "response tokens, in nats per token; 0 is certainty. It is measured on every other prompt, and what chooses "
+    "neurons sees the rest."
+)
+ROLLBACK = (
+    "Neurons of the last checkpoint are set back to the checkpoint where the domain was best, and the score is "
+    "measured on prompts that chose nothing. Recovery = (score − score of later) / (score of earlier − score of "
+    "later). D: ranked by the damage score; A×M×C: the paper's selector; random: the control; ceiling: all MLP "
+    "neurons. The refresh trains all parameters for a few steps towards the earlier checkpoint's answers. Source: the "
+    "paper's Table 6 in kind; D and the refresh from the earlier model's answers are ours."
+)
+SITES = (
+    "D_n = ⟨∇KL(p_earlier ‖ p_later), δ_n⟩: to first order, what setting neuron n back would gain, in nats per "
+    "response token. Shown is the sum of the positive ones by block. Ours, from the paper's Proposition 1."
+)
+TERMS = (
+    "Proposition 1 of the paper: along θ_A + t·δ the domain's loss rises by t⟨∇L, δ⟩ + ½ t² δᵀHδ plus a remainder. "
+    "The loss is the divergence from the earlier checkpoint, whose slope there is zero. A large remainder means that "
+    "the change is too far for the theory's local picture."
+)
+CHANGES = (
+    "Δ is a checkpoint's parameter less the same one of the checkpoint it is compared with. Absolute: abs(Δ); "
+    "relative: abs(Δ) / abs(θ before). Near zero: below the threshold in the column's head. In 16-bit checkpoints a "
+    "change below one rounding step is no change at all. Source: the paper, Section 4 and Appendix B."
+)
+CHANGED = (
+    "Each stage's most changed neurons are the 10 % with the largest ‖δ_n‖ of the model. Jaccard = shared / all of "
+    "both; 1 is the same set. Chance: two random sets of those sizes. Source: the paper, Section 4."
+)
+ACTIVE = (
+    "Each domain's most active neurons are the 5 % with the largest mean abs(h_n) on its prompts, at the last "
+    "checkpoint. Jaccard = shared / all of both. Chance: two random sets of those sizes. Source: the paper, Section "
+    "4."
+)
+DIRECTIONS = (
+    "On the neurons that are among the 10 % most changed of their layer in both stages, the cosine of the two "
+    "updates of each neuron (gate, up and down end to end): −1 they undo each other, +1 they agree. Band: where the "
+    "mean lies if each update is paired with another neuron's. Source: the paper's Figure 4; the null is ours."
+)
+CHANGE = "Score less that of the last checkpoint as it is; below zero something is lost."
+CHANGED_LAYER = "‖Δ‖ of that stage in that layer, in percent of ‖θ‖ before it; or the score after that stage."
+NEAR = "Parameters whose change stays below the threshold, in percent; those that did not change at all count too."
+COLUMNS = {
+    "domain": "A set of prompts, as named by --data.",
+    "from": "The checkpoint that the loss counts from: the domain's own stage, or its best.",
+    "to": "The last checkpoint.",
+    "lost": "Score at “from” less score at “to”; above zero is a loss.",
+    "low": "Lower end of the loss's 95 % interval (paired bootstrap over prompts).",
+    "high": "Upper end of the loss's 95 % interval (paired bootstrap over prompts).",
+    "p": "Of a two-sided paired test against no difference: exact McNemar for right or wrong, else random signs.",
+    "largest step": "The stage whose own step changed the score most for the worse, and by how much.",
+    "repair": "What was set back or trained.",
+    "budget (%)": "How many of all MLP neurons were set back, in percent.",
+    "recovery (%)": "The part of the loss that came back, in percent; 100 is all of it.",
+    "recovery, low (%)": "Lower end of the recovery's 95 % interval (paired bootstrap over prompts).",
+    "recovery, high (%)": "Upper end of the recovery's 95 % interval (paired bootstrap over prompts).",
+    "score": "Less the loss on all prompts that choose; the weights with the highest are kept.",
+    "step": "Of the refresh; 0 is before the first.",
+    "loss": "On the step's own batch, in nats per response token, before the step; of gradients: over all batches.",
+    "gradient": "L2 norm of the gradient over what is trained.",
+    "seconds": "Of the step.",
+    "block": "An MLP or an attention, by its module path.",
+    "kind": "Kind of unit or module.",
+    "units": "How many neurons (or other units) there are.",
+    "sum of scores": "The positive D added up, in nats per response token.",
+    "share of all (%)": "Of the sum over all blocks.",
+    "t": "Fraction of the way from the earlier to the later checkpoint.",
+    "true": "How far the loss really rises.",
+    "first order": "t⟨∇L, δ⟩ at the earlier checkpoint.",
+    "second order": "½ t² δᵀHδ with the curvature at the earlier checkpoint.",
+    "remainder": "What the two terms leave unexplained.",
+    "second / true": "1 where the second-order term explains all of the rise.",
+    "stage": "The checkpoint, by the stage that led to it.",
+    "against": "The checkpoint that it is compared with.",
+    "parameters": "How many there are.",
+    "Δ = 0 (%)": "Parameters whose value did not change at all.",
+    "‖Δ‖": "L2 norm of the change, in the unit of the weights.",
+    "‖Δ‖/‖θ‖ (%)": "The same relative to the norm before.",
+    "layer": "A layer of the model.",
+    "neurons": "How many neurons the number is over.",
+    "pair": "Two stages or two domains.",
+    "whole model": "Jaccard of the two sets, taken from the whole model.",
+    "chance": "Expected of two random sets of those sizes.",
+    "chance, layers kept": "Expected of random sets that take as many neurons of each layer as these do.",
+    "chance in a layer": "Expected of two random sets of a layer's neurons, averaged over the layers.",
+    "mean over layers": "Jaccard of the top shares of each layer by itself, averaged.",
+    "by chance": "How many neurons two independent sets of those sizes would share.",
+    "mean cosine": "Mean over the shared neurons; −1 to 1.",
+    "quartiles": "A quarter of the neurons lies below the first, a quarter above the second.",
+    "below 0 (%)": "Neurons whose two updates point against each other.",
+    "null, 95 %": "Where the mean cosine lies if each update is paired with another neuron's.",
+    "response tokens": "How many tokens the mean is over.",
+    "gradient norm": "L2 norm of the domain's gradient, of the mean loss.",
+    "tensors without gradient": "Tensors whose gradient is exactly zero, like those of experts that no token reached.",
+    "part": "The whole model, or all its modules of a kind.",
+    "module": "A module, by its path.",
+    "domains": "Two domains.",
+    "cosine": "Of the two domains' gradients: below zero conflict, above zero synergy.",
+}
+
+
+PAGE, NUMBERS = "index.html", "report.json"
+
+
+def write_report(
+    found: Inquiry, folder: str | Path, *, command: str = "", data: Mapping[str, Path] | None = None,
+    overwrite: bool = False,
+) -> Path:  # fmt: skip
+    """Write an inquiry as one HTML page that needs no network, and its numbers as JSON.
+
+    Args:
+        found: what ``surgery.analyse`` returned.
+        folder: a new folder for ``index.html`` and ``report.json``.
+        command: what made it, to be told on the page.
+        data: domain → the file of its prompts, to be told with its hash.
+        overwrite: replace an existing folder (it stays as it was until the new one is complete).
+
+    Returns:
+        The page's path.
+
+    Raises:
+        ValueError: the folder exists, or a file or a link has its name.
+
+    Source: ours.
+    """
+    folder = Path(folder)
+    check_free(folder, overwrite)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        partial.chmod(0o755)
+        title = f"What training did: {' → '.join(found.stages)}"
+        text = page(title, verdict(found), sections(found), found.skipped, _made(found, command, data or {}))
+        (partial / PAGE).write_text(text, encoding="utf-8")
+        found.save(partial / NUMBERS)
+        put_in_place(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return folder / PAGE
+
+
+def _made(found: Inquiry, command: str, data: Mapping[str, Path]) -> dict[str, str]:
+    told = {"command": command} if command else {}
+    told |= {f"prompts of {domain}": f"{file}, sha256 {_sha256(file)}" for domain, file in data.items()}
+    for name, one in found.made["checkpoints"].items():
+        hashes = "; ".join(f"{file} {digest}" for file, digest in one.get("sha256", {}).items())
+        told[f"checkpoint {name}"] = (
+            f"{one['name']} (sha256 of {one['sha256_of']}: {hashes})" if hashes else one["name"]
+        )
+    return {**told, "versions": json.dumps(found.made["versions"])}
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def sections(found: Inquiry) -> Iterator[Section]:
+    """The sections that there is something for, in the order of the page."""
+    parts: tuple[Callable[[Inquiry], Section | None], ...] = (
+        _history, _rollback, _sites, _terms, _changes, _changed, _directions, _active, _gradients,
+    )  # fmt: skip
+    for part in parts:
+        if (section := part(found)) is not None:
+            yield section
+
+
+def _history(found: Inquiry) -> Section | None:
+    if (history := found.history) is None:
+        return None
+    lost = [one for one in history.lost if one.certain and one.amount > 0]
+    names = ", ".join(f"{one.domain} (since {one.best}, most at {one.at})" for one in lost)
+    finding = f"Lost beyond doubt: {names}." if lost else "No domain lost anything that can be told from nothing."
+    drawn = Figure(score_lines(history), "Score of every domain after each stage; larger is better.")
+    return Section("What was damaged", finding, f"{HISTORY} {SCORE}", COLUMNS, (drawn,), history.tables())
+
+
+def _rollback(found: Inquiry) -> Section | None:
+    if (sweep := found.rollback) is None or found.focus is None:
+        return None
+    best = max((row for row in sweep["D"] if row.recovery is not None), key=lambda row: row.recovery or 0)
+    told = [
+        f"Of the rollbacks by D the best brings {100 * (best.recovery or 0):.0f} % of the loss back, with "
+        f"{100 * best.budget:g} % of the neurons."
+    ]
+    rows = list(sweep.rows)
+    if found.refreshed is not None:
+        rows.append(found.refreshed.row)
+        told.append(f"{found.refreshed.row.selector}: {100 * (found.refreshed.row.recovery or 0):.0f} %.")
+    drawn = Figure(
+        dose_response(sweep),
+        f"Recovery of {sweep.metric} against the share of neurons rolled back, with 95 % intervals.",
+    )
+    others = [name for name in rows[0].metrics if name != sweep.metric]
+    table = Table(
+        f"what a repair of {sweep.metric} brings, on prompts that chose nothing",
+        (
+            "repair",
+            "budget (%)",
+            "recovery (%)",
+            "recovery, low (%)",
+            "recovery, high (%)",
+            *(f"Δ {n}" for n in others),
+        ),
+        tuple(_repair(row, others) for row in rows),
+    )
+    figures = [drawn]
+    if others:
+        told_front = (
+            "Recovery against the worst loss of another domain; no row lies above the line at its loss or less."
+        )
+        figures.append(Figure(pareto_front(sweep), told_front))
+    tables = (table,) if found.refreshed is None else (table, found.refreshed.report.table())
+    meant = {**COLUMNS, **{f"Δ {name}": f"{CHANGE} Here of {name}." for name in others}}
+    return Section("What a repair would bring", " ".join(told), ROLLBACK, meant, tuple(figures), tables)
+
+
+def _repair(row: Row, others: list[str]) -> tuple[Cell, ...]:
+    low, high = (100 * end for end in row.interval) if row.interval else (None, None)
+    recovery = None if row.recovery is None else 100 * row.recovery
+    if row.selector in (EARLIER, LATER):
+        whole = 100.0 if row.selector == EARLIER else 0.0  # by definition
+        return row.selector, None, whole, None, None, *(None for _ in others)
+    budget = 100 * row.budget if row.neurons else None
+    return row.selector, budget, recovery, low, high, *(row.delta.get(name) for name in others)
+
+
+def _sites(found: Inquiry) -> Section | None:
+    if (sites := found.sites) is None or found.focus is None:
+        return None
+    first = max(sites.blocks.blocks, key=lambda one: one.share)
+    finding = (
+        f"Half of the gain that going back promises lies in {100 * sites.half:.3g} % of the neurons. Most of it is in "
+        f"{first.block} ({100 * first.share:.0f} %)."
+    )
+    drawn = Figure(profile_bars(sites.blocks), f"Share of the damage score D of {found.focus.domain} in each block.")
+    return Section("Where it sits", finding, SITES, COLUMNS, (drawn,), sites.blocks.tables())
+
+
+def _terms(found: Inquiry) -> Section | None:
+    if (terms := found.terms) is None:
+        return None
+    share = terms.second[-1] / terms.true[-1] if terms.true[-1] else 0.0
+    finding = (
+        f"All the way to the last checkpoint the curvature at the earlier one predicts {100 * share:.0f} % of the true "
+        f"rise; at {terms.fractions[0]:g} of the way {100 * terms.second[0] / (terms.true[0] or 1):.0f} %."
+    )
+    drawn = Figure(expansion(terms), "True rise of the loss along the change, and what the terms of the theory say.")
+    return Section("Is it a second-order effect?", finding, TERMS, COLUMNS, (drawn,), (terms.table(),))
+
+
+def _changes(found: Inquiry) -> Section | None:
+    if (changes := found.changes) is None:
+        return None
+    last = changes.incremental[-1]
+    finding = (
+        f"{last.stage} left {100 * last.whole.share(last.whole.unchanged):.1f} % of the parameters as they were, and "
+        f"moved all of them together by {100 * (last.whole.relative_norm or 0):.2g} % of their length."
+    )
+    told = f" Left out: {'; '.join(changes.left_out)}." if changes.left_out else ""
+    figures = (
+        Figure(change_histogram(changes, "absolute", "base"), "Absolute change, against the first checkpoint."),
+        Figure(change_histogram(changes, "relative", "before"), "Relative change, against the checkpoint before."),
+    )
+    near = [head for table in changes.tables() for head in table.head if head.startswith("abs(")]
+    meant = {**COLUMNS, **dict.fromkeys(found.stages, CHANGED_LAYER), **dict.fromkeys(near, NEAR)}
+    return Section("How far parameters moved", finding + told, CHANGES, meant, figures, changes.tables())
+
+
+def _changed(found: Inquiry) -> Section | None:
+    if (overlap := found.changed) is None:
+        return None
+    drawn = Figure(overlap_matrix(overlap, title="changed"), "Jaccard of the most changed neurons; in brackets chance.")
+    return _overlap("Do stages change the same neurons?", overlap, "changed", CHANGED, drawn)
+
+
+def _active(found: Inquiry) -> Section | None:
+    if (overlap := found.active) is None:
+        return None
+    drawn = Figure(overlap_matrix(overlap, title="active"), "Jaccard of the most active neurons; in brackets chance.")
+    return _overlap("Do domains use the same neurons?", overlap, "active", ACTIVE, drawn)
+
+
+def _overlap(title: str, overlap: Overlap, what: str, definition: str, drawn: Figure) -> Section:
+    one, other = max(overlap.pairs(), key=lambda pair: overlap.of(*pair))
+    chance = overlap.chance[overlap.domains.index(one)][overlap.domains.index(other)]
+    finding = (
+        f"The most {what} neurons of two domains overlap by {overlap.mean:.2f} on average (Jaccard); most those of "
+        f"{one} and {other}: {overlap.of(one, other):.2f}, where chance gives {chance:.2f}."
+    )
+    meant = {f"{a}–{b}": f"Jaccard of {a} and {b} in that layer." for a, b in overlap.pairs()}
+    return Section(title, finding, definition, {**COLUMNS, **meant}, (drawn,), overlap.tables())
+
+
+def _directions(found: Inquiry) -> Section | None:
+    if (directions := found.directions) is None:
+        return None
+    known = [(pair, pair.whole.mean) for pair in directions.pairs if pair.whole.mean is not None]
+    if not known:
+        finding = "No two stages have a neuron in common among those that they changed most."
+    else:
+        pair, mean = min(known, key=lambda item: item[1])
+        finding = (
+            f"The updates that point most against each other are those of {pair.first} and {pair.second}: mean cosine "
+            f"{mean:+.3f} on {pair.whole.neurons} neurons."
+        )
+    drawn = Figure(directional_cosine(directions), "Mean cosine of two updates by block; bands: unrelated updates.")
+    return Section("Do updates clash?", finding, DIRECTIONS, COLUMNS, (drawn,), directions.tables())
+
+
+def _gradients(found: Inquiry) -> Section | None:
+    if (gradients := found.gradients) is None:
+        return None
+    (one, other) = min(gradients.pairs, key=lambda pair: gradients.whole.cosines[pair[0]][pair[1]] or 0.0)
+    lowest = gradients.whole.cosines[one][other] or 0.0
+    finding = f"Over the whole model the lowest cosine is that of {one} and {other}: {lowest:+.3f}."
+    for worst in gradients.conflicts[:1]:
+        pair = f"{worst.first} and {worst.second}"
+        finding += f" The strongest conflict of a module: {worst.module}, {pair} ({worst.cosine:+.2f})."
+    kinds = [kind for kind in ("attention", "mlp") if any(part.kind == kind for part in gradients.modules)]
+    figures = (
+        *(Figure(gradient_heatmap(gradients, kind), f"Cosine of the gradients by layer: {kind}.") for kind in kinds),
+        Figure(gradient_extremes(gradients), "The modules with the strongest conflicts and synergies."),
+    )
+    meant = {**COLUMNS, **{f"{a}–{b}": f"Cosine of the gradients of {a} and {b}." for a, b in gradients.pairs}}
+    return Section("Do domains pull apart?", finding, gradients.definition, meant, figures, gradients.tables())

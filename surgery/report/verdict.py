@@ -1,0 +1,125 @@
+"""The verdict: what an inquiry found, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from surgery.measure.history import Lost
+from surgery.measure.rows import CEILING, Row, points
+from surgery.measure.statistics import ALPHA
+from surgery.report.inquiry import Inquiry
+
+
+def verdict(found: Inquiry) -> list[str]:
+    """What was damaged, where it sits, and what a repair is expected to bring: a paragraph each, as far as is known."""
+    return [*_damage(found), *_place(found), *_repair(found)]
+
+
+def _damage(found: Inquiry) -> Iterator[str]:
+    if found.history is None:
+        yield (
+            f"Nothing can be said about damage: the history was not computed "
+            f"({found.skipped.get('history', 'it needs prompts')}). What follows is how the parameters changed."
+        )
+        return
+    one = found.focus
+    if one is None:
+        largest = found.history.lost[0]
+        yield (
+            f"No domain lost anything that can be told from nothing up to {largest.last}. The nearest to a loss is "
+            f"{largest.domain}: {_amount(largest)} since {largest.best}. More prompts can show smaller losses."
+        )
+        return
+    where = f"most of it in the stage {one.at}" if one.at != one.last or one.best != one.at else ""
+    yield (
+        f"{one.domain} was damaged: from {one.best} to {one.last} its {found.score} fell by {_amount(one)}"
+        f"{f', {where}' if where else ''}."
+    )
+    others = [other for other in found.history.lost if other is not one]
+    also = [f"{other.domain} ({_amount(other)} since {other.best})" for other in others if _hurt(other)]
+    if also:
+        yield f"Also damaged: {', '.join(also)}."
+    elif others:
+        yield f"None of {', '.join(other.domain for other in others)} lost anything that can be told from nothing."
+
+
+def _hurt(one: Lost) -> bool:
+    return one.certain and one.amount > 0
+
+
+def _amount(one: Lost) -> str:
+    if one.paired is None:
+        return f"{one.amount:.4g} (not tested: there are no scores per item)"
+    low, high = one.paired.interval
+    return f"{one.amount:.3g} [{low:.3g}, {high:.3g}] (p = {one.paired.p:.2g}, {one.paired.items} items)"
+
+
+def _place(found: Inquiry) -> Iterator[str]:
+    said = []
+    if (sites := found.sites) is not None:
+        said.append(
+            f"Half of what going back would gain, to first order, lies in {_percent(sites.half)} of the MLP neurons"
+        )
+    if found.focus is not None and found.directions is not None:
+        first, second = found.focus.best, found.focus.at
+        if first in found.directions.changed and second in found.directions.changed and first != second:
+            one = found.directions.of(first, second).whole
+            if one.mean is not None and one.p is not None:
+                way = "point against each other" if one.mean < 0 else "point the same way"
+                way = way if one.p < ALPHA else "lie across each other"
+                said.append(
+                    f"on the {one.neurons} neurons that {first} and {second} both changed most, their updates "
+                    f"{way} (mean cosine {one.mean:+.2f}, p = {one.p:.2g})"
+                )
+    if (terms := found.terms) is not None and terms.true[-1]:
+        said.append(
+            f"the curvature at {found.focus.best if found.focus else 'the earlier checkpoint'} alone predicts "
+            f"{_percent(terms.second[-1] / terms.true[-1])} of the rise of the divergence from it"
+        )
+    if said:
+        text = "; ".join(said)
+        yield f"{text[0].upper()}{text[1:]}."
+
+
+def _repair(found: Inquiry) -> Iterator[str]:
+    if found.rollback is not None:
+        rows = sorted((row for row in found.rollback["D"] if row.recovery is not None), key=lambda row: row.budget)
+        told = [f"{_recovery(row)} with {_percent(row.budget)} of the MLP neurons" for row in _few(rows)]
+        told += [f"{_recovery(row)} with all of them" for row in found.rollback[CEILING] if row.recovery is not None]
+        yield f"A rollback brings back, of what was lost: {', '.join(told)}."
+        if costly := [row for row in rows if _costs(row)]:
+            worst = ", ".join(f"{name} {row.delta[name]:+.3g}" for row in costly[:1] for name in _costs(row))
+            yield f"From {_percent(costly[0].budget)} on it costs another domain something that can be told ({worst})."
+        elif any(name in row.paired for row in rows for name in row.delta):
+            yield "At none of these budgets does another domain lose anything that can be told from nothing."
+        elif rows:
+            why = "there are no scores per item" if rows[0].delta else "there are no prompts of one"
+            yield f"What it costs another domain was not tested: {why}."
+    if (fresh := found.refreshed) is not None and fresh.row.recovery is not None:
+        others = ", ".join(f"{name} {change:+.3g}" for name, change in fresh.row.delta.items())
+        yield (
+            f"A refresh of {fresh.report.steps[-1].step} steps (all parameters, {fresh.report.passes} forward and "
+            f"backward passes) brings back {_recovery(fresh.row)} of it{f'; elsewhere: {others}' if others else ''}."
+        )
+
+
+def _few(rows: list[Row]) -> list[Row]:
+    """The first, the middle and the last of many."""
+    return rows if len(rows) <= 3 else [rows[0], rows[len(rows) // 2], rows[-1]]
+
+
+def _costs(row: Row) -> list[str]:
+    return [name for name in row.delta if name in row.paired and row.paired[name].interval[1] < 0 and _sure(row, name)]
+
+
+def _sure(row: Row, name: str) -> bool:
+    return row.paired[name].p < ALPHA
+
+
+def _recovery(row: Row) -> str:
+    span = f" {points(row.interval)}" if row.interval else ""
+    return f"{100 * (row.recovery or 0):.0f} %{span}{' (underpowered)' if row.underpowered else ''}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %"

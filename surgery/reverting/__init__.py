@@ -1,0 +1,6 @@
+"""Setting masked weights back: in place in a live model, or from checkpoint to checkpoint."""
+
+from surgery.reverting.folder import save
+from surgery.reverting.rollback import Rollback, RolledBack, rollback, rolled_back
+
+__all__ = ["Rollback", "RolledBack", "rollback", "rolled_back", "save"]

@@ -1,0 +1,300 @@
+"""The verb and the participle: ``rollback`` writes into a live model and can undo; ``rolled_back`` is a lazy copy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.checkpoints.checkpoint import Checkpoint, Source, in_force, tensors_of
+from surgery.checkpoints.opening import Weights, open_weights
+from surgery.layout.slots import Block, Layout, Slot
+from surgery.masks.edits import Edit, Rows
+from surgery.masks.mask import Mask, checked
+from surgery.reverting.provenance import papers, warn_if_made_for_others
+from surgery.reverting.writing import (
+    REAL,
+    Strength,
+    bits,
+    check_strength,
+    check_writable,
+    new_values,
+    numbers,
+    recorded,
+    spoken,
+    uninterrupted,
+)
+
+
+@dataclass
+class Rollback:
+    """What a rollback did, and the way back.
+
+    Use it as a ``with`` block (undone on exit) or keep it and call ``undo``.
+    """
+
+    neurons: dict[str, int]  # written, per block; of single weights their number, per part
+    parameters: dict[str, int]  # written, per block
+    tensors: int  # touched
+    changed: int  # entries whose bits really differ now
+    strength: Any  # the number, or of many what ``reach.recorded`` gives
+    noun: str  # what ``neurons`` counts
+    _model: nn.Module = field(repr=False)
+    _old: list[tuple[Tensor, Edit, Tensor]] = field(repr=False)
+
+    def __post_init__(self) -> None:
+        in_force(self._model).append(self._named())
+
+    def _named(self) -> str:
+        return f"a rollback of {sum(self.neurons.values())} {self.noun}"
+
+    def undo(self) -> None:
+        """Put the original bits back. Undoing twice is undoing once.
+
+        Rollbacks that overlap are undone in the reverse order in which they were made.
+        """
+        if self._old:
+            in_force(self._model).remove(self._named())
+        _put_back(self._old)
+
+    def before(self, block: Block, slot: Slot) -> Tensor:
+        """What the reverted rows of a live slot held before: ``[neuron, ...]``, in their order.
+
+        Raises:
+            LookupError: none of its neurons was reverted, or the rollback was undone.
+        """
+        for _, edit, rows in self._old:
+            if isinstance(edit, Rows) and (edit.block.name, edit.slot) == (block.name, slot):
+                return rows
+        raise LookupError(f"no neuron of {slot.tensor} ({slot.part}) is reverted")
+
+    def _beyond(self) -> int:
+        if isinstance(self.strength, dict):
+            return int(self.strength["beyond"])
+        return sum(self.neurons.values()) if self.strength > 1 else 0
+
+    def __enter__(self) -> Rollback:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.undo()
+
+    def __str__(self) -> str:
+        written = sum(self.parameters.values())
+        homes = f"{len(self.neurons)} {'parts' if self.noun == 'weights' else 'blocks'}"
+        lines = [
+            f"rolled back {sum(self.neurons.values())} {self.noun} in {sum(n > 0 for n in self.neurons.values())} of "
+            f"{homes}: {written} parameters in {self.tensors} tensors, {self.changed} really changed"
+        ]
+        if self.strength not in (0, 1) and written:
+            lines.append(
+                f"{spoken(self.strength)}: {self.changed / written:.1%} of the entries moved; "
+                f"in 16-bit dtypes a small partial step rounds back to where it was"
+            )
+        if beyond := self._beyond():
+            lines.append(f"{beyond} {self.noun} went beyond the earlier values, to numbers that no checkpoint held")
+        return "\n".join(lines)
+
+
+def rollback(
+    model: nn.Module,
+    *,
+    to: Source,
+    mask: Mask,
+    strength: Strength = 1.0,
+    keep_on: torch.device | str | None = None,
+    layout: Layout | None = None,
+) -> Rollback:
+    """Set the masked neurons or weights of a live model back to their values in ``to``, in place; undoable bit for bit.
+
+    w_n ← w_n + strength · (w_n(to) − w_n). Only the masked numbers of ``to`` are read and only those of the model are
+    kept for the undo. An exception or Ctrl-C on the way puts the old weights back before it goes on.
+
+    Args:
+        model: the later model; weights float32, bfloat16, float16 or float64, on any device.
+        to: the earlier checkpoint: a folder, hub id, module or mapping, on any device, of any floating dtype.
+        mask: bool Neurons or Entries, as a selector gives it; its blocks' names say which units it is over.
+        strength: in [0, 3], or Neurons with one for each neuron (``strengths`` finds good ones). 1 copies bits and 0
+            leaves them; else the blend is computed in float32 and rounded to the weights' dtype. Beyond 1 it goes on
+            past the earlier values, and writes numbers that no checkpoint had.
+        keep_on: where the originals are kept (default: beside the weights).
+        layout: where the neurons lie (default: found); also of ``to``, where its tensors have the same names.
+
+    Returns:
+        A report that is also the undo; as a ``with`` block it undoes itself on exit.
+
+    Raises:
+        ValueError: the mask or ``to`` is of another model; weights are offloaded, quantised, or share their storage
+            with weights outside the mask.
+
+    Source: the paper, Section 6 and Appendix D.4; strength, undo and atomicity are ours.
+
+    >>> # with rollback(model, to="runs/math", mask=mask): print(evaluate(model))
+    """
+    live = open_weights(model, layout, units=checked(mask).units)
+    check_strength(strength, live.layout)
+    source = _opened(to, layout, live)
+    edits = list(mask.edits(live.layout, "the model"))
+    warn_if_made_for_others(mask, earlier=source)
+    check_writable(live, edits)
+    old: list[tuple[Tensor, Edit, Tensor]] = []
+    finite: list[Tensor] = []  # read at the end: a GPU is waited for once, not once an edit
+    changed: list[Tensor] = []
+    try:
+        with uninterrupted() as pending:
+            for edit in edits:
+                tensor = live.tensors[edit.slot.tensor]
+                before = edit.take(tensor)
+                after = new_values(edit, source, before, strength)
+                finite.append(after.isfinite().all())
+                changed.append((bits(before) != bits(after)).sum())
+                old.append((tensor, edit, before.to(keep_on) if keep_on else before))
+                _write(tensor, edit, after)
+                if pending:
+                    raise KeyboardInterrupt
+            for edit, fine in zip(edits, numbers(finite), strict=True):
+                if not fine:
+                    raise ValueError(_not_finite(edit, source, strength))
+            written = dict.fromkeys(live.layout, 0)
+            for edit in edits:
+                written[edit.block.name] += edit.numbers
+            touched, differing = len({edit.slot.tensor for edit in edits}), sum(numbers(changed))
+            done = Rollback(mask.count(), written, touched, differing, recorded(strength, mask), mask.noun, model, old)
+    except BaseException:  # also of a Ctrl-C that was held back to the end: nobody would have the undo
+        _put_back(old)
+        raise
+    return done
+
+
+def _opened(to: Source, layout: Layout | None, later: Weights) -> Weights:
+    """The earlier checkpoint by the user's layout, where that names its tensors, else by the one that is found there.
+
+    A live model and its folder may hold one neuron under different names, so a layout of the one need not fit the
+    other.
+    """
+    return open_weights(to, layout if layout is None or layout.fits(tensors_of(to)) else None, later)
+
+
+def _put_back(old: list[tuple[Tensor, Edit, Tensor]]) -> None:
+    with uninterrupted():
+        for tensor, edit, rows in reversed(old):
+            _write(tensor, edit, rows.to(tensor.device))
+        old.clear()
+
+
+def _write(tensor: Tensor, edit: Edit, rows: Tensor) -> None:
+    with torch.no_grad():
+        edit.put(tensor, rows)
+
+
+def _not_finite(edit: Edit, source: Weights, strength: Strength) -> str:
+    said = f"{edit.slot.tensor} of {source.name} holds NaN or infinite numbers in the masked neurons"
+    return said if strength == 1 else f"{said}, or with this strength they leave the range of their dtype"
+
+
+class RolledBack(Mapping[str, Tensor]):
+    """A checkpoint seen with some neurons set back: a lazy mapping that reads, and never writes, its two parents."""
+
+    def __init__(self, later: Weights, source: Weights, mask: Mask, strength: Strength) -> None:
+        self.later, self.source, self.mask, self.strength = later, source, mask, strength
+        self._edits: dict[str, list[Edit]] = {}
+        for edit in mask.edits(later.layout, later.name):
+            self._edits.setdefault(edit.slot.tensor, []).append(edit)
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self.later.tensors[name]
+        if name not in self._edits:
+            return tensor
+        tensor = tensor.detach().clone()
+        self.edit(name, tensor)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.later.tensors)
+
+    def __len__(self) -> int:
+        return len(self.later.tensors)
+
+    @property
+    def layout(self) -> Layout:
+        """Where the neurons lie: as in the later checkpoint."""
+        return self.later.layout
+
+    @property
+    def folder(self) -> Path | None:
+        """The later checkpoint's folder, if it is one."""
+        return self.later.tensors.folder if isinstance(self.later.tensors, Checkpoint) else None
+
+    @property
+    def parents(self) -> list[Path]:
+        """The folders that it reads."""
+        opened = (self.later.tensors, self.source.tensors)
+        return [one.folder for one in opened if isinstance(one, Checkpoint)]
+
+    @property
+    def headers(self) -> dict[str, Any]:
+        """The later folder's shard headers."""
+        return self.later.tensors.headers if isinstance(self.later.tensors, Checkpoint) else {}
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers are set back."""
+        return sum(edit.numbers for edits in self._edits.values() for edit in edits)
+
+    def touched(self, file: str) -> list[str]:
+        """The tensors of a shard that differ from the later checkpoint's."""
+        return [name for name in self.headers[file] if name in self._edits]
+
+    def edit(self, name: str, tensor: Tensor) -> None:
+        """Write the reverted rows into ``tensor``, which holds the later checkpoint's numbers."""
+        for edit in self._edits.get(name, ()):
+            before = edit.take(tensor)
+            after = new_values(edit, self.source, before, self.strength)
+            if not bool(after.isfinite().all()):
+                raise ValueError(_not_finite(edit, self.source, self.strength))
+            _write(tensor, edit, after)
+
+    def papers(self) -> dict[str, bytes]:
+        """What lies beside the weights in a saved folder: the mask, what made it, a model card."""
+        return papers(self.later, self.source, self.mask, self.strength, self.parameters, len(self._edits))
+
+    def __repr__(self) -> str:
+        units = f"{sum(self.mask.count().values())} {self.mask.noun}"
+        how_far = spoken(recorded(self.strength, self.mask))
+        return f"RolledBack({self.later.name} with {units} of {self.source.name}, {how_far})"
+
+
+def rolled_back(
+    later: Source, *, to: Source, mask: Mask, strength: Strength = 1.0, layout: Layout | None = None
+) -> RolledBack:
+    """The later checkpoint with the masked neurons set back to ``to``, as a lazy new mapping; nothing is written.
+
+    Args:
+        later: the later checkpoint: a folder, hub id or mapping.
+        to: the earlier one.
+        mask: bool Neurons or Entries; strength, layout: as in ``rollback``.
+
+    Returns:
+        A mapping from tensor name to tensor: untouched tensors are the later checkpoint's own, touched ones fresh
+        copies. ``save`` writes it as a folder.
+
+    Raises:
+        ValueError: the mask or ``to`` is of another model, or a dtype can't be reverted exactly.
+
+    Source: ours.
+    """
+    opened = open_weights(later, layout, units=checked(mask).units)
+    check_strength(strength, opened.layout)
+    view = RolledBack(opened, _opened(to, layout, opened), mask, strength)
+    warn_if_made_for_others(mask, earlier=view.source, later=opened)
+    for name in view._edits:
+        if opened.tensors[name].dtype not in REAL:
+            raise ValueError(f"{name} is stored as {opened.tensors[name].dtype}: quantised weights can't be reverted")
+    return view

@@ -1,0 +1,269 @@
+"""How A, M and C make one score, and what a unit is worth where kinds of unit share a budget of parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from surgery.checkpoints.trajectory import Trajectory, check_finite, displacements
+from surgery.layout.finding import find_layout
+from surgery.layout.slots import Block, Layout
+from surgery.live.hooks import Routing, evaluating, listening
+from surgery.live.prompts import Batch, batches_of, check_fits, response_mask, right_padded
+from surgery.masks.neurons import Neurons
+from surgery.units import Units, kind_of
+
+P = ParamSpec("P")
+Scores = TypeVar("Scores")
+_memory: ContextVar[dict[Any, tuple[Any, Any]] | None] = ContextVar("scores", default=None)
+
+
+@contextmanager
+def remembered() -> Iterator[None]:
+    """While the body runs, each score of the same arguments is computed once (a sweep asks for it at every budget).
+
+    The arguments are told apart by identity: don't change a model or data in place inside.
+    """
+    token = _memory.set({})
+    try:
+        yield
+    finally:
+        _memory.reset(token)
+
+
+def remember(score: Callable[P, Scores]) -> Callable[P, Scores]:
+    @wraps(score)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> Scores:
+        memory = _memory.get()
+        if memory is None:
+            return score(*args, **kwargs)
+        held = (score.__name__, *args, *sorted(kwargs.items()))
+        key = tuple(identity(value) for value in held)
+        if key not in memory:
+            memory[key] = (held, score(*args, **kwargs))  # holding the arguments keeps their identities from reuse
+        found: Scores = memory[key][1]
+        return found
+
+    return wrapper
+
+
+def identity(value: Any) -> Any:
+    """A value by what it is where that is cheap to tell, else by which object it is."""
+    if isinstance(value, tuple):
+        return tuple(identity(one) for one in value)
+    return value if isinstance(value, str | int | float | None) else id(value)
+
+
+@remember
+def activation(
+    model: nn.Module, data: Iterable[Batch], *, layout: Layout | None = None, units: Units = "mlp"
+) -> Neurons:
+    """A, activation: the mean of abs(h_n) over the earlier domain's tokens, h the input of the MLP's consumer.
+
+    A = 1/T · Σ_t abs(h_n(t)). Tokens: the response tokens (``labels != -100``) if a batch has labels, else all
+    attended ones. In a MoE the mean of neuron i of expert e is over the tokens routed to e; experts that no token
+    reached have no activation (``Neurons.missing``), are named in ``made_by["never_routed"]`` and never selected.
+    A unit of attention has the mean over its channels of the input of o (a value channel: over its group's heads).
+
+    Args:
+        model: the later model, live; it is run in eval mode and left as it was.
+        data: batches of ``{"input_ids", "attention_mask"[, "labels"]}``, ``[batch, token]``.
+        layout: where the neurons lie (default: found).
+        units: which kinds of unit to find (see ``find_layout``), where no layout is given.
+
+    Returns:
+        Scores ≥ 0 in the units of the activations; sums in float32 per batch, float64 over batches.
+
+    Raises:
+        ValueError: there is no token to average over, a prompt is longer than the model's context or holds a token that
+            is not of its vocabulary, or weights are offloaded.
+        RuntimeError: a hook did not fire (a model compiled before does not call hooks).
+
+    Source: the paper ("most active neurons"); the statistic is ours.
+    """
+    layout = layout or find_layout(model, units=units)
+    listeners = [_Listener(block) for block in layout.blocks]
+    inner = getattr(model, "base_model", model)
+    device = next(model.parameters()).device
+    if device.type == "meta":
+        raise ValueError("the model's weights are on the meta device (offloaded or empty): load it before listening")
+    with evaluating(model), torch.inference_mode():
+        for batch in map(right_padded, batches_of(data)):
+            _run(model, inner, batch, listeners, device)
+    return _mean(layout, listeners, model)
+
+
+class _Listener:
+    """Accumulates Σ w·abs(h) and Σ w of one block: ``[channel]`` and, per expert, ``[expert]``."""
+
+    def __init__(self, block: Block) -> None:
+        self.block = block
+        self.sums = torch.zeros(block.channels, dtype=torch.float64)
+        self.counts = torch.zeros(max(block.experts, 1), dtype=torch.float64)
+        self.weights = torch.zeros(0)
+        self.fired = False
+
+    def __call__(self, h: Tensor, routing: Routing | None) -> None:
+        self.fired = True
+        rows = h.reshape(-1, h.shape[-1]).abs()
+        weights = self.weights.to(rows.device)
+        if routing is None:
+            if len(rows) != len(weights):
+                raise RuntimeError(f"{self.block.name}: {len(rows)} activations for {len(weights)} tokens")
+            self.sums += (weights @ rows.float()).double().cpu()
+            self.counts += weights.sum().double().cpu()
+            return
+        # Experts come sorted or one at a time in most implementations; index_add does not care.
+        per_row = weights[routing.tokens]
+        sums = torch.zeros(self.block.experts, rows.shape[1], device=rows.device)
+        sums.index_add_(0, routing.experts, rows.float() * per_row[:, None])
+        self.sums += sums.flatten().double().cpu()
+        counts = torch.zeros(self.block.experts, device=rows.device).index_add_(0, routing.experts, per_row)
+        self.counts += counts.double().cpu()
+
+
+def _run(model: nn.Module, inner: Any, batch: Batch, listeners: list[_Listener], device: torch.device) -> None:
+    from contextlib import ExitStack
+
+    check_fits(model, batch["input_ids"])
+    ids = batch["input_ids"].to(device)
+    with ExitStack() as stack:
+        for listener in listeners:
+            listener.fired = False
+            listener.weights = response_mask(batch).flatten().float().to(device)
+            stack.enter_context(listening(model, listener.block, listener))
+        inputs = {"attention_mask": batch["attention_mask"].to(device)} if "attention_mask" in batch else {}
+        inner(input_ids=ids, **inputs, use_cache=False)
+    silent = [listener.block.name for listener in listeners if not listener.fired]
+    if silent:
+        raise RuntimeError(
+            f"{len(silent)} of {len(listeners)} blocks were never heard, the first of them {silent[0]!r}: a model that "
+            f"was compiled and run before ignores new hooks. Pass the model that was not compiled"
+        )
+
+
+def _mean(layout: Layout, listeners: list[_Listener], model: nn.Module) -> Neurons:
+    values, missing, never = {}, {}, []
+    for block, listener in zip(layout.blocks, listeners, strict=True):
+        counts = listener.counts
+        if not bool(counts.sum() > 0):
+            raise ValueError("the data has no token to average over: no batch, or no response token in any of them")
+        per_neuron = counts.repeat_interleave(block.neurons // len(counts))
+        values[block.name] = (block.pooled(listener.sums) / per_neuron.clamp(min=1)).float()
+        missing[block.name] = per_neuron == 0
+        never += [f"{block.name}[{e}]" for e in (counts == 0).nonzero().flatten().tolist()]
+    made_by = {"activation": {"tokens": int(max(listener.counts.max() for listener in listeners))}}
+    return Neurons(values, missing=missing, made_by={**made_by, **({"never_routed": never} if never else {})})
+
+
+@remember
+def magnitude(run: Trajectory, *, units: Units = "mlp") -> Neurons:
+    """M, magnitude: the L2 norm of what the later training changed in a neuron, ‖δB,n‖.
+
+    Args:
+        run: a trajectory with ``earlier`` and ``later``; read chunk by chunk, in float32 whatever the dtype.
+        units: which kinds of unit: "mlp", "kv_group", "value_channel", or a tuple (see ``find_layout``).
+
+    Returns:
+        Scores ≥ 0 in the units of the weights.
+
+    Raises:
+        ValueError: the checkpoints are of different models, or hold NaN or infinite numbers.
+
+    Source: the paper ("aggregate magnitude of ΔW (gate, up, down)"); the norm is ours.
+    """
+    (later,) = run.weights("later", units=units)
+    squares = {name: torch.zeros(size, dtype=torch.float64) for name, size in later.layout.sizes.items()}
+    for name, _, start, stop, (b,) in displacements(run, "earlier", "later", units=units):
+        squares[name][start:stop] += _square(b)
+    if not all(bool(value.sum().isfinite()) for value in squares.values()):
+        check_finite(run, "earlier", "later", units=units)
+    return Neurons({name: value.sqrt().float() for name, value in squares.items()}, made_by={"magnitude": {}})
+
+
+@remember
+def conflict(run: Trajectory, *, units: Units = "mlp") -> Neurons:
+    """C, conflict: how much the later update points against the earlier one, max(0, −cos(δA,n, δB,n)).
+
+    Args:
+        run: a trajectory with ``base``, ``earlier`` and ``later``.
+        units: which kinds of unit: "mlp", "kv_group", "value_channel", or a tuple (see ``find_layout``).
+
+    Returns:
+        Scores in [0, 1]; 0 where either update is zero.
+
+    Raises:
+        ValueError: there is no ``base``; the checkpoints are of different models, or hold NaN or infinite numbers.
+
+    Source: the paper (directional cosine, Section 4); the clamp is ours.
+    """
+    if run.base is None:
+        raise ValueError("C compares two updates and needs the base checkpoint: pass Trajectory(base=...)")
+    (later,) = run.weights("later", units=units)
+    zeros = {name: torch.zeros(3, size, dtype=torch.float64) for name, size in later.layout.sizes.items()}
+    for name, _, start, stop, (a, b) in displacements(run, "base", "earlier", "later", units=units):
+        for row, products in enumerate((dot(a, b), _square(a), _square(b))):
+            zeros[name][row, start:stop] += products
+    if not all(bool(value.sum().isfinite()) for value in zeros.values()):
+        check_finite(run, "base", "earlier", "later", units=units)
+    values = {}
+    for name, (ab, aa, bb) in zeros.items():
+        norm = (aa * bb).sqrt()
+        values[name] = torch.where(norm > 0, -ab / norm.clamp(min=1e-300), 0.0).clamp(0, 1).float()
+    return Neurons(values, made_by={"conflict": {}})
+
+
+def _square(a: Tensor) -> Tensor:
+    """Row-wise squared norms of a contiguous ``[neuron, width]``: one pass, and the same whatever lies around a row."""
+    norms: Tensor = torch.linalg.vector_norm(a, dim=1)
+    return norms.double().square()
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """Row-wise inner products of ``[neuron, width]``, in float32: the same whatever lies around a row."""
+    return (a * b).contiguous().sum(1).double()  # columns of down come transposed; summed so, the order would vary
+
+
+def product(found: dict[str, Neurons], letters: str, joint: bool) -> Neurons:
+    """The product of some letters, or one alone: A and M divided by their layer's mean, C as it is.
+
+    Where kinds share a budget C is divided by the mean of its kind: a cosine of long vectors is smaller than one of
+    short vectors, whatever the units did.
+    """
+    level = {letter: score.relative() for letter, score in found.items() if letter != "C"}
+    if "C" in found:
+        level["C"] = _by_kind(found["C"]) if joint else found["C"]
+    made, *others = (level[letter] for letter in "AMC" if letter in letters)
+    for factor in others:
+        made = made * factor
+    return made
+
+
+def _by_kind(scores: Neurons) -> Neurons:
+    """Each score divided by the mean over all units of its kind in the model; zeros stay zeros."""
+    held: dict[str, list[torch.Tensor]] = {}
+    for name, value in scores.items():
+        held.setdefault(kind_of(name), []).append(value.double())
+    means = {kind: float(torch.cat(values).mean()) or 1.0 for kind, values in held.items()}
+    return Neurons({n: value.double() / means[kind_of(n)] for n, value in scores.items()}, made_by=scores.made_by)
+
+
+def costs_of(run: Trajectory, units: Units) -> dict[str, int] | None:
+    """What ``allocate`` needs as ``costs``: parameters per unit where kinds share the budget, None with one kind."""
+    (later,) = run.weights("later", units=units)
+    return later.layout.costs
+
+
+def worth(scores: Neurons, costs: dict[str, int] | None) -> Neurons:
+    """What each unit is worth as a whole, from what one parameter of it is worth; the same with one kind of unit."""
+    return (
+        scores
+        if costs is None
+        else scores * Neurons({n: torch.full((s,), float(costs[n])) for n, s in scores.sizes.items()})
+    )

@@ -1,0 +1,211 @@
+"""D, damage: which neurons the lost skill is lost through, by the gradient of what was lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.checkpoints.opening import Weights
+from surgery.checkpoints.trajectory import Trajectory, check_finite
+from surgery.layout.slots import Block, Slot
+from surgery.live.answers import respond
+from surgery.live.earlier import earlier_model
+from surgery.live.hooks import as_live, collecting, in_runs
+from surgery.live.losses import Divergence, Loss, check_loss, distillation, positions, summed
+from surgery.live.prompts import Batch, batches_of
+from surgery.masks.neurons import Neurons
+from surgery.reverting.rollback import Rollback, rollback
+from surgery.scores.amc import dot, remember
+from surgery.units import Units
+
+
+@remember
+def damage(
+    run: Trajectory, data: Iterable[Batch], *, loss: Loss | Divergence = "hellinger", units: Units = "mlp"
+) -> Neurons:
+    """D, damage: the first-order gain of reverting a neuron, D_n = ⟨∇L(θB), δB,n⟩.
+
+    L is how far the later model's predictions are from the earlier one's. Positive where going back lowers it. The sum
+    over some neurons estimates what reverting them together gains, per response token, as long as the step is small.
+
+    Args:
+        run: a trajectory with ``earlier`` and ``later``; the later model is loaded once (``run.load``).
+        data: batches of the damaged domain, ``[batch, token]``, with labels on the response tokens. No label has to
+            be right; batches without labels are answered by the earlier model first (``respond``).
+        loss: "hellinger" or "kl", the ``distillation`` from the earlier checkpoint, or a ``loss(model, batch)`` of
+            your own: a scalar mean over the batch's response tokens, smaller = better. The Hellinger distance counts
+            every changed answer alike; in the lab it chose better, most of all from few prompts (benchmarks/results).
+        units: which kinds of unit: "mlp", "kv_group", "value_channel", or a tuple (see ``find_layout``).
+
+    Returns:
+        Scores of either sign, in the loss's unit. Gradients have the weights' dtype; products and sums are float32,
+        sums over batches float64. One tensor's gradient is in memory at a time.
+
+    Raises:
+        ValueError: no batch, no response token, no gradient (frozen, quantised or offloaded weights), or the
+            checkpoints are of different models.
+
+    Source: ours, from Proposition 1: damage is local, and to leading order additive over coordinates.
+    """
+    run.check_whole()
+    batches, loss = answered(run, data, loss)
+    total, model = _total(run, units), run.load()
+    tokens, value = sum(int(positions(batch).sum()) for batch in batches), 0.0
+    with total.collecting(model):
+        for batch in batches:
+            one = summed(loss, model, batch)
+            one.backward()
+            value += float(one.detach())
+    found = total.mean(tokens, run, units)
+    gain = sum(float(sums.sum()) for sums in total.sums.values()) / tokens
+    return Neurons(found, made_by={"damage": {"tokens": tokens, "sum": gain, "loss": value / tokens}})
+
+
+def promised(scores: Neurons, mask: Neurons) -> float:
+    """What D says that reverting a mask gains: its scores added up."""
+    return sum(float(scores[name][chosen].double().sum()) for name, chosen in mask.items())
+
+
+def overpromised(made_by: Mapping[str, Any]) -> str | None:
+    """A sentence where the D of a mask's units adds up to more than the loss, which is the most that can be won back.
+
+    A loss of one's own may be negative, so that nothing follows from it.
+    """
+    told, loss = made_by.get("damage", {}), made_by.get("selector", {}).get("loss")
+    if loss not in ("kl", "hellinger") or "promised" not in told or told["promised"] <= told["loss"]:
+        return None
+    unit = " nats" if loss == "kl" else ""
+    return (
+        f"their D adds up to {told['promised']:.3g}{unit}, and the loss is {told['loss']:.3g}: more than there is to "
+        f"win back, so expect less than the sum, and measure with surgery sweep"
+    )
+
+
+def answered(run: Trajectory, data: Iterable[Batch], loss: Loss | Divergence) -> tuple[list[Batch], Loss]:
+    """The batches, answered by the earlier model where they have no labels, and the loss that a name stands for."""
+    check_loss(loss)
+    return _distilled(run, data, loss) if isinstance(loss, str) else (_some(data), loss)
+
+
+@remember
+def _distilled(run: Trajectory, data: Iterable[Batch], divergence: Divergence) -> tuple[list[Batch], Loss]:
+    with earlier_model(run) as earlier:  # once, for the answers and for the predictions
+        batches = earlier_answers(run, data)
+        return batches, distillation(earlier, batches, divergence=divergence)
+
+
+@remember
+def earlier_answers(run: Trajectory, data: Iterable[Batch], path: Path | None = None) -> list[Batch]:
+    """The batches, answered by the earlier model where they have no labels; kept in a file, or read from it."""
+    batches = _some(data)
+    if all("labels" in batch for batch in batches):
+        return batches
+    with earlier_model(run) as earlier:
+        return respond(earlier, batches, path=path)
+
+
+def check_wide(model: nn.Module) -> None:
+    """Raise ``ValueError`` unless there are points between two checkpoints in the model's dtype."""
+    if narrow := {p.dtype for p in model.parameters()} - {torch.float32, torch.float64}:
+        raise ValueError(
+            f"in {narrow.pop()} the way between two checkpoints has no points: most blends round to one of the ends. "
+            f"Load the model wider: run.load(dtype=torch.float32)"
+        )
+
+
+@remember
+def reversal_cost(
+    run: Trajectory, data: Iterable[Batch], *, loss: Divergence = "hellinger", units: Units = "mlp"
+) -> Neurons:
+    """What reverting a neuron costs a domain that the later model answers well: D of that domain, from the other end.
+
+    cost_n = ⟨∇L(θR), θR,n − θB,n⟩ with θR the later model with all neurons reverted and L how far the predictions are
+    from the later model's. At θB that loss is flat, so its slope there says nothing; at θR it is steep, and has what
+    neurons cost together.
+
+    Args:
+        run: a trajectory with ``earlier`` and ``later``.
+        data: batches of the domain to protect; without labels the later model answers first.
+        loss: "kl" or "hellinger", from the later model's predictions.
+        units: as for ``damage``.
+
+    Returns:
+        Scores of either sign in the unit of ``damage`` with that loss; positive where reverting hurts.
+
+    Raises:
+        ValueError: as ``damage``.
+
+    Source: ours, from Proposition 1.
+    """
+    run.check_whole()
+    model, (live,) = run.load(), run.live(units=units)
+    batches = respond(model, _some(data))
+    far = distillation(model, batches, divergence=loss)
+    tokens = sum(int(positions(batch).sum()) for batch in batches)
+    with _all_back(model, run, live) as done:
+        total = _Total(live, done.before)
+        with total.collecting(model):
+            for batch in batches:
+                summed(far, model, batch).backward()
+    found = total.mean(tokens, run, units)
+    return Neurons(found, made_by={"reversal_cost": {"tokens": tokens}})
+
+
+def _some(data: Iterable[Batch]) -> list[Batch]:
+    batches = list(batches_of(data))
+    if not batches:
+        raise ValueError("gradients are taken on prompts of a domain, and data is empty")
+    return batches
+
+
+def _total(run: Trajectory, units: Units) -> _Total:
+    live, earlier = run.live("earlier", units=units)
+    return _Total(live, lambda block, slot: as_live(earlier, live, block, slot))
+
+
+def _all_back(model: nn.Module, run: Trajectory, live: Weights) -> Rollback:
+    """All units reverted. What they held is most of a model, so it is kept off the GPU, which has room for one."""
+    mask = Neurons({name: torch.ones(size, dtype=torch.bool) for name, size in live.layout.sizes.items()})
+    return rollback(model, to=run.tensors("earlier"), mask=mask, keep_on="cpu", layout=run.layout)
+
+
+@dataclass
+class _Total:
+    """Σ over backward passes of ⟨∇, θ − θ'⟩ per neuron; every gradient is reduced and freed as it comes.
+
+    ``other`` gives a slot's rows of θ', shaped as the live ones.
+    """
+
+    live: Weights
+    other: Callable[[Block, Slot], Tensor]
+    sums: dict[str, Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.sums = {block.name: torch.zeros(block.neurons, dtype=torch.float64) for block in self.live.layout.blocks}
+
+    def collecting(self, model: nn.Module) -> AbstractContextManager[None]:
+        """While the body runs, the weights of the neurons take gradients, and nothing else does."""
+        return collecting(model, self.live.layout, self.add)
+
+    def mean(self, tokens: int, run: Trajectory, units: Units) -> dict[str, Tensor]:
+        """The sums per token; where they are NaN or infinite, a ``ValueError`` that says whose fault it is."""
+        if not all(bool(sums.sum().isfinite()) for sums in self.sums.values()):
+            check_finite(run, "earlier", "later", units=units)
+            raise ValueError(
+                "the gradient is NaN or infinite on these prompts: the loss is, or it overflowed (a model in float16: "
+                "load it with dtype=torch.bfloat16 or torch.float32)"
+            )
+        return {name: (sums / tokens).float() for name, sums in self.sums.items()}
+
+    def add(self, block: Block, slot: Slot, grad: Tensor, now: Tensor) -> None:
+        """Reduce one slot of one tensor's gradient."""
+        there = slot.view(now)
+        views = slot.view(grad), there, self.other(block, slot).reshape(there.shape)
+        for first, (g, weight, other) in in_runs(slot, *views):
+            self.sums[block.name][first : first + len(g)] += dot(g, weight - other).cpu()

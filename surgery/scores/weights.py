@@ -1,0 +1,294 @@
+"""M of every single weight, streamed into a file, and how many of them each layer gives."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from surgery.checkpoints.opening import Weights
+from surgery.checkpoints.trajectory import Trajectory, check_finite, displacements
+from surgery.layout.slots import Block, Slot
+from surgery.live.hooks import as_live, collecting, in_runs
+from surgery.live.losses import Divergence, Loss, positions, summed
+from surgery.live.prompts import Batch
+from surgery.masks.budget import Allocation, share
+from surgery.masks.entries import Entries, shapes_of
+from surgery.scores.amc import remember
+from surgery.scores.damage import answered
+from surgery.units import Units
+
+
+def zeros_on_disk(count: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Zeros ``[count]`` in a file (in ``TMPDIR``) whose name is gone already: its room goes with the tensor.
+
+    They lie in the page cache, not in anonymous memory. The room is taken now: where the disk is full that is an error
+    here, and no crash at some later write.
+    """
+    size = max(count, 1) * dtype.itemsize
+    with tempfile.TemporaryDirectory(prefix="surgery-") as folder:
+        path = Path(folder) / "numbers"
+        with open(path, "wb") as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:
+                file.truncate(size)
+        return torch.from_file(str(path), shared=True, size=count, dtype=dtype)
+
+
+CHUNK = 1 << 18  # scores that are looked at at a time
+LAST = (1 << 16) - 1
+_HIGHEST = (1 << 31) - 1
+
+
+def best(flat: Tensor, count: int) -> Tensor:
+    """Where the ``count`` highest positive numbers of ``flat`` lie, int64, the highest first (fewer if too few).
+
+    Ties: the lower block, part and position first. So the first m of them are the best m.
+    """
+    threshold, equal = _threshold(flat, count)
+    count = min(count, len(flat))
+    found, held, have = torch.empty(count, dtype=torch.int64), torch.empty(count), 0
+    for start, chunk, bits in _chunks(flat):
+        taken = bits > threshold
+        if equal and threshold:
+            ties = (bits == threshold).nonzero().flatten()[:equal]
+            taken[ties] = True
+            equal -= len(ties)
+        places = taken.nonzero().flatten()
+        found[have : have + len(places)] = places + start
+        held[have : have + len(places)] = chunk[places]
+        have += len(places)
+    return found[:have][held[:have].sort(descending=True, stable=True).indices]
+
+
+def positive(flat: Tensor) -> int:
+    """How many numbers are positive."""
+    return sum(int((bits > 0).sum()) for _, _, bits in _chunks(flat))
+
+
+def entries_of(chosen: Tensor, shapes: dict[str, tuple[int, int]]) -> Entries:
+    """Indices into the numbers of all parts, one after the other, as a mask."""
+    starts = starts_of(shapes)
+    edges = torch.tensor([*starts.values(), sum(neurons * width for neurons, width in shapes.values())])
+    chosen = chosen.sort().values
+    cuts = torch.searchsorted(chosen, edges).diff().tolist()
+    parts = zip(starts.items(), chosen.split(cuts), strict=True)
+    return Entries({part: found - first for (part, first), found in parts}, shapes=shapes)
+
+
+def starts_of(shapes: dict[str, tuple[int, int]]) -> dict[str, int]:
+    """Where the numbers of each part begin, part after part."""
+    sizes = [neurons * width for neurons, width in shapes.values()]
+    return dict(zip(shapes, torch.tensor([0, *sizes]).cumsum(0).tolist(), strict=False))
+
+
+def _chunks(flat: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Runs of the numbers, and their bits as integers: positive floats are ordered as those, all others are ≤ 0."""
+    for start in range(0, len(flat), CHUNK):
+        chunk = flat[start : start + CHUNK]
+        yield start, chunk, chunk.view(torch.int32)
+
+
+def histogram(flat: Tensor, prefix: int | None, what: str) -> Tensor:
+    """How many positive numbers ("count"), or their sum, per value of 16 bits: the upper ones, or those after a prefix.
+
+    From the highest value to the lowest: ``[65536]``, float64.
+    """
+    found = torch.zeros(1 << 16, dtype=torch.float64)
+    for _, chunk, bits in _chunks(flat):
+        chosen = bits > 0 if prefix is None else (bits > 0) & (bits >> 16 == prefix)
+        held = bits[chosen]
+        weights = chunk[chosen].double() if what == "sum" else None
+        found += torch.bincount(held >> 16 if prefix is None else held & 0xFFFF, weights, minlength=1 << 16)
+    return found.flip(0)
+
+
+def _threshold(flat: Tensor, count: int) -> tuple[int, int]:
+    """The bits of the ``count``-th highest positive number, and how many of those equal to it are among the highest.
+
+    (0, 0) where there are fewer positive ones. Two passes: one over the upper halves of the bits, one over the lower.
+    """
+    if count <= 0:
+        return _HIGHEST, 0
+    prefix, above = None, 0.0
+    for _ in range(2):
+        counts = histogram(flat, prefix, "count")
+        reached = counts.cumsum(0) + above
+        if reached[-1] < count:
+            return 0, 0
+        at = int(torch.searchsorted(reached, count))  # the first bin from the top with which there are enough
+        above = float(reached[at] - counts[at])
+        prefix = (prefix or 0) << 16 | LAST - at
+    return prefix or 0, count - int(above)
+
+
+@dataclass(frozen=True)
+class Gains:
+    """D of every candidate weight, and what it was measured with.
+
+    ``flat``: float32 ``[weight]``, part after part in the order of ``shapes``, mapped from a file that is gone with it.
+    """
+
+    flat: Tensor
+    shapes: dict[str, tuple[int, int]]
+    model: nn.Module
+    loss: Loss
+    batches: list[Batch]
+    tokens: int
+    value: float  # the loss at the later model
+
+    def best(self, count: int) -> Tensor:
+        """Where the ``count`` highest positive gains lie (see ``ranking.best``)."""
+        return best(self.flat, count)
+
+    def worth(self, limit: float) -> int:
+        """How many of the highest positive numbers add up to at most ``limit``."""
+        prefix, spent, number = None, 0.0, 0.0
+        for _ in range(2):
+            sums, counts = histogram(self.flat, prefix, "sum"), histogram(self.flat, prefix, "count")
+            reached = sums.cumsum(0) + spent
+            if reached[-1] <= limit:
+                return int(number + counts.sum())
+            at = int(torch.searchsorted(reached, limit, right=True))  # the first bin that no longer fits as a whole
+            spent, number = float(reached[at] - sums[at]), number + float(counts[:at].sum())
+            prefix = (prefix or 0) << 16 | LAST - at
+        value = float(torch.tensor(prefix, dtype=torch.int32).view(torch.float32))
+        return int(number + max(0.0, limit - spent) // value)
+
+    def entries(self, chosen: Tensor) -> Entries:
+        """Indices into ``flat`` as a mask."""
+        return entries_of(chosen, self.shapes)
+
+
+def entry_gains(
+    run: Trajectory, data: Iterable[Batch], *, loss: Loss | Divergence = "hellinger", units: Units = "mlp"
+) -> Gains:
+    """D of single weights: D_w = (Σ over batches of g_w) · δB,w, the first-order gain of reverting weight w.
+
+    Args:
+        run: a trajectory with ``earlier`` and ``later``.
+        data: batches of the damaged domain, as for ``damage``.
+        loss: as for ``damage``.
+        units: the kinds of unit whose weights are candidates.
+
+    Returns:
+        Gains of either sign in the loss's unit; those of a neuron add up to its ``damage``. Products and sums are
+        float32, kept in a temporary file of 4 bytes a weight (in ``TMPDIR``), in the page cache and not in memory.
+
+    Raises:
+        ValueError: as ``damage``; a gradient is NaN or infinite.
+        OSError: there is no room for the file.
+
+    Source: ours, from Proposition 1.
+    """
+    batches, loss = answered(run, data, loss)
+    model = run.load()
+    live, earlier = run.live("earlier", units=units)
+    shapes = shapes_of(live.layout)
+    starts = starts_of(shapes)
+    flat = zeros_on_disk(sum(neurons * width for neurons, width in shapes.values()))
+
+    def add(block: Block, slot: Slot, grad: Tensor, _: Tensor) -> None:
+        for first, (g,) in in_runs(slot, slot.view(grad)):
+            at = starts[f"{block.name}/{slot.part}"] + first * slot.width
+            flat[at : at + g.numel()] += g.flatten().cpu()
+
+    tokens, value = sum(int(positions(batch).sum()) for batch in batches), 0.0
+    with collecting(model, live.layout, add):
+        for batch in batches:
+            one = summed(loss, model, batch)
+            one.backward()
+            value += float(one.detach())
+    _times_change(flat, starts, live, earlier, tokens)
+    return Gains(flat, shapes, model, loss, batches, tokens, value / tokens)
+
+
+def _times_change(flat: Tensor, starts: dict[str, int], live: Weights, earlier: Weights, tokens: int) -> None:
+    """Turn the gradients' sums into gains per token, in place."""
+    for block in live.layout.blocks:
+        for slot in block.slots:
+            views = slot.view(live.tensors[slot.tensor]), as_live(earlier, live, block, slot)
+            for first, (now, before) in in_runs(slot, *views):
+                at = starts[f"{block.name}/{slot.part}"] + first * slot.width
+                gains = flat[at : at + now.numel()]
+                gains *= ((now - before) / tokens).flatten().cpu()
+                if not bool(gains.isfinite().all()):
+                    raise ValueError(f"the gradient of {slot.tensor!r} is NaN or infinite on these prompts")
+
+
+_Shapes = dict[str, tuple[int, int]]
+
+
+@remember
+def entry_magnitude(run: Trajectory, units: Units = "mlp") -> Tensor:
+    """M of single weights: M_w = abs(δB,w), divided by the mean of its layer (of an MLP block or an attention).
+
+    Args:
+        run: a trajectory with ``earlier`` and ``later``.
+        units: the kinds of unit whose weights are candidates.
+
+    Returns:
+        float32 ``[weight]`` ≥ 0, part after part as in ``shapes_of(layout)``, in a temporary file of 4 bytes a weight
+        (in ``TMPDIR``) that is gone with it: in the page cache and not in memory. Of the checkpoints a chunk is.
+
+    Raises:
+        ValueError: as ``magnitude``. OSError: there is no room for the file.
+
+    Source: ours, after the paper's M of a neuron.
+    """
+    (later,) = run.weights("later", units=units)
+    shapes, means = shapes_of(later.layout), _means(run, units)
+    flat, starts = zeros_on_disk(sum(neurons * width for neurons, width in shapes.values())), starts_of(shapes)
+    for name, part, start, step in _steps(run, units):
+        at = starts[f"{name}/{part}"] + start * step.shape[1]
+        flat[at : at + step.numel()] = (step.abs() / (means[name] or 1.0)).flatten()
+    return flat
+
+
+def chosen(flat: Tensor, shapes: _Shapes, count: int, how: Allocation) -> Tensor:
+    """Where the ``count`` highest positive scores lie: of the whole model ("global"), or of each layer its share.
+
+    Divided by its mean, every layer's M adds up to the number of its weights. So "proportional" and "uniform" are one:
+    each layer gives the same fraction of its weights, and where it has fewer positive ones the others give the rest.
+    """
+    if how == "global":
+        return best(flat, count)
+    spans = _blocks(shapes)
+    room = {name: positive(flat[low:high]) for name, (low, high) in spans.items()}
+    claims = {name: float(high - low) for name, (low, high) in spans.items()}
+    counts = share(min(count, sum(room.values())), claims, room)
+    found = [best(flat[low:high], counts[name]) + low for name, (low, high) in spans.items()]
+    return torch.cat([torch.zeros(0, dtype=torch.int64), *found])
+
+
+def _blocks(shapes: _Shapes) -> dict[str, tuple[int, int]]:
+    """Where each block's scores lie among those of all parts."""
+    found: dict[str, tuple[int, int]] = {}
+    for part, start in starts_of(shapes).items():
+        block, stop = part.rpartition("/")[0], start + shapes[part][0] * shapes[part][1]
+        found[block] = found.get(block, (start, stop))[0], stop
+    return found
+
+
+def _steps(run: Trajectory, units: Units) -> Iterator[tuple[str, str, int, Tensor]]:
+    """Block, part, first neuron and δB of each piece; all finite."""
+    for name, part, start, _, (step,) in displacements(run, "earlier", "later", units=units):
+        if not bool(step.sum().isfinite()):
+            check_finite(run, "earlier", "later", units=units)
+        yield name, part, start, step
+
+
+def _means(run: Trajectory, units: Units) -> dict[str, float]:
+    """The mean of abs(δB) over each block's weights."""
+    sums: dict[str, float] = {}
+    counts: dict[str, int] = {}
+    for name, _, _, step in _steps(run, units):
+        sums[name] = sums.get(name, 0.0) + float(step.abs().double().sum())
+        counts[name] = counts.get(name, 0) + step.numel()
+    return {name: total / counts[name] for name, total in sums.items()}

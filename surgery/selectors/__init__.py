@@ -1,0 +1,6 @@
+"""Selectors: from a trajectory and prompts to a mask; and how far back each unit should go."""
+
+from surgery.selectors.selectors import AMCSelector, DamageSelector, RandomSelector, Selector
+from surgery.selectors.strengths import strengths
+
+__all__ = ["AMCSelector", "DamageSelector", "RandomSelector", "Selector", "strengths"]

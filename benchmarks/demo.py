@@ -57,7 +57,7 @@ def main() -> None:
     print("own scores. The ceiling is what all MLP neurons give back together.")
     shell(
         f"surgery sweep {three} {data} --evaluate benchmarks.demo:score --metric math "
-        f"--selectors random,AMC,D,D:hellinger --budgets 0.02,0.08,0.32 -o {OUT}/sweep.jsonl"
+        f"--selectors random,AMC,D:kl,D --budgets 0.02,0.08,0.32 -o {OUT}/sweep.jsonl"
     )
     shell(f"python -m benchmarks.draw {OUT}/sweep.jsonl {OUT}/dose-response.png --metric math")
     stages = " ".join(f"{LAB}/{name}" for name in ("base", "code", "math", "qa", "cw"))

@@ -23,6 +23,7 @@ from surgery import (
     RandomSelector,
     Trajectory,
     load_prompts,
+    repair,
     rollback,
     rolled_back,
     strengths,
@@ -104,7 +105,10 @@ def test_ctrl_c_is_told(surgery, tmp_path: Path) -> None:
 
 def test_sweep_prints_a_table_and_resumes(surgery, runs: Path, tmp_path: Path) -> None:
     (tmp_path / "scoring.py").write_text(
-        "def score(model):\n    weight = model.model.layers[0].mlp.up_proj.weight\n"
+        "from pathlib import Path\n"
+        "def score(model):\n"
+        f"    if Path('{tmp_path}/stop').exists():\n        raise RuntimeError\n"
+        "    weight = model.model.layers[0].mlp.up_proj.weight\n"
         "    return {'sum': float(weight.float().sum()), 'other': 1.0}\n"
     )
     words = f"sweep base earlier later --evaluate {tmp_path}/scoring.py:score --selectors M,random --budgets 0.1,0.5"
@@ -112,9 +116,13 @@ def test_sweep_prints_a_table_and_resumes(surgery, runs: Path, tmp_path: Path) -
     assert code == 0
     assert "recovery" in out
     assert len((tmp_path / "sweep.jsonl").read_text().splitlines()) == 1 + 3 + 4
-    (tmp_path / "scoring.py").write_text("def score(model):\n    raise RuntimeError\n")
+    (tmp_path / "stop").touch()
     again = surgery(f"{words} --metric sum -o {tmp_path}/sweep.jsonl")
     assert again[:2] == (0, out)
+    (tmp_path / "scoring.py").write_text("def score(model):\n    return {'sum': 0.0, 'other': 1.0}\n")
+    code, _, error = surgery(f"{words} --metric sum -o {tmp_path}/sweep.jsonl")
+    assert code == 1
+    assert "sweep.jsonl holds rows of another evaluation: choose another file" in error
 
 
 def test_a_score_may_lie_in_a_file_of_any_name(surgery, tmp_path: Path) -> None:
@@ -131,31 +139,101 @@ def test_a_score_may_lie_in_a_file_of_any_name(surgery, tmp_path: Path) -> None:
     assert "No such file" in surgery(f"{words} {tmp_path}/nowhere.py:score")[2]
 
 
-def test_tune_prints_a_verdict_and_says_by_its_exit_code_if_there_is_one(surgery, tmp_path: Path) -> None:
-    """The library's budget, the ceiling and the next command; 1 where no budget does it; it resumes."""
-    (tmp_path / "tuning_score.py").write_text(
-        "import torch\nfrom surgery import Trajectory\n"
+@pytest.fixture
+def lab(tmp_path: Path) -> Path:
+    """Three stages with a tokenizer, prompts of two domains, and a score: how much of one matrix is the earlier one."""
+    three_stages(tmp_path, "qwen3")
+    for name, prompts in (("sums", [f"{n}+{n}=" for n in range(11, 31)]), ("qa", ["7", "9"])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": one}) + "\n" for one in prompts))
+    (tmp_path / "lab_score.py").write_text(
+        "from surgery import Trajectory\n"
+        f"w = Trajectory(later='{tmp_path}/math').load().model.layers[0].mlp.up_proj.weight\n"
         "def score(model):\n"
-        "    w = Trajectory(later='earlier').load().model.layers[0].mlp.up_proj.weight\n"
-        "    same = (model.model.layers[0].mlp.up_proj.weight == w).all(1)\n"
-        "    return {'sum': same.float(), 'other': 1 - float(same.float().mean())}\n"
+        "    same = (model.model.layers[0].mlp.up_proj.weight == w).all(1).float()\n"
+        "    return {'sum': same, 'other': 1 - float(same.mean())}\n"
     )
-    words = f"tune base earlier later --evaluate {tmp_path}/tuning_score.py:score --selector M --metric sum"
-    words += f" --recovery 0.4 -o {tmp_path}/rows.jsonl"
-    code, out, _ = surgery(f"{words} --limit other=-0.9")
-    assert code == 0
-    assert "budget 0.5 gives 40 % recovery of sum with Δ other ≥ -0.9, the smallest that does" in out
-    assert "ceiling: 100.0 % with all MLP neurons" in out
-    assert "surgery select base earlier later --selector M --how global --budget 0.5 -o mask.safetensors" in out
-    again = surgery(f"{words} --limit other=-0.9 --device cpu --batch-size 4 --dtype float32")[1]
-    assert "--budget 0.5" in again
-    assert again.count("--batch-size 4 --device cpu --dtype float32") == 1
-    assert surgery(f"{words} --limit other=-0.9")[:2] == (0, out.replace("8 evaluations now", "0 evaluations now"))
-    code, out, _ = surgery(f"{words} --limit other=-0.4 --budgets 0.3,0.5,0.7")
-    assert code == 1
-    assert "no budget gives 40 % recovery" in out
-    assert "the best within the limits is budget 0.3" in out
-    assert surgery(f"{words} --limit other")[0] == 1
+    return tmp_path
+
+
+def test_repair_tells_the_verdict_then_the_table_then_what_it_wrote(surgery, lab: Path) -> None:
+    """What the library finds, by the likelihood of answers to half of the prompts; without -o nothing is written."""
+    run = Trajectory(earlier=lab / "math", later=lab / "qa")
+    sums, qa = (load_prompts(lab / f"{name}.jsonl", lab / "qa") for name in ("sums", "qa"))
+    kept = dict(keep={"qa": qa}, limit=100.0, recovery=0.5, budgets=[0.1, 0.5, 1.0], metric="sums")
+    done = repair(run, sums, **kept)  # type: ignore[arg-type]
+    assert done.outcome == "repaired"
+    words = f"repair {lab}/math {lab}/qa --data {lab}/sums.jsonl --keep qa={lab}/qa.jsonl --limit 100 --recovery 0.5"
+    words += f" --budgets 0.1,0.5,1 --rows {lab}/rows.jsonl"
+    before = sorted(lab.iterdir())
+    code, out, err = surgery(words)
+    assert not code, err
+    assert out.startswith(f"{done.verdict}\n\nselector")
+    assert len(out.split("selector", 1)[1].splitlines()) > len(done.sweep)
+    assert out.endswith("\nnothing was written: pass -o FOLDER to write the repaired checkpoint\n")
+    assert sorted(lab.iterdir()) == sorted([*before, lab / "rows.jsonl"])
+    code, again, err = surgery(f"{words} -o {lab}/healed")
+    assert not code, err
+    assert again == out.replace("nothing was written: pass -o FOLDER to write the repaired checkpoint",
+                                f"wrote {lab}/healed")  # fmt: skip
+    want, healed = rolled_back(lab / "qa", to=lab / "math", mask=done.mask), Checkpoint(lab / "healed")
+    assert all(torch.equal(healed[name], want[name]) for name in want)
+    assert Trajectory(later=lab / "healed").load() is not None
+    assert f"{lab}/healed exists: choose another folder, or pass --overwrite" in surgery(f"{words} -o {lab}/healed")[2]
+    assert surgery(f"{words} -o {lab}/healed --overwrite")[:2] == (0, again)
+
+
+def test_repair_by_an_evaluation_of_ones_own(surgery, lab: Path) -> None:
+    """All prompts choose, it measures, and --keep names its metrics; 3 where the limits leave no repair."""
+    words = f"repair {lab}/base {lab}/math {lab}/qa --data {lab}/sums.jsonl --evaluate {lab}/lab_score.py:score"
+    words += f" --selector M --units mlp --how uniform --budgets 0.25,0.5,0.75 --recovery 0.5 -o {lab}/healed"
+    code, out, err = surgery(f"{words} --metric sum --keep other --limit 0.3")
+    assert code == 3, err
+    assert out.startswith("Not repaired: sum lost 1.0000 [1.0000, 1.0000] ")
+    assert "No budget brings back 50 % of what can be won back (50 % of the loss) while other loses at most 0.3" in out
+    assert "the best within the limits, budget 0.25, brings back 25.0 %" in out
+    assert "wrote" not in out
+    assert not (lab / "healed").exists()
+    code, out, err = surgery(f"{words} --keep other --limit 0.6")  # the metric that fell most
+    assert not code, err
+    assert out.startswith("Repaired: sum lost 1.0000 [1.0000, 1.0000] ")
+    assert "brings back 50.0 %" in out.splitlines()[0]
+    assert "other changes by -0.5000" in out.splitlines()[0]
+    assert "M (uniform)" in out
+    assert out.endswith(f"wrote {lab}/healed\n")
+    mask = AMCSelector(0.5, "M", "M", "uniform").select(Trajectory(lab / "base", lab / "math", lab / "qa"))
+    want, healed = rolled_back(lab / "qa", to=lab / "math", mask=mask), Checkpoint(lab / "healed")
+    assert all(torch.equal(healed[name], want[name]) for name in want)
+
+
+def test_repair_of_what_lost_nothing(surgery, lab: Path) -> None:
+    """The exit code is 0, and no folder is written: there is nothing to repair."""
+    words = f"repair {lab}/math {lab}/math --data {lab}/sums.jsonl -o {lab}/healed"
+    code, out, err = surgery(words)
+    assert not code, err
+    assert out.startswith("No significant loss: sums lost 0.0000 nats per response token")
+    assert "Nothing was changed." in out.splitlines()[0]
+    assert "wrote" not in out
+    assert not (lab / "healed").exists()
+
+
+def test_what_repair_refuses_in_the_shells_words(surgery, lab: Path) -> None:
+    words = f"repair {lab}/math {lab}/qa --data {lab}/sums.jsonl"
+    score = f"--evaluate {lab}/lab_score.py:score"
+    for more, message in (
+        (f"--keep {lab}/qa.jsonl", "expected a domain and its file"),
+        (f"{score} --keep some", "'some' is none of the other metrics, which are ['other']"),
+        ("--recovery 2", "expected a share in (0, 1]"),
+        ("--budgets 0,1", "expected fractions in (0, 1]"),
+        ("--budgets few", "--budgets: 'few' is not a number"),
+        ("--selector AM", "single weights are ranked by D or by M alone"),
+        (f"{score} --metric none", "the metric 'none' is none of those that evaluate returns"),
+    ):
+        code, out, err = surgery(f"{words} {more}")
+        assert (code, out) == (1, ""), (more, out, err)
+        assert message in err, err
+    code, _, err = surgery(f"repair {lab}/math {lab}/qa")
+    assert code == 2
+    assert "Missing option '--data'" in err
 
 
 def test_how_a_sweeps_selectors_spend_their_budget(surgery, tmp_path: Path) -> None:
@@ -169,7 +247,7 @@ def test_how_a_sweeps_selectors_spend_their_budget(surgery, tmp_path: Path) -> N
 
 
 def test_protected_domains_from_the_shell(surgery, tmp_path: Path) -> None:
-    """The mask of DamageSelector(protect=, weight=), in select and in what tune prints; refused where D is not."""
+    """The mask of DamageSelector(protect=, weight=), in select and sweep; refused where D is not."""
     three_stages(tmp_path, "qwen3")
     for name, line in (
         ("data", '{"prompt": "12+13=", "response": "25"}'),
@@ -177,12 +255,12 @@ def test_protected_domains_from_the_shell(surgery, tmp_path: Path) -> None:
     ):
         (tmp_path / f"{name}.jsonl").write_text(f"{line}\n" * 3)
     runs, guard = f"{tmp_path}/math {tmp_path}/qa --data {tmp_path}/data.jsonl", f"--protect qa={tmp_path}/other.jsonl"
-    words = f"{guard} --protect-weight 2.5 --selector D:hellinger"
+    words = f"{guard} --protect-weight 2.5 --selector D:kl"
     code, _, err = surgery(f"select {runs} {words} --budget 0.1 -o {tmp_path}/m")
     assert not code, err
     data, qa = (load_prompts(tmp_path / f"{name}.jsonl", tmp_path / "qa") for name in ("data", "other"))
     run = Trajectory(earlier=tmp_path / "math", later=tmp_path / "qa")
-    chosen = DamageSelector(0.1, loss="hellinger", protect={"qa": qa}, weight=2.5)
+    chosen = DamageSelector(0.1, loss="kl", protect={"qa": qa}, weight=2.5)
     found, want = load_mask(tmp_path / "m"), chosen.select(run, data)
     assert found.equal(want)
     assert not found.equal(replace(chosen, protect=None).select(run, data))
@@ -196,10 +274,8 @@ def test_protected_domains_from_the_shell(surgery, tmp_path: Path) -> None:
     score = f"--evaluate {tmp_path}/guard_score.py:score --budgets 0.5"
     table = surgery(f"sweep {runs} {score} {guard} --selectors D,random")[1]
     assert "D protecting qa × 0.3" in table
-    code, out, err = surgery(f"tune {runs} {score} {words} --recovery 0.01")
-    assert not code, err
-    assert "D (Hellinger) protecting qa × 2.5" in out
-    assert f"{guard} --protect-weight 2.5 --budget 0.5 -o" in out
+    table = surgery(f"sweep {runs} {score} {guard} --protect-weight 2.5 --selectors D:kl")[1]
+    assert "D (KL) protecting qa × 2.5" in table
     for more, message in (
         (f"{guard} --selector M", "--protect: only D can spare a domain, and the selector is M: take D"),
         ("--protect other.jsonl --selector D", "--protect 'other.jsonl': expected a domain and its file"),
@@ -235,8 +311,8 @@ def test_answers_are_written_once_and_read_by_later_commands(
     assert not file.exists()  # a dry run writes nothing
     for name, command in (
         ("select", f"select {runs} --selector D --budget 0.3 -o {tmp_path}/m{{}}"),
-        ("sweep", f"sweep {runs} {score} --selectors D:hellinger,A,D -o {tmp_path}/rows{{}}"),
-        ("tune", f"tune {runs} {score} --selector D --recovery 0.01 -o {tmp_path}/tuned{{}}"),
+        ("sweep", f"sweep {runs} {score} --selectors D:kl,A,D -o {tmp_path}/rows{{}}"),
+        ("repair", f"repair {runs} {score} --units mlp --recovery 0.01 --rows {tmp_path}/repaired{{}}"),
         ("strengths", f"strengths {runs} --mask {tmp_path}/m -o {tmp_path}/s{{}} --passes 2"),
     ):
         assert not surgery(command.format(""))[0]
@@ -250,13 +326,16 @@ def test_answers_are_written_once_and_read_by_later_commands(
         assert not code, err
         assert read in out
         assert len(generated) == before
-        assert f"--answers {file} --" in out or name != "tune"
     for number in (2, 3):
         found, want = load_mask(tmp_path / f"m{number}"), load_mask(tmp_path / "m")
         assert found.equal(want)
         assert found.made_by == want.made_by
-        for kind in ("rows", "tuned"):
+        for kind in ("rows", "repaired"):
             assert _rows(tmp_path / f"{kind}{number}") == _rows(tmp_path / kind)
+    for kind in ("rows", "repaired"):
+        plain, first, again = (_head(tmp_path / f"{kind}{number}") for number in ("", 2, 3))
+        assert first == again
+        assert {**first, "prompts": None} == {**plain, "prompts": None}  # a file knows whether prompts were answered
     (tmp_path / "labelled.jsonl").write_text('{"prompt": "2+1=", "response": "3"}\n')
     other = runs.replace("data.jsonl", "labelled.jsonl")
     for command, message in (
@@ -270,7 +349,11 @@ def test_answers_are_written_once_and_read_by_later_commands(
 
 
 def _rows(path: Path) -> list[dict[str, object]]:
-    return [{**json.loads(line), "seconds": 0} for line in path.read_text().splitlines()]
+    return [{**json.loads(line), "seconds": 0} for line in path.read_text().splitlines()[1:]]
+
+
+def _head(path: Path) -> dict[str, object]:
+    return dict(json.loads(path.read_text().splitlines()[0]))
 
 
 def test_inspect_shows_slots_and_probes(surgery, tmp_path: Path) -> None:
@@ -284,31 +367,24 @@ def test_inspect_shows_slots_and_probes(surgery, tmp_path: Path) -> None:
     ("command", "code", "message"),
     [
         ("select base earlier later", 1, "say where the mask goes"),
-        ("select base earlier later --dry-run", 1, "--selector AMC: A is measured on prompts of the damaged domain: "),
-        ("select base earlier later --dry-run", 1, "pass --data FILE"),
-        ("select earlier later --selector D --dry-run", 1, "--selector D: D is measured on prompts"),
-        ("select earlier later --selector D:hellinger --dry-run", 1, "pass --data FILE"),
-        ("select earlier later --dry-run", 1, "give three, BASE EARLIER LATER, or a selector without C"),
+        ("select base earlier later --selector AMC --dry-run", 1, "--selector AMC: A is measured on prompts of the da"),
+        ("select base earlier later --selector AMC --dry-run", 1, "pass --data FILE"),
+        ("select earlier later --dry-run", 1, "--selector D: D is measured on prompts"),
+        ("select earlier later --selector D:kl --dry-run", 1, "pass --data FILE"),
+        ("select earlier later --selector AMC --dry-run", 1, "give three, BASE EARLIER LATER, or a selector without C"),
         ("select earlier later --selector MC --dry-run", 1, "C needs the base checkpoint, and there are two"),
         ("sweep earlier later --evaluate x.py:f --selectors M,AM", 1, "--selector AM: A is measured on prompts"),
-        ("tune earlier later --evaluate x.py:f", 1, "--selector AMC: C needs the base checkpoint"),
-        ("tune base earlier later --evaluate x.py:f", 1, "pass --data FILE"),
-        (
-            "select earlier later --data x --selector D:foo --dry-run",
-            1,
-            "--selector D:foo: expected D, D:hellinger, random",
-        ),
+        ("repair earlier later --data x --selector MC --units mlp", 1, "--selector MC: C needs the base checkpoint"),
+        ("repair later --data x", 1, "expected [BASE] EARLIER LATER, got 1 checkpoints"),
+        ("select earlier later --data x --selector D:foo --dry-run", 1, "--selector D:foo: expected D, D:kl, random"),
+        ("select earlier later --data x --selector D:hellinger --dry-run", 1, "expected D, D:kl, random"),
         ("select earlier later --data x --selector D --units weight --how uniform --dry-run", 1, "leave --how out"),
         (
             "strengths earlier later --mask earlier/config.json --data x -o y --loss foo",
             1,
             "--loss foo: expected kl or hellinger",
         ),
-        (
-            "select base earlier later --selector A/M/C --dry-run",
-            1,
-            "--selector A/M/C: expected D, D:hellinger, random",
-        ),
+        ("select base earlier later --selector A/M/C --dry-run", 1, "--selector A/M/C: expected D, D:kl, random"),
         ("select base earlier later --selector XY --dry-run", 1, "or some of the letters A, M and C"),
         ("select base earlier later --selector MC --budget 2 --dry-run", 1, "in [0, 1]"),
         ("select base earlier nowhere --selector MC --dry-run", 1, "there is no folder nowhere"),
@@ -361,14 +437,14 @@ def test_select_says_where_d_promises_more_than_there_is(surgery, tmp_path: Path
     words = (
         f"select {tmp_path}/math {tmp_path}/near --data {tmp_path}/data.jsonl -o {tmp_path}/m --overwrite --selector"
     )
-    for selector, budget, said in (("D", 0.01, False), ("D", 1, True), ("D:hellinger", 1, True), ("M", 1, False)):
+    for selector, budget, said in (("D", 0.01, False), ("D", 1, True), ("D:kl", 1, True), ("M", 1, False)):
         code, out, err = surgery(f"{words} {selector} --budget {budget}")
         assert not code, err
         assert ("more than there is to win back" in out) is said
         if said:
             told = Neurons.load(tmp_path / "m").made_by["damage"]
             assert told["promised"] > told["loss"]
-            unit = " nats" if selector == "D" else ""
+            unit = " nats" if selector == "D:kl" else ""
             assert f"their D adds up to {told['promised']:.3g}{unit}, and the loss is {told['loss']:.3g}" in out
 
 
@@ -418,10 +494,9 @@ def test_single_weights_by_magnitude_from_the_shell(surgery, tmp_path: Path) -> 
     table = surgery(f"sweep {runs} {score} --selectors M,D")[1]
     assert "M of single weights" in table
     assert "D of single weights" in table
-    code, out, _ = surgery(f"tune {runs} {score} --selector M --recovery 0.01")
-    assert not code
+    code, out, err = surgery(f"repair {runs} {score} --selector M --recovery 0.01")
+    assert not code, err
     assert "M of single weights" in out
-    assert "--selector M --how global --units weight --budget 0.01 -o" in out
     for text, chosen in (
         ("random", RandomSelector(0.01, 3, "weight")),
         ("M/M", AMCSelector(0.01, "M", "M", "global", "weight")),
@@ -456,8 +531,8 @@ def test_strengths_from_the_shell(surgery, tmp_path: Path) -> None:
     words = f"strengths {tmp_path}/math {tmp_path}/qa --mask {tmp_path}/m --data {tmp_path}/data.jsonl -o {tmp_path}/s"
     code, out, err = surgery(f"{words} --passes 4")
     assert not code, err
-    wide = replace(run, model=run.load(dtype=torch.float32))
-    found = strengths(wide, load_prompts(tmp_path / "data.jsonl", tmp_path / "qa"), mask, passes=4)
+    run.load(dtype=torch.float32)
+    found = strengths(run, load_prompts(tmp_path / "data.jsonl", tmp_path / "qa"), mask, passes=4)
     assert Neurons.load(tmp_path / "s").equal(found)
     assert f"{found.made_by['strengths']['least']:.5g} now" in out
     assert "exists: choose another file" in surgery(words)[2]

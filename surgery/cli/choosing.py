@@ -132,7 +132,8 @@ class _OnPrompts:
 def selector_of(text: str, budget: float, how: Any, seed: int, units: str, guard: Guard) -> Selector:
     from surgery.selectors.selectors import AMCSelector, DamageSelector, RandomSelector
 
-    text, own = text.strip(), asked(units)
+    text, kinds = text.strip(), asked(units)
+    own: Any = kinds if len(kinds) > 1 else kinds[0]  # as it is typed in Python: a mask records it
     if text == "random":
         return RandomSelector(budget, seed, own)
     if is_damage(text):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -55,6 +55,7 @@ class Repair:
     mask: Mask | None = field(repr=False)
     sweep: Sweep = field(repr=False)
     notes: tuple[str, ...] = ()
+    unit: str = ""  # of the scores, in words
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Write the later checkpoint with the chosen weights reverted (see ``surgery.save``).
@@ -71,18 +72,18 @@ class Repair:
     @property
     def verdict(self) -> str:
         """The result in a sentence or two."""
+        lost = _lost(self.metric, self.unit, self.lost, self.sweep)
         if self.outcome == "intact":
-            return f"No significant loss: {_lost(self.metric, self.lost, self.sweep)}. Nothing was changed."
-        fell = f"{_lost(self.metric, self.lost, self.sweep)}."
-        within = "".join(f" while {name} loses at most {-least:g}" for name, least in self.limits.items())
-        asked = f"{100 * self.wanted:g} % of what can be won back ({100 * self.goal:.0f} % of the loss){within}"
+            return f"No significant loss: {lost}. Nothing was changed."
         if self.chosen is not None and self.mask is not None:
             taken = f"{self.chosen.neurons} of {self.mask.total} {self.mask.noun} ({self.mask.fraction:.2%})"
-            return f"Repaired: {fell} Reverting {taken} brings back {_result(self.chosen)}."
+            return f"Repaired: {lost}. Reverting {taken} brings back {_result(self.chosen)}."
+        within = "".join(f" while {name} loses at most {-least:g}" for name, least in self.limits.items())
+        asked = f"{100 * self.wanted:g} % of what can be won back ({100 * self.goal:.0f} % of the loss){within}"
         found = "none that was measured keeps the limits"
         if self.best is not None:
             found = f"the best within the limits, budget {self.best.budget:g}, brings back {_result(self.best)}"
-        return f"Not repaired: {fell} No budget brings back {asked}; {found}."
+        return f"Not repaired: {lost}. No budget brings back {asked}; {found}."
 
     def __str__(self) -> str:
         return "\n".join([self.verdict, "", str(self.sweep), *(["", *self.notes] if self.notes else [])])
@@ -148,6 +149,7 @@ def repair(
         raise ValueError(f"recovery={recovery!r}: expected a share in (0, 1] (0.9 is 90 % of what can be won back)")
     run.check_whole()
     batches, notes = None if data is None else list(batches_of(data)), []
+    unit = "" if evaluate is not None else " nats per response token"
     if evaluate is None:
         if batches is None:
             raise ValueError("the loss is measured on prompts of the damaged domain: pass data, or evaluate=")
@@ -166,7 +168,7 @@ def repair(
     search = _Search(Bench(run, batches, evaluate, path, progress), selector or DEFAULT, grid, metric)
     limits = _limits(keep, limit, search)
     with remembered():
-        return search.found(recovery, limits, notes)
+        return replace(search.found(recovery, limits, notes), unit=unit)
 
 
 DEFAULT = DamageSelector(0.01, units="weight")
@@ -320,13 +322,13 @@ def _doubts(row: Row, lost: Paired | None, goal: float, limits: Mapping[str, flo
     return found
 
 
-def _lost(metric: str, lost: Paired | None, table: Sweep) -> str:
+def _lost(metric: str, unit: str, lost: Paired | None, table: Sweep) -> str:
     earlier, later = table.rows[0].metrics[metric], table.rows[1].metrics[metric]
-    went = f"{metric} went from {earlier:.4f} to {later:.4f}"
-    if lost is None:
-        return went
-    low, high = lost.interval
-    return f"{went} (lost {lost.gain:.4f} [{low:.4f}, {high:.4f}], p = {lost.p:.2g}, {lost.items} items)"
+    said = f"{metric} lost {earlier - later:.4f}{unit}"
+    if lost is not None:
+        low, high = lost.interval
+        said += f" [{low:.4f}, {high:.4f}] (p = {lost.p:.2g}, {lost.items} items)"
+    return f"{said}, from {earlier:.4f} to {later:.4f}"
 
 
 def _result(row: Row) -> str:

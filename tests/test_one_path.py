@@ -26,6 +26,7 @@ from surgery import (
     strengths,
     sweep,
 )
+from surgery.checkpoints.checkpoint import in_force
 from surgery.live.earlier import earlier_model
 from surgery.measure.evaluators import likelihood
 from surgery.scores.damage import reversal_cost
@@ -164,6 +165,14 @@ def test_an_edited_live_model_is_refused_beside_its_folder(folders, edit, act):
     with within, pytest.raises(ValueError, match="would be a mixture of two models"):
         act(run)
     act(run)  # undone, it is the later model again
+
+
+@pytest.mark.parametrize("units", ["mlp", "weight"])
+def test_a_rollback_of_nothing_leaves_the_run_whole_once_it_is_undone(folders, units):
+    run = run_of(folders)
+    with rollback(run.load(), to=run.earlier, mask=RandomSelector(0.0, units=units).select(run)):
+        pass
+    assert in_force(run.load()) == []
 
 
 def test_an_edited_model_given_as_later_is_what_it_is(folders):

@@ -349,7 +349,7 @@ def inverted(patch: pytest.MonkeyPatch) -> None:
 def wrong_rows_saved(patch: pytest.MonkeyPatch) -> None:
     def mutant(*args, original=operators.rollback, **kwargs):
         done = original(*args, **kwargs)
-        done._old = [(tensor, edit, rows.roll(1, 0)) for tensor, edit, rows in done._old]
+        done._old = [(edit, rows.roll(1, 0)) for edit, rows in done._old]
         return done
 
     patch.setattr(operators, "rollback", mutant)
@@ -358,7 +358,8 @@ def wrong_rows_saved(patch: pytest.MonkeyPatch) -> None:
 def new_rows_saved(patch: pytest.MonkeyPatch) -> None:
     def mutant(*args, original=operators.rollback, **kwargs):
         done = original(*args, **kwargs)
-        done._old = [(tensor, edit, edit.take(tensor)) for tensor, edit, _ in done._old]
+        now = State(done._model)
+        done._old = [(edit, edit.take(now[edit.slot.tensor])) for edit, _ in done._old]
         return done
 
     patch.setattr(operators, "rollback", mutant)

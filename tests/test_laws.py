@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from surgery import AMCSelector, Checkpoint, Neurons, RandomSelector, Trajectory, rolled_back, save
-from surgery.checkpoints.checkpoint import State
+from surgery.checkpoints.checkpoint import State, in_force
 from surgery.layout import find_layout
 from surgery.layout.on_disk import folder_layout
 from surgery.layout.slots import Layout, Slot
@@ -535,6 +535,7 @@ def test_ctrl_c_anywhere_in_a_rollback_leaves_the_old_weights(kind):
         with pytest.raises(KeyboardInterrupt):
             traced(line)
         assert same(snapshot(later), before), line
+        assert in_force(later) == [], line
 
 
 def test_nan_in_the_earlier_checkpoint_is_refused_before_it_stays():

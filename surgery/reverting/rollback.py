@@ -47,6 +47,10 @@ class Rollback:
     _model: nn.Module = field(repr=False)
     _old: list[tuple[Edit, Tensor]] = field(repr=False)
 
+    def __post_init__(self) -> None:
+        if self._old:  # where nothing was written there is nothing to undo
+            in_force(self._model).append(self._named())
+
     def _named(self) -> str:
         return f"a rollback of {sum(self.neurons.values())} {self.noun}"
 
@@ -144,6 +148,7 @@ def rollback(
     old: list[tuple[Edit, Tensor]] = []
     finite: list[Tensor] = []  # read at the end: a GPU is waited for once, not once an edit
     changed: list[Tensor] = []
+    done = None
     try:
         with uninterrupted() as pending:
             for edit in edits:
@@ -165,10 +170,11 @@ def rollback(
             touched, differing = len({edit.slot.tensor for edit in edits}), sum(numbers(changed))
             done = Rollback(mask.count(), written, touched, differing, recorded(strength, mask), mask.noun, model, old)
     except BaseException:  # also of a Ctrl-C that was held back to the end: nobody would have the undo
-        _put_back(model, old)
+        if done is None:
+            _put_back(model, old)
+        else:
+            done.undo()
         raise
-    if old:  # where nothing was written there is nothing to undo
-        in_force(model).append(done._named())
     return done
 
 

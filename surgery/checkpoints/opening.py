@@ -1,4 +1,4 @@
-"""What tells one checkpoint from another, without reading all of it."""
+"""Sources of weights, opened: their tensors, where their neurons lie, and what tells one from another."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ def _sha256(path: Path, samples: int = _SAMPLES, run: int = 4096) -> str:
 
 
 def known(weights: Weights) -> dict[str, Any]:
-    """The fingerprint, and of live weights what ``sampled`` says of them, since a name tells them from nothing."""
+    """The fingerprint, and of live weights what ``sampled`` says of them, since a name alone does not identify them."""
     found = fingerprint(weights)
     return (
         found if "sha256" in found else {**found, "sampled": sampled(one for _, one in sorted(weights.tensors.items()))}

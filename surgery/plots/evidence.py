@@ -28,7 +28,7 @@ def change_histogram(
     The line of a stage is the share of all parameters in each octave; what did not move at all is told in the legend.
 
     Args:
-        changes: what ``surgery.changes`` returned.
+        changes: what ``surgery.evidence.changes`` returned.
         what: abs(Δ), or abs(Δ) / abs(θ_reference).
         against: the first checkpoint (cumulative), or the one before (incremental).
         ax: where to draw (default: a new figure).
@@ -66,7 +66,7 @@ def overlap_matrix(overlap: Overlap, ax: Axes | None = None, title: str = "") ->
     """Jaccard of every two domains' top neurons, each cell with chance in brackets.
 
     Args:
-        overlap: what ``surgery.overlap`` returned, of changed or of active neurons.
+        overlap: what ``surgery.evidence.overlap`` returned, of changed or of active neurons.
         ax: where to draw (default: a new figure); two of them side by side share the scale 0 to 1.
         title: such as "changed" or "active".
     """
@@ -93,7 +93,7 @@ def directional_cosine(
     """Mean cosine of two stages' updates in each block, one line per pair, with its null's 95 % band (Figure 4).
 
     Args:
-        directions: what ``surgery.directions`` returned.
+        directions: what ``surgery.evidence.directions`` returned.
         pairs: which pairs of stages (default: all).
         ax: where to draw (default: a new figure). A block without shared neurons leaves a gap; a hollow mark is
             a single neuron, which has no null.
@@ -122,7 +122,7 @@ def profile_bars(profile: Profile, ax: Axes | None = None) -> Axes:
     """The share of a mask's units, or of a score's sum, that each block has, coloured by kind of unit.
 
     Args:
-        profile: what ``surgery.profile`` returned.
+        profile: what ``surgery.evidence.profile`` returned.
         ax: where to draw (default: a new figure).
     """
     ax = ax or new_axes()
@@ -151,7 +151,7 @@ def gradient_heatmap(found: Gradients, kind: str = "mlp", ax: Axes | None = None
     """The cosine of every two domains' gradients in each layer's modules of one kind (the paper's heatmaps in kind).
 
     Args:
-        found: what ``surgery.gradients`` returned.
+        found: what ``surgery.evidence.gradients`` returned.
         kind: "attention", "mlp", "norm" or "other".
         ax: where to draw (default: a new figure).
         limit: the cosine at the ends of the colour scale (default: the largest there is; give both of two heatmaps the
@@ -190,7 +190,7 @@ def gradient_extremes(found: Gradients, ax: Axes | None = None) -> Axes:
     """The strongest conflicts and synergies as bars, by module and pair of domains.
 
     Args:
-        found: what ``surgery.gradients`` returned.
+        found: what ``surgery.evidence.gradients`` returned.
         ax: where to draw (default: a new figure).
     """
     ax = ax or new_axes()
@@ -208,7 +208,7 @@ def gradient_courses(series: GradientSeries, which: str = "both", ax: Axes | Non
     """The cosine of the strongest conflicts (solid) and synergies (dashed) over checkpoints or training steps.
 
     Args:
-        series: what ``surgery.gradients_along`` returned, or a callback's ``series``.
+        series: what ``surgery.evidence.gradients_along`` returned, or a callback's ``series``.
         which: "conflicts", "synergies" or "both" (one may be much larger than the other).
         ax: where to draw (default: a new figure).
 
@@ -243,7 +243,7 @@ def score_lines(history: History, ax: Axes | None = None) -> Axes:
     """The score of every domain after each stage, one line a domain; a ring marks its own stage.
 
     Args:
-        history: what ``surgery.history`` returned.
+        history: what ``surgery.measure.history`` returned.
         ax: where to draw (default: a new figure).
     """
     ax = ax or new_axes()

@@ -115,7 +115,7 @@ def prompt_stability(stability: Stability, ax: Axes | None = None, of: str = "ja
     """How much depends on the calibration prompts, against their number: mean and range of every draw of that many.
 
     Args:
-        stability: what ``surgery.stability`` returned.
+        stability: what ``surgery.measure.stability`` returned.
         ax: where to draw (default: a new figure).
         of: "jaccard", the agreement of masks beside chance, or "recovery", beside that of all prompts together.
 

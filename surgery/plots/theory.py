@@ -16,7 +16,7 @@ def expansion(terms: DamageTerms, ax: Axes | None = None) -> Axes:
     """Proposition 1: the true rise of the loss along δB beside its first- and second-order terms.
 
     Args:
-        terms: what ``surgery.damage_terms`` returned.
+        terms: what ``surgery.theory.damage_terms`` returned.
         ax: where to draw (default: a new figure).
     """
     ax = ax or new_axes()
@@ -39,7 +39,7 @@ def damage_curve(spectrum: DamageSpectrum, ax: Axes | None = None) -> Axes:
     """The quadratic damage held by so many dimensions: directions of largest curvature, random ones, ranked neurons.
 
     Args:
-        spectrum: what ``surgery.damage_spectrum`` returned.
+        spectrum: what ``surgery.theory.damage_spectrum`` returned.
         ax: where to draw (default: a new figure).
     """
     ax = ax or new_axes()
@@ -65,7 +65,7 @@ def contracting_distance(found: Contraction, ax: Axes | None = None) -> Axes:
     """Theorem 1: the distance to θA inside S over a refresh's steps beside its bounds (log scale).
 
     Args:
-        found: what ``surgery.contraction`` returned.
+        found: what ``surgery.theory.contraction`` returned.
         ax: where to draw (default: a new figure).
     """
     from matplotlib.ticker import MaxNLocator

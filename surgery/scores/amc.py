@@ -1,4 +1,4 @@
-"""How A, M and C make one score, and what a unit is worth where kinds of unit share a budget of parameters."""
+"""A, M and C, how they make one score, and what a unit is worth where kinds share a budget of parameters."""
 
 from __future__ import annotations
 

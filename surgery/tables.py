@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -32,20 +32,17 @@ class Table:
 
     def __str__(self) -> str:
         lines = [self.head, *(tuple(map(cell_text, row)) for row in self.rows)]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         numbers = [any(isinstance(row[at], int | float) for row in self.rows) for at in range(len(self.head))]
-        return "\n".join(
-            [
-                self.title,
-                *(
-                    "  ".join(
-                        cell.rjust(width) if number else cell.ljust(width)
-                        for cell, width, number in zip(line, widths, numbers, strict=True)
-                    ).rstrip()
-                    for line in lines
-                ),
-            ]
-        )
+        return "\n".join([self.title, *aligned(lines, [not number for number in numbers])])
+
+
+def aligned(lines: Sequence[Sequence[str]], left: Sequence[bool]) -> list[str]:
+    """Lines of cells as text, each column as wide as its widest cell, to the left or to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    sides = [str.ljust if flag else str.rjust for flag in left]
+    return [
+        "  ".join(side(c, width) for side, c, width in zip(sides, line, widths, strict=True)).rstrip() for line in lines
+    ]
 
 
 def cell_text(cell: Cell) -> str:

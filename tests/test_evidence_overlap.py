@@ -213,7 +213,7 @@ def test_mutants_die(mutant, monkeypatch):
             lambda s, n: real(Neurons({k: 9 - v for k, v in s.items()}, missing=s.missing), n),
         )
     elif mutant == "zeros":
-        monkeypatch.setattr(evidence_overlap, "_some", lambda one, top: round(top * len(one)))
+        monkeypatch.setattr(evidence_overlap, "_share_of", lambda one, top: round(top * len(one)))
     else:
         monkeypatch.setattr(
             evidence_overlap, "chance_jaccard", lambda n, a, b: 1.0 if a == b == 0 else a * b / n / (a + b)

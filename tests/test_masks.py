@@ -159,4 +159,4 @@ def as_either(patch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("mutant", [by_offset, strengths_of_the_first, a_part_forgotten, as_either])
 def test_mutants_die(mutant):
-    dies(mutant, lambda: law_alike("llama", "mlp"), AssertionError)
+    dies(mutant, lambda: law_alike("llama", "mlp"))

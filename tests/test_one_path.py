@@ -18,7 +18,9 @@ from surgery import (
     DamageSelector,
     RandomSelector,
     Trajectory,
+    conflict,
     damage,
+    magnitude,
     repair,
     rollback,
     rolled_back,
@@ -26,6 +28,7 @@ from surgery import (
     strengths,
     sweep,
 )
+from surgery.checkpoints.checkpoint import in_force
 from surgery.live.earlier import earlier_model
 from surgery.measure.evaluators import likelihood
 from surgery.scores.damage import reversal_cost
@@ -166,6 +169,14 @@ def test_an_edited_live_model_is_refused_beside_its_folder(folders, edit, act):
     act(run)  # undone, it is the later model again
 
 
+@pytest.mark.parametrize("units", ["mlp", "weight"])
+def test_a_rollback_of_nothing_leaves_the_run_whole_once_it_is_undone(folders, units):
+    run = run_of(folders)
+    with rollback(run.load(), to=run.earlier, mask=RandomSelector(0.0, units=units).select(run)):
+        pass
+    assert in_force(run.load()) == []
+
+
 def test_an_edited_model_given_as_later_is_what_it_is(folders):
     """Where memory is all there is nothing is mixed: D of what is left to revert is measured."""
     run = run_of(folders)
@@ -189,3 +200,32 @@ def test_files_that_changed_are_opened_anew_and_never_mixed_with_a_loaded_model(
     build("qwen3", seed=6).save_pretrained(tmp_path / "later")
     with pytest.raises(ValueError, match="have changed since its model was loaded"):
         run.load()
+
+
+@pytest.mark.parametrize("which", ["earlier", "later"])
+def test_offloaded_weights_are_refused_by_name_in_every_score(which):
+    """As accelerate leaves them: parameters on the meta device."""
+    models = dict(zip(("earlier", "later"), pair("qwen3"), strict=True))
+    mlp = models[which].model.layers[1].mlp
+    mlp.up_proj.weight = torch.nn.Parameter(mlp.up_proj.weight.to("meta"))
+    run = Trajectory(base=build("qwen3", seed=7), **models)
+    for score in (magnitude, conflict, lambda run: damage(run, LABELLED), AMCSelector(0.1, "M", "M").select):
+        with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.weight.* on the meta device"):
+            score(run)
+
+
+def test_a_model_spread_over_devices_is_the_same_model(folders, monkeypatch):
+    """device="auto" is accelerate's device map, here of one device; what does not fit is refused by name."""
+    run, load = run_of(folders), transformers.AutoModelForCausalLM.from_pretrained
+    found, whole = dict(run.load("auto").named_parameters()), dict(run_of(folders).load().named_parameters())
+    assert all(torch.equal(found[name], whole[name]) for name in whole)
+
+    def crowded(*arguments: object, **named: object) -> torch.nn.Module:
+        assert named["device_map"] == "auto"
+        model = load(*arguments, **named)
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.to("meta"))
+        return model
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", crowded)
+    with pytest.raises(ValueError, match=r"lm_head\.weight and 0 other tensors do not fit"):
+        run_of(folders).load("auto")

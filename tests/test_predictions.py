@@ -30,7 +30,7 @@ def test_another_model_s_folder_is_refused(tmp_path):
 
 def test_a_folder_that_does_not_say_whose_predictions_it_holds_is_refused(tmp_path):
     earlier, _ = pair("qwen3")
-    save_file({"logits": torch.zeros(3, 64)}, tmp_path / f"{predictions._key(DATA[0])}.safetensors")
+    save_file({"logits": torch.zeros(3, 64)}, tmp_path / "old.safetensors")
     with pytest.raises(ValueError, match="does not say which model's predictions it holds"):
         distillation(earlier, DATA, tmp_path)
 

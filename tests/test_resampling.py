@@ -13,7 +13,7 @@ from test_sweeps import Evaluate, data, same, snapshot, trio
 from surgery import AMCSelector, Neurons, RandomSelector, Trajectory, activation
 from surgery.layout import find_layout
 from surgery.measure import jaccard, stability
-from surgery.measure.stability import _some
+from surgery.measure.stability import _drawn
 
 N = 96
 
@@ -66,13 +66,13 @@ def test_draws_are_of_the_asked_size_without_replacement_and_seeded(models):
 def test_rows_keep_their_own_tensors_and_lengths():
     """A chosen row is that row, in all its tensors; batches without a chosen row are left out."""
     batches = prompts()
-    found = _some(batches, torch.tensor([17, 1, 4]))
+    found = _drawn(batches, torch.tensor([17, 1, 4]))
     assert [batch["input_ids"].shape for batch in found] == [(2, 9), (1, 12)]
     assert torch.equal(found[0]["input_ids"], batches[0]["input_ids"][[1, 4]])
     assert torch.equal(found[1]["labels"], batches[2]["labels"][[5]])
     texts = [{**batch, "text": [f"{at}.{row}" for row in range(6)]} for at, batch in enumerate(batches)]
-    assert _some(texts, torch.tensor([17, 1, 4]))[0]["text"] == ["0.1", "0.4"]  # as a DataLoader carries them along
-    whole = _some(batches, torch.randperm(18))
+    assert _drawn(texts, torch.tensor([17, 1, 4]))[0]["text"] == ["0.1", "0.4"]  # as a DataLoader carries them along
+    whole = _drawn(batches, torch.randperm(18))
     assert all(torch.equal(a[k], b[k]) for a, b in zip(whole, batches, strict=True) for k in a)
 
 

@@ -6,6 +6,7 @@ import gc
 import json
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -51,6 +52,25 @@ def test_sampling_has_a_seed_and_leaves_torchs_own_alone():
     assert torch.equal(torch.rand(1), want)
     assert [rows(b) for b in first] == [rows(b) for b in respond(model, asked, max_new_tokens=FEW, seed=1)]
     assert [rows(b) for b in first] != [rows(b) for b in respond(model, asked, max_new_tokens=FEW, seed=2)]
+
+
+def test_two_writers_of_one_file_both_end_well(tmp_path, monkeypatch):
+    """The other one writes its whole file while the first has written its own, and not yet renamed it."""
+    model, asked, path, write = build("qwen3"), batches(labels=False), tmp_path / "answers.jsonl", Path.write_text
+    others = []
+
+    def interrupted(self: Path, text: str, **how: str) -> int:
+        size = write(self, text, **how)
+        if not others:
+            others.append(None)
+            others.append(respond(model, asked, max_new_tokens=FEW, path=path))
+        return size
+
+    monkeypatch.setattr(Path, "write_text", interrupted)
+    mine = respond(model, asked, max_new_tokens=FEW, path=path)
+    again = respond(model, asked, max_new_tokens=FEW, path=path)
+    assert [rows(batch) for batch in mine] == [rows(batch) for batch in others[1]] == [rows(batch) for batch in again]
+    assert [one.name for one in tmp_path.iterdir()] == ["answers.jsonl"]
 
 
 def test_threads_get_the_answers_that_each_gets_alone():

@@ -18,9 +18,12 @@ from test_scores import batches
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from surgery import Neurons, Trajectory, damage
+from surgery import Entries, Neurons, Trajectory, damage
 from surgery.layout import find_layout
 from surgery.live import distillation
+from surgery.live.losses import cross_entropy
+from surgery.masks import entries
+from surgery.masks.entries import shapes_of
 from surgery.theory import (
     Landscape,
     contraction,
@@ -34,7 +37,6 @@ from surgery.theory import (
 from surgery.theory import damage as theory_damage
 from surgery.theory import landscape as theory_landscape
 from surgery.theory import vectors as theory
-from surgery.theory.contraction import answer_loss
 from surgery.theory.landscape import coordinates, differentiable
 from surgery.theory.vectors import along, inner, noise, norm
 
@@ -162,6 +164,23 @@ def test_the_split_is_that_of_the_whole_hessian(family):
     law_split(family)
 
 
+def test_single_weights_are_coordinates_too(monkeypatch):
+    """Those of all weights of some neurons are those of the neurons, also where a part comes in several runs."""
+    land, _ = small("llama")
+    whole = every(land, third=True)
+    shapes = shapes_of(find_layout(land.model))
+    chosen = {
+        part: torch.arange(n * width)[whole[part.rpartition("/")[0]].repeat_interleave(width)]
+        for part, (n, width) in shapes.items()
+    }
+    monkeypatch.setattr(entries, "_RUN", 7)
+    some, all_ = coordinates(land, Entries(chosen, shapes=shapes)), coordinates(land, whole)
+    assert some.dimension == all_.dimension
+    torch.testing.assert_close(
+        flat(land, some.project(land.delta)), flat(land, all_.project(land.delta)), rtol=0, atol=0
+    )
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_spectrum_and_constants_are_those_of_the_whole_hessian(family, masked):
@@ -256,7 +275,7 @@ def test_the_loss_that_is_trained_with_refuses_a_second_derivative():
 
 @pytest.mark.parametrize("family", ["qwen3", "gpt2", "qwen3_moe"])
 def test_another_loss_has_a_slope_and_its_own_hessian(family):
-    land = land_of(family, loss=answer_loss)
+    land = land_of(family, loss=cross_entropy)
     terms = damage_terms(land, (0.005, 0.01), draws=0)
     both = [first + second for first, second in zip(terms.first, terms.second, strict=True)]
     assert abs(terms.first[0]) > 1e-6
@@ -475,7 +494,7 @@ def test_bad_questions_are_refused():
         contraction(land, span, points=[], bounds=bounds)
     with pytest.raises(ValueError, match=r"lacks \d+ parameters"):
         contraction(land, span, points=[{}], bounds=bounds)
-    with pytest.raises(ValueError, match="no labels"):
+    with pytest.raises(ValueError, match="prompts without responses"):
         contraction(land, span, others={"code": batches(labels=False)}, bounds=bounds)
 
 

@@ -237,8 +237,8 @@ def test_anonymous_memory_is_bounded_by_a_chunk():
 
 
 def no_abs(patch: pytest.MonkeyPatch) -> None:
-    def mutant(run, steps=weight_scores._steps):
-        for *where, step in steps(run):
+    def mutant(*args, steps=weight_scores._steps):
+        for *where, step in steps(*args):
             yield (*where, step.as_subclass(_Signed))
 
     patch.setattr(weight_scores, "_steps", mutant)
@@ -250,12 +250,12 @@ class _Signed(torch.Tensor):
 
 
 def not_relative(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(weight_scores, "_means", lambda run, means=weight_scores._means: dict.fromkeys(means(run), 1.0))
+    patch.setattr(weight_scores, "_means", lambda *a, means=weight_scores._means: dict.fromkeys(means(*a), 1.0))
 
 
 def relative_to_the_sum(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
-        weight_scores, "_means", lambda run, means=weight_scores._means: {n: 2 * m for n, m in means(run).items()}
+        weight_scores, "_means", lambda *a, means=weight_scores._means: {n: 2 * m for n, m in means(*a).items()}
     )
 
 
@@ -264,7 +264,9 @@ def parts_from_zero(patch: pytest.MonkeyPatch) -> None:
 
 
 def neighbours(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(weight_scores, "best", lambda flat, count: (weight_ranking.best(flat, count) + 1) % len(flat))
+    patch.setattr(
+        weight_scores, "best", lambda flat, count, best=weight_scores.best: (best(flat, count) + 1) % len(flat)
+    )
 
 
 def layers_alike(patch: pytest.MonkeyPatch) -> None:
@@ -272,11 +274,13 @@ def layers_alike(patch: pytest.MonkeyPatch) -> None:
 
 
 def one_too_many(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(weight_scores, "best", lambda flat, count: weight_ranking.best(flat, count + 1))
+    patch.setattr(weight_scores, "best", lambda flat, count, best=weight_scores.best: best(flat, count + 1))
 
 
 def lowest(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(weight_scores, "best", lambda flat, count: weight_ranking.best(1 / flat.clamp(min=1e-9), count))
+    patch.setattr(
+        weight_scores, "best", lambda flat, count, best=weight_scores.best: best(1 / flat.clamp(min=1e-9), count)
+    )
 
 
 MUTANTS = (

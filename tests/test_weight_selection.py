@@ -97,7 +97,7 @@ def test_names_tell_them_apart():
     """Rows of a sweep's file are told apart by name."""
     assert DamageSelector(0.1, units="weight").name == "D of single weights"
     assert AMCSelector(0.1, "M", "M", "global", "weight").name == "M of single weights"
-    assert AMCSelector(0.1, "M", "M", units=("mlp", "weight")).name == "M of single weights (proportional) of neurons"
+    assert AMCSelector(0.1, "M", "M", units=("mlp", "weight")).name == "M (proportional) of single weights of neurons"
     assert RANDOM(0.1).name == "random of single weights"
     names = [one.name for one in KINDS]
     assert len(set(names)) == len(names)
@@ -154,6 +154,7 @@ def everywhere(units: Any, parts: dict[str, torch.Tensor]) -> dict[str, torch.Te
 # At random.
 
 
+@pytest.mark.filterwarnings("ignore:weights of attention are no candidates")
 @pytest.mark.parametrize("family", [*SEVEN, "deepseek_v3"])
 def test_random_weights_are_exact_nested_and_reproducible(family):
     run = two(family)
@@ -417,8 +418,8 @@ def chunks_alike(patch: pytest.MonkeyPatch) -> None:
 def drawn_for_each_budget(patch: pytest.MonkeyPatch) -> None:
     """Right at every budget, and not nested."""
 
-    def mutant(run, budget, seed):
-        return weight_selection.at_random(run, budget, seed + round(1000 * budget))
+    def mutant(run, budget, seed, units):
+        return weight_selection.at_random(run, budget, seed + round(1000 * budget), units)
 
     patch.setattr(selection, "at_random", mutant)
 

@@ -21,18 +21,11 @@ from benchmarks.lab.domains import Item
 from benchmarks.lab.evaluate import evaluator
 from benchmarks.lab.refresh import training_items
 from benchmarks.seeds import asked_for, write
-from surgery import (
-    AMCSelector,
-    DamageSelector,
-    Selector,
-    Stability,
-    Trajectory,
-    earlier_model,
-    load_prompts,
-    respond,
-    stability,
-)  # fmt: skip
+from surgery import AMCSelector, DamageSelector, Selector, Trajectory, load_prompts
+from surgery.live.answers import respond
+from surgery.live.earlier import earlier_model
 from surgery.live.prompts import Batch
+from surgery.measure.stability import Stability, stability
 from surgery.plots.sweeps import prompt_stability
 
 SIZES, DRAWS, POOL = (4, 8, 16, 32, 64, 128, 256), 5, 512

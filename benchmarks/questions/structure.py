@@ -81,7 +81,11 @@ def main() -> None:
     seeds, out = asked_for(__doc__)
     found = [evidence(seed) for seed in seeds]
     head = "# The structural evidence in the lab\n\n`python -m benchmarks.questions.structure SEED...`"
-    write(out, "evidence", "\n".join([f"{head}. {statement()}\n", *map(section, seeds, found)]))
+    figures = (
+        "![changes](evidence-changes.png)\n![overlap](evidence-overlap.png)\n![directions](evidence-directions.png)"
+    )
+    note = f"Pictures of {seeds[0].name}:\n\n{figures}\n"
+    write(out, "evidence", "\n".join([f"{head}. {statement()}\n", note, *map(section, seeds, found)]))
     moved, changed, active, _, uniform = found[0]
     draw(out, moved, changed, active, uniform)
 

@@ -30,6 +30,20 @@ class Weights:
     layout: Layout
     name: str
 
+    def read(self, tensor: str) -> Tensor:
+        """A tensor whose numbers are asked for.
+
+        Raises:
+            ValueError: its numbers are elsewhere (offloaded by accelerate).
+        """
+        found = self.tensors[tensor]
+        if found.is_meta:
+            raise ValueError(
+                f"{tensor!r} of {self.name} is on the meta device: its weights are offloaded. Load the model whole, or "
+                f"pass its folder"
+            )
+        return found
+
 
 def open_weights(
     source: Source, layout: Layout | None = None, like: Weights | None = None, units: Units = "mlp"

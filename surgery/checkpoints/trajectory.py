@@ -176,7 +176,8 @@ class Trajectory:
 
         Raises:
             ValueError: there is no later checkpoint, or a bare mapping, which has no forward pass; the files have
-                changed since the model was read; a dtype is asked for that it can't be had in any more.
+                changed since the model was read; a dtype is asked for that it can't be had in any more; with "auto" the
+            model does not fit on the devices.
         """
         if isinstance(self.later, nn.Module):
             return _moved(self.later, device, dtype)
@@ -216,6 +217,11 @@ class Trajectory:
         model: nn.Module = AutoModelForCausalLM.from_pretrained(
             source.folder, dtype=dtype or "auto", local_files_only=True, **spread
         )
+        if offloaded := [name for name, p in model.named_parameters() if p.is_meta]:
+            raise ValueError(
+                f"{offloaded[0]} and {len(offloaded) - 1} other tensors do not fit on the devices, and accelerate has "
+                f"offloaded them: take a larger machine, or work on the folder (rolled_back and save need no model)"
+            )
         self._held.read = source
         return (model.to(device) if device and not spread else model).eval()
 
@@ -291,7 +297,7 @@ def reading(weights: Weights, name: str, part: str) -> Callable[[int, int], Tens
         slot = next(s for s in weights.layout[name].of(part) if s.start <= start < s.stop)
         if slot.start not in views:
             views.clear()
-            view = slot.view(weights.tensors[slot.tensor]).detach()
+            view = slot.view(weights.read(slot.tensor)).detach()
             views[slot.start] = view.flatten(1, slot.stacked) if slot.stacked else view
         view, first, last = views[slot.start], start - slot.start, stop - slot.start
         if slot.stacked:

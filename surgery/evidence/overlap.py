@@ -236,7 +236,7 @@ def overlap(scores: Mapping[str, Neurons], top: float) -> Overlap:
     first = next(iter(scores.values()))
     whole = {name: _top_of_all(name, one, round(top * total), known) for name, one in scores.items()}
     per_layer = {
-        name: budget.top(_only(one, known), {block: _some(one[block][known[block]], top) for block in one})
+        name: budget.top(_only(one, known), {block: _share_of(one[block][known[block]], top) for block in one})
         for name, one in scores.items()
     }
     return Overlap(
@@ -267,7 +267,7 @@ def _only(scores: Neurons, known: Mapping[str, Tensor]) -> Neurons:
     return Neurons(dict(scores), missing={block: ~has for block, has in known.items()})
 
 
-def _some(scores: Tensor, top: float) -> int:
+def _share_of(scores: Tensor, top: float) -> int:
     """How many the top share is, of those above zero."""
     return min(round(top * len(scores)), int((scores > 0).sum()))
 

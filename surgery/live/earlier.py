@@ -69,7 +69,7 @@ def _swapped(names: list[str], live: Weights, to: Weights, back: Weights | None)
     kept: dict[str, Tensor | None] = {}  # None: what the disk holds is the same, bit for bit
     try:
         for name in names:
-            tensor = live.tensors[name]
+            tensor = live.read(name)
             there = live_tensor(back, live, name) if back is not None and _found(back, live, name) is not None else None
             kept[name] = None if there is not None and _same_bits(tensor, there) else tensor.to("cpu", copy=True)
             with torch.no_grad():

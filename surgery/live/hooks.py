@@ -197,6 +197,11 @@ def collecting(model: nn.Module, layout: Layout, take: Take) -> Iterator[None]:
         for slot in block.slots:
             slots.setdefault(slot.tensor, []).append((block, slot))
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    if offloaded := [name for name in slots if parameters[name].is_meta]:
+        raise ValueError(
+            f"{offloaded[0]!r} is on the meta device: its weights are offloaded, and take no gradient there. Load the "
+            f"model whole"
+        )
 
     def spread(name: str, grad: Tensor) -> None:
         for block, slot in slots[name]:
@@ -270,6 +275,6 @@ def as_live(source: Weights, live: Weights, block: Block, slot: Slot) -> Tensor:
     theirs = source.layout[block.name]
     for other in theirs.of(slot.part):
         if replace(other, tensor=slot.tensor) == slot:
-            return other.view(source.tensors[other.tensor])
+            return other.view(source.read(other.tensor))
     rows = theirs.rows(source.tensors, slot.part, torch.arange(slot.start, slot.stop))
     return rows.reshape(slot.view(live.tensors[slot.tensor]).shape)

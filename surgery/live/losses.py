@@ -148,6 +148,11 @@ def positions(batch: Batch) -> Tensor:
     return where & batch["attention_mask"][:, :-1].bool() if "attention_mask" in batch else where  # not from padding
 
 
+def tokens_in(batches: Iterable[Batch]) -> int:
+    """How many tokens count in some batches: those that a position predicts."""
+    return sum(int(positions(batch).sum()) for batch in batches)
+
+
 def predicting(model: nn.Module, batch: Batch) -> Tensor:
     """The logits that predict the tokens that count: ``[position, token of the vocabulary]``, row by row of the batch.
 
@@ -187,7 +192,17 @@ def summed(loss: Loss, model: nn.Module, batch: Batch) -> Tensor:
             f"loss(model, batch) gave no scalar that depends on the weights ({what}): expected the mean over the "
             f"batch's response tokens, with its gradient (of prompts without labels a model gives no loss of its own)"
         )
-    return found.reshape(()) * int(positions(batch).sum())
+    return found.reshape(()) * tokens_in([batch])
+
+
+def mean_loss(loss: Loss, model: nn.Module, batches: Iterable[Batch]) -> float:
+    """The loss of a model per token that counts, without gradients; the model is in eval mode meanwhile."""
+    total, tokens = 0.0, 0
+    with evaluating(model), torch.no_grad():
+        for batch in batches:
+            count = tokens_in([batch])
+            total, tokens = total + float(loss(model, batch)) * count, tokens + count
+    return total / tokens
 
 
 def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:

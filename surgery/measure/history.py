@@ -18,8 +18,9 @@ from surgery.tables import Cell, Table, write_json
 
 _DEFINITION = (
     "The score of every domain at every checkpoint. A domain's loss is its score at its own stage (the checkpoint of "
-    "the same name; else its best before the last) less that of the last checkpoint; beside it the stage at which most "
-    "of it went. Intervals and p are paired over items."
+    "the same name; else its best before the last) less that of the last checkpoint; beside it the stage whose step "
+    "cost most. Intervals and p are paired over items. A loss is significant where its 95 % interval lies above zero "
+    "and p < 0.05."
 )
 
 

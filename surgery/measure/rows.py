@@ -22,6 +22,7 @@ from surgery.measure.statistics import (
     retention,
     underpowered,
 )
+from surgery.tables import aligned
 from surgery.units import noun
 
 Score = float | Sequence[float] | Sequence[bool] | Array | Tensor
@@ -143,9 +144,7 @@ class Sweep:
         if not any(row.items for row in self.rows):
             columns.append(("seconds", lambda row: f"{row.seconds:.1f}"))
         lines = [[head for head, _ in columns], *([cell(row) for _, cell in columns] for row in self.rows)]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        table = ("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines)
-        return "\n".join([*map(str.rstrip, table), *self._notes()])
+        return "\n".join([*aligned(lines, [at == 0 for at in range(len(columns))]), *self._notes()])
 
     def _both_ways(self, others: list[str]) -> list[tuple[str, Callable[[Row], str]]]:
         """Healed and kept of the damaged metric, and what is kept of the metric that the later stage won most on."""

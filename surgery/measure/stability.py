@@ -18,6 +18,7 @@ from surgery.measure.rows import Evaluate, judged
 from surgery.measure.sweep import Bench, metric_of, name_of
 from surgery.scores.amc import remembered
 from surgery.selectors.selectors import Selector
+from surgery.tables import aligned
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,7 @@ class Stability:
         if self.metric:
             every = "" if self.recovery is None else f"{100 * self.recovery:.1f} %"
             lines.append([str(self.prompts), "all", "", "1.00", "", every])
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        table = ["  ".join(map(str.rjust, line, widths)) for line in lines]
+        table = aligned(lines, [False] * len(lines[0]))
         what = f"{self.neurons} {self.mask.noun}"
         return "\n".join([f"{self.selector}: {what}, {self.prompts} prompts to draw from", *table])
 
@@ -116,7 +116,7 @@ def stability(
         raise ValueError(f"draws={draws}: expected 2 or more, to have a pair to compare")
     generator = torch.Generator().manual_seed(seed)
     parts = {
-        size: [_some(batches, torch.randperm(prompts, generator=generator)[:size]) for _ in range(draws)]
+        size: [_drawn(batches, torch.randperm(prompts, generator=generator)[:size]) for _ in range(draws)]
         for size in sizes
     }
     with remembered():
@@ -161,7 +161,7 @@ def _rows(batch: Batch) -> int:
     return len(batch["input_ids"])
 
 
-def _some(batches: list[Batch], chosen: torch.Tensor) -> list[Batch]:
+def _drawn(batches: list[Batch], chosen: torch.Tensor) -> list[Batch]:
     """The chosen rows, counted over all batches; each stays among those of its own batch, as long as they are."""
     found, start = [], 0
     for batch in batches:

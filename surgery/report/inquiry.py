@@ -21,7 +21,7 @@ from surgery.evidence.gradients import Gradients, gradients
 from surgery.evidence.overlap import Overlap, Profile, overlap, profile
 from surgery.live.answers import respond
 from surgery.live.earlier import earlier_model
-from surgery.live.losses import distillation, positions
+from surgery.live.losses import distillation, mean_loss
 from surgery.live.prompts import Batch, batches_of, halved
 from surgery.masks.budget import check_budget
 from surgery.masks.neurons import Neurons
@@ -211,12 +211,16 @@ def _refreshed(study: Study) -> Refreshed:
     with earlier_model(run) as earlier:
         loss = distillation(earlier, batches)
 
-    def closeness(model: nn.Module) -> float:
-        with torch.no_grad():
-            return -sum(float(loss(model, batch)) * int(positions(batch).sum()) for batch in batches)
-
     every, start = max(1, study.steps // 5), time.perf_counter()
-    with refresh(study.last, loss, batches, study.steps, rate, validate=closeness, every=every) as done:
+    with refresh(
+        study.last,
+        loss,
+        batches,
+        study.steps,
+        rate,
+        validate=lambda model: -mean_loss(loss, model, batches),
+        every=every,
+    ) as done:
         metrics, items = measured(torch.no_grad()(study.measure)(study.last))
     row = Row(f"refresh, {study.steps} steps", 1.0, 0, metrics, time.perf_counter() - start, items=items)
     rows = study.found["rollback"]

@@ -28,13 +28,7 @@ from surgery.report.verdict import verdict
 from surgery.reverting.folder import check_free, put_in_place
 from surgery.tables import Cell, Table
 
-"""What the numbers of a report mean: a definition for each section and each column, with its source."""
-
-HISTORY = (
-    "The score of every domain at every checkpoint. What a domain lost is its score at its own stage (the checkpoint "
-    "of the same name; else its best before the last) less that of the last checkpoint; beside it the stage whose "
-    "step cost most. A loss counts as certain where its 95 % interval lies above zero and p < 0.05."
-)
+# What the numbers of a report mean: a definition for each section and each column, with its source.
 SCORE = (
     "Unless an evaluation was given, the score is the log-likelihood of the responses: per prompt the mean over its "
     "response tokens, in nats per token; 0 is certainty. It is measured on every other prompt, and what chooses "
@@ -210,7 +204,7 @@ def _history(found: Inquiry) -> Section | None:
     names = ", ".join(f"{one.domain} (since {one.best}, most at {one.at})" for one in lost)
     finding = f"Lost beyond doubt: {names}." if lost else "No domain lost anything that can be told from nothing."
     drawn = Figure(score_lines(history), "Score of every domain after each stage; larger is better.")
-    return Section("What was damaged", finding, f"{HISTORY} {SCORE}", COLUMNS, (drawn,), history.tables())
+    return Section("What was damaged", finding, f"{history.definition} {SCORE}", COLUMNS, (drawn,), history.tables())
 
 
 def _rollback(found: Inquiry) -> Section | None:

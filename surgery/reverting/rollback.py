@@ -48,7 +48,8 @@ class Rollback:
     _old: list[tuple[Tensor, Edit, Tensor]] = field(repr=False)
 
     def __post_init__(self) -> None:
-        in_force(self._model).append(self._named())
+        if self._old:  # where nothing was written there is nothing to undo
+            in_force(self._model).append(self._named())
 
     def _named(self) -> str:
         return f"a rollback of {sum(self.neurons.values())} {self.noun}"

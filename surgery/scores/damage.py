@@ -17,7 +17,7 @@ from surgery.layout.slots import Block, Slot
 from surgery.live.answers import respond
 from surgery.live.earlier import earlier_model
 from surgery.live.hooks import as_live, collecting, in_runs
-from surgery.live.losses import Divergence, Loss, check_loss, distillation, positions, summed
+from surgery.live.losses import Divergence, Loss, check_loss, distillation, summed, tokens_in
 from surgery.live.prompts import Batch, batches_of
 from surgery.masks.neurons import Neurons
 from surgery.reverting.rollback import Rollback, rollback
@@ -56,7 +56,7 @@ def damage(
     run.check_whole()
     batches, loss = answered(run, data, loss)
     total, model = _total(run, units), run.load()
-    tokens, value = sum(int(positions(batch).sum()) for batch in batches), 0.0
+    tokens, value = tokens_in(batches), 0.0
     with total.collecting(model):
         for batch in batches:
             one = summed(loss, model, batch)
@@ -90,7 +90,7 @@ def overpromised(made_by: Mapping[str, Any]) -> str | None:
 def answered(run: Trajectory, data: Iterable[Batch], loss: Loss | Divergence) -> tuple[list[Batch], Loss]:
     """The batches, answered by the earlier model where they have no labels, and the loss that a name stands for."""
     check_loss(loss)
-    return _distilled(run, data, loss) if isinstance(loss, str) else (_some(data), loss)
+    return _distilled(run, data, loss) if isinstance(loss, str) else (_batches(data), loss)
 
 
 @remember
@@ -103,7 +103,7 @@ def _distilled(run: Trajectory, data: Iterable[Batch], divergence: Divergence) -
 @remember
 def earlier_answers(run: Trajectory, data: Iterable[Batch], path: Path | None = None) -> list[Batch]:
     """The batches, answered by the earlier model where they have no labels; kept in a file, or read from it."""
-    batches = _some(data)
+    batches = _batches(data)
     if all("labels" in batch for batch in batches):
         return batches
     with earlier_model(run) as earlier:
@@ -145,9 +145,9 @@ def reversal_cost(
     """
     run.check_whole()
     model, (live,) = run.load(), run.live(units=units)
-    batches = respond(model, _some(data))
+    batches = respond(model, _batches(data))
     far = distillation(model, batches, divergence=loss)
-    tokens = sum(int(positions(batch).sum()) for batch in batches)
+    tokens = tokens_in(batches)
     with _all_back(model, run, live) as done:
         total = _Total(live, done.before)
         with total.collecting(model):
@@ -157,7 +157,7 @@ def reversal_cost(
     return Neurons(found, made_by={"reversal_cost": {"tokens": tokens}})
 
 
-def _some(data: Iterable[Batch]) -> list[Batch]:
+def _batches(data: Iterable[Batch]) -> list[Batch]:
     batches = list(batches_of(data))
     if not batches:
         raise ValueError("gradients are taken on prompts of a domain, and data is empty")

@@ -15,7 +15,7 @@ from surgery.checkpoints.opening import Weights
 from surgery.checkpoints.trajectory import Trajectory, check_finite, displacements
 from surgery.layout.slots import Block, Slot
 from surgery.live.hooks import as_live, collecting, in_runs
-from surgery.live.losses import Divergence, Loss, positions, summed
+from surgery.live.losses import Divergence, Loss, summed, tokens_in
 from surgery.live.prompts import Batch
 from surgery.masks.budget import Allocation, share
 from surgery.masks.entries import Entries, shapes_of
@@ -199,7 +199,7 @@ def entry_gains(
             at = starts[f"{block.name}/{slot.part}"] + first * slot.width
             flat[at : at + g.numel()] += g.flatten().cpu()
 
-    tokens, value = sum(int(positions(batch).sum()) for batch in batches), 0.0
+    tokens, value = tokens_in(batches), 0.0
     with collecting(model, live.layout, add):
         for batch in batches:
             one = summed(loss, model, batch)

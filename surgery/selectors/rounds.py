@@ -11,8 +11,7 @@ from torch import Tensor
 
 from surgery.checkpoints.trajectory import Trajectory
 from surgery.layout.attention import NoAttention
-from surgery.live.hooks import evaluating
-from surgery.live.losses import Divergence, Loss, positions
+from surgery.live.losses import Divergence, Loss, mean_loss
 from surgery.masks.budget import Allocation
 from surgery.masks.entries import Entries, shapes_of
 from surgery.reverting.rollback import rollback
@@ -184,12 +183,5 @@ def _tried(run: Trajectory, gains: Gains, order: Tensor, start: int) -> list[Poi
     found = []
     for count in sorted({start + round((len(order) - start) / 2**at) for at in range(_HALVINGS + 1)} - {start}):
         with rollback(gains.model, to=run.tensors("earlier"), mask=gains.entries(order[:count]), layout=run.layout):
-            found.append((count, _mean(gains)))
+            found.append((count, mean_loss(gains.loss, gains.model, gains.batches)))
     return found
-
-
-def _mean(gains: Gains) -> float:
-    """The loss of the model as it is now, per token."""
-    with evaluating(gains.model), torch.no_grad():
-        total = sum(float(gains.loss(gains.model, batch)) * int(positions(batch).sum()) for batch in gains.batches)
-    return total / gains.tokens

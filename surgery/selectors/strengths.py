@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from surgery.checkpoints.trajectory import Trajectory
 from surgery.layout.slots import Block, Slot
 from surgery.live.hooks import collecting
-from surgery.live.losses import Divergence, Loss, positions, summed
+from surgery.live.losses import Divergence, Loss, summed, tokens_in
 from surgery.live.prompts import Batch
 from surgery.masks.edits import Edit
 from surgery.masks.mask import Mask, checked
@@ -116,7 +116,7 @@ class _Along:
             now = edit.take(self.live.tensors[edit.slot.tensor]).detach()
             step = now.float() - edit.read(earlier).to(now.device, torch.float32)
             self.steps.setdefault((edit.block.name, edit.slot), []).append((edit, step))
-        self.tokens = sum(int(positions(batch).sum()) for batch in batches)
+        self.tokens = tokens_in(batches)
         self.touched = torch.cat(list(flags.values()))
         if not bool(self.touched.any()):
             raise ValueError("the mask selects nothing, so there is no strength to find: pass a larger budget")

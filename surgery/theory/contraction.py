@@ -6,9 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor, nn
-
-from surgery.live.losses import positions, predicting
+from surgery.live.losses import cross_entropy
 from surgery.live.prompts import Batch
 from surgery.tables import Table, write_json
 from surgery.theory.damage import CurvatureBounds, curvature_bounds
@@ -141,7 +139,7 @@ class _Watched:
     """Another domain's loss, its gradient and curvature at θB, and what it did since."""
 
     def __init__(self, land: Landscape, start: Vector, batches: list[Batch]) -> None:
-        self.land = Landscape(land.model, start, {}, batches, answer_loss, land.layout)
+        self.land = Landscape(land.model, start, {}, batches, cross_entropy, land.layout)
         self.start = self.land.value(start)
         self.gradient = self.land.gradient(start)
         self.beta = largest(self.land.product, start, 10)
@@ -159,16 +157,6 @@ class _Watched:
     def told(self) -> Neighbour:
         """What was measured."""
         return Neighbour(tuple(self.change), tuple(self.first), tuple(self.bound), self.beta)
-
-
-def answer_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """−log p of a batch's response tokens, the mean: the loss of a domain whose right answers are known (nats)."""
-    if "labels" not in batch:
-        raise ValueError("another domain's loss is −log p of its responses, and a batch has no labels")
-    logits = predicting(model, batch).float()
-    wanted = batch["labels"][:, 1:][positions(batch)].to(logits.device)
-    loss: Tensor = -logits.log_softmax(-1).gather(1, wanted[:, None]).mean()
-    return loss
 
 
 def _shown(count: int, rows: int = 12) -> list[int]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from surgery.masks.budget import allocate, top
+from surgery.masks.mask import Mask
 from surgery.masks.neurons import Neurons
 from surgery.tables import Table, write_json
 from surgery.theory.landscape import Landscape, Span, coordinates, whole
@@ -147,12 +148,12 @@ class DamageSplit:
         write_json(self, path)
 
 
-def damage_split(land: Landscape, subspace: Neurons | Span) -> DamageSplit:
+def damage_split(land: Landscape, subspace: Mask | Span) -> DamageSplit:
     """Proposition 2: ½ δBᵀHδB = ½ δ_SᵀHδ_S + δ_SᵀHδ_⊥ + ½ δ_⊥ᵀHδ_⊥.
 
     Args:
         land: the earlier domain's loss around the earlier checkpoint.
-        subspace: bool Neurons, for S = the coordinates of a mask; or what ``eigenspace`` found.
+        subspace: bool Neurons or Entries, for S = the coordinates of a mask; or what ``eigenspace`` found.
 
     Returns:
         ``DamageSplit``. Two Hessian–vector products; memory: four mappings as large as the model.
@@ -162,7 +163,7 @@ def damage_split(land: Landscape, subspace: Neurons | Span) -> DamageSplit:
 
     Source: the paper, Proposition 2.
     """
-    place = coordinates(land, subspace) if isinstance(subspace, Neurons) else subspace
+    place = subspace if isinstance(subspace, Span) else coordinates(land, subspace)
     inside, leakage, outside = parts(land.product, land.delta, lambda v: whole(land, place.project(v)))
     motion = inner(place.project(land.delta), land.delta) / (inner(land.delta, land.delta) or 1.0)
     size = sum(tensor.numel() for tensor in land.theta.values())

@@ -20,11 +20,10 @@ from surgery.layout.slots import Layout
 from surgery.live.answers import respond
 from surgery.live.earlier import live_tensor
 from surgery.live.hooks import evaluating
-from surgery.live.losses import Distillation, Loss, distillation, positions, predicting
+from surgery.live.losses import Distillation, Loss, distillation, predicting, tokens_in
 from surgery.live.prompts import Batch
-from surgery.masks.edits import Rows
-from surgery.masks.mask import checked
-from surgery.masks.neurons import Neurons
+from surgery.masks.edits import Edit
+from surgery.masks.mask import Mask, checked
 from surgery.theory.vectors import (
     Point,
     Vector,
@@ -94,7 +93,7 @@ class Landscape:
     @property
     def tokens(self) -> int:
         """How many response tokens the loss is a mean over."""
-        return sum(int(positions(batch).sum()) for batch in self.batches)
+        return tokens_in(self.batches)
 
     def value(self, at: Point) -> float:
         """L_A at a point (names that it lacks are θA's)."""
@@ -134,7 +133,7 @@ class Landscape:
 
     def _shares(self) -> Iterator[tuple[Batch, float]]:
         for batch in self.batches:
-            yield batch, int(positions(batch).sum()) / self.tokens
+            yield batch, tokens_in([batch]) / self.tokens
 
     def _loss(self, batch: Batch, at: Point) -> Tensor:
         if isinstance(self.loss, Distillation):
@@ -225,7 +224,7 @@ class Coordinates:
     ``take`` reads them from a vector of the whole space, ``put`` is the vector that is zero elsewhere.
     """
 
-    edits: tuple[Rows, ...] | None  # None: every parameter
+    edits: tuple[Edit, ...] | None  # None: every parameter
     shapes: Vector = field(repr=False)  # the whole space's tensors, for their shapes, dtypes and devices
 
     def take(self, v: Point) -> Vector:
@@ -262,8 +261,8 @@ class Coordinates:
         return sum(edit.numbers for edit in self.edits)
 
 
-def _name(edit: Rows) -> str:
-    return f"{edit.block.name}/{edit.slot.part}/{edit.slot.start}"
+def _name(edit: Edit) -> str:
+    return f"{edit.block.name}/{edit.slot.part}/{int(edit.index[0])}"  # of single numbers a slot may have several
 
 
 @dataclass(frozen=True)
@@ -308,8 +307,8 @@ class Span:
 Subspace = Coordinates | Span
 
 
-def coordinates(land: Landscape, mask: Neurons | None = None) -> Coordinates:
-    """The coordinates of a mask's neurons, or other units, in a landscape; None: every parameter.
+def coordinates(land: Landscape, mask: Mask | None = None) -> Coordinates:
+    """The coordinates of what a mask selects in a landscape; None: every parameter.
 
     Raises:
         ValueError: the mask is empty, holds scores, or is of another model.
@@ -317,7 +316,7 @@ def coordinates(land: Landscape, mask: Neurons | None = None) -> Coordinates:
     if mask is None:
         return Coordinates(None, land.theta)
     layout = open_weights(land.model, land.layout, units=checked(mask).units).layout
-    edits = tuple(edit for edit in mask.edits(layout, "the earlier model") if isinstance(edit, Rows))
+    edits = tuple(mask.edits(layout, "the earlier model"))
     if not edits:
         raise ValueError("the mask selects nothing, and a subspace needs a dimension: choose more neurons")
     return Coordinates(edits, land.theta)
@@ -335,7 +334,7 @@ def eigenspace(
     land: Landscape,
     k: int = 16,
     *,
-    mask: Neurons | None = None,
+    mask: Mask | None = None,
     steps: int = 100,
     tolerance: float = 1e-2,
     seed: int = 0,
@@ -347,7 +346,7 @@ def eigenspace(
     Args:
         land: the earlier domain's loss around the earlier checkpoint.
         k: how many.
-        mask: bool Neurons: only these neurons' numbers move (default: every parameter).
+        mask: bool Neurons or Entries: only what it selects moves (default: every parameter).
         steps: at most so many Hessian–vector products. Each keeps a vector as large as the coordinates: for all
             parameters of a large model choose few, or a mask.
         tolerance: stop when the residual of each is below so much of its curvature.

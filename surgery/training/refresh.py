@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, cycle
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from surgery.checkpoints.checkpoint import in_force
 from surgery.layout.slots import Layout
+from surgery.live.hooks import evaluating
 from surgery.live.losses import Loss
 from surgery.live.prompts import check_many
 from surgery.masks.mask import Mask
@@ -181,7 +181,7 @@ def refresh(
     rule = optimizer(leaves.values, lr=lr)
     passes, history = 0, []
     try:
-        with _evaluating(model):
+        with evaluating(model):
             history.append(Step(0, scores=judge(0)))
             for step in range(1, steps + 1):
                 start = time.perf_counter()
@@ -246,17 +246,6 @@ def _cycled(data: Iterable[Any], what: str) -> Iterator[Any]:
     for first in batches:
         return chain([first], batches)
     raise ValueError(f"{what} holds no batch: there is nothing to train on")
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _gradient(leaves: Leaves, domains: list[_Domain], step: int) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Evaluators: what a sweep measures, where it need not be written by hand."""
+"""Evaluators that are ready to use: the likelihood of responses, and the lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class _Likelihood:
 
 
 def likelihood(data: Mapping[str, Iterable[Batch]]) -> Evaluate:
-    """An ``evaluate`` that needs no generation: how likely a model finds the responses, prompt by prompt.
+    """An ``evaluate`` that needs no generation: the log-likelihood of the responses, prompt by prompt.
 
     score_i = 1/T_i · Σ_t log p(token t of response i | what comes before it), in nats per token, ≤ 0, larger = better.
 
@@ -125,11 +125,11 @@ def harness(
         include_path: a folder with task files of your own.
 
     Returns:
-        A function for ``sweep`` and ``repair``. In their place, and in the shell, ``"lm_eval:task,task"`` is short
-        for ``harness("task,task")``.
+        A function for ``sweep`` and ``repair``. They also take the text ``"lm_eval:task,task"``, as the shell does; it
+        is short for ``harness("task,task")``.
 
     Raises:
-        ValueError: no task is named; called: the model's tokenizer can't be told, or lm_eval is not installed.
+        ValueError: no task is named; called: the model's tokenizer is not known, or lm_eval is not installed.
         LookupError: called: there is no such task.
 
     Source: ours; lm_eval's ``simple_evaluate`` does the work.
@@ -156,9 +156,9 @@ def evaluator(evaluate: Evaluate | str) -> Evaluate:
 
 
 def signature(evaluate: Evaluate) -> str:
-    """What tells an evaluation from others: its name, and a hash of its code and of the plain values that it uses.
+    """What identifies an evaluation: its name, and a hash of its code and of the plain values that it uses.
 
-    What it reads from files or from global variables is not seen, nor what lies inside lists and other objects.
+    The hash does not cover files, global variables, or the contents of lists and other objects.
     """
     if isinstance(evaluate, _Likelihood):
         return f"likelihood of {', '.join(f'{name} {digest_of(batches)}' for name, batches in evaluate.data.items())}"

@@ -266,7 +266,7 @@ def changes(run: Trajectory, *, absolute: float = 1e-7, relative: float = 1e-3) 
             never is.
 
     Returns:
-        A ``Changes``; ``surgery.plots.evidence.change_histogram`` draws it.
+        A ``Changes``; ``surgery.plots.change_histogram`` draws it.
 
     Raises:
         ValueError: fewer than two checkpoints; checkpoints of different models, or with different tensor names (a

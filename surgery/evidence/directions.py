@@ -221,7 +221,7 @@ def directions(
         units: which kinds of unit (see ``find_layout``).
 
     Returns:
-        A ``Directions``; ``surgery.plots.evidence.directional_cosine`` draws it.
+        A ``Directions``; ``surgery.plots.directional_cosine`` draws it.
 
     Raises:
         ValueError: fewer than three checkpoints, ``top`` outside (0, 1], fewer than 1 permutation; different models;

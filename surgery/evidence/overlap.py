@@ -214,7 +214,7 @@ def overlap(scores: Mapping[str, Neurons], top: float) -> Overlap:
         top: the share of neurons that a set has, in (0, 1].
 
     Returns:
-        An ``Overlap``; ``surgery.plots.evidence.overlap_matrix`` draws it.
+        An ``Overlap``; ``surgery.plots.overlap_matrix`` draws it.
 
     Raises:
         ValueError: fewer than two domains, masks, scores of different models, ``top`` outside (0, 1], or a domain
@@ -257,7 +257,9 @@ def _comparable(scores: Mapping[str, Neurons]) -> dict[str, Tensor]:
     (name, first), *others = scores.items()
     for who, one in scores.items():
         if one.is_mask:
-            raise ValueError(f"{who!r} is a mask: overlap ranks scores (two masks are compared by surgery.jaccard)")
+            raise ValueError(
+                f"{who!r} is a mask: overlap ranks scores (two masks are compared by surgery.measure.jaccard)"
+            )
     for _, one in others:
         one.require(first.sizes, f"the scores of {name!r}")
     return {block: torch.stack([one.available(block) for one in scores.values()]).all(0) for block in first}

@@ -44,9 +44,9 @@ def is_ceiling(name: str) -> bool:
 class Row:
     """One evaluated model.
 
-    Measured: ``budget`` is the fraction of neurons (or other units, or single weights) asked for and ``neurons`` how
+    Measured: ``budget`` is the requested fraction of neurons (or other units, or single weights), and ``neurons`` how
     many were reverted; ``metrics`` are the scores (means, where ``evaluate`` returned one number per item), ``items``
-    those numbers; ``seconds`` are of wall clock, selection and evaluation together.
+    those numbers; ``seconds`` is the wall-clock time of selection and evaluation together.
 
     Judged against the references, on the chosen metric: ``recovery`` = (score − later) / (earlier − later), None for
     the references and where nothing was lost; ``interval``, its 95 % paired bootstrap interval, None without items

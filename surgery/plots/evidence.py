@@ -28,7 +28,7 @@ def change_histogram(
     The line of a stage is the share of all parameters in each octave; the legend says how many did not move.
 
     Args:
-        changes: what ``surgery.changes`` returned.
+        changes: the result of ``surgery.evidence.changes``.
         what: "absolute", abs(Δ), or "relative", abs(Δ) / abs(θ_reference).
         against: "base", the first checkpoint (cumulative), or "before", the one before (incremental).
         ax: where to draw (default: a new figure).
@@ -66,7 +66,7 @@ def overlap_matrix(overlap: Overlap, ax: Axes | None = None, title: str = "") ->
     """Jaccard of every two domains' top neurons, each cell with chance in brackets.
 
     Args:
-        overlap: what ``surgery.overlap`` returned, of changed or of active neurons.
+        overlap: the result of ``surgery.evidence.overlap``, of changed or of active neurons.
         ax: where to draw (default: a new figure); two of them side by side share the scale 0 to 1.
         title: such as "changed" or "active".
     """
@@ -93,7 +93,7 @@ def directional_cosine(
     """Mean cosine of two stages' updates in each block, one line per pair, with the null's 95 % band (Figure 4).
 
     Args:
-        directions: what ``surgery.directions`` returned.
+        directions: the result of ``surgery.evidence.directions``.
         pairs: which pairs of stages (default: all).
         ax: where to draw (default: a new figure). A block without shared neurons leaves a gap; a hollow mark is
             a single neuron, which has no null.
@@ -122,7 +122,7 @@ def profile_bars(profile: Profile, ax: Axes | None = None) -> Axes:
     """The share of each block in a mask's units, or in a score's sum, coloured by kind of unit.
 
     Args:
-        profile: what ``surgery.profile`` returned.
+        profile: the result of ``surgery.evidence.profile``.
         ax: where to draw (default: a new figure).
     """
     ax = ax or new_axes()
@@ -151,7 +151,7 @@ def gradient_heatmap(found: Gradients, kind: str = "mlp", ax: Axes | None = None
     """The cosine of every two domains' gradients in each layer's modules of one kind (after the paper's heatmaps).
 
     Args:
-        found: what ``surgery.gradients`` returned.
+        found: the result of ``surgery.evidence.gradients``.
         kind: "attention", "mlp", "norm" or "other".
         ax: where to draw (default: a new figure).
         limit: the cosine at the ends of the colour scale (default: the largest one; to compare two heatmaps, pass the
@@ -190,7 +190,7 @@ def gradient_extremes(found: Gradients, ax: Axes | None = None) -> Axes:
     """The strongest conflicts and synergies as bars, by module and pair of domains.
 
     Args:
-        found: what ``surgery.gradients`` returned.
+        found: the result of ``surgery.evidence.gradients``.
         ax: where to draw (default: a new figure).
     """
     ax = ax or new_axes()
@@ -208,7 +208,7 @@ def gradient_courses(series: GradientSeries, which: str = "both", ax: Axes | Non
     """The cosine of the strongest conflicts (solid) and synergies (dashed) over checkpoints or training steps.
 
     Args:
-        series: what ``surgery.gradients_along`` returned, or a callback's ``series``.
+        series: the result of ``surgery.evidence.gradients_along``, or a callback's ``series``.
         which: "conflicts", "synergies" or "both" (one may be much larger than the other).
         ax: where to draw (default: a new figure).
 
@@ -243,7 +243,7 @@ def score_lines(history: History, ax: Axes | None = None) -> Axes:
     """The score of every domain after each stage, one line per domain; a ring marks the domain's own stage.
 
     Args:
-        history: what ``surgery.history`` returned.
+        history: the result of ``surgery.measure.history``.
         ax: where to draw (default: a new figure).
     """
     ax = ax or new_axes()

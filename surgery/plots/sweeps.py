@@ -80,7 +80,7 @@ def pareto_front(sweep: Sweep, ax: Axes | None = None) -> Axes:
     of the metric that fell most, without the damaged one; it is zero if all of them rose.
 
     Args:
-        sweep: what ``surgery.sweep`` returned, over two metrics or more.
+        sweep: the result of ``surgery.sweep``, over two metrics or more.
         ax: where to draw (default: a new figure).
 
     Raises:
@@ -115,7 +115,7 @@ def prompt_stability(stability: Stability, ax: Axes | None = None, of: str = "ja
     """How much the mask depends on the calibration prompts, against their number: mean and range over the draws.
 
     Args:
-        stability: what ``surgery.stability`` returned.
+        stability: the result of ``surgery.measure.stability``.
         ax: where to draw (default: a new figure).
         of: "jaccard", the agreement of masks compared with chance, or "recovery", compared with that of all prompts.
 

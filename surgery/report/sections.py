@@ -142,7 +142,7 @@ def write_report(
     """Write an inquiry as one HTML page that needs no network, and its numbers as JSON.
 
     Args:
-        found: what ``surgery.analyse`` returned.
+        found: the result of ``surgery.analyse``.
         folder: a new folder for ``index.html`` and ``report.json``.
         command: the command that made it, shown on the page.
         data: domain → the file of its prompts, shown on the page with its hash.

@@ -68,8 +68,8 @@ def activation(
 
     A = 1/T · Σ_t abs(h_n(t)). Tokens: the response tokens (``labels != -100``) if a batch has labels, else all
     attended ones. In a MoE the mean of neuron i of expert e is over the tokens routed to e. An expert that no token
-    reached has no activation (``Neurons.missing``); it is named in ``made_by["never_routed"]`` and never selected. A
-    of a unit of attention is the mean over its channels of o's input (of a value channel: over its group's heads).
+    reached has no activation (``Neurons.missing``); it is named in ``made_by["never_routed"]`` and never selected. For
+    a unit of attention the mean is over its channels of o's input (for a value channel, over its group's heads).
 
     Args:
         model: the later model, live; run in eval mode, unchanged afterwards.

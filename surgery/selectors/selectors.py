@@ -143,7 +143,7 @@ class DamageSelector:
             (``reversal_cost``).
         weight: the weight of a protected domain's loss against the damaged domain's gain; what 0.3 keeps and costs in
             the lab is in benchmarks/results/protect.md.
-        loss: "hellinger", "kl" or a loss of your own (see ``damage``).
+        loss: "hellinger", "kl" or your own loss (see ``damage``).
         units: as in ``AMCSelector``; several kinds share a budget of parameters, spent by D per parameter.
 
     ``made_by["damage"]["promised"]`` of the mask is the sum of its units' D. Where it exceeds ``["loss"]``, the units
@@ -217,7 +217,7 @@ def _check_unprotected(protect: Mapping[str, Data] | None) -> None:
 
 @dataclass(frozen=True)
 class RandomSelector:
-    """The control: β of all neurons, drawn uniformly without replacement; a bigger budget contains the smaller.
+    """The control: β of all neurons, drawn uniformly without replacement; a larger budget contains a smaller one.
 
     Args:
         budget: β in [0, 1].

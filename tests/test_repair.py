@@ -149,7 +149,7 @@ def test_a_part_that_heals_is_found_where_everything_does_harm(models, worst):
 def test_a_limit_that_nothing_keeps(models):
     found = tuned(models, Planted(models, qa=lambda x: -float(x > 0)), recovery=0.5, keep=["qa"])
     assert found.chosen is found.best is None
-    assert "none that was measured keeps the limits" in str(found)
+    assert "no measured budget keeps the limits" in str(found)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -230,7 +230,7 @@ def test_doubt_is_said_where_items_leave_it(models):
     assert f"not certain: the interval of recovery reaches down to {low} %" in str(found)
     assert "not certain: the change of qa may be -" in str(found)
     none = tuned(models, Planted(models), recovery=0.5)
-    assert none.notes == ("evaluate gave no score per item, so nothing says how certain this is",)
+    assert none.notes == ("evaluate returned no score per item, so there are no intervals and no test",)
 
 
 def test_nothing_lost_is_said_and_nothing_is_chosen(models, tmp_path):

@@ -50,7 +50,7 @@ UNREPAIRED = 3  # the exit code: damaged, and not repairable within the limits
 def _loaded(
     run: Trajectory, data: Path | None, evaluate: str | None, batch_size: int, device: str | None, dtype: str | None
 ) -> Iterator[tuple[list[Batch] | None, Any, Callable[[str], None]]]:
-    """The prompts, the evaluation, and what tells of progress, with the run's later model loaded."""
+    """The prompts, the evaluation, and a function that shows progress, with the run's later model loaded."""
     from surgery.live.prompts import load_prompts
 
     batches = load_prompts(data, folder_of(run.later), batch_size=batch_size) if data else None
@@ -113,16 +113,16 @@ def repair(
     keep: Annotated[
         list[str] | None,
         typer.Option(
-            help='A domain to be kept, like "qa=qa.jsonl"; with --evaluate its metric, "qa"; repeat for more.'
+            help='A domain that must not be hurt, like "qa=qa.jsonl" (with --evaluate a metric, "qa"); repeat for more.'
         ),
     ] = None,
     recovery: Annotated[float, typer.Option(help="The wanted share of what can be won back, 0 to 1.")] = 0.9,
     limit: Annotated[float, typer.Option(help="How much a kept metric may lose, in its own unit.")] = 0.01,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="The folder to write; without it, only told.")
+        Path | None, typer.Option("-o", "--output", help="The folder to write (default: only print the result).")
     ] = None,
     evaluate: Annotated[
-        str | None, typer.Option(help="As in sweep (default: how likely the responses of the measuring half are).")
+        str | None, typer.Option(help="As in sweep (default: the likelihood of the measuring half's responses).")
     ] = None,
     selector: Annotated[str, typer.Option(help="As in select.")] = "D",
     units: Selected = "weight",
@@ -133,10 +133,10 @@ def repair(
     answers: Answers = None,
     metric: Annotated[
         str | None,
-        typer.Option(help="The damaged one (default: the file's name; of --evaluate the one that fell most)."),
+        typer.Option(help="The damaged metric (default: the file's name; with --evaluate the one that fell most)."),
     ] = None,
     rows: Annotated[
-        Path | None, typer.Option(help="JSON lines of what is measured; an interrupted run resumes.")
+        Path | None, typer.Option(help="A JSON-lines file for the rows; an interrupted run resumes from it.")
     ] = None,
     batch_size: int = 16,
     device: Device = None,

@@ -74,17 +74,17 @@ def dose_response(sweep: Sweep, ax: Axes | None = None) -> Axes:
 
 
 def pareto_front(sweep: Sweep, ax: Axes | None = None) -> Axes:
-    """Recovery against the worst loss elsewhere, a mark per row; the front joins the rows that no other row beats.
+    """Recovery against the worst loss elsewhere, one mark per row; the front joins the rows that no other row beats.
 
-    A row beats another if it recovers as much for a smaller loss, or more for the same. The loss elsewhere is of the
-    metric, among all but the damaged one, that fell most; a row where all rose has none.
+    A row beats another if it recovers as much for a smaller loss, or more for the same loss. The loss elsewhere is that
+    of the metric that fell most, without the damaged one; it is zero if all of them rose.
 
     Args:
-        sweep: what ``surgery.sweep`` returned, over two metrics or more.
+        sweep: the result of ``surgery.sweep``, over two metrics or more.
         ax: where to draw (default: a new figure).
 
     Raises:
-        ValueError: no row has a recovery and a change elsewhere.
+        ValueError: no row has both a recovery and a change of another metric.
     """
     rows = [row for row in sweep if row.recovery is not None and row.delta]
     if not rows:
@@ -112,12 +112,12 @@ def _cost_and_gain(row: Row) -> tuple[float, float]:
 
 
 def prompt_stability(stability: Stability, ax: Axes | None = None, of: str = "jaccard") -> Axes:
-    """How much depends on the calibration prompts, against their number: mean and range of every draw of that many.
+    """How much the mask depends on the calibration prompts, against their number: mean and range over the draws.
 
     Args:
-        stability: what ``surgery.stability`` returned.
+        stability: the result of ``surgery.measure.stability``.
         ax: where to draw (default: a new figure).
-        of: "jaccard", the agreement of masks beside chance, or "recovery", beside that of all prompts together.
+        of: "jaccard", the agreement of masks compared with chance, or "recovery", compared with that of all prompts.
 
     Raises:
         ValueError: another ``of``, or recovery where none was measured (``evaluate=`` was not passed).

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 def expansion(terms: DamageTerms, ax: Axes | None = None) -> Axes:
-    """Proposition 1: the true rise of the loss along δB beside its first- and second-order terms.
+    """Proposition 1: the true rise of the loss along δB, and its first- and second-order terms.
 
     Args:
-        terms: what ``surgery.damage_terms`` returned.
+        terms: the result of ``surgery.theory.damage_terms``.
         ax: where to draw (default: a new figure).
     """
     ax = ax or new_axes()
@@ -36,10 +36,10 @@ def expansion(terms: DamageTerms, ax: Axes | None = None) -> Axes:
 
 
 def damage_curve(spectrum: DamageSpectrum, ax: Axes | None = None) -> Axes:
-    """The quadratic damage held by so many dimensions: directions of largest curvature, random ones, ranked neurons.
+    """The quadratic damage by number of dimensions: directions of largest curvature, random ones, ranked neurons.
 
     Args:
-        spectrum: what ``surgery.damage_spectrum`` returned.
+        spectrum: the result of ``surgery.theory.damage_spectrum``.
         ax: where to draw (default: a new figure).
     """
     ax = ax or new_axes()
@@ -62,10 +62,10 @@ def damage_curve(spectrum: DamageSpectrum, ax: Axes | None = None) -> Axes:
 
 
 def contracting_distance(found: Contraction, ax: Axes | None = None) -> Axes:
-    """Theorem 1: the distance to θA inside S over a refresh's steps beside its bounds (log scale).
+    """Theorem 1: the distance to θA inside S over a refresh's steps, and its bounds (log scale).
 
     Args:
-        found: what ``surgery.contraction`` returned.
+        found: the result of ``surgery.theory.contraction``.
         ax: where to draw (default: a new figure).
     """
     from matplotlib.ticker import MaxNLocator

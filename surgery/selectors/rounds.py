@@ -1,4 +1,4 @@
-"""Single weights chosen: by D, as far as going on still helps; by M; or at random."""
+"""Choosing single weights: by D in rounds, while the loss falls; by M; or at random."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def candidates(run: Trajectory, units: Units = WEIGHT) -> tuple[str, ...]:
     except NoAttention as reason:
         warnings.warn(
             f"weights of attention are no candidates, and the budget counts those of the MLPs alone: {reason}. Pass "
-            f'units=("mlp", "weight") to say so yourself',
+            f'units=("mlp", "weight") to choose that yourself',
             stacklevel=4,
         )
         return ("mlp",)
@@ -62,8 +62,8 @@ def check_magnitude(rank: str, allocate: str) -> None:
     if (rank, allocate) != ("M", "M"):
         raise ValueError(
             f"rank={rank!r}, allocate={allocate!r}: single weights are ranked by M alone: "
-            f'AMCSelector(budget, rank="M", allocate="M", units="weight"). With A or C of a weight they are chosen '
-            f"worse (benchmarks/results/single-weights.md)"
+            f'AMCSelector(budget, rank="M", allocate="M", units="weight"). A and C of single weights choose worse '
+            f"(benchmarks/results/single-weights.md)"
         )
 
 
@@ -79,16 +79,16 @@ def by_damage(
 ) -> Entries:
     """The best by D of all weights of some units: D_w = g_w · δB,w, the first-order gain of reverting w alone.
 
-    Gains of single weights do not add up: each was measured with all others in place. So they are taken in rounds. A
-    round takes the best until their gains add up to the loss that is left, which is more than they can give, and then
-    D is measured again with all that was taken reverted. The last round takes what is left of the budget. The rounds do
-    not depend on the budget: a bigger one contains the smaller (without ``stop``). A weight whose gain is not positive
-    is never taken, so there may be fewer.
+    Gains of single weights do not add up, because each is measured with all others in place. So they are taken in
+    rounds. A round takes the best weights until their gains add up to the remaining loss, which is more than they can
+    win back; then D is measured again with all taken weights reverted. The last round takes the rest of the budget. The
+    rounds do not depend on the budget: a larger budget contains a smaller one (without ``stop``). A weight whose gain
+    is not positive is never taken, so there may be fewer than the budget allows.
 
-    Some number of weights is best, and more of them do harm. With ``stop`` the loss is looked at after each round, and
-    with 1/64, 1/32, ... 1/2 and all of the last one reverted; the number with the least loss is kept, none if the later
-    model itself has it. That is one forward and backward pass per round and 7 forward passes more, on the same prompts;
-    the curve is in ``made_by["entries"]``.
+    Beyond some number of weights, more of them do harm. With ``stop`` the loss is measured after each round, and with
+    1/64, 1/32, ... 1/2 and all of the last round reverted. The number with the smallest loss is kept; none if that is
+    the later model itself. This takes one forward and backward pass per round and 7 more forward passes, on the same
+    prompts; the curve is in ``made_by["entries"]``.
 
     Args:
         run: a trajectory with ``earlier`` and ``later``.
@@ -97,7 +97,7 @@ def by_damage(
         units: the kinds of unit whose weights are candidates (``candidates``).
         stop: keep only as many as lower the loss.
         rounds: how often D is measured, at least 1.
-        loss: "kl", "hellinger" or a loss of your own (see ``damage``); ≥ 0, 0 is nothing lost.
+        loss: "hellinger", "kl" or your own loss (see ``damage``), ≥ 0; 0 means that nothing is lost.
 
     Raises:
         ValueError: ``rounds`` is less than 1, no data, and as ``damage``. OSError: no room for the file of gains.
@@ -133,7 +133,7 @@ def by_magnitude(run: Trajectory, budget: float, how: Allocation, units: Units) 
 
 
 def at_random(run: Trajectory, budget: float, seed: int, units: Units) -> Entries:
-    """Some of all weights of those units, drawn uniformly without replacement; a bigger budget has the smaller."""
+    """Weights of those units, drawn uniformly without replacement; a larger budget contains a smaller one."""
     (later,) = run.weights("later", units=units)
     shapes = shapes_of(later.layout)
     lots = _lots(sum(neurons * width for neurons, width in shapes.values()), seed)

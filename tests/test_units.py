@@ -250,10 +250,10 @@ def test_what_can_not_be_told_is_refused(family):
     """Latent attention, attention experts, a norm over all heads: the reason and the way out."""
     model = build(family)
     for unit in ("kv_group", ("mlp", "kv_group")):
-        with pytest.raises(ValueError, match=r'(?s)can be told for certain.*units="'):
+        with pytest.raises(ValueError, match=r'(?s)found for certain.*units="'):
             find_layout(model, units=unit)
     if family in REFUSED:
-        with pytest.raises(ValueError, match="value channels can be told"):
+        with pytest.raises(ValueError, match="value channels were found"):
             find_layout(model, units="value_channel")
 
 

@@ -15,7 +15,7 @@ from surgery.cli.repairing import rollback, select, strengths
 INTERRUPTED = 130  # the exit code
 
 app = typer.Typer(
-    help="git revert for LLM post-training: set back the few weights through which a later stage hurt an earlier one.",
+    help="git revert for LLM post-training: set back the weights through which a later stage hurt an earlier skill.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,

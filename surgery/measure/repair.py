@@ -26,6 +26,7 @@ from surgery.selectors.selectors import DamageSelector, Selector
 # 1, 1.5, 2, 3, 5, 7 of each decade, from 0.1 % to everything
 BUDGETS = (*(round(x * 10**e, 4) for e in (-3, -2, -1) for x in (1, 1.5, 2, 3, 5, 7)), 1.0)
 Outcome = Literal["intact", "repaired", "not repairable"]
+_ROUNDING = 1e-9  # 0.79 − 0.80 is a little less than −0.01, and keeps a limit of one point all the same
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,8 @@ class Repair:
             return f"Repaired: {lost}. Reverting {taken} brings back {_result(self.chosen)}."
         within = "".join(f" while {name} loses at most {-least:g}" for name, least in self.limits.items())
         asked = f"{100 * self.wanted:g} % of what can be won back ({100 * self.goal:.0f} % of the loss){within}"
+        if self.goal <= 0:
+            asked = "anything"
         found = "no measured budget keeps the limits"
         if self.best is not None:
             found = f"the best within the limits, budget {self.best.budget:g}, brings back {_result(self.best)}"
@@ -112,8 +115,8 @@ def repair(
     *What can be won back* is the highest recovery measured, at most the whole loss. The first one measured is the
     ceiling, with everything reverted that the selector may choose. Bisection finds the smallest budget that reaches the
     wanted share of it; if that budget breaks a limit, the largest smaller budget that keeps all limits. Bisection is
-    right where recovery grows with the budget; a note says if it did not. In every case a mask is returned only if it
-    was measured to reach the goal within the limits.
+    right where recovery grows with the budget; a note says if it did not. If the ceiling wins nothing back, every
+    budget is measured. In every case a mask is returned only if it was measured to reach the goal within the limits.
 
     Args:
         run: a trajectory with ``earlier`` and ``later``; the later model is loaded once (``run.load``), and is
@@ -227,7 +230,10 @@ class _Search:
         ceiling = compared(
             self.bench.ceiling(units_of(self.selector, self.bench.run)), self.earlier, self.later, self.metric
         )
-        goal, before = self._goal(wanted, ceiling), -1.0
+        if self._goal(wanted, ceiling) <= 0:  # everything at once does harm, so bisection would look among the largest
+            for at in range(len(self.grid)):
+                self._row(at)
+        goal, before = self._goal(wanted, ceiling), 0.0
         while goal > before:  # a measured row may show that more can be won back
             self._bisect(goal, limits)
             goal, before = self._goal(wanted, ceiling), goal
@@ -297,11 +303,11 @@ def _first(count: int, holds: Callable[[int], bool]) -> int:
 
 
 def _recovers(row: Row, wanted: float) -> bool:
-    return row.recovery is not None and row.recovery >= wanted
+    return row.recovery is not None and row.recovery >= wanted - _ROUNDING
 
 
 def _keeps(row: Row, limits: Mapping[str, float]) -> bool:
-    return all(row.delta[name] >= least for name, least in limits.items())
+    return all(row.delta[name] >= least - _ROUNDING for name, least in limits.items())
 
 
 def _inside(smaller: Mask, larger: Mask) -> bool:
@@ -313,10 +319,10 @@ def _doubts(row: Row, lost: Paired | None, goal: float, limits: Mapping[str, flo
     found = []
     if lost and (reason := underpowered(lost, row.interval, max(goal, 0.01))):
         found.append(f"underpowered: {reason}")
-    if row.interval is not None and row.interval[0] < goal <= (row.recovery or 0.0):
+    if row.interval is not None and row.interval[0] < goal and _recovers(row, goal):
         found.append(f"not certain: the interval of recovery reaches down to {100 * row.interval[0]:.0f} %")
     for name, least in limits.items():
-        if name in row.paired and row.paired[name].interval[0] < least <= row.delta[name]:
+        if name in row.paired and row.paired[name].interval[0] < least and _keeps(row, {name: least}):
             low = row.paired[name].interval[0]
             found.append(f"not certain: the change of {name} may be {low:+.4f}, beyond its limit {least:+g}")
     return found

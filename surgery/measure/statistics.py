@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 Interval = tuple[float, float]
 LEVEL, ALPHA, DRAWS, FLIPS = 0.95, 0.05, 2_000, 9_999
+_LEAST = 6  # items with which either paired test can reach p < 0.05: 2 / 2^6 = 0.031
 _ENUMERATED = 13  # items up to which all 2^n signs are tried
 _CHUNK = 1 << 21  # numbers held at once
 
@@ -212,7 +213,7 @@ def needed(lost: Paired) -> int | None:
     Source: ours; the normal approximation, 2.8 = 1.96 + 0.84 standard errors.
     """
     low, high = lost.interval
-    more = math.ceil(lost.items * (2.8 * (high - low) / 3.92 / lost.gain) ** 2)
+    more = max(_LEAST, math.ceil(lost.items * (2.8 * (high - low) / 3.92 / lost.gain) ** 2))
     return more if more > lost.items else None
 
 

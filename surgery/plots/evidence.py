@@ -11,7 +11,7 @@ from surgery.evidence.gradients import Gradients, GradientSeries
 from surgery.evidence.overlap import Matrix, Overlap, Profile
 from surgery.evidence.products import Pull
 from surgery.measure.history import History
-from surgery.plots.sweeps import line_style, new_axes
+from surgery.plots.sweeps import legend_beside, line_style, new_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,7 +54,7 @@ def change_histogram(
     ax.set_xlabel("abs(Δ), in the unit of the weights" if what == "absolute" else "abs(Δ) / abs(θ of the reference)")
     ax.set_ylabel("parameters per octave (%)")
     ax.set_ylim(bottom=0)
-    ax.legend(frameon=False, fontsize="small")
+    legend_beside(ax)
     return ax
 
 
@@ -114,7 +114,7 @@ def directional_cosine(
     _whole_numbers(ax)
     ax.set_xlabel("block, in layer order")
     ax.set_ylabel("mean cosine of the updates")
-    ax.legend(frameon=False, fontsize="small")
+    legend_beside(ax)
     return ax
 
 
@@ -132,7 +132,7 @@ def profile_bars(profile: Profile, ax: Axes | None = None) -> Axes:
     _whole_numbers(ax)
     ax.set_xlabel("block, in layer order")
     ax.set_ylabel(f"share of the {profile.what} (%)")
-    ax.legend(frameon=False, fontsize="small")
+    legend_beside(ax)
     return ax
 
 
@@ -256,5 +256,5 @@ def score_lines(history: History, ax: Axes | None = None) -> Axes:
     ax.set_xticks(range(len(history.stages)), history.stages)
     ax.set_xlabel("checkpoint, in training order")
     ax.set_ylabel("score (larger is better)")
-    ax.legend(frameon=False, fontsize="small")
+    legend_beside(ax)
     return ax

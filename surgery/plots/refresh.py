@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from surgery.plots.sweeps import _MARKERS, COLOURS, new_axes
+from surgery.plots.sweeps import _MARKERS, COLOURS, legend_beside, new_axes
 from surgery.training.refresh import Refresh
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def recovery_at_cost(curves: Mapping[str, Sequence[tuple[float, float]]], ax: Ax
     ax.minorticks_off()
     ax.set_xlabel("cost")
     ax.set_ylabel("recovery (%)")
-    ax.legend(frameon=False, fontsize="small")
+    legend_beside(ax)
     return ax
 
 

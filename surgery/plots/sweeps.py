@@ -31,7 +31,7 @@ def layer_budgets(budgets: Mapping[str, Mapping[str, int]], ax: Axes | None = No
     ax.set_xlabel("MLP block, in layer order")
     ax.set_ylabel("neurons reverted")
     ax.set_ylim(bottom=0)
-    ax.legend(frameon=False, fontsize="small")
+    legend_beside(ax)
     return ax
 
 
@@ -69,7 +69,7 @@ def dose_response(sweep: Sweep, ax: Axes | None = None) -> Axes:
     ax.set_xticks(budgets, [f"{budget:g}" for budget in budgets])
     ax.set_xlabel("budget β (% of MLP neurons)" if {row.selector for row in ceilings} <= {CEILING} else "budget β (%)")
     ax.set_ylabel(f"recovery of {sweep.metric} (%)")
-    ax.legend(frameon=False, fontsize="small")
+    legend_beside(ax)
     return ax
 
 
@@ -103,7 +103,7 @@ def pareto_front(sweep: Sweep, ax: Axes | None = None) -> Axes:
     ax.step(*zip(*front, strict=True), where="post", color="0.4", linewidth=1, label="front", zorder=0)
     ax.set_xlabel("worst loss of another metric (its own unit)")
     ax.set_ylabel(f"recovery of {sweep.metric} (%)")
-    ax.legend(frameon=False, fontsize="small")
+    legend_beside(ax)
     return ax
 
 
@@ -146,7 +146,7 @@ def prompt_stability(stability: Stability, ax: Axes | None = None, of: str = "ja
     ax.set_ylabel(label)
     lowest = min((scale * min(values) for every in curves.values() for values in every), default=0)
     ax.set_ylim(min(0, lowest), 1.02 if of == "jaccard" else None)
-    ax.legend(frameon=False, fontsize="small")
+    legend_beside(ax)
     return ax
 
 
@@ -159,4 +159,9 @@ def new_axes() -> Axes:
     """A figure of half a page."""
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(6.4, 4), dpi=150, layout="constrained").subplots()
+    return Figure(figsize=(7.2, 4), dpi=150, layout="constrained").subplots()
+
+
+def legend_beside(ax: Axes) -> None:
+    """A legend to the right of the axes, where it covers nothing."""
+    ax.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))

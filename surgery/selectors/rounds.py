@@ -11,6 +11,7 @@ from torch import Tensor
 
 from surgery.checkpoints.trajectory import Trajectory
 from surgery.layout.attention import NoAttention
+from surgery.layout.slots import Layout
 from surgery.live.losses import Divergence, Loss, mean_loss
 from surgery.masks.budget import Allocation
 from surgery.masks.entries import Entries, shapes_of
@@ -29,8 +30,8 @@ Point = tuple[int, float]  # how many weights are reverted, and the loss then
 def candidates(run: Trajectory, units: Units = WEIGHT) -> tuple[str, ...]:
     """The kinds of unit whose weights are candidates: those beside "weight" in ``units``.
 
-    "weight" alone means MLPs and KV groups; the trajectory's own layout where it has one. Where a model's attention
-    can't be told for certain it means the MLPs, with a warning that says why.
+    "weight" alone means MLPs and KV groups, or the units of the trajectory's own layout. If a model's KV groups are not
+    found for certain, it means the MLPs, with a warning that says why.
     """
     owners = owners_of(units)
     if owners is not None or run.layout is not None:
@@ -115,7 +116,7 @@ def by_damage(
     if len(order) < allowed:
         told["positive"] = len(order)
     if stop:
-        curve += _tried(run, path.gains, order, curve[-1][0])
+        curve += _tried(run, path, order, curve[-1][0])
         order = order[: min(curve, key=lambda point: (point[1], point[0]))[0]]
     told["curve"] = [list(point) for point in curve]
     return path.gains.entries(order).signed({"entries": told})
@@ -155,6 +156,7 @@ class _Path:
     taken: Tensor
     curve: list[Point]  # at the start of each round
     gains: Gains  # of the last round
+    layout: Layout  # of the live model, found once
 
     def best(self, count: int) -> Tensor:
         if count <= len(self.taken):
@@ -164,24 +166,24 @@ class _Path:
 
 @remember
 def _path(run: Trajectory, data: Data, *, loss: Loss | Divergence, rounds: int, units: Units) -> _Path:
-    gains = entry_gains(run, data, loss=loss, units=units)
+    gains, (live,) = entry_gains(run, data, loss=loss, units=units), run.live(units=units)
     taken, curve = torch.zeros(0, dtype=torch.int64), [(0, gains.value)]
     for _ in range(rounds - 1):
         best = gains.best(max(1, gains.worth(gains.value)))
         if not len(best) or gains.value <= 0:
             break
         taken = torch.cat([taken, best])
-        with rollback(gains.model, to=run.tensors("earlier"), mask=gains.entries(taken), layout=run.layout):
+        with rollback(gains.model, to=run.tensors("earlier"), mask=gains.entries(taken), layout=live.layout):
             gains = entry_gains(run, gains.batches, loss=gains.loss, units=units)
         gains.flat[taken] = 0  # where the earlier model is stored wider, what is left is rounding
         curve.append((len(taken), gains.value))
-    return _Path(taken, curve, gains)
+    return _Path(taken, curve, gains, live.layout)
 
 
-def _tried(run: Trajectory, gains: Gains, order: Tensor, start: int) -> list[Point]:
+def _tried(run: Trajectory, path: _Path, order: Tensor, start: int) -> list[Point]:
     """The loss with more and more reverted, from ``start`` to all of them."""
-    found = []
+    gains, found = path.gains, []
     for count in sorted({start + round((len(order) - start) / 2**at) for at in range(_HALVINGS + 1)} - {start}):
-        with rollback(gains.model, to=run.tensors("earlier"), mask=gains.entries(order[:count]), layout=run.layout):
+        with rollback(gains.model, to=run.tensors("earlier"), mask=gains.entries(order[:count]), layout=path.layout):
             found.append((count, mean_loss(gains.loss, gains.model, gains.batches)))
     return found

@@ -136,7 +136,7 @@ class _Along:
 
         how_far, earlier = Neurons(self.split(s.float())), self.run.tensors("earlier")
         with (
-            rollback(self.model, to=earlier, mask=self.mask, strength=how_far, layout=self.run.layout),
+            rollback(self.model, to=earlier, mask=self.mask, strength=how_far, layout=self.live.layout),
             collecting(self.model, self.live.layout, take),
         ):
             for batch in self.batches:

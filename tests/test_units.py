@@ -467,7 +467,7 @@ def test_a_layout_and_other_units_contradict_each_other():
     model = build("llama")
     groups = find_layout(model, units="kv_group")
     assert Trajectory(later=model, layout=groups).weights("later")[0].layout is groups
-    with pytest.raises(ValueError, match="pass one of both"):
+    with pytest.raises(ValueError, match="pass only one of both"):
         Trajectory(later=model, layout=groups).weights("later", units="value_channel")
 
 

@@ -250,10 +250,10 @@ def test_what_can_not_be_told_is_refused(family):
     """Latent attention, attention experts, a norm over all heads: the reason and the way out."""
     model = build(family)
     for unit in ("kv_group", ("mlp", "kv_group")):
-        with pytest.raises(ValueError, match=r'(?s)can be told for certain.*units="'):
+        with pytest.raises(ValueError, match=r'(?s)found for certain.*units="'):
             find_layout(model, units=unit)
     if family in REFUSED:
-        with pytest.raises(ValueError, match="value channels can be told"):
+        with pytest.raises(ValueError, match="value channels were found"):
             find_layout(model, units="value_channel")
 
 
@@ -467,7 +467,7 @@ def test_a_layout_and_other_units_contradict_each_other():
     model = build("llama")
     groups = find_layout(model, units="kv_group")
     assert Trajectory(later=model, layout=groups).weights("later")[0].layout is groups
-    with pytest.raises(ValueError, match="pass one of both"):
+    with pytest.raises(ValueError, match="pass only one of both"):
         Trajectory(later=model, layout=groups).weights("later", units="value_channel")
 
 

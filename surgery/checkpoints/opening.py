@@ -146,8 +146,8 @@ def _check_alike(tensors: Mapping[str, Tensor], layout: Layout, name: str, like:
             raise ValueError(f"{what[tensor]}: they are different models")
     if other:
         warnings.warn(
-            f"{what[other[0]]}: another vocabulary, or another padding of it. It lies outside the MLPs and stays "
-            f"untouched; the same token ids have to mean the same in both",
+            f"{what[other[0]]}: another vocabulary, or another padding of it. This tensor lies outside the layers and "
+            f"stays unchanged; make sure that token ids mean the same in both",
             stacklevel=4,
         )
 

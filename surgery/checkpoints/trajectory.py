@@ -124,7 +124,7 @@ class Trajectory:
         kinds = kinds_of(units)
         if self.layout is not None and kinds not in (("mlp",), self.layout.units):
             raise ValueError(
-                f"units={units!r}, and the trajectory's own layout has {noun(self.layout.units)}: pass one of both"
+                f"units={units!r}, and the trajectory's own layout has {noun(self.layout.units)}: pass only one of both"
             )
         return kinds if self.layout is None else self.layout.units
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from surgery.cli.options import (
+    BatchSize,
     Device,
     Dtype,
     LayoutFile,
@@ -51,13 +52,13 @@ def analyse(
         str | None, typer.Option(help='Parts to leave out, separated by commas, like "terms,refreshed".')
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Read at most this many prompts of each file.")] = None,
-    batch_size: int = 16,
+    batch_size: BatchSize = 16,
     device: Device = None,
     dtype: Dtype = None,
     layout: LayoutFile = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Is a later stage hurting an earlier one? Write a page with all the evidence, and what a repair would bring."""
+    """Does a later stage hurt an earlier one? Write a page with all the evidence, and what a repair brings back."""
     from surgery.checkpoints.trajectory import Trajectory
     from surgery.live.prompts import load_prompts
     from surgery.report.inquiry import analyse as run_analysis
@@ -113,7 +114,7 @@ def inspect(
     units: Units = "mlp",
     layout: LayoutFile = None,
 ) -> None:
-    """Print where the neurons (or other units) lie and how that was found."""
+    """Print where the neurons (or other units) lie, and how they were found."""
     from surgery.checkpoints.opening import open_weights
 
     if Path(source).is_file():

@@ -12,6 +12,7 @@ import typer
 from surgery.cli.choosing import answered, check_selectors, protected, selector_of, unanswered
 from surgery.cli.options import (
     Answers,
+    BatchSize,
     Checkpoints,
     Data,
     Device,
@@ -73,13 +74,13 @@ def sweep(
     units: Selected = "mlp",
     metric: Metric = None,
     output: Rows = None,
-    batch_size: int = 16,
+    batch_size: BatchSize = 16,
     device: Device = None,
     dtype: Dtype = None,
     layout: LayoutFile = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Evaluate selectors at budgets on one live model, beside earlier, later and the ceiling."""
+    """Evaluate selectors at several budgets on one live model, with the rows earlier, later and ceiling."""
     from surgery.measure.sweep import sweep as run_sweep
 
     fractions = [fraction(text) for text in budgets.split(",")]
@@ -138,13 +139,13 @@ def repair(
     rows: Annotated[
         Path | None, typer.Option(help="A JSON-lines file for the rows; an interrupted run resumes from it.")
     ] = None,
-    batch_size: int = 16,
+    batch_size: BatchSize = 16,
     device: Device = None,
     dtype: Dtype = None,
     layout: LayoutFile = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Find the smallest rollback that repairs a domain and spares the others; exit code 3 if there is none."""
+    """Find the smallest rollback that repairs a domain and does not hurt others; exit code 3 if there is none."""
     from surgery.measure.repair import BUDGETS
     from surgery.measure.repair import repair as run_repair
 

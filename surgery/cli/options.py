@@ -70,8 +70,14 @@ How = Annotated[
 ]
 Units = Annotated[str, typer.Option(help='"mlp", "kv_group", "value_channel", or two like "mlp,kv_group".')]
 Selected = Annotated[
-    str, typer.Option("--units", help='As in inspect; or "weight" (single weights), "mlp,weight" (those of MLPs).')
+    str,
+    typer.Option(
+        "--units",
+        help='"mlp", "kv_group", "value_channel", or two like "mlp,kv_group"; "weight": single weights of MLPs and KV '
+        'groups; "mlp,weight": those of MLPs.',
+    ),
 ]
+BatchSize = Annotated[int, typer.Option(help="Prompts per forward pass.")]
 
 
 def trajectory_of(checkpoints: list[str], layout: Path | None) -> Trajectory:

@@ -10,6 +10,7 @@ import typer
 from surgery.cli.choosing import answered, check_selectors, protected, selector_of
 from surgery.cli.options import (
     Answers,
+    BatchSize,
     Budget,
     Checkpoints,
     Data,
@@ -52,14 +53,14 @@ def select(
     answers: Answers = None,
     units: Selected = "mlp",
     seed: Annotated[int, typer.Option(help="Seed of the random selector.")] = 0,
-    batch_size: int = 16,
+    batch_size: BatchSize = 16,
     device: Device = None,
     dtype: Dtype = None,
     layout: LayoutFile = None,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Choose the neurons to revert and write them as a mask file."""
+    """Choose the neurons or single weights to revert, and write a mask file."""
     from surgery.live.prompts import load_prompts
 
     if output is None and not dry_run:
@@ -153,7 +154,7 @@ def strengths(
     passes: Annotated[int, typer.Option(help="Forward and backward passes over the data.")] = 16,
     loss: Annotated[str, typer.Option(help='"hellinger" or "kl": the distance from the earlier model.')] = "hellinger",
     answers: Answers = None,
-    batch_size: int = 16,
+    batch_size: BatchSize = 16,
     device: Device = None,
     layout: LayoutFile = None,
     overwrite: Overwrite = False,

@@ -285,7 +285,7 @@ def _magnitudes(run: Trajectory, names: Sequence[str], units: Units) -> list[Neu
 def _most(scores: Neurons, top: float, how: Ranking) -> Neurons:
     """The mask of the most changed neurons, without those that did not change."""
     if round(top * scores.total) < 1:
-        raise ValueError(f"top={top!r} of {scores.total} neurons is none: expected {1 / scores.total:.2g} or more")
+        raise ValueError(f"top={top!r} selects none of {scores.total} neurons: expected {1 / scores.total:.2g} or more")
     changed = {name: int((value > 0).sum()) for name, value in scores.items()}
     counts = budget.allocate(scores, top, how) if any(changed.values()) else changed
     return budget.top(scores, {name: min(counts[name], changed[name]) for name in scores})

@@ -232,7 +232,7 @@ def overlap(scores: Mapping[str, Neurons], top: float) -> Overlap:
     if not total:
         raise ValueError("no neuron has a score in every domain")
     if round(top * total) < 1:
-        raise ValueError(f"top={top!r} of {total} neurons is none: expected {1 / total:.2g} or more")
+        raise ValueError(f"top={top!r} selects none of {total} neurons: expected {1 / total:.2g} or more")
     first = next(iter(scores.values()))
     whole = {name: _top_of_all(name, one, round(top * total), known) for name, one in scores.items()}
     per_layer = {

@@ -189,7 +189,7 @@ def summed(loss: Loss, model: nn.Module, batch: Batch) -> Tensor:
         what = f"of shape {list(found.shape)}" if isinstance(found, Tensor) else f"but {type(found).__name__}"
         raise ValueError(
             f"loss(model, batch) gave no scalar that depends on the weights ({what}): expected the mean over the "
-            f"batch's response tokens, with its gradient (of prompts without labels a model gives no loss of its own)"
+            f"batch's response tokens, with its gradient (a model computes no loss of its own without labels)"
         )
     return found.reshape(()) * tokens_in([batch])
 

@@ -115,7 +115,7 @@ def repair(
     *What can be won back* is the highest recovery measured, at most the whole loss. The first one measured is the
     ceiling, with everything reverted that the selector may choose. Bisection finds the smallest budget that reaches the
     wanted share of it; if that budget breaks a limit, the largest smaller budget that keeps all limits. Bisection is
-    right where recovery grows with the budget; a note says if it did not. Where the ceiling wins nothing back, every
+    right where recovery grows with the budget; a note says if it did not. If the ceiling wins nothing back, every
     budget is measured. In every case a mask is returned only if it was measured to reach the goal within the limits.
 
     Args:

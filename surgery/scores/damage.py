@@ -114,8 +114,8 @@ def check_wide(model: nn.Module) -> None:
     """Raise ``ValueError`` unless the model's dtype has values between those of two checkpoints."""
     if narrow := {p.dtype for p in model.parameters()} - {torch.float32, torch.float64}:
         raise ValueError(
-            f"in {narrow.pop()} the way between two checkpoints has no points: most blends round to one of the ends. "
-            f"Load the model wider: run.load(dtype=torch.float32)"
+            f"in {narrow.pop()} most blends of two checkpoints round to one of them: load the model in float32, "
+            f"run.load(dtype=torch.float32)"
         )
 
 

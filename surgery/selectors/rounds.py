@@ -30,8 +30,8 @@ Point = tuple[int, float]  # how many weights are reverted, and the loss then
 def candidates(run: Trajectory, units: Units = WEIGHT) -> tuple[str, ...]:
     """The kinds of unit whose weights are candidates: those beside "weight" in ``units``.
 
-    "weight" alone means MLPs and KV groups; the trajectory's own layout where it has one. Where a model's attention
-    can't be told for certain it means the MLPs, with a warning that says why.
+    "weight" alone means MLPs and KV groups, or the units of the trajectory's own layout. If a model's KV groups are not
+    found for certain, it means the MLPs, with a warning that says why.
     """
     owners = owners_of(units)
     if owners is not None or run.layout is not None:

@@ -212,6 +212,9 @@ def test_repair_of_what_lost_nothing(surgery, lab: Path) -> None:
     assert not code, err
     assert out.startswith("No significant loss: sums lost 0.0000 nats per response token")
     assert "Nothing was changed." in out.splitlines()[0]
+    assert "earlier and later score exactly alike" in out
+    assert "Are they the same checkpoint?" in out
+    assert "0 comparisons" not in out
     assert "wrote" not in out
     assert not (lab / "healed").exists()
 
@@ -222,7 +225,11 @@ def test_what_repair_refuses_in_the_shells_words(surgery, lab: Path) -> None:
     for more, message in (
         (f"--keep {lab}/qa.jsonl", "expected a domain and its file"),
         (f"{score} --keep some", "'some' is none of the other metrics, which are ['other']"),
+        (f"{score} --keep some={lab}/qa.jsonl", "so name its metric alone: --keep some"),
         ("--recovery 2", "expected a share in (0, 1]"),
+        ("--limit -1", "limit=-1.0 of 'any kept metric': expected how much it may lose"),
+        ("--device nonsense", "--device nonsense: torch "),
+        ("--device cuda:77", "leave --device out for the CPU"),
         ("--budgets 0,1", "expected fractions in (0, 1]"),
         ("--budgets few", "--budgets: 'few' is not a number"),
         ("--selector AM", "single weights are ranked by D or by M alone"),
@@ -534,7 +541,7 @@ def test_strengths_from_the_shell(surgery, tmp_path: Path) -> None:
     run.load(dtype=torch.float32)
     found = strengths(run, load_prompts(tmp_path / "data.jsonl", tmp_path / "qa"), mask, passes=4)
     assert Neurons.load(tmp_path / "s").equal(found)
-    assert f"{found.made_by['strengths']['least']:.5g} now" in out
+    assert f"{found.made_by['strengths']['least']:.5g} with these strengths" in out
     assert "exists: choose another file" in surgery(words)[2]
     for strength, value in ((tmp_path / "s", found), ("1.5", 1.5)):
         healing = f"rollback {tmp_path}/qa --to {tmp_path}/math --mask {tmp_path}/m -o {tmp_path}/healed --overwrite"

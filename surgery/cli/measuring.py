@@ -26,6 +26,7 @@ from surgery.cli.options import (
     ProtectWeight,
     Rows,
     Selected,
+    device_of,
     dtype_of,
     files_of,
     folder_of,
@@ -53,6 +54,7 @@ def _loaded(
     """The prompts, the evaluation, and what tells of progress, with the run's later model loaded."""
     from surgery.live.prompts import load_prompts
 
+    device_of(device)
     batches = load_prompts(data, folder_of(run.later), batch_size=batch_size) if data else None
     function = None if evaluate is None else function_of(evaluate)
     with working("loading") as say:
@@ -107,6 +109,17 @@ def sweep(
     out.print(str(found), markup=False)
 
 
+def _kept(keep: list[str], evaluate: str | None, run: Trajectory, batch_size: int) -> Any:
+    """What is to be kept: metrics of the evaluation, or without one the prompts of each domain."""
+    if evaluate is None:
+        return prompts_of(files_of(keep, "--keep"), run, batch_size)
+    if files := [text for text in keep if "=" in text]:
+        raise ValueError(
+            f"--keep {files[0]}: --evaluate measures, so name its metric alone: --keep {files[0].partition('=')[0]}"
+        )
+    return keep
+
+
 def repair(
     checkpoints: Checkpoints,
     data: Annotated[Path, typer.Option(help="JSON lines of the damaged domain: half choose, half measure.")],
@@ -119,7 +132,7 @@ def repair(
     recovery: Annotated[float, typer.Option(help="The wanted share of what can be won back, 0 to 1.")] = 0.9,
     limit: Annotated[float, typer.Option(help="How much a kept metric may lose, in its own unit.")] = 0.01,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="The folder to write; without it, only told.")
+        Path | None, typer.Option("-o", "--output", help="The folder to write; without it nothing is written.")
     ] = None,
     evaluate: Annotated[
         str | None, typer.Option(help="As in sweep (default: how likely the responses of the measuring half are).")
@@ -136,7 +149,7 @@ def repair(
         typer.Option(help="The damaged one (default: the file's name; of --evaluate the one that fell most)."),
     ] = None,
     rows: Annotated[
-        Path | None, typer.Option(help="JSON lines of what is measured; an interrupted run resumes.")
+        Path | None, typer.Option(help="JSON lines of what is measured; a run that was interrupted resumes from them.")
     ] = None,
     batch_size: int = 16,
     device: Device = None,
@@ -154,9 +167,9 @@ def repair(
     check_selectors([selector], checkpoints, data, how, units, None, answers)
     run = trajectory_of(checkpoints, layout)
     chosen = selector_of(selector, fractions[0], how, 0, units, ({}, 0.0))
+    kept = _kept(keep or [], evaluate, run, batch_size)
     with _loaded(run, data, evaluate, batch_size, device, dtype) as (prompts, function, say):
         batches, told = answered(run, prompts, answers)
-        kept = list(keep or ()) if function else prompts_of(files_of(keep or [], "--keep"), run, batch_size)
         done = run_repair(
             run,
             batches,
@@ -176,6 +189,8 @@ def repair(
     tell(told)
     out.print(str(done), markup=False)
     if done.outcome == "not repairable":
+        share = 0 if done.best is None else int(100 * done.wanted * (done.best.recovery or 0) / (done.goal or 1)) / 100
+        out.print("\nnothing was written" + (f": --recovery {share:g} would settle for the best" if share > 0 else ""))
         raise typer.Exit(UNREPAIRED)
     if done.mask is not None:
         out.print(

@@ -63,7 +63,10 @@ How = Annotated[
 ]
 Units = Annotated[str, typer.Option(help='"mlp", "kv_group", "value_channel", or two like "mlp,kv_group".')]
 Selected = Annotated[
-    str, typer.Option("--units", help='As in inspect; or "weight", single weights; or theirs, "mlp,weight".')
+    str,
+    typer.Option(
+        "--units", help='As in inspect; or "weight": single weights; or "mlp,weight": single weights of MLPs alone.'
+    ),
 ]
 
 
@@ -102,6 +105,21 @@ def dtype_of(name: str | None) -> torch.dtype | None:
     if name is not None and not isinstance(getattr(torch, name, None), torch.dtype):
         raise ValueError(f"--dtype {name}: expected a torch dtype like bfloat16")
     return getattr(torch, name) if name else None
+
+
+def device_of(name: str | None) -> str | None:
+    """The device's name, where this machine has it: asked before anything is read."""
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch that was built without it
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f'--device {name}: torch {torch.__version__} can\'t use it here ({reason}): expected a device like "cuda", '
+            f"or leave --device out for the CPU"
+        ) from error
+    return name
 
 
 def layout_of(path: Path | None, source: str) -> Layout | None:

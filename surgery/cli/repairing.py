@@ -22,6 +22,7 @@ from surgery.cli.options import (
     Protect,
     ProtectWeight,
     Selected,
+    device_of,
     dtype_of,
     folder_of,
     layout_of,
@@ -67,6 +68,7 @@ def select(
     if output is not None and output.exists() and not (overwrite or dry_run):
         raise ValueError(f"{output} exists: choose another file, or pass --overwrite")
     check_selectors([selector], checkpoints, data, how, units, protect, answers)
+    device_of(device)
     run = trajectory_of(checkpoints, layout)
     guard = protected(protect, protect_weight, run, batch_size)
     chosen = selector_of(selector, budget, how, seed, units, guard)
@@ -93,7 +95,10 @@ def _describe(mask: Mask, budget: float) -> None:
         out.print(note, markup=False)
     taken = sum(mask.count().values())
     if found := mask.made_by.get("entries"):
-        out.print(f"{found['allowed']} weights allowed, {taken} taken")
+        out.print(
+            f"{found['allowed']} weights allowed, {taken} taken: as many as leave the least loss, which is how "
+            f"far the answers to --data are from the earlier model's"
+        )
         for count, loss in found.get("curve", []):
             out.print(f"  {count:>10} reverted: loss {loss:.5g}{' (kept)' if count == taken else ''}")
     elif budget and not taken:
@@ -170,6 +175,7 @@ def strengths(
         raise LookupError(f"there is no mask file {mask}")
     if loss not in ("kl", "hellinger"):
         raise ValueError(f"--loss {loss}: expected kl or hellinger")
+    device_of(device)
     chosen = load_mask(mask)
     run = trajectory_of([earlier, later], layout)
     with working("finding strengths"):
@@ -180,7 +186,10 @@ def strengths(
     tell(kept)
     told = found.made_by["strengths"]
     none, full = told["loss"][:2]
-    out.print(f"loss {none:.5g} in the later model, {full:.5g} at strength {min(1.0, most):g}, {told['least']:.5g} now")
+    out.print(
+        f"loss {none:.5g} in the later model, {full:.5g} at strength {min(1.0, most):g}, "
+        f"{told['least']:.5g} with these strengths"
+    )
     out.print(spoken(recorded(found, chosen)))
     output.parent.mkdir(parents=True, exist_ok=True)
     found.save(output)

@@ -179,6 +179,9 @@ def test_repair_tells_the_verdict_then_the_table_then_what_it_wrote(surgery, lab
     assert all(torch.equal(healed[name], want[name]) for name in want)
     assert Trajectory(later=lab / "healed").load() is not None
     assert f"{lab}/healed exists: choose another folder, or pass --overwrite" in surgery(f"{words} -o {lab}/healed")[2]
+    code, told, err = surgery(f"{words} -o {lab}/qa/healed")
+    assert (code, told) == (1, again.removesuffix(f"\nwrote {lab}/healed\n"))  # what took hours is told all the same
+    assert "lies in one of the inputs: choose another folder" in err
     assert surgery(f"{words} -o {lab}/healed --overwrite")[:2] == (0, again)
 
 

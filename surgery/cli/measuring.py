@@ -171,14 +171,13 @@ def repair(
             path=rows,
             progress=say,
         )
-        if done.mask is not None and output is not None:
-            say(f"writing {output}")
-            done.save(output, overwrite=overwrite)
     tell(told)
     out.print(str(done), markup=False)
     if done.outcome == "not repairable":
         raise typer.Exit(UNREPAIRED)
-    if done.mask is not None:
-        out.print(
-            f"\nwrote {output}" if output else "\nnothing was written: pass -o FOLDER to write the repaired checkpoint"
-        )
+    if done.mask is not None and output is None:
+        out.print("\nnothing was written: pass -o FOLDER to write the repaired checkpoint")
+    elif done.mask is not None and output is not None:
+        with working(f"writing {output}"):
+            done.save(output, overwrite=overwrite)
+        out.print(f"\nwrote {output}")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.checkpoints.checkpoint import Checkpoint, Source, in_force, tensors_of
+from surgery.checkpoints.checkpoint import Checkpoint, Source, State, in_force, tensors_of
 from surgery.checkpoints.opening import Weights, open_weights
 from surgery.layout.slots import Block, Layout, Slot
 from surgery.masks.edits import Edit, Rows
@@ -45,7 +45,7 @@ class Rollback:
     strength: Any  # the number, or of many what ``reach.recorded`` gives
     noun: str  # what ``neurons`` counts
     _model: nn.Module = field(repr=False)
-    _old: list[tuple[Tensor, Edit, Tensor]] = field(repr=False)
+    _old: list[tuple[Edit, Tensor]] = field(repr=False)
 
     def __post_init__(self) -> None:
         if self._old:  # where nothing was written there is nothing to undo
@@ -55,13 +55,13 @@ class Rollback:
         return f"a rollback of {sum(self.neurons.values())} {self.noun}"
 
     def undo(self) -> None:
-        """Restore the original bits. A second call does nothing.
+        """Restore the original bits, also where the model was moved or converted since. A second call does nothing.
 
         Undo overlapping rollbacks in the reverse order in which they were made.
         """
         if self._old:
             in_force(self._model).remove(self._named())
-        _put_back(self._old)
+        _put_back(self._model, self._old)
 
     def before(self, block: Block, slot: Slot) -> Tensor:
         """What the reverted rows of a live slot held before: ``[neuron, ...]``, in their order.
@@ -69,7 +69,7 @@ class Rollback:
         Raises:
             LookupError: none of its neurons was reverted, or the rollback was undone.
         """
-        for _, edit, rows in self._old:
+        for edit, rows in self._old:
             if isinstance(edit, Rows) and (edit.block.name, edit.slot) == (block.name, slot):
                 return rows
         raise LookupError(f"no neuron of {slot.tensor} ({slot.part}) is reverted")
@@ -145,9 +145,10 @@ def rollback(
     edits = list(mask.edits(live.layout, "the model"))
     warn_if_made_for_others(mask, earlier=source)
     check_writable(live, edits)
-    old: list[tuple[Tensor, Edit, Tensor]] = []
+    old: list[tuple[Edit, Tensor]] = []
     finite: list[Tensor] = []  # read at the end: a GPU is waited for once, not once an edit
     changed: list[Tensor] = []
+    done = None
     try:
         with uninterrupted() as pending:
             for edit in edits:
@@ -156,7 +157,7 @@ def rollback(
                 after = new_values(edit, source, before, strength)
                 finite.append(after.isfinite().all())
                 changed.append((bits(before) != bits(after)).sum())
-                old.append((tensor, edit, before.to(keep_on) if keep_on else before))
+                old.append((edit, before.to(keep_on) if keep_on else before))
                 _write(tensor, edit, after)
                 if pending:
                     raise KeyboardInterrupt
@@ -169,7 +170,10 @@ def rollback(
             touched, differing = len({edit.slot.tensor for edit in edits}), sum(numbers(changed))
             done = Rollback(mask.count(), written, touched, differing, recorded(strength, mask), mask.noun, model, old)
     except BaseException:  # also of a Ctrl-C that was held back to the end: nobody would have the undo
-        _put_back(old)
+        if done is None:
+            _put_back(model, old)
+        else:
+            done.undo()
         raise
     return done
 
@@ -183,10 +187,12 @@ def _opened(to: Source, layout: Layout | None, later: Weights) -> Weights:
     return open_weights(to, layout if layout is None or layout.fits(tensors_of(to)) else None, later)
 
 
-def _put_back(old: list[tuple[Tensor, Edit, Tensor]]) -> None:
+def _put_back(model: nn.Module, old: list[tuple[Edit, Tensor]]) -> None:
+    tensors = State(model) if old else {}  # as they are now: a model that is moved gets other tensors
     with uninterrupted():
-        for tensor, edit, rows in reversed(old):
-            _write(tensor, edit, rows.to(tensor.device))
+        for edit, rows in reversed(old):
+            tensor = tensors[edit.slot.tensor]
+            _write(tensor, edit, rows.to(tensor.device, tensor.dtype))
         old.clear()
 
 

@@ -215,6 +215,9 @@ def test_repair_of_what_lost_nothing(surgery, lab: Path) -> None:
     assert not code, err
     assert out.startswith("No significant loss: sums lost 0.0000 nats per response token")
     assert "Nothing was changed." in out.splitlines()[0]
+    assert "earlier and later score exactly alike" in out
+    assert "Are they the same checkpoint?" in out
+    assert "0 comparisons" not in out
     assert "wrote" not in out
     assert not (lab / "healed").exists()
 
@@ -225,7 +228,11 @@ def test_what_repair_refuses_in_the_shells_words(surgery, lab: Path) -> None:
     for more, message in (
         (f"--keep {lab}/qa.jsonl", "expected a domain and its file"),
         (f"{score} --keep some", "'some' is none of the other metrics, which are ['other']"),
+        (f"{score} --keep some={lab}/qa.jsonl", "so name its metric alone: --keep some"),
         ("--recovery 2", "expected a share in (0, 1]"),
+        ("--limit -1", "limit=-1.0 of 'any kept metric': expected how much it may lose"),
+        ("--device nonsense", "--device nonsense: torch "),
+        ("--device cuda:77", "leave --device out for the CPU"),
         ("--budgets 0,1", "expected fractions in (0, 1]"),
         ("--budgets few", "--budgets: 'few' is not a number"),
         ("--selector AM", "single weights are ranked by D or by M alone"),
@@ -369,13 +376,13 @@ def test_inspect_shows_slots_and_probes(surgery, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("command", "code", "message"),
     [
-        ("select base earlier later", 1, "say where the mask goes"),
+        ("select base earlier later", 1, "name the file for the mask"),
         ("select base earlier later --selector AMC --dry-run", 1, "--selector AMC: A is measured on prompts of the da"),
         ("select base earlier later --selector AMC --dry-run", 1, "pass --data FILE"),
         ("select earlier later --dry-run", 1, "--selector D: D is measured on prompts"),
         ("select earlier later --selector D:kl --dry-run", 1, "pass --data FILE"),
         ("select earlier later --selector AMC --dry-run", 1, "give three, BASE EARLIER LATER, or a selector without C"),
-        ("select earlier later --selector MC --dry-run", 1, "C needs the base checkpoint, and there are two"),
+        ("select earlier later --selector MC --dry-run", 1, "C needs the base checkpoint, and you gave two"),
         ("sweep earlier later --evaluate x.py:f --selectors M,AM", 1, "--selector AM: A is measured on prompts"),
         ("repair earlier later --data x --selector MC --units mlp", 1, "--selector MC: C needs the base checkpoint"),
         ("repair later --data x", 1, "expected [BASE] EARLIER LATER, got 1 checkpoints"),
@@ -443,12 +450,12 @@ def test_select_says_where_d_promises_more_than_there_is(surgery, tmp_path: Path
     for selector, budget, said in (("D", 0.01, False), ("D", 1, True), ("D:kl", 1, True), ("M", 1, False)):
         code, out, err = surgery(f"{words} {selector} --budget {budget}")
         assert not code, err
-        assert ("more than there is to win back" in out) is said
+        assert ("which is all that can be won back" in out) is said
         if said:
             told = Neurons.load(tmp_path / "m").made_by["damage"]
             assert told["promised"] > told["loss"]
             unit = " nats" if selector == "D:kl" else ""
-            assert f"their D adds up to {told['promised']:.3g}{unit}, and the loss is {told['loss']:.3g}" in out
+            assert f"their D adds up to {told['promised']:.3g}{unit}, more than the loss of {told['loss']:.3g}" in out
 
 
 def test_single_weights_from_the_shell(surgery, tmp_path: Path) -> None:
@@ -537,7 +544,7 @@ def test_strengths_from_the_shell(surgery, tmp_path: Path) -> None:
     run.load(dtype=torch.float32)
     found = strengths(run, load_prompts(tmp_path / "data.jsonl", tmp_path / "qa"), mask, passes=4)
     assert Neurons.load(tmp_path / "s").equal(found)
-    assert f"{found.made_by['strengths']['least']:.5g} now" in out
+    assert f"{found.made_by['strengths']['least']:.5g} with these strengths" in out
     assert "exists: choose another file" in surgery(words)[2]
     for strength, value in ((tmp_path / "s", found), ("1.5", 1.5)):
         healing = f"rollback {tmp_path}/qa --to {tmp_path}/math --mask {tmp_path}/m -o {tmp_path}/healed --overwrite"

@@ -149,7 +149,7 @@ def test_a_part_that_heals_is_found_where_everything_does_harm(models, worst):
 def test_a_limit_that_nothing_keeps(models):
     found = tuned(models, Planted(models, qa=lambda x: -float(x > 0)), recovery=0.5, keep=["qa"])
     assert found.chosen is found.best is None
-    assert "none that was measured keeps the limits" in str(found)
+    assert "no measured budget keeps the limits" in str(found)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -227,10 +227,10 @@ def test_doubt_is_said_where_items_leave_it(models):
     found = tuned(models, Planted(models, lambda x: x**0.5, items=40), recovery=0.6, limit={"qa": 0.4})
     low = round(100 * found.chosen.interval[0])
     assert low < 60
-    assert f"not certain: the interval of recovery reaches down to {low} %" in str(found)
+    assert f"not certain: the interval of recovery reaches down to {low} %, below the 60 % that" in str(found)
     assert "not certain: the change of qa may be -" in str(found)
     none = tuned(models, Planted(models), recovery=0.5)
-    assert none.notes == ("evaluate gave no score per item, so nothing says how certain this is",)
+    assert none.notes == ("evaluate returned no score per item, so there are no intervals and no test",)
 
 
 def test_nothing_lost_is_said_and_nothing_is_chosen(models, tmp_path):
@@ -238,8 +238,11 @@ def test_nothing_lost_is_said_and_nothing_is_chosen(models, tmp_path):
     for evaluate in (Planted(models, lambda x: 2.0), Planted(models, lambda x: 2.0, items=40)):
         found = tuned(models, evaluate)
         assert (found.outcome, found.mask, evaluate.calls) == ("intact", None, 2)
-        assert str(found).startswith("No significant loss: math lost ")
-        with pytest.raises(ValueError, match="there is nothing to write: No significant loss"):
+        gain = found.sweep.rows[1].metrics["math"] - found.sweep.rows[0].metrics["math"]
+        assert str(found).startswith(f"Nothing was lost: math rose by {gain:.4f}")
+        assert found.lost is None or -found.lost.interval[1] <= gain <= -found.lost.interval[0]
+        assert found.lost is None or f"[{-found.lost.interval[1]:.4f}, {-found.lost.interval[0]:.4f}]" in found.verdict
+        with pytest.raises(ValueError, match="there is nothing to write: Nothing was lost"):
             found.save(tmp_path / "healed")
 
 

@@ -166,7 +166,7 @@ def test_underpowered_is_relative_to_what_was_asked():
 
 
 def test_the_items_said_to_be_needed_are_enough():
-    """With so many items of the same kind the loss can be told from nothing."""
+    """With that many items of the same kind the loss is significant."""
     rng = np.random.default_rng(3)
     (lost,) = paired(rng.normal(0.1, 1.0, (1, 100)), np.zeros(100))
     needed = int((underpowered(lost, None) or "").rsplit(" ", 1)[1])

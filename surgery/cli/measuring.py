@@ -12,6 +12,7 @@ import typer
 from surgery.cli.choosing import answered, check_selectors, protected, selector_of, unanswered
 from surgery.cli.options import (
     Answers,
+    BatchSize,
     Checkpoints,
     Data,
     Device,
@@ -26,6 +27,7 @@ from surgery.cli.options import (
     ProtectWeight,
     Rows,
     Selected,
+    device_of,
     dtype_of,
     files_of,
     folder_of,
@@ -50,9 +52,10 @@ UNREPAIRED = 3  # the exit code: damaged, and not repairable within the limits
 def _loaded(
     run: Trajectory, data: Path | None, evaluate: str | None, batch_size: int, device: str | None, dtype: str | None
 ) -> Iterator[tuple[list[Batch] | None, Any, Callable[[str], None]]]:
-    """The prompts, the evaluation, and what tells of progress, with the run's later model loaded."""
+    """The prompts, the evaluation, and a function that shows progress, with the run's later model loaded."""
     from surgery.live.prompts import load_prompts
 
+    device_of(device)
     batches = load_prompts(data, folder_of(run.later), batch_size=batch_size) if data else None
     function = None if evaluate is None else function_of(evaluate)
     with working("loading") as say:
@@ -73,13 +76,13 @@ def sweep(
     units: Selected = "mlp",
     metric: Metric = None,
     output: Rows = None,
-    batch_size: int = 16,
+    batch_size: BatchSize = 16,
     device: Device = None,
     dtype: Dtype = None,
     layout: LayoutFile = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Evaluate selectors at budgets on one live model, beside earlier, later and the ceiling."""
+    """Evaluate selectors at several budgets on one live model, with the rows earlier, later and ceiling."""
     from surgery.measure.sweep import sweep as run_sweep
 
     fractions = [fraction(text) for text in budgets.split(",")]
@@ -107,22 +110,33 @@ def sweep(
     out.print(str(found), markup=False)
 
 
+def _kept(keep: list[str], evaluate: str | None, run: Trajectory, batch_size: int) -> Any:
+    """What is to be kept: metrics of the evaluation, or without one the prompts of each domain."""
+    if evaluate is None:
+        return prompts_of(files_of(keep, "--keep"), run, batch_size)
+    if files := [text for text in keep if "=" in text]:
+        raise ValueError(
+            f"--keep {files[0]}: --evaluate measures, so name its metric alone: --keep {files[0].partition('=')[0]}"
+        )
+    return keep
+
+
 def repair(
     checkpoints: Checkpoints,
     data: Annotated[Path, typer.Option(help="JSON lines of the damaged domain: half choose, half measure.")],
     keep: Annotated[
         list[str] | None,
         typer.Option(
-            help='A domain to be kept, like "qa=qa.jsonl"; with --evaluate its metric, "qa"; repeat for more.'
+            help='A domain that must not be hurt, like "qa=qa.jsonl" (with --evaluate a metric, "qa"); repeat for more.'
         ),
     ] = None,
     recovery: Annotated[float, typer.Option(help="The wanted share of what can be won back, 0 to 1.")] = 0.9,
     limit: Annotated[float, typer.Option(help="How much a kept metric may lose, in its own unit.")] = 0.01,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="The folder to write; without it, only told.")
+        Path | None, typer.Option("-o", "--output", help="The folder to write (default: only print the result).")
     ] = None,
     evaluate: Annotated[
-        str | None, typer.Option(help="As in sweep (default: how likely the responses of the measuring half are).")
+        str | None, typer.Option(help="As in sweep (default: the likelihood of the measuring half's responses).")
     ] = None,
     selector: Annotated[str, typer.Option(help="As in select.")] = "D",
     units: Selected = "weight",
@@ -133,18 +147,18 @@ def repair(
     answers: Answers = None,
     metric: Annotated[
         str | None,
-        typer.Option(help="The damaged one (default: the file's name; of --evaluate the one that fell most)."),
+        typer.Option(help="The damaged metric (default: the file's name; with --evaluate the one that fell most)."),
     ] = None,
     rows: Annotated[
-        Path | None, typer.Option(help="JSON lines of what is measured; an interrupted run resumes.")
+        Path | None, typer.Option(help="A JSON-lines file for the rows; an interrupted run resumes from it.")
     ] = None,
-    batch_size: int = 16,
+    batch_size: BatchSize = 16,
     device: Device = None,
     dtype: Dtype = None,
     layout: LayoutFile = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Find the smallest rollback that repairs a domain and spares the others; exit code 3 if there is none."""
+    """Find the smallest rollback that repairs a domain and does not hurt others; exit code 3 if there is none."""
     from surgery.measure.repair import BUDGETS
     from surgery.measure.repair import repair as run_repair
 
@@ -154,9 +168,9 @@ def repair(
     check_selectors([selector], checkpoints, data, how, units, None, answers)
     run = trajectory_of(checkpoints, layout)
     chosen = selector_of(selector, fractions[0], how, 0, units, ({}, 0.0))
+    kept = _kept(keep or [], evaluate, run, batch_size)
     with _loaded(run, data, evaluate, batch_size, device, dtype) as (prompts, function, say):
         batches, told = answered(run, prompts, answers)
-        kept = list(keep or ()) if function else prompts_of(files_of(keep or [], "--keep"), run, batch_size)
         done = run_repair(
             run,
             batches,
@@ -173,6 +187,8 @@ def repair(
     tell(told)
     out.print(str(done), markup=False)
     if done.outcome == "not repairable":
+        share = 0 if done.best is None else int(100 * done.wanted * (done.best.recovery or 0) / (done.goal or 1)) / 100
+        out.print("\nnothing was written" + (f": --recovery {share:g} would settle for the best" if share > 0 else ""))
         raise typer.Exit(UNREPAIRED)
     if done.mask is not None and output is None:
         out.print("\nnothing was written: pass -o FOLDER to write the repaired checkpoint")

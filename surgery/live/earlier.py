@@ -1,4 +1,4 @@
-"""The earlier model where the later one lives: all weights swapped in place for a while, and put back bit for bit."""
+"""The earlier model in the later one's place: all weights are swapped temporarily, and restored bit for bit."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _inside: WeakKeyDictionary[nn.Module, list[tuple[Source, nn.Module]]] = WeakKeyD
 def earlier_model(run: Trajectory) -> Iterator[nn.Module]:
     """The earlier model, live, while the body runs, with one model in memory at a time.
 
-    The later model's weights (``run.load``) are swapped in place; those that ``run.later`` does not hold on
-    disk bit for bit are kept in the CPU's memory meanwhile. If a folder's names can't be told from those in memory, or
-    its configuration is another, the earlier model is loaded beside it instead; a bare mapping replaces the tensors
-    that it has.
+    The later model's weights (``run.load``) are swapped in place. Those that ``run.later`` does not hold on disk bit
+    for bit are kept in the CPU's memory meanwhile. If a folder's tensor names can't be matched with those in memory, or
+    its configuration is another, the earlier model is loaded beside the later one instead. A bare mapping replaces only
+    the tensors that it has.
 
     Raises:
         ValueError: there is no earlier checkpoint, or it is of another model.
-        ExceptionGroup: at the end, where tensors could not be put back; it names them, and all others are back.
+        ExceptionGroup: at the end, if tensors could not be restored; it names them, and all others are restored.
 
     Source: ours.
     """

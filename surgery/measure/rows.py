@@ -44,13 +44,13 @@ def is_ceiling(name: str) -> bool:
 class Row:
     """One evaluated model.
 
-    Measured: ``budget`` is the fraction of neurons (or other units, or single weights) asked for and ``neurons`` how
+    Measured: ``budget`` is the requested fraction of neurons (or other units, or single weights), and ``neurons`` how
     many were reverted; ``metrics`` are the scores (means, where ``evaluate`` returned one number per item), ``items``
-    those numbers; ``seconds`` are of wall clock, selection and evaluation together.
+    those numbers; ``seconds`` is the wall-clock time of selection and evaluation together.
 
     Judged against the references, on the chosen metric: ``recovery`` = (score − later) / (earlier − later), None for
     the references and where nothing was lost; ``interval``, its 95 % paired bootstrap interval, None without items
-    or where there is no finite one; ``underpowered``, why it can't be trusted, None if it can; ``healing`` and
+    or where there is no finite one; ``underpowered``, why recovery is not reliable, None if it is; ``healing`` and
     ``preservation`` as in ``surgery.measure.statistics``. On the others: ``delta`` = score − later, ``retention``. On
     all: ``paired``, against later.
 
@@ -74,7 +74,7 @@ class Row:
 
 
 def scored(values: Mapping[str, Score]) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """What ``evaluate`` returned as scores, and as items where it gave one number per item.
+    """The scores that ``evaluate`` returned, and the items of those with one number per item.
 
     Items are rounded to float32, so that a row read from a file is the row that was written; a score is their mean.
 
@@ -139,7 +139,7 @@ class Sweep:
             ("recovery", lambda row: _recovery(row, self.metric)),
         ]
         if any(row.items for row in self.rows):
-            columns += self._both_ways(others)
+            columns += [column for column in self._both_ways(others) if any(map(column[1], self.rows))]
         columns += [(f"Δ {name}", lambda row, name=name: _delta(row, name)) for name in others]  # type: ignore[misc]
         if not any(row.items for row in self.rows):
             columns.append(("seconds", lambda row: f"{row.seconds:.1f}"))
@@ -147,7 +147,7 @@ class Sweep:
         return "\n".join([*aligned(lines, [at == 0 for at in range(len(columns))]), *self._notes()])
 
     def _both_ways(self, others: list[str]) -> list[tuple[str, Callable[[Row], str]]]:
-        """Healed and kept of the damaged metric, and what is kept of the metric that the later stage won most on."""
+        """Healed and kept of the damaged metric, and kept of the metric on which the later stage won most."""
         columns: list[tuple[str, Callable[[Row], str]]] = [
             ("healed", lambda row: _percent(row.healing)),
             ("kept", lambda row: _percent(row.preservation)),
@@ -167,6 +167,13 @@ class Sweep:
             f"metric the damaged one, or are the checkpoints in the wrong order?"
             for one, other in zip(self[EARLIER], self[LATER], strict=False)
             if (before := one.metrics[self.metric]) <= (after := other.metrics[self.metric])
+            and one.metrics != other.metrics
+        ]
+        risen += [
+            f"no recovery: earlier and later score exactly alike ({self.metric} {one.metrics[self.metric]:.4f}). "
+            f"Are they the same checkpoint?"
+            for one, other in zip(self[EARLIER], self[LATER], strict=False)
+            if one.metrics == other.metrics
         ]
         counts = {one.items for row in self.rows for one in row.paired.values()}
         if not counts:
@@ -174,16 +181,15 @@ class Sweep:
         tests = sum(len(row.paired) for row in self.rows if row.selector not in (EARLIER, LATER))
         many = f"{min(counts)} items" if len(counts) == 1 else f"{min(counts)} to {max(counts)} items"
         names = " and ".join(sorted({_TESTS[one.test] for row in self.rows for one in row.paired.values()}))
-        notes = [
-            f"[ ] 95 % paired bootstrap over {many} ({DRAWS} draws); * p < {ALPHA} against later, {names}, "
-            f"not corrected for the {tests} comparisons"
-        ]
+        compared = f"* p < {ALPHA} against later, {names}, not corrected for the {tests} comparisons"
+        notes = [f"[ ] 95 % paired bootstrap over {many} ({DRAWS} draws); {compared if tests else f'p: {names}'}"]
         notes += [
-            f"from earlier to later {self.metric} lost {one.gain:.4f} [{one.interval[0]:.4f}, {one.interval[1]:.4f}], "
-            f"p = {one.p:.2g}; healed: the part of it that came back item by item, kept: of what was left"
+            f"{self.metric} lost {one.gain:.4f} [{one.interval[0]:.4f}, {one.interval[1]:.4f}] from earlier to later, "
+            f"p = {one.p:.2g}"
             for row in self[EARLIER]
             if (one := row.paired.get(self.metric)) and not risen
         ] + risen
+        notes += self._meanings()
         unsure: dict[str, int] = {}
         for row in self.rows:
             if row.underpowered:
@@ -197,6 +203,19 @@ class Sweep:
                 f"(up to {100 * widest:.0f} points); score more items"
             )
         return ["", *notes]
+
+    def _meanings(self) -> list[str]:
+        """What the columns say that are not plain from their heads."""
+        said = []
+        if any(row.healing is not None for row in self.rows):
+            said.append(f"healed: the part of each item's loss in {self.metric} that came back, over all items")
+        if any(row.preservation is not None for row in self.rows):
+            said.append(f"kept: the part of {self.metric} that later still had and that stayed")
+        if any(row.retention for row in self.rows):
+            said.append("kept with a name: the part of what later had won there that stayed")
+        if said and len(self.rows[0].metrics) > 1:
+            said.append("Δ: the change against later; in round brackets the score itself")
+        return ["; ".join(said)] if said else []
 
 
 _TESTS = {"McNemar": "exact McNemar", "sign flip": "sign-flip permutation"}
@@ -222,7 +241,7 @@ def _recovery(row: Row, metric: str) -> str:
     if row.interval is not None:
         cell += f" {points(row.interval)}"
     elif row.underpowered:
-        cell += " [no limits]"
+        cell += " [no interval]"
     return cell + ("?" if row.underpowered else _star(row, metric))
 
 
@@ -241,7 +260,7 @@ def _brief(x: float) -> str:
 
 
 def judged(rows: Sequence[Row], earlier: Row, later: Row, metric: str) -> list[Row]:
-    """The rows with what follows from the references (see ``Row``): recovery on ``metric``, Δ on the others.
+    """The rows judged against the references (see ``Row``): recovery on ``metric``, Δ on the others.
 
     Raises:
         ValueError: two models were scored on different numbers of items.

@@ -1,4 +1,4 @@
-"""Sweeps: budgets × selectors × an evaluation, in one process, on one model that is whole again at the end."""
+"""Sweeps: budgets × selectors × an evaluation, in one process, on one model that is restored at the end."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Bench:
         run: the trajectory; its later model is loaded once (``run.load``).
         data: calibration prompts, or None.
         evaluate: model → {metric: score or one score per item}, or "lm_eval:task,task".
-        path: a JSON-lines file: rows are appended as they come, and rows that it holds are not measured again.
+        path: a JSON-lines file: rows are appended as they are measured, and cached rows are not measured again.
         say: called with a line of text before each evaluation.
 
     ``evaluations`` counts the models that were really evaluated.
@@ -269,7 +269,7 @@ def check_names(selectors: Sequence[Any]) -> None:
         if seen.setdefault(name_of(selector), held) != held:
             raise ValueError(
                 f"two selectors with different settings are both called {name_of(selector)!r}, and a row is known by "
-                f"its name: sweep them one by one, each with a file of its own"
+                f"its name: sweep them one by one, each with its own file"
             )
 
 
@@ -319,7 +319,7 @@ def sweep(
 ) -> Sweep:
     """Evaluate every selector at every budget, after the references: earlier, later and the ceiling (of every unit).
 
-    Each score is computed once; rollbacks are applied and undone in place; nothing is reloaded. The model is
+    Each score is computed once. Rollbacks are applied and undone in place, and nothing is reloaded. The model is
     bit-identical at the end, also after an error.
 
     Args:
@@ -330,16 +330,16 @@ def sweep(
         evaluate: model → {metric: score}, larger = better; where a score is a 1-D sequence, array or tensor of one
             number per item, rows get intervals and tests. Or "lm_eval:task,task" (see ``harness``).
         metric: whose recovery is reported (default: the one that fell most from earlier to later).
-        path: a JSON-lines file: rows are appended as they come, and rows that it holds are not computed again.
+        path: a JSON-lines file: rows are appended as they are measured, and cached rows are not measured again.
         progress: called with a line of text before each evaluation.
 
     Returns:
         A ``Sweep``: rows, and a table when printed.
 
     Raises:
-        ValueError: the file is of other checkpoints, a selector has no budget, two selectors have one name, there is no
-            such metric, a score is NaN, models were scored on different metrics or items, or ``evaluate`` changed the
-            weights.
+        ValueError: the file has rows of other checkpoints, prompts or another evaluation; a selector has no budget; two
+            selectors have the same name; there is no such metric; a score is NaN; models were scored on different
+            metrics or items; or ``evaluate`` changed the weights.
 
     Source: the paper's Table 6 and Figure 13 in kind.
     """

@@ -33,9 +33,9 @@ from surgery.reverting.writing import (
 
 @dataclass
 class Rollback:
-    """What a rollback did, and the way back.
+    """What a rollback did, and its undo.
 
-    Use it as a ``with`` block (undone on exit) or keep it and call ``undo``.
+    Use it as a ``with`` block (undone on exit), or keep it and call ``undo``.
     """
 
     neurons: dict[str, int]  # written, per block; of single weights their number, per part
@@ -55,9 +55,9 @@ class Rollback:
         return f"a rollback of {sum(self.neurons.values())} {self.noun}"
 
     def undo(self) -> None:
-        """Put the original bits back, also where the model was moved or converted since. Undoing twice is undoing once.
+        """Restore the original bits, also where the model was moved or converted since. A second call does nothing.
 
-        Rollbacks that overlap are undone in the reverse order in which they were made.
+        Undo overlapping rollbacks in the reverse order in which they were made.
         """
         if self._old:
             in_force(self._model).remove(self._named())
@@ -115,21 +115,21 @@ def rollback(
 ) -> Rollback:
     """Set the masked neurons or weights of a live model back to their values in ``to``, in place; undoable bit for bit.
 
-    w_n ← w_n + strength · (w_n(to) − w_n). Only the masked numbers of ``to`` are read and only those of the model are
-    kept for the undo. An exception or Ctrl-C on the way puts the old weights back before it goes on.
+    w_n ← w_n + strength · (w_n(to) − w_n). Only the masked numbers of ``to`` are read, and only those of the model are
+    kept for the undo. An exception or Ctrl-C restores the old weights before it propagates.
 
     Args:
         model: the later model; weights float32, bfloat16, float16 or float64, on any device.
         to: the earlier checkpoint: a folder, hub id, module or mapping, on any device, of any floating dtype.
-        mask: bool Neurons or Entries, as a selector gives it; its blocks' names say which units it is over.
-        strength: in [0, 3], or Neurons with one for each neuron (``strengths`` finds good ones). 1 copies bits and 0
-            leaves them; else the blend is computed in float32 and rounded to the weights' dtype. Beyond 1 it goes on
-            past the earlier values, and writes numbers that no checkpoint had.
-        keep_on: where the originals are kept (default: beside the weights).
-        layout: where the neurons lie (default: found); also of ``to``, where its tensors have the same names.
+        mask: bool Neurons or Entries, as a selector returns it; the names of its blocks say which kinds of unit it has.
+        strength: in [0, 3], or Neurons with one for each neuron (``strengths`` finds good ones). 1 copies the earlier
+            bits and 0 keeps the later ones; else the blend is computed in float32 and rounded to the weights' dtype. A
+            strength of 2 overshoots the earlier value by the full change; no checkpoint ever held such values.
+        keep_on: where the original bits are kept (default: beside the weights).
+        layout: where the neurons lie (default: found); also in ``to``, if its tensors have the same names.
 
     Returns:
-        A report that is also the undo; as a ``with`` block it undoes itself on exit.
+        A report with ``undo``; used as a ``with`` block it undoes the rollback on exit.
 
     Raises:
         ValueError: the mask or ``to`` is of another model; weights are offloaded, quantised, or share their storage
@@ -207,7 +207,7 @@ def _not_finite(edit: Edit, source: Weights, strength: Strength) -> str:
 
 
 class RolledBack(Mapping[str, Tensor]):
-    """A checkpoint seen with some neurons set back: a lazy mapping that reads, and never writes, its two parents."""
+    """A checkpoint with some neurons set back: a lazy mapping that reads its two parents and never writes them."""
 
     def __init__(self, later: Weights, source: Weights, mask: Mask, strength: Strength) -> None:
         self.later, self.source, self.mask, self.strength = later, source, mask, strength
@@ -269,7 +269,7 @@ class RolledBack(Mapping[str, Tensor]):
             _write(tensor, edit, after)
 
     def papers(self) -> dict[str, bytes]:
-        """What lies beside the weights in a saved folder: the mask, what made it, a model card."""
+        """The files beside the weights in a saved folder: the mask, a record of what made it, a model card."""
         return papers(self.later, self.source, self.mask, self.strength, self.parameters, len(self._edits))
 
     def __repr__(self) -> str:
@@ -281,7 +281,7 @@ class RolledBack(Mapping[str, Tensor]):
 def rolled_back(
     later: Source, *, to: Source, mask: Mask, strength: Strength = 1.0, layout: Layout | None = None
 ) -> RolledBack:
-    """The later checkpoint with the masked neurons set back to ``to``, as a lazy new mapping; nothing is written.
+    """The later checkpoint with the masked neurons set back to ``to``, as a new lazy mapping; nothing is written.
 
     Args:
         later: the later checkpoint: a folder, hub id or mapping.

@@ -180,7 +180,7 @@ def test_what_is_no_mask_is_told_so(wrong):
     """A file's path, say: AttributeError said that it has no 'is_mask'."""
     model = build("qwen3")
     for action in (rollback, rolled_back):
-        with pytest.raises(ValueError, match=f"mask= is a {type(wrong).__name__}: expected the Neurons or Entries"):
+        with pytest.raises(ValueError, match=f"mask= is a {type(wrong).__name__}: expected Neurons or Entries"):
             action(model, to=model, mask=wrong)
     mask, entries = Neurons({"a": torch.tensor([True])}), Entries({}, shapes={"a/up": (1, 1)})
     for one, other in ((mask, entries), (entries, mask), (mask, wrong), (entries, wrong)):

@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 2
 
-demo: venv ## the main job on the lab's checkpoints: select, dry run, rollback to a folder, sweep, plot
+demo: venv ## the main job on the lab's checkpoints: repair; then by hand, a sweep, a picture, the page
 	$(BIN)/python -m benchmarks.demo
 
 test: venv lint ## everything that CI runs, a process and a thread per core

@@ -37,24 +37,20 @@ def shell(command: str) -> None:
 
 
 def main() -> None:
-    """Select, dry run, roll back to a folder, sweep, plot, and the page about all stages."""
+    """Repair; then the same by hand, selectors beside each other, a picture, and the page about all stages."""
     shutil.rmtree(ROOT / OUT, ignore_errors=True)
     (ROOT / OUT).mkdir()
     three = f"{LAB}/code {LAB}/math {LAB}/qa"
     data = f"--data {LAB}/data/math.calibration.jsonl"
     print("Three checkpoints of one model in training order: code, math, qa. Training on QA cost some of its Math.")
-    shell(f"surgery inspect {LAB}/qa --probe")
-    shell(f"surgery select {three} {data} --selector D --budget 0.02 -o {OUT}/mask.safetensors")
-    rollback = f"surgery rollback {LAB}/qa --to {LAB}/math --mask {OUT}/mask.safetensors"
-    shell(f"{rollback} --dry-run")
-    shell(f"{rollback} -o {OUT}/qa-healed")
-    print(
-        "\nWho finds the right neurons? A score is the mean probability of the right answer, per domain. Recovery: the"
-    )
-    print(
-        "part of what Math lost that is back. Δ: the change of another domain beside later; in brackets the references'"
-    )
-    print("own scores. The ceiling is what all MLP neurons give back together.")
+    print("The main job: measure the loss, find the smallest rollback that repairs it, and spare QA.")
+    shell(f"surgery repair {LAB}/math {LAB}/qa {data} --keep qa={LAB}/data/qa.calibration.jsonl -o {OUT}/qa-repaired")
+    print("\nThe same by hand, with whole neurons: choose some, then roll a folder back.")
+    shell(f"surgery select {three} {data} --budget 0.02 -o {OUT}/mask.safetensors")
+    shell(f"surgery rollback {LAB}/qa --to {LAB}/math --mask {OUT}/mask.safetensors -o {OUT}/qa-rolled-back")
+    print("\nWhich selector finds the right neurons? A score is the mean probability of the right answer, per domain.")
+    print("Recovery: the part of Math's loss that is back. Δ: the change of another domain from later; in brackets the")
+    print("scores of the references. The ceiling is what all MLP neurons give back together.")
     shell(
         f"surgery sweep {three} {data} --evaluate benchmarks.demo:score --metric math "
         f"--selectors random,AMC,D:kl,D --budgets 0.02,0.08,0.32 -o {OUT}/sweep.jsonl"
@@ -62,12 +58,10 @@ def main() -> None:
     shell(f"python -m benchmarks.draw {OUT}/sweep.jsonl {OUT}/dose-response.png --metric math")
     stages = " ".join(f"{LAB}/{name}" for name in ("base", "code", "math", "qa", "cw"))
     files = " ".join(f"--data {name}={LAB}/data/{name}.calibration.jsonl" for name in ("math", "code", "qa"))
-    print(
-        "\nNow every stage, up to the last one, cw. The score here is how likely the right answers are, and half of the"
-    )
-    print("prompts measure what the other half chose: so these numbers are not those of the table above.")
+    print("\nNow every stage, up to the last one, cw. The score here is how likely the right answers are, and half of")
+    print("the prompts measure what the other half chose, so these numbers differ from those of the table above.")
     shell(f"surgery analyse {stages} {files} --skip terms --budgets 0.02,0.16 -o {OUT}/report")
-    print(f"\nThe healed checkpoint is {OUT}/qa-healed (mask, provenance and model card beside the weights),")
+    print(f"\nThe repaired checkpoint is {OUT}/qa-repaired (mask, provenance and model card beside the weights),")
     print(f"the table's rows are {OUT}/sweep.jsonl, the picture is {OUT}/dose-response.png,")
     print(f"and {OUT}/report/index.html is the page about all five checkpoints.")
 

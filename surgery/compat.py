@@ -55,7 +55,7 @@ def as_saved(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         from transformers.core_model_loading import revert_weight_conversion
     except ImportError as error:
         raise ValueError(
-            f"this transformers can't tell the names on disk ({error}): use a version from 5.0 on, or describe the "
+            f"this transformers does not give the names on disk ({error}): use a version from 5.0 on, or describe the "
             f"layout yourself with layout= (docs/how-to/add-an-architecture.md)"
         ) from error
     found: dict[str, Tensor] = revert_weight_conversion(model, dict(tensors))

@@ -18,8 +18,8 @@ class Table:
 
     Args:
         title: what the rows are, in a few words.
-        head: the columns' names, with their units in brackets where they have one.
-        rows: one cell per column; None prints as nothing.
+        head: the columns' names, with units in brackets.
+        rows: one cell per column; None prints as an empty cell.
     """
 
     title: str
@@ -46,7 +46,7 @@ def aligned(lines: Sequence[Sequence[str]], left: Sequence[bool]) -> list[str]:
 
 
 def cell_text(cell: Cell) -> str:
-    """A cell as a person reads it: four significant digits of a float, separated thousands of an integer.
+    """A cell as printed: a float with four significant digits, an integer with separated thousands.
 
     >>> cell_text(0.123456), cell_text(1234567), cell_text(1e-7), cell_text(None)
     ('0.1235', '1,234,567', '1e-07', '')

@@ -26,13 +26,13 @@ def kinds_of(units: Units) -> tuple[str, ...]:
     asked = _asked(units)
     if WEIGHT in asked:
         raise ValueError(
-            f"units={units!r}: a model is not laid out or scored by single weights, selectors choose among them: pass "
-            f"it to DamageSelector, AMCSelector or RandomSelector"
+            f"units={units!r}: layouts and scores have no single weights, only selectors choose among them: pass it to "
+            f"DamageSelector, AMCSelector or RandomSelector"
         )
     if not asked or set(asked) - set(KINDS):
         raise ValueError(
-            f'units={units!r}: expected some of {", ".join(KINDS)}, like "mlp" or ("mlp", "kv_group"); of a selector '
-            f'"weight" too, alone or beside them'
+            f'units={units!r}: expected some of {", ".join(KINDS)}, like "mlp" or ("mlp", "kv_group"); selectors also '
+            f'take "weight", alone or with them'
         )
     if len(set(asked) - {"mlp"}) > 1:
         raise ValueError(f'units={units!r} overlap: beside "mlp" take one of {", ".join(ATTENTION)}')

@@ -33,7 +33,7 @@ from benchmarks.pareto.baselines import (
 )
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-SEED0 = Path(baselines.__file__).parent / "lab" / "seed0"
+SEED0 = Path(baselines.__file__).parents[1] / "lab" / "seed0"
 Pair = tuple[dict[str, Tensor], dict[str, Tensor]]
 
 

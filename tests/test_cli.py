@@ -179,6 +179,9 @@ def test_repair_tells_the_verdict_then_the_table_then_what_it_wrote(surgery, lab
     assert all(torch.equal(healed[name], want[name]) for name in want)
     assert Trajectory(later=lab / "healed").load() is not None
     assert f"{lab}/healed exists: choose another folder, or pass --overwrite" in surgery(f"{words} -o {lab}/healed")[2]
+    code, told, err = surgery(f"{words} -o {lab}/qa/healed")
+    assert (code, told) == (1, again.removesuffix(f"\nwrote {lab}/healed\n"))  # what took hours is told all the same
+    assert "lies in one of the inputs: choose another folder" in err
     assert surgery(f"{words} -o {lab}/healed --overwrite")[:2] == (0, again)
 
 
@@ -373,13 +376,13 @@ def test_inspect_shows_slots_and_probes(surgery, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("command", "code", "message"),
     [
-        ("select base earlier later", 1, "say where the mask goes"),
+        ("select base earlier later", 1, "name the file for the mask"),
         ("select base earlier later --selector AMC --dry-run", 1, "--selector AMC: A is measured on prompts of the da"),
         ("select base earlier later --selector AMC --dry-run", 1, "pass --data FILE"),
         ("select earlier later --dry-run", 1, "--selector D: D is measured on prompts"),
         ("select earlier later --selector D:kl --dry-run", 1, "pass --data FILE"),
         ("select earlier later --selector AMC --dry-run", 1, "give three, BASE EARLIER LATER, or a selector without C"),
-        ("select earlier later --selector MC --dry-run", 1, "C needs the base checkpoint, and there are two"),
+        ("select earlier later --selector MC --dry-run", 1, "C needs the base checkpoint, and you gave two"),
         ("sweep earlier later --evaluate x.py:f --selectors M,AM", 1, "--selector AM: A is measured on prompts"),
         ("repair earlier later --data x --selector MC --units mlp", 1, "--selector MC: C needs the base checkpoint"),
         ("repair later --data x", 1, "expected [BASE] EARLIER LATER, got 1 checkpoints"),
@@ -447,12 +450,12 @@ def test_select_says_where_d_promises_more_than_there_is(surgery, tmp_path: Path
     for selector, budget, said in (("D", 0.01, False), ("D", 1, True), ("D:kl", 1, True), ("M", 1, False)):
         code, out, err = surgery(f"{words} {selector} --budget {budget}")
         assert not code, err
-        assert ("more than there is to win back" in out) is said
+        assert ("which is all that can be won back" in out) is said
         if said:
             told = Neurons.load(tmp_path / "m").made_by["damage"]
             assert told["promised"] > told["loss"]
             unit = " nats" if selector == "D:kl" else ""
-            assert f"their D adds up to {told['promised']:.3g}{unit}, and the loss is {told['loss']:.3g}" in out
+            assert f"their D adds up to {told['promised']:.3g}{unit}, more than the loss of {told['loss']:.3g}" in out
 
 
 def test_single_weights_from_the_shell(surgery, tmp_path: Path) -> None:

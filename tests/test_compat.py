@@ -62,7 +62,7 @@ def test_as_saved() -> None:
 
 def test_as_saved_is_refused_where_transformers_has_no_such_function(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers.core_model_loading", None)
-    with pytest.raises(ValueError, match=r"can't tell the names on disk .*layout="):
+    with pytest.raises(ValueError, match=r"does not give the names on disk .*layout="):
         compat.as_saved(build("llama"), {})
 
 

@@ -454,7 +454,7 @@ def test_only_the_mlps_where_attention_is_unclear_or_the_layout_is_given():
     for kinds in (("mlp",), ("kv_group",)):
         layout = find_layout(later, units=kinds)
         assert candidates(Trajectory(earlier=later, later=later, layout=layout)) == kinds
-    with pytest.raises(ValueError, match="can be told for certain"):
+    with pytest.raises(ValueError, match="found for certain"):
         DamageSelector(0.1, units=(*BOTH, "weight")).select(run, batches(labels=True))
 
 

@@ -115,7 +115,7 @@ def test_a_score_that_moves_the_model_keeps_what_was_there_off_the_gpu(family, m
 
     def watched(*args: Any, **settings: Any) -> Rollback:
         done = rollback(*args, **settings)
-        kept.extend(rows.device.type for _, _, rows in done._old)
+        kept.extend(rows.device.type for _, rows in done._old)
         return done
 
     monkeypatch.setattr(attribution, "rollback", watched)

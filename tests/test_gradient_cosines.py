@@ -189,7 +189,11 @@ MUTANTS = {
     "absolute values are summed": (gradient_products, "_products", _absolute),
     "a domain's sum is the next one's start": (gradient_products, "zeros_on_disk", _shared()),
     "a tied parameter is counted twice": (gradient_cosines, "trainable", _twice),
-    "only the first chunk is summed": (gradient_products, "range", lambda *_: [0]),
+    "only the first chunk is summed": (
+        gradient_products,
+        "range",
+        lambda *given: [0] if len(given) == 3 else range(*given),
+    ),
 }
 
 

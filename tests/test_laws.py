@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from surgery import AMCSelector, Checkpoint, Neurons, RandomSelector, Trajectory, rolled_back, save
-from surgery.checkpoints.checkpoint import State
+from surgery.checkpoints.checkpoint import State, in_force
 from surgery.layout import find_layout
 from surgery.layout.on_disk import folder_layout
 from surgery.layout.slots import Layout, Slot
@@ -349,7 +349,7 @@ def inverted(patch: pytest.MonkeyPatch) -> None:
 def wrong_rows_saved(patch: pytest.MonkeyPatch) -> None:
     def mutant(*args, original=operators.rollback, **kwargs):
         done = original(*args, **kwargs)
-        done._old = [(tensor, edit, rows.roll(1, 0)) for tensor, edit, rows in done._old]
+        done._old = [(edit, rows.roll(1, 0)) for edit, rows in done._old]
         return done
 
     patch.setattr(operators, "rollback", mutant)
@@ -358,7 +358,8 @@ def wrong_rows_saved(patch: pytest.MonkeyPatch) -> None:
 def new_rows_saved(patch: pytest.MonkeyPatch) -> None:
     def mutant(*args, original=operators.rollback, **kwargs):
         done = original(*args, **kwargs)
-        done._old = [(tensor, edit, edit.take(tensor)) for tensor, edit, _ in done._old]
+        now = State(done._model)
+        done._old = [(edit, edit.take(now[edit.slot.tensor])) for edit, _ in done._old]
         return done
 
     patch.setattr(operators, "rollback", mutant)
@@ -534,6 +535,7 @@ def test_ctrl_c_anywhere_in_a_rollback_leaves_the_old_weights(kind):
         with pytest.raises(KeyboardInterrupt):
             traced(line)
         assert same(snapshot(later), before), line
+        assert in_force(later) == [], line
 
 
 def test_nan_in_the_earlier_checkpoint_is_refused_before_it_stays():

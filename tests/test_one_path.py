@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from collections import Counter
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from surgery import (
     AMCSelector,
     Checkpoint,
     DamageSelector,
+    Neurons,
     RandomSelector,
     Trajectory,
     conflict,
@@ -29,6 +31,7 @@ from surgery import (
     sweep,
 )
 from surgery.checkpoints.checkpoint import in_force
+from surgery.live import earlier as swap
 from surgery.live.earlier import earlier_model
 from surgery.measure.evaluators import likelihood
 from surgery.scores.damage import reversal_cost
@@ -175,6 +178,44 @@ def test_a_rollback_of_nothing_leaves_the_run_whole_once_it_is_undone(folders, u
     with rollback(run.load(), to=run.earlier, mask=RandomSelector(0.0, units=units).select(run)):
         pass
     assert in_force(run.load()) == []
+
+
+def test_a_rollback_is_undone_where_the_model_was_converted_since(folders):
+    """The old bits went into tensors that were the model's no more, and nothing said so."""
+    run = run_of(folders)
+    model, mask = run.load(), RandomSelector(0.5).select(run)
+    before = {name: tensor.double() for name, tensor in model.state_dict().items()}
+    with rollback(model, to=run.earlier, mask=mask):
+        run.load(dtype=torch.float64)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_rollback_that_ctrl_c_ends_is_not_in_force(folders):
+    """Also where it comes after the last write, and is held back until all is written."""
+
+    class Late(Neurons):
+        def count(self) -> dict[str, int]:
+            signal.raise_signal(signal.SIGINT)
+            return super().count()
+
+    run = run_of(folders)
+    model, mask = run.load(), Late(RandomSelector(0.5).select(run))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            rollback(model, to=run.earlier, mask=mask)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert in_force(model) == []
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_an_earlier_model_beside_the_later_one_is_loaded_once(folders, counted, monkeypatch):
+    """Where names can't be told it can't be swapped in; the answers and the predictions are one model's."""
+    monkeypatch.setattr(swap, "_found", lambda *_: None)
+    damage(run_of(folders), UNLABELLED)
+    assert counted[1] == {"earlier": 1, "later": 1}
 
 
 def test_an_edited_model_given_as_later_is_what_it_is(folders):

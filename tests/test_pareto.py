@@ -285,18 +285,15 @@ def test_identity_tells_checkpoints_and_prompts_apart(tmp_path: Path) -> None:
 
 
 @needs_checkpoints
-def test_measuring_leaves_the_model_whole_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every untrained method at one value, on few prompts; then from the file, only what is missing."""
+def test_measuring_leaves_the_model_whole_and_resumes(
+    seed0: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every untrained method at one value; then again from the file, where only what is missing is measured."""
     torch.set_num_threads(1)
     asked: list[str] = []
 
     def few(setting: Any) -> list[Method]:
         return [replace(m, values=m.values[-1:], draws=1) for m in methods(setting) if m.kind != TRAINED]
-
-    def short(*asked: Any) -> Any:
-        setting = setting_of(*asked)
-        others = {domain: data[:1] for domain, data in setting.others.items()}
-        return replace(setting, data=setting.data[:1], others=others)
 
     def counted(setting: Any, method: Method, *others: Any) -> Row:
         asked.append(method.name)
@@ -306,7 +303,6 @@ def test_measuring_leaves_the_model_whole_and_resumes(tmp_path: Path, monkeypatc
         return found
 
     monkeypatch.setattr(pareto, "methods", few)
-    monkeypatch.setattr(pareto, "setting_of", short)
     monkeypatch.setattr(pareto, "measure", counted)
     path = tmp_path / "pareto.json.gz"
     run = measure_pair(seed0, PAIR, Store(path))
@@ -379,9 +375,10 @@ README = {
 def test_the_readmes_first_table_is_what_the_rows_say() -> None:
     """Each recovery with its interval, what was touched and the worst change elsewhere, on the two pairs it shows."""
     root = Path(pareto.__file__).parents[1]
+    asked = {*README.values(), (LATER, 0.0), (EARLIER, 1.0)}
     named_runs: dict[str, list[dict[str, Any]]] = {}
     for run in Store(root / "results" / "pareto.json.gz").runs:
-        rows = [row for row in run["rows"] if (row["method"], row["value"]) in {*README.values(), (LATER, 0.0)}]
+        rows = [row for row in run["rows"] if (row["method"], row["value"]) in asked]
         named_runs.setdefault(run["pair"]["name"].split(" (")[0], []).append({**run, "rows": rows})
     found = [
         {(point.method, point.value): point for point in points(named_runs[pair])}

@@ -126,10 +126,30 @@ def test_limits_that_are_met_cost_nothing(models):
     assert found.limits == {"qa": -0.3, "code": 0.0}
 
 
+def test_a_limit_and_a_goal_that_are_met_exactly_are_met(models):
+    """In binary 0.79 − 0.80 < −0.01 and (0.95 − 0.5) / (1 − 0.5) < 0.9: that refused one point of a hundred."""
+    evaluate = Planted(models, lambda x: 0.95 if x > 0.2 else 0.5, lambda x: 0.79 if x > 0.2 else 0.80)
+    found = tuned(models, evaluate, keep=["qa"], limit=0.01, recovery=0.9)
+    assert found.outcome == "repaired"
+    assert found.chosen.budget == 20 / N
+    assert found.chosen.delta["qa"] < -0.01
+
+
+@pytest.mark.parametrize("worst", [-0.5, -3.0])
+def test_a_part_that_heals_is_found_where_everything_does_harm(models, worst):
+    """Bisection went on among the largest budgets; below −1 nothing but the ceiling was measured."""
+    found = tuned(models, Planted(models, lambda x: 4 * x if x <= 0.25 else worst), recovery=0.9)
+    assert found.ceiling.recovery == pytest.approx(worst)
+    assert (found.outcome, found.chosen.budget) == ("repaired", 22 / N)
+    none = tuned(models, Planted(models, lambda x: worst * x), recovery=0.9, budgets=[0.1, 0.5])
+    assert (none.outcome, none.best.budget) == ("not repairable", 0.1)
+    assert "No budget brings back anything; the best within the limits, budget 0.1, brings back -" in none.verdict
+
+
 def test_a_limit_that_nothing_keeps(models):
     found = tuned(models, Planted(models, qa=lambda x: -float(x > 0)), recovery=0.5, keep=["qa"])
     assert found.chosen is found.best is None
-    assert "none that was measured keeps the limits" in str(found)
+    assert "no measured budget keeps the limits" in str(found)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -210,7 +230,7 @@ def test_doubt_is_said_where_items_leave_it(models):
     assert f"not certain: the interval of recovery reaches down to {low} %, below the 60 % that" in str(found)
     assert "not certain: the change of qa may be -" in str(found)
     none = tuned(models, Planted(models), recovery=0.5)
-    assert none.notes == ("evaluate gave no score per item, so nothing says how certain this is",)
+    assert none.notes == ("evaluate returned no score per item, so there are no intervals and no test",)
 
 
 def test_nothing_lost_is_said_and_nothing_is_chosen(models, tmp_path):
@@ -232,6 +252,14 @@ def test_a_loss_that_more_items_would_show_says_how_many(models):
     found = tuned(models, lambda model: {"math": noise[model is not models["later"]]})
     assert found.outcome == "intact"
     assert "underpowered: a loss of this size needs about " in str(found)
+
+
+@pytest.mark.parametrize("items", [1, 5, 6])
+def test_items_too_few_for_any_test_are_said_to_be(models, items):
+    """With five items p is at least 0.06, however much was lost: "no significant loss" is no all-clear."""
+    found = tuned(models, lambda model: {"math": np.full(items, 1.0 if model is not models["later"] else -1.0)})
+    assert (found.outcome == "intact") == (items < 6)
+    assert ("underpowered: a loss of this size needs about 6 prompts or items" in str(found)) == (items < 6)
 
 
 def test_any_selector_with_a_budget_and_the_default_budgets(models):

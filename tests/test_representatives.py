@@ -69,7 +69,7 @@ def signatures(tmp_path_factory) -> Signatures:
         try:
             live = find_layout(model, units=kind)
         except ValueError as refused:  # which families are refused, and why: tests/test_units.py
-            if "can be told for certain" not in str(refused):
+            if "found for certain" not in str(refused):
                 raise
             return frozenset()
         stored = folder_layout(folder, Checkpoint(folder).shapes, units=kind)

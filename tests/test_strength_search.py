@@ -290,7 +290,7 @@ def test_what_the_search_needs():
     with pytest.raises(ValueError, match="selects nothing"):
         strengths(run, data, mask & ~mask)
     narrow = Trajectory(earlier=earlier.bfloat16(), later=later.bfloat16())
-    with pytest.raises(ValueError, match=r"Load the model wider: run.load\(dtype=torch.float32\)"):
+    with pytest.raises(ValueError, match=r"load the model in float32, run.load\(dtype=torch.float32\)"):
         strengths(narrow, data, mask)
 
 

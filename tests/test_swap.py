@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
 from families import FAMILIES, build
 from test_attribution import pair
 from test_scores import batches
+from transformers import AutoModelForCausalLM
 
 from surgery import Trajectory
 from surgery.checkpoints.opening import Weights
@@ -117,6 +120,46 @@ def test_loaded_beside_it_where_names_can_not_be_told(tmp_path, monkeypatch):
     with earlier_model(Trajectory(earlier=tmp_path / "earlier", later=later)) as model:
         assert model is not later
         assert torch.equal(logits(model), logits(earlier))
+
+
+@pytest.mark.parametrize(
+    ("setting", "other"),
+    [("rope_parameters", {"rope_type": "default", "rope_theta": 50.0}), ("tie_word_embeddings", True)],
+)
+def test_what_is_measured_is_the_folder_whatever_its_config_says(setting, other, tmp_path):
+    """With the later model's rotary base, or its tied embeddings, the earlier weights are no model that anyone had."""
+    earlier = build("qwen3", seed=1)
+    config = deepcopy(earlier.config)
+    setattr(config, setting, other)
+    later = AutoModelForCausalLM.from_config(config).eval()
+    earlier.save_pretrained(tmp_path / "earlier")
+    later.save_pretrained(tmp_path / "later")
+    with earlier_model(Trajectory(earlier=tmp_path / "earlier", later=tmp_path / "later")) as model:
+        assert torch.equal(logits(model), logits(earlier))
+
+
+def test_a_block_inside_another_is_of_its_own_checkpoint(tmp_path):
+    models = {name: build("qwen3", seed=seed) for seed, name in enumerate(("base", "earlier", "later"))}
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)
+    run = Trajectory.through({name: tmp_path / name for name in models})
+    with earlier_model(run):
+        with earlier_model(run.back_to("base")) as model:
+            assert torch.equal(logits(model), logits(models["base"]))
+        with earlier_model(run) as model:
+            assert torch.equal(logits(model), logits(models["earlier"]))
+    assert torch.equal(logits(run.load()), logits(models["later"]))
+
+
+def test_a_model_that_is_converted_meanwhile_is_put_back(tmp_path):
+    """The old bits went into tensors that were the model's no more."""
+    earlier, later = pair("qwen3")
+    later.save_pretrained(tmp_path)
+    run = Trajectory(earlier=earlier.state_dict(), later=tmp_path)
+    with earlier_model(run):
+        run.load(dtype=torch.float64)
+    for name, tensor in run.load().state_dict().items():
+        assert torch.equal(tensor, later.state_dict()[name].double())
 
 
 def test_another_model_and_a_bare_mapping_are_told_before_they_are_asked(tmp_path):

@@ -225,6 +225,43 @@ def test_a_file_of_other_prompts_is_refused(models, tmp_path):
     assert sweep(run, iter(data()), **arguments, evaluate=Evaluate(models["earlier"], fail=1)) == first
 
 
+def test_a_file_of_another_base_is_refused(models, tmp_path):
+    """C depends on it."""
+    arguments = dict(selectors=[AMCSelector(0.0, "C", "C")], budgets=[0.1], path=tmp_path / "sweep.jsonl")
+    sweep(Trajectory(**models), None, **arguments, evaluate=Evaluate(models["earlier"]))
+    other = Trajectory(**{**models, "base": build("llama", seed=9)})
+    with pytest.raises(ValueError, match="other checkpoints"):
+        sweep(other, None, **arguments, evaluate=Evaluate(models["earlier"], fail=1))
+
+
+def sum_of_logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return model(**batch).logits.sum()
+
+
+def mean_of_logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return model(**batch).logits.mean()
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "setting"),
+    [
+        (lambda: DamageSelector(0.0, loss=sum_of_logits), lambda: DamageSelector(0.0, loss=mean_of_logits), "loss"),
+        (lambda: DamageSelector(0.0, protect={"qa": data()}), lambda: DamageSelector(0.0, protect={"qa": data()[:1]}),
+         "protect"),
+        (lambda: Named(0.0, 1), lambda: Named(0.0, 2), "choice"),
+    ],
+    ids=["loss", "protect", "own"],
+)  # fmt: skip
+def test_a_file_of_another_selector_of_that_name_is_refused(models, tmp_path, one, other, setting):
+    """Its rows were given out as those of this one; the same selector, made anew, goes on."""
+    run, file = Trajectory(**models), tmp_path / "sweep.jsonl"
+    arguments = dict(budgets=[0.1], path=file)
+    first = sweep(run, data(), selectors=[one()], **arguments, evaluate=Evaluate(models["earlier"]))
+    assert sweep(run, data(), selectors=[one()], **arguments, evaluate=Evaluate(models["earlier"], fail=1)) == first
+    with pytest.raises(ValueError, match=f"holds rows of .* with another {setting}: choose another file"):
+        sweep(run, data(), selectors=[other()], **arguments, evaluate=Evaluate(models["earlier"], fail=1))
+
+
 @dataclass
 class Scaled:
     """An evaluation with a setting."""

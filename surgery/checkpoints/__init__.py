@@ -1,4 +1,4 @@
-"""Checkpoints as mappings of tensors, opened once, and the trajectory that they make up."""
+"""Checkpoints as mappings of tensors, opened once, and the trajectory of checkpoints in training order."""
 
 from surgery.checkpoints.checkpoint import Checkpoint
 from surgery.checkpoints.trajectory import Trajectory

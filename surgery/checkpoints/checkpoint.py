@@ -135,11 +135,11 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 class Checkpoint(Mapping[str, Tensor]):
     """A folder of safetensors shards, read lazily: a mapping from tensor name to tensor.
 
-    Tensors are views of the mapped files: asking for one costs no memory until its numbers are used, and a slice
-    reads only its own pages. Nothing can be written through them (``save`` writes).
+    Tensors are views of memory-mapped files: getting one takes no memory until its numbers are used, and a slice reads
+    only its own pages. The views are read-only; ``save`` writes.
 
     Args:
-        folder: a folder with ``model.safetensors``, or shards and their index; or a hub id that is in the local cache.
+        folder: a folder with ``model.safetensors``, or with shards and their index; or a hub id in the local cache.
 
     Raises:
         LookupError: no such folder, no weights in it, or a shard that the index names is missing.
@@ -184,18 +184,18 @@ class Checkpoint(Mapping[str, Tensor]):
 
     @property
     def dtypes(self) -> set[torch.dtype]:
-        """The dtypes of the tensors, as far as they can be read here."""
+        """The dtypes of those tensors whose dtype torch can read."""
         entries = (self.headers[file][name] for name, file in self.where.items())
         return {DTYPES[entry["dtype"]] for entry in entries if entry["dtype"] in DTYPES}
 
     @property
     def state(self) -> tuple[tuple[str, int, int, int], ...]:
-        """Name, inode, size and time of change of every weight file and of ``config.json`` when this was opened."""
+        """Name, inode, size and change time of every weight file and of ``config.json`` at the time of opening."""
         return self._state
 
     @property
     def is_current(self) -> bool:
-        """Whether the files are still those that were opened."""
+        """Whether the files have not changed since they were opened."""
         try:
             return self._stat() == self._state
         except OSError:
@@ -273,7 +273,7 @@ _in_force: WeakKeyDictionary[nn.Module, list[str]] = WeakKeyDictionary()
 
 
 def in_force(module: nn.Module) -> list[str]:
-    """What has been written into a live module and not been undone, in words; the oldest first.
+    """The edits of a live module that were not undone, in words, the oldest first.
 
     ``rollback``, ``refresh`` and ``earlier_model`` add to it and take away from it.
     """

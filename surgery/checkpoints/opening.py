@@ -1,4 +1,4 @@
-"""What tells one checkpoint from another, without reading all of it."""
+"""Opening checkpoints, and fingerprints that identify one without reading all of it."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def open_weights(
 
     Args:
         source: a folder, hub id, ``nn.Module`` or mapping of tensors.
-        layout: the user's own layout; it wins over everything found.
-        like: weights of the same model: their layout serves where the names are the same; its units are looked for.
+        layout: the user's own layout; it is used instead of what would be found.
+        like: weights of the same model: their layout is used where the names are the same, and their units are found.
         units: which kinds of unit to find (see ``find_layout``).
 
     Raises:
@@ -87,7 +87,7 @@ def _layout(tensors: Mapping[str, Tensor], like: Weights | None, name: str, kind
         slots = (slot.tensor for block in like.layout.blocks for slot in block.slots)
         missing = [tensor for tensor in slots if tensor not in tensors]
         raise ValueError(f"{name} lacks {len(missing)} tensors that {like.name} has, the first of them {missing[0]!r}")
-    raise ValueError(f"where the neurons of {name} lie can't be told from bare tensors: pass layout=")
+    raise ValueError(f"bare tensors do not show where the neurons of {name} lie: pass layout=")
 
 
 def _kind(tensors: Mapping[str, Tensor]) -> str | None:
@@ -146,8 +146,8 @@ def _check_alike(tensors: Mapping[str, Tensor], layout: Layout, name: str, like:
             raise ValueError(f"{what[tensor]}: they are different models")
     if other:
         warnings.warn(
-            f"{what[other[0]]}: another vocabulary, or another padding of it. It lies outside the MLPs and stays "
-            f"untouched; the same token ids have to mean the same in both",
+            f"{what[other[0]]}: another vocabulary, or another padding of it. This tensor lies outside the layers and "
+            f"stays unchanged; make sure that token ids mean the same in both",
             stacklevel=4,
         )
 
@@ -182,10 +182,10 @@ _SAMPLES = 1024
 
 
 def fingerprint(weights: Weights) -> dict[str, Any]:
-    """What tells a checkpoint from another: its name and, for a folder, a sha256 of every weight file.
+    """What identifies a checkpoint: its name and, for a folder, a sha256 of every weight file.
 
-    The hash is taken over the file's header, its size and 1024 evenly spaced runs of 4 KiB: two training stages never
-    agree on those, and hashing all of a large checkpoint would cost more than rolling it back.
+    The hash covers the file's header, its size and 1024 evenly spaced runs of 4 KiB. Two training stages never agree on
+    all of these, and hashing all of a large checkpoint would take longer than rolling it back.
     """
     if not isinstance(weights.tensors, Checkpoint):
         return {"name": weights.name}
@@ -208,7 +208,7 @@ def _sha256(path: Path, samples: int = _SAMPLES, run: int = 4096) -> str:
 
 
 def known(weights: Weights) -> dict[str, Any]:
-    """The fingerprint, and of live weights what ``sampled`` says of them, since a name tells them from nothing."""
+    """The fingerprint; for live weights also their ``sampled`` hash, since a name alone does not identify them."""
     found = fingerprint(weights)
     return (
         found if "sha256" in found else {**found, "sampled": sampled(one for _, one in sorted(weights.tensors.items()))}
@@ -216,7 +216,7 @@ def known(weights: Weights) -> dict[str, Any]:
 
 
 def sampled(tensors: Iterable[Tensor]) -> str:
-    """What tells live weights from others: a sha256 of 1024 evenly spaced values of every tensor.
+    """What identifies live weights: a sha256 of 1024 evenly spaced values of every tensor.
 
     The values are rounded to bf16, so that a checkpoint is the same one in bf16 and in float32, on a CPU and on a GPU.
     """

@@ -1,4 +1,4 @@
-"""What training changed, read chunk by chunk: no checkpoint is ever in memory, whatever its size."""
+"""Trajectories: checkpoints in training order, and what training changed, read chunk by chunk."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class Trajectory:
     """Three checkpoints of one model in training order.
 
     Args:
-        base: before the earlier domain was trained; only C needs it.
-        earlier: after the earlier domain: what a rollback goes back to.
-        later: after the later domain: what is rolled back. A model that is live already is passed here.
-        layout: where the neurons lie, if surgery can't find them by itself; it wins over the ``units`` of a score.
-        stages: every checkpoint in training order by name, where there are more than three (see ``through``).
+        base: the checkpoint before the earlier domain was trained; only C needs it.
+        earlier: the checkpoint after the earlier domain, whose values a rollback restores.
+        later: the checkpoint after the later domain, which is rolled back. Pass a model that is already live here.
+        layout: where the neurons lie, if surgery can't find them by itself; scores then use its kinds of unit.
+        stages: every checkpoint in training order by name, if there are more than three (see ``through``).
 
     Each checkpoint is a folder, a hub id in the local cache, an ``nn.Module`` or a mapping of tensors. Nothing is read
     until it is needed; then each folder is opened once, and the later model is loaded once (``load``).
@@ -64,7 +64,7 @@ class Trajectory:
 
         Args:
             stages: name → checkpoint, like {"base": ..., "code": ..., "math": ..., "qa": ..., "cw": ...}. A stage's
-                update is its checkpoint less the one before.
+                update is its checkpoint minus the one before.
             earlier: which of them a rollback goes back to (default: the one before ``later``).
             later: which of them is rolled back (default: the last).
             layout: as in ``Trajectory``.
@@ -100,14 +100,14 @@ class Trajectory:
 
     @property
     def checkpoints(self) -> dict[str, Source]:
-        """Every checkpoint by name, in training order: the stages, or what there is of base, earlier and later."""
+        """Every checkpoint by name, in training order: the stages, or those given of base, earlier and later."""
         if self.stages is not None:
             return dict(self.stages)
         given = {"base": self.base, "earlier": self.earlier, "later": self.later}
         return {name: source for name, source in given.items() if source is not None}
 
     def steps(self) -> dict[str, Trajectory]:
-        """Each stage as a trajectory of its own, by the name of the checkpoint it led to: earlier is the one before."""
+        """Each stage as a trajectory of its own, by the name of the checkpoint that it led to (``later``)."""
         found = self.checkpoints
         bases = [None, *found.values()]
         return {
@@ -119,17 +119,17 @@ class Trajectory:
         """The kinds of unit that ``units`` means here: those of the trajectory's own layout, if it has one.
 
         Raises:
-            ValueError: ``units`` are none, overlap, or contradict the layout.
+            ValueError: ``units`` are unknown, overlap, or contradict the layout.
         """
         kinds = kinds_of(units)
         if self.layout is not None and kinds not in (("mlp",), self.layout.units):
             raise ValueError(
-                f"units={units!r}, and the trajectory's own layout has {noun(self.layout.units)}: pass one of both"
+                f"units={units!r}, and the trajectory's own layout has {noun(self.layout.units)}: pass only one of both"
             )
         return kinds if self.layout is None else self.layout.units
 
     def opened(self, units: Units = "mlp") -> dict[str, Weights]:
-        """Every checkpoint by name, in training order, opened and found to be of one model."""
+        """Every checkpoint by name, in training order, opened and checked to be of the same model."""
         *others, last = self.checkpoints.items()
         end = self._open(last[1], units)
         return {**{name: self._open(source, units, end) for name, source in others}, last[0]: end}
@@ -138,24 +138,24 @@ class Trajectory:
         """The checkpoints of those names, opened: "base", "earlier" and "later" are roles, all others stages.
 
         Args:
-            names: which.
-            units: which kinds of unit to find (see ``find_layout``), where the trajectory has no layout.
+            names: roles or stages.
+            units: which kinds of unit to find (see ``find_layout``) if the trajectory has no layout.
         """
         later = self._open(self.source("later"), units)
         return [later if name == "later" else self._open(self.source(name), units, later) for name in names]
 
     def live(self, *names: str, units: Units = "mlp") -> list[Weights]:
-        """The later model as it is in memory, and then the checkpoints of those names as its like (see ``weights``)."""
+        """The live later model, opened, and then the checkpoints of those names (see ``weights``)."""
         model = open_weights(self.load(), self.layout, units=self.kinds(units))
         return [model, *(self._open(self.source(name), units, model) for name in names)]
 
     def tensors(self, name: str) -> Source:
-        """The checkpoint of that name; a folder as it was opened."""
+        """The checkpoint of that name; for a folder, the opened one."""
         source = self.source(name)
         return self._folder(source) if isinstance(source, str | Path) else source
 
     def source(self, name: str) -> Source:
-        """The checkpoint of that name, as it was given; ValueError where it was not."""
+        """The checkpoint of that name as it was given; ``ValueError`` if it was not given."""
         if name not in ("base", "earlier", "later"):
             return self._stage(name)
         source: Source | None = getattr(self, name)
@@ -164,20 +164,20 @@ class Trajectory:
         return source
 
     def load(self, device: Any = None, dtype: torch.dtype | None = None) -> nn.Module:
-        """The later model, live: read when it is first asked for, in eval mode; the same object ever after.
+        """The run's live later model, in eval mode: the first call reads it, later calls return the same object.
 
-        Every score and selector of this trajectory uses that model, on the device where it lies. A model that was given
-        as ``later`` is returned as it is. Either is moved and converted in place where that is asked for.
+        Every score and selector of this trajectory uses that model, on its device. A model that was given as ``later``
+        is returned as it is. ``device`` and ``dtype`` move and convert the model in place.
 
         Args:
-            device: where to put it (default: where it is, or the CPU); "auto" spreads it over the devices that there
-                are, as accelerate's device map does, when it is read.
+            device: where to put it (default: where it is, or the CPU); "auto" spreads it over all devices, as
+                accelerate's device map does, when it is read.
             dtype: torch dtype (default: its own).
 
         Raises:
-            ValueError: there is no later checkpoint, or a bare mapping, which has no forward pass; the files have
-                changed since the model was read; a dtype is asked for that it can't be had in any more; with "auto" the
-            model does not fit on the devices.
+            ValueError: there is no later checkpoint, or it is a bare mapping, which has no forward pass; the files have
+                changed since the model was read; the model was already rounded to a narrower dtype than ``dtype``; with
+                "auto" the model does not fit on the devices.
         """
         if isinstance(self.later, nn.Module):
             return _moved(self.later, device, dtype)
@@ -195,7 +195,7 @@ class Trajectory:
         return _moved(self._held.model, None if device == "auto" else device, dtype)
 
     def check_whole(self) -> None:
-        """Raise ``ValueError`` where the live later model is not what ``later`` says, because of edits in force."""
+        """Raise ``ValueError`` if the live later model differs from ``later`` because an edit is in force."""
         if isinstance(self.later, nn.Module) or self._held.model is None:
             return
         if edits := in_force(self._held.model):
@@ -271,8 +271,8 @@ def _check_conversion(model: nn.Module, dtype: torch.dtype, stored: Checkpoint) 
         for other in held:
             if torch.promote_types(one, other) != one and torch.promote_types(dtype, one) != one:
                 raise ValueError(
-                    f"the model was loaded in {one}, which has rounded the {other} of its files: {dtype} can't be had "
-                    f"of it any more. Make a new Trajectory and load(dtype={dtype}) first"
+                    f"the model was loaded in {one}, which has rounded the {other} of its files: it can't be converted "
+                    f"to {dtype} any more. Make a new Trajectory and load(dtype={dtype}) first"
                 )
 
 

@@ -1,4 +1,4 @@
-"""The command line: the library's own functions under the same words. Importing it imports no torch.
+"""The command line: each command calls the library's function of the same name. Importing it imports no torch.
 
 options.py has the options and how they are read, choosing.py the selectors; repairing.py, measuring.py and looking.py
 the commands; entry.py the command ``surgery`` itself.

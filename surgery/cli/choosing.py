@@ -1,4 +1,4 @@
-"""Selectors in the shell: how their texts are read, and what they need, said in the shell's words."""
+"""Selectors in the shell: how their texts are read, and checks whose messages name the shell's options."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def check_selectors(
     protect: list[str] | None,
     answers: Path | None,
 ) -> None:
-    """Refuse what the selectors can't do or lack, before anything is read: the library would say it in Python."""
+    """Refuse what the selectors can't do or lack before anything is read, in the shell's words instead of Python's."""
     texts = [text.strip() for text in texts]
     if not any(map(is_damage, texts)):
         for option, given, what in (("protect", protect, "can spare a domain"), ("answers", answers, "needs them")):
@@ -41,7 +41,7 @@ def check_selectors(
                 raise ValueError(f"--{option}: only D {what}, and the selector is {', '.join(texts)}: take D")
     if protect and single(asked(units)):
         raise ValueError(
-            "--protect: the costs of single weights do not add up, and to guard by them did harm where it was measured "
+            "--protect: the costs of single weights do not add up, and protecting by them did harm in the lab "
             "(benchmarks/results/protect-weights.md): leave --protect out and look at Δ in a sweep, or take --units mlp"
         )
     for text in texts:
@@ -55,7 +55,7 @@ def check_selectors(
             raise ValueError(f"--selector {text}: single weights are ranked by D or by M alone: take --selector D or M")
         if "C" in text and len(checkpoints) == 2:
             raise ValueError(
-                f"--selector {text}: C needs the base checkpoint, and there are two: give three, BASE EARLIER LATER, "
+                f"--selector {text}: C needs the base checkpoint, and you gave two: give three, BASE EARLIER LATER, "
                 f"or a selector without C, like --selector AM"
             )
         if data is None and set(text) & set("AD"):
@@ -89,7 +89,7 @@ def protected(protect: list[str] | None, weight: float, run: Trajectory, batch_s
 
 
 def answered(run: Trajectory, prompts: Any, file: Path | None, write: bool = True) -> tuple[Any, str]:
-    """The prompts with the earlier model's answers, where a file is named that keeps them; and what was done."""
+    """The prompts with the earlier model's answers, where ``file`` caches them, and a line that says what was done."""
     from surgery.scores.damage import earlier_answers
 
     if file is None:
@@ -103,7 +103,7 @@ def answered(run: Trajectory, prompts: Any, file: Path | None, write: bool = Tru
 
 
 def unanswered(selectors: list[Any], prompts: list[Batch] | None) -> list[Any]:
-    """The selectors, those by letters on the prompts alone: A of answered ones is another, a mean over the answers."""
+    """The selectors; those by letters get the prompts without answers, since A of answers would be another score."""
     from surgery.selectors.selectors import AMCSelector
 
     return [_OnPrompts(one.budget, one, prompts) if isinstance(one, AMCSelector) else one for one in selectors]

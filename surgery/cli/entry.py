@@ -15,7 +15,7 @@ from surgery.cli.repairing import rollback, select, strengths
 INTERRUPTED = 130  # the exit code
 
 app = typer.Typer(
-    help="git revert for LLM post-training: put back the neurons through which a later stage hurt an earlier skill.",
+    help="git revert for LLM post-training: set back the weights through which a later stage hurt an earlier skill.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -28,8 +28,8 @@ for command in (repair, select, rollback, strengths, sweep, analyse, inspect):
 def main() -> None:
     """The command ``surgery``.
 
-    Its exit code is 0; 1 for what the user can mend, said in one line; 2 for wrong usage; 3 where ``repair`` finds
-    damage that can't be repaired within the limits.
+    The exit code is 0 on success; 1 for an error that the user can mend, printed in one line; 2 for wrong usage; 3
+    where ``repair`` finds damage that can't be repaired within the limits.
     """
     try:
         with warnings.catch_warnings():

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from surgery.cli.options import (
+    BatchSize,
     Device,
     Dtype,
     LayoutFile,
@@ -44,21 +45,21 @@ def analyse(
         list[str] | None, typer.Option(help='Prompts of a domain, "domain=file"; repeat for each domain.')
     ] = None,
     evaluate: Annotated[
-        str | None, typer.Option(help="As in sweep, per domain (default: how likely the responses are).")
+        str | None, typer.Option(help="As in sweep, one score per domain (default: the likelihood of the responses).")
     ] = None,
-    budgets: Annotated[str, typer.Option(help="Of the rollbacks: fractions, separated by commas.")] = BUDGETS,
-    refresh_steps: Annotated[int, typer.Option(help="Of the refresh; 0 leaves it out.")] = 10,
+    budgets: Annotated[str, typer.Option(help="Fractions of neurons to roll back, separated by commas.")] = BUDGETS,
+    refresh_steps: Annotated[int, typer.Option(help="Steps of the refresh; 0 leaves it out.")] = 10,
     skip: Annotated[
         str | None, typer.Option(help='Parts to leave out, separated by commas, like "terms,refreshed".')
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Read only so many prompts of each file.")] = None,
-    batch_size: int = 16,
+    limit: Annotated[int | None, typer.Option(help="Read at most this many prompts of each file.")] = None,
+    batch_size: BatchSize = 16,
     device: Device = None,
     dtype: Dtype = None,
     layout: LayoutFile = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Is a later stage hurting an earlier one? Write a page with all the evidence, and what a repair would bring."""
+    """Does a later stage hurt an earlier one? Write a page with all the evidence, and what a repair brings back."""
     from surgery.checkpoints.trajectory import Trajectory
     from surgery.live.prompts import load_prompts
     from surgery.report.inquiry import analyse as run_analysis
@@ -99,7 +100,7 @@ def analyse(
 
 
 def _named(checkpoints: list[str]) -> dict[str, str]:
-    """Stages by name: as given, or the folders' own names; the same name twice gets its place."""
+    """Stages by name: the name given, or the folder's own; a name that occurs twice gets its position added."""
     found: dict[str, str] = {}
     for at, text in enumerate(checkpoints):
         name, equals, folder = text.partition("=")
@@ -115,7 +116,7 @@ def inspect(
     units: Units = "mlp",
     layout: LayoutFile = None,
 ) -> None:
-    """Print where the neurons (or other units) lie and how that was found."""
+    """Print where the neurons (or other units) lie, and how they were found."""
     from surgery.checkpoints.opening import open_weights
 
     if Path(source).is_file():

@@ -12,6 +12,7 @@ import typer
 from surgery.cli.choosing import answered, check_selectors, protected, selector_of, unanswered
 from surgery.cli.options import (
     Answers,
+    BatchSize,
     Checkpoints,
     Data,
     Device,
@@ -51,7 +52,7 @@ UNREPAIRED = 3  # the exit code: damaged, and not repairable within the limits
 def _loaded(
     run: Trajectory, data: Path | None, evaluate: str | None, batch_size: int, device: str | None, dtype: str | None
 ) -> Iterator[tuple[list[Batch] | None, Any, Callable[[str], None]]]:
-    """The prompts, the evaluation, and what tells of progress, with the run's later model loaded."""
+    """The prompts, the evaluation, and a function that shows progress, with the run's later model loaded."""
     from surgery.live.prompts import load_prompts
 
     device_of(device)
@@ -75,13 +76,13 @@ def sweep(
     units: Selected = "mlp",
     metric: Metric = None,
     output: Rows = None,
-    batch_size: int = 16,
+    batch_size: BatchSize = 16,
     device: Device = None,
     dtype: Dtype = None,
     layout: LayoutFile = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Evaluate selectors at budgets on one live model, beside earlier, later and the ceiling."""
+    """Evaluate selectors at several budgets on one live model, with the rows earlier, later and ceiling."""
     from surgery.measure.sweep import sweep as run_sweep
 
     fractions = [fraction(text) for text in budgets.split(",")]
@@ -126,16 +127,16 @@ def repair(
     keep: Annotated[
         list[str] | None,
         typer.Option(
-            help='A domain to be kept, like "qa=qa.jsonl"; with --evaluate its metric, "qa"; repeat for more.'
+            help='A domain that must not be hurt, like "qa=qa.jsonl" (with --evaluate a metric, "qa"); repeat for more.'
         ),
     ] = None,
     recovery: Annotated[float, typer.Option(help="The wanted share of what can be won back, 0 to 1.")] = 0.9,
     limit: Annotated[float, typer.Option(help="How much a kept metric may lose, in its own unit.")] = 0.01,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="The folder to write; without it nothing is written.")
+        Path | None, typer.Option("-o", "--output", help="The folder to write (default: only print the result).")
     ] = None,
     evaluate: Annotated[
-        str | None, typer.Option(help="As in sweep (default: how likely the responses of the measuring half are).")
+        str | None, typer.Option(help="As in sweep (default: the likelihood of the measuring half's responses).")
     ] = None,
     selector: Annotated[str, typer.Option(help="As in select.")] = "D",
     units: Selected = "weight",
@@ -146,18 +147,18 @@ def repair(
     answers: Answers = None,
     metric: Annotated[
         str | None,
-        typer.Option(help="The damaged one (default: the file's name; of --evaluate the one that fell most)."),
+        typer.Option(help="The damaged metric (default: the file's name; with --evaluate the one that fell most)."),
     ] = None,
     rows: Annotated[
-        Path | None, typer.Option(help="JSON lines of what is measured; a run that was interrupted resumes from them.")
+        Path | None, typer.Option(help="A JSON-lines file for the rows; an interrupted run resumes from it.")
     ] = None,
-    batch_size: int = 16,
+    batch_size: BatchSize = 16,
     device: Device = None,
     dtype: Dtype = None,
     layout: LayoutFile = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Find the smallest rollback that repairs a domain and spares the others; exit code 3 if there is none."""
+    """Find the smallest rollback that repairs a domain and does not hurt others; exit code 3 if there is none."""
     from surgery.measure.repair import BUDGETS
     from surgery.measure.repair import repair as run_repair
 
@@ -183,16 +184,15 @@ def repair(
             path=rows,
             progress=say,
         )
-        if done.mask is not None and output is not None:
-            say(f"writing {output}")
-            done.save(output, overwrite=overwrite)
     tell(told)
     out.print(str(done), markup=False)
     if done.outcome == "not repairable":
         share = 0 if done.best is None else int(100 * done.wanted * (done.best.recovery or 0) / (done.goal or 1)) / 100
         out.print("\nnothing was written" + (f": --recovery {share:g} would settle for the best" if share > 0 else ""))
         raise typer.Exit(UNREPAIRED)
-    if done.mask is not None:
-        out.print(
-            f"\nwrote {output}" if output else "\nnothing was written: pass -o FOLDER to write the repaired checkpoint"
-        )
+    if done.mask is not None and output is None:
+        out.print("\nnothing was written: pass -o FOLDER to write the repaired checkpoint")
+    elif done.mask is not None and output is not None:
+        with working(f"writing {output}"):
+            done.save(output, overwrite=overwrite)
+        out.print(f"\nwrote {output}")

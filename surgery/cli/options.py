@@ -31,28 +31,35 @@ out, err = Console(soft_wrap=True, highlight=False), Console(stderr=True, soft_w
 Checkpoints = Annotated[list[str], typer.Argument(metavar="[BASE] EARLIER LATER", help="Folders, in training order.")]
 Data = Annotated[Path | None, typer.Option(help="JSON lines of the damaged domain (needed for A and D).")]
 Budget = Annotated[
-    float, typer.Option(help="Fraction of all neurons to revert, 0 to 1 (of several --units: of their parameters).")
+    float, typer.Option(help="Fraction of all neurons to revert, 0 to 1 (with several --units, of their parameters).")
 ]
 Device = Annotated[str | None, typer.Option(help='Where the model runs, like "cuda".')]
-Dtype = Annotated[str | None, typer.Option(help='Its dtype, like "bfloat16" (default: the checkpoint\'s).')]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, with counts, and write nothing.")]
+Dtype = Annotated[str | None, typer.Option(help="The model's dtype, like \"bfloat16\" (default: the checkpoint's).")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done, with counts, and write nothing.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
 Evaluation = Annotated[
     str,
     typer.Option(
-        help='"module:function" or "file.py:function"; model in, {metric: score} out. Or "lm_eval:task,task".'
+        help='"module:function" or "file.py:function", from a model to {metric: score}; or "lm_eval:task,task".'
     ),
 ]
-Metric = Annotated[str | None, typer.Option(help="Whose recovery to report (default: the one that fell most).")]
-Rows = Annotated[Path | None, typer.Option("-o", "--output", help="JSON lines; an interrupted run resumes.")]
+Metric = Annotated[
+    str | None, typer.Option(help="The metric whose recovery is reported (default: the one that fell most).")
+]
+Rows = Annotated[
+    Path | None,
+    typer.Option("-o", "--output", help="A JSON-lines file for the rows; an interrupted run resumes from it."),
+]
 Protect = Annotated[
     list[str] | None,
-    typer.Option(help='Of D: a domain that should keep what it won, like "qa=qa.jsonl"; repeat for more.'),
+    typer.Option(help='For D: a domain to protect and its prompts, like "qa=qa.jsonl"; repeat for more.'),
 ]
-ProtectWeight = Annotated[float, typer.Option(help="How much a loss there counts beside a gain in the damaged domain.")]
+ProtectWeight = Annotated[
+    float, typer.Option(help="The weight of a protected domain's loss against the damaged domain's gain.")
+]
 Answers = Annotated[
     Path | None,
-    typer.Option(help="Of D, for --data without responses: the file of the earlier model's answers, written or read."),
+    typer.Option(help="For D: a file of the earlier model's answers to --data without responses; read if it exists."),
 ]
 LayoutFile = Annotated[
     Path | None, typer.Option("--layout", help="Your own layout: a JSON file (docs/how-to/add-an-architecture.md).")
@@ -65,9 +72,12 @@ Units = Annotated[str, typer.Option(help='"mlp", "kv_group", "value_channel", or
 Selected = Annotated[
     str,
     typer.Option(
-        "--units", help='As in inspect; or "weight": single weights; or "mlp,weight": single weights of MLPs alone.'
+        "--units",
+        help='"mlp", "kv_group", "value_channel", or two like "mlp,kv_group"; "weight": single weights of MLPs and KV '
+        'groups; "mlp,weight": those of MLPs.',
     ),
 ]
+BatchSize = Annotated[int, typer.Option(help="Prompts per forward pass.")]
 
 
 def trajectory_of(checkpoints: list[str], layout: Path | None) -> Trajectory:
@@ -84,7 +94,7 @@ def kinds_in(units: str) -> tuple[str, ...]:
     if single(asked(units)):
         raise ValueError(
             f"--units {units}: single weights lie in units: inspect those, --units mlp or --units mlp,kv_group. "
-            f"weight is for select, sweep and repair, which choose among them"
+            f"Only select, sweep and repair take weight"
         )
     return kinds_of(asked(units))
 
@@ -93,8 +103,8 @@ def asked(units: str) -> tuple[str, ...]:
     kinds = tuple(kind.strip() for kind in units.split(","))
     if set(kinds) - {*KINDS, WEIGHT}:
         raise ValueError(
-            f"--units {units}: expected {', '.join(KINDS)}, or two like mlp,kv_group; to select, "
-            f"sweep and repair also weight"
+            f"--units {units}: expected {', '.join(KINDS)}, or two like mlp,kv_group; select, "
+            f"sweep and repair also take weight"
         )
     return kinds
 
@@ -151,7 +161,7 @@ def strength_of(text: str) -> Strength:
         return float(text)
     except ValueError:
         if not Path(text).is_file():
-            raise ValueError(f"--strength {text!r}: expected a number, or a file as strengths writes it") from None
+            raise ValueError(f"--strength {text!r}: expected a number, or a file that strengths wrote") from None
     return Neurons.load(text)
 
 

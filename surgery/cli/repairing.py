@@ -10,6 +10,7 @@ import typer
 from surgery.cli.choosing import answered, check_selectors, protected, selector_of
 from surgery.cli.options import (
     Answers,
+    BatchSize,
     Budget,
     Checkpoints,
     Data,
@@ -45,26 +46,26 @@ def select(
     budget: Budget = 0.02,
     selector: Annotated[
         str,
-        typer.Option(help='"D" (damage) or "D:kl"; letters of A, M, C that rank, "/" letters that split; "random".'),
+        typer.Option(help='"D", "D:kl", "random", or letters of A, M, C; "A/AMC" ranks by A and allocates by A×M×C.'),
     ] = "D",
     how: How = None,
     protect: Protect = None,
     protect_weight: ProtectWeight = 0.3,
     answers: Answers = None,
     units: Selected = "mlp",
-    seed: Annotated[int, typer.Option(help="Of the random selector.")] = 0,
-    batch_size: int = 16,
+    seed: Annotated[int, typer.Option(help="Seed of the random selector.")] = 0,
+    batch_size: BatchSize = 16,
     device: Device = None,
     dtype: Dtype = None,
     layout: LayoutFile = None,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Choose the neurons to revert and write them as a mask file."""
+    """Choose the neurons or single weights to revert, and write a mask file."""
     from surgery.live.prompts import load_prompts
 
     if output is None and not dry_run:
-        raise ValueError("say where the mask goes: -o mask.safetensors (or --dry-run to see the counts only)")
+        raise ValueError("name the file for the mask: -o mask.safetensors (or --dry-run to see the counts only)")
     if output is not None and output.exists() and not (overwrite or dry_run):
         raise ValueError(f"{output} exists: choose another file, or pass --overwrite")
     check_selectors([selector], checkpoints, data, how, units, protect, answers)
@@ -87,7 +88,7 @@ def select(
 
 
 def _describe(mask: Mask, budget: float) -> None:
-    """What was chosen, and what a reader of it should know."""
+    """Print what was chosen, and warnings about it."""
     from surgery.scores.damage import overpromised
 
     out.print(repr(mask), markup=False)
@@ -102,33 +103,33 @@ def _describe(mask: Mask, budget: float) -> None:
         for count, loss in found.get("curve", []):
             out.print(f"  {count:>10} reverted: loss {loss:.5g}{' (kept)' if count == taken else ''}")
     elif budget and not taken:
-        out.print(f"budget {budget} buys not one of these units: pass a larger --budget")
+        out.print(f"budget {budget} is less than one of these units, so none was selected: pass a larger --budget")
     if warning := overpromised(mask.made_by):
         out.print(warning, markup=False)
     for expert in mask.made_by.get("never_routed", []):
-        out.print(f"never routed, so without an activation: {expert}")
+        out.print(f"no token reached this expert, so it has no activation: {expert}")
 
 
 def rollback(
     later: Annotated[str, typer.Argument(help="The later checkpoint's folder.")],
     to: Annotated[str, typer.Option(help="The earlier checkpoint's folder.")],
-    mask: Annotated[Path, typer.Option(help="A mask file, as select writes it.")],
+    mask: Annotated[Path, typer.Option(help="A mask file that select wrote.")],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="The folder to write.")] = None,
     strength: Annotated[
-        str, typer.Option(help="How far back, 0 to 3; 1 copies bits. Or a file, as strengths writes it.")
+        str, typer.Option(help="How far back, 0 to 3 (1 copies the earlier bits), or a file that strengths wrote.")
     ] = "1",
     layout: LayoutFile = None,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write the later checkpoint with the masked neurons set back; every other byte stays as it was."""
+    """Write the later checkpoint with the masked neurons set back; every other byte of its weights stays the same."""
     from surgery.masks.mask import load_mask
     from surgery.reverting.folder import save
     from surgery.reverting.rollback import rolled_back
     from surgery.reverting.writing import recorded, spoken
 
     if output is None and not dry_run:
-        raise ValueError("say where the healed checkpoint goes: -o FOLDER (or --dry-run to see the counts only)")
+        raise ValueError("name the folder to write: -o FOLDER (or --dry-run to see the counts only)")
     if not mask.is_file():
         raise LookupError(f"there is no mask file {mask}")
     chosen = load_mask(mask)
@@ -151,14 +152,14 @@ def rollback(
 def strengths(
     earlier: Annotated[str, typer.Argument(help="The earlier checkpoint's folder.")],
     later: Annotated[str, typer.Argument(help="The later checkpoint's folder.")],
-    mask: Annotated[Path, typer.Option(help="A mask file, as select writes it.")],
+    mask: Annotated[Path, typer.Option(help="A mask file that select wrote.")],
     data: Annotated[Path, typer.Option(help="JSON lines of the damaged domain.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The file to write, for rollback --strength.")],
     most: Annotated[float, typer.Option(help="The furthest a neuron may go, up to 3; 1 is the earlier value.")] = 2.0,
     passes: Annotated[int, typer.Option(help="Forward and backward passes over the data.")] = 16,
-    loss: Annotated[str, typer.Option(help='"hellinger" or "kl", from the earlier model.')] = "hellinger",
+    loss: Annotated[str, typer.Option(help='"hellinger" or "kl": the distance from the earlier model.')] = "hellinger",
     answers: Answers = None,
-    batch_size: int = 16,
+    batch_size: BatchSize = 16,
     device: Device = None,
     layout: LayoutFile = None,
     overwrite: Overwrite = False,
@@ -186,10 +187,8 @@ def strengths(
     tell(kept)
     told = found.made_by["strengths"]
     none, full = told["loss"][:2]
-    out.print(
-        f"loss {none:.5g} in the later model, {full:.5g} at strength {min(1.0, most):g}, "
-        f"{told['least']:.5g} with these strengths"
-    )
+    full_at = f"{full:.5g} at strength {min(1.0, most):g}"
+    out.print(f"loss {none:.5g} in the later model, {full_at}, {told['least']:.5g} with these strengths")
     out.print(spoken(recorded(found, chosen)))
     output.parent.mkdir(parents=True, exist_ok=True)
     found.save(output)

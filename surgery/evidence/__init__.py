@@ -1,4 +1,4 @@
-"""The paper's structural evidence: what changed, what overlaps, which way, and whether gradients conflict."""
+"""The paper's structural evidence: changes of parameters, overlap of neurons, directions, conflict of gradients."""
 
 from surgery.evidence.changes import Changes, changes
 from surgery.evidence.directions import Directions, directions

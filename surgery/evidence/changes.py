@@ -1,4 +1,4 @@
-"""How far training moved the parameters, all of them: histograms, near-zero fractions and norms, read in one pass."""
+"""How far training moved all parameters: histograms, near-zero fractions and norms, read in one pass."""
 
 from __future__ import annotations
 
@@ -137,16 +137,16 @@ class Histogram:
 
     @property
     def edges(self) -> tuple[float, ...]:
-        """The edges of the bins, one more than there are bins; the first bin of all reaches down to 0."""
+        """The edges of the bins, one more than there are bins; the lowest possible bin reaches down to 0."""
         return tuple(math.ldexp(self.unit, self.start + at) for at in range(len(self.counts) + 1))
 
 
 @dataclass(frozen=True)
 class Change:
-    """What a step did to a group of parameters, Δ = θ − θ_reference: how many moved, and how far.
+    """How a step changed a group of parameters, Δ = θ − θ_reference: how many moved, and how far.
 
-    ``layer`` and ``kind`` say which group (None: all of them). Counts of parameters: ``unchanged`` (Δ = 0, 0/0
-    included), ``from_zero`` (θ_reference = 0 and Δ ≠ 0: there is no relative change; in no relative bin),
+    ``layer`` and ``kind`` name the group (None: all of them). Counts of parameters: ``unchanged`` (Δ = 0, 0/0
+    included), ``from_zero`` (θ_reference = 0 and Δ ≠ 0, so there is no relative change, and no relative bin),
     ``near_absolute`` (abs(Δ) below the threshold) and ``near_relative`` (abs(Δ) / abs(θ_reference) below it); both
     count the unchanged. ``norm`` = ‖Δ‖₂ and ``reference_norm`` = ‖θ_reference‖₂, in the unit of the weights.
     """
@@ -254,22 +254,23 @@ def _cells(one: Change) -> tuple[Cell, ...]:
 def changes(run: Trajectory, *, absolute: float = 1e-7, relative: float = 1e-3) -> Changes:
     """How much training changed every parameter of the model: Δ = θ − θ_reference, and abs(Δ) / abs(θ_reference).
 
-    Cumulative: each checkpoint against the first. Incremental: against the one before. Δ is taken in float32 whatever
-    the dtype; norms are summed in float64. In bfloat16 neighbouring numbers lie 0.4 to 0.8 % apart, so that a relative
-    change below 0.001 is none at all.
+    Cumulative: each checkpoint against the first. Incremental: against the one before. Δ is computed in float32
+    whatever the dtype; norms are summed in float64. In bfloat16 neighbouring numbers lie 0.4 to 0.8 % apart, so a
+    relative change below 0.001 is no change at all.
 
     Args:
         run: a trajectory of two or more checkpoints: folders, live modules, mappings. Every tensor of each is read
             once, a chunk of each at a time. Tensors that share memory (tied embeddings) count once.
         absolute: a change is near zero where abs(Δ) is below it; in the unit of the weights.
-        relative: ... and where abs(Δ) / abs(θ_reference) is below it; a change from exactly 0 is not.
+        relative: a change is relatively near zero where abs(Δ) / abs(θ_reference) is below it; a change from exactly 0
+            never is.
 
     Returns:
-        A ``Changes``; ``surgery.plots.evidence.change_histogram`` draws it.
+        A ``Changes``; ``surgery.plots.change_histogram`` draws it.
 
     Raises:
-        ValueError: fewer than two checkpoints; they are of different models, or call their tensors by different names
-            (a mixture of experts in memory and on disk); NaN or infinite weights; a threshold that is not positive.
+        ValueError: fewer than two checkpoints; checkpoints of different models, or with different tensor names (a
+            mixture of experts in memory and on disk); NaN or infinite weights; a threshold that is not positive.
 
     Source: the paper, Section 4, Figure 2 and Appendix B.
     """

@@ -1,4 +1,4 @@
-"""Which way two stages of training moved the neurons that both changed most, beside a permutation null."""
+"""In which direction two stages of training moved the neurons that both changed most, against a permutation null."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ GROUP = 1024  # neurons of a block whose updates are in memory, and are paired w
 
 @dataclass(frozen=True)
 class Cosines:
-    """The cosines of two updates over some neurons, and what pairing each with another neuron's update would give.
+    """The cosines of two updates over some neurons, and those of updates paired with another neuron's (the null).
 
-    ``neurons``: how many both stages changed most; 0: all else is None. ``quantiles``: at ``QUANTILES``;
+    ``neurons``: how many both stages changed most; if 0, all else is None. ``quantiles``: at ``QUANTILES``;
     ``histogram``: counts in ``BINS`` equal bins of [-1, 1]; ``opposed``: the share below 0. ``null``: the 2.5 %, 50 %
-    and 97.5 % points of the mean under the null; ``p``: two-sided, of the mean. Both are None of a single neuron.
+    and 97.5 % points of the mean under the null; ``p``: two-sided, of the mean. Both are None for a single neuron.
     """
 
     block: str | None
@@ -128,7 +128,7 @@ Ranking = Literal["global", "uniform"]
 
 @dataclass(frozen=True)
 class Pair:
-    """Two stages: the neurons that are among the most changed of both, in the whole model and block by block.
+    """Two stages: the cosines on the neurons that are among the most changed of both, in the whole model and by block.
 
     ``expected``: how many neurons two independent sets of those sizes, in each layer, would have in common.
     """
@@ -142,7 +142,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Directions:
-    """Whether two stages moved the same neurons the same way: +1 along, 0 across, −1 against each other.
+    """Whether two stages moved the same neurons in the same direction: +1 the same, 0 orthogonal, −1 opposite.
 
     ``changed``: how many neurons each stage's set has; ``pairs``: every two stages in training order.
 
@@ -156,7 +156,7 @@ class Directions:
     pairs: tuple[Pair, ...]
 
     def of(self, one: str, other: str) -> Pair:
-        """The pair of those two stages, in either order."""
+        """The pair of those two stages, in either order; ``LookupError`` if there is none."""
         for pair in self.pairs:
             if {pair.first, pair.second} == {one, other}:
                 return pair
@@ -206,22 +206,22 @@ def directions(
     """Cosines of the updates of every two stages, on the neurons that are among the most changed of both.
 
     cos_n = ⟨δ_i,n, δ_j,n⟩ / (‖δ_i,n‖ ‖δ_j,n‖), δ_n all slices of a neuron end to end, δ_i the checkpoint of stage i
-    less the one before. Most changed: the round(top · N) neurons with the largest ‖δ_n‖, none that did not change.
-    The null: within a block each neuron's δ_i goes with another's δ_j, by a permutation drawn at random; what is above
-    or below it is about the neuron, not about a direction that all neurons share. A block with more than ``GROUP``
-    shared neurons is permuted in runs of so many, which is a null as well.
+    minus the one before. Most changed: the round(top · N) neurons with the largest ‖δ_n‖, without unchanged ones.
+    The null: within a block each neuron's δ_i is paired with another's δ_j, by a random permutation. A mean outside the
+    null's band depends on the neurons, not only on a direction that all neurons share. In a block with more than
+    ``GROUP`` shared neurons, only neurons of the same run of ``GROUP`` are permuted, which is a null as well.
 
     Args:
         run: a trajectory of three or more checkpoints; read twice, in float32, a chunk or ``GROUP`` neurons at a time.
         top: the share of neurons that each stage's set has, in (0, 1].
         permutations: how many are drawn; p is at least 2 / (permutations + 1).
         seed: of the draws.
-        how: "global": the most changed of the whole model, which may all lie in a few layers (the paper's, as far as
-            its summary tells); "uniform": the same share of every layer.
+        how: "global": the most changed of the whole model, which may all lie in a few layers (the paper's definition
+            according to its summary); "uniform": the same share of every layer.
         units: which kinds of unit (see ``find_layout``).
 
     Returns:
-        A ``Directions``; ``surgery.plots.evidence.directional_cosine`` draws it.
+        A ``Directions``; ``surgery.plots.directional_cosine`` draws it.
 
     Raises:
         ValueError: fewer than three checkpoints, ``top`` outside (0, 1], fewer than 1 permutation; different models;
@@ -285,7 +285,7 @@ def _magnitudes(run: Trajectory, names: Sequence[str], units: Units) -> list[Neu
 def _most(scores: Neurons, top: float, how: Ranking) -> Neurons:
     """The mask of the most changed neurons, without those that did not change."""
     if round(top * scores.total) < 1:
-        raise ValueError(f"top={top!r} of {scores.total} neurons is none: expected {1 / scores.total:.2g} or more")
+        raise ValueError(f"top={top!r} selects none of {scores.total} neurons: expected {1 / scores.total:.2g} or more")
     changed = {name: int((value > 0).sum()) for name, value in scores.items()}
     counts = budget.allocate(scores, top, how) if any(changed.values()) else changed
     return budget.top(scores, {name: min(counts[name], changed[name]) for name in scores})

@@ -1,4 +1,4 @@
-"""Do domains pull in one direction? The cosines of their gradients, in the whole model and in its parts."""
+"""Do the domains' gradients agree or conflict? Their cosines, in the whole model and in its parts."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from surgery.live.losses import Loss
 from surgery.tables import Cell, Table, write_json
 
 _DEFINITION = (
-    "The cosine of two domains' loss gradients: above zero a small training step for the one helps the other too "
-    "(synergy), below zero it hurts it (conflict), at zero it does neither to first order."
+    "The cosine of two domains' loss gradients. Above zero a small training step on one domain also helps the other "
+    "(synergy), below zero it hurts the other (conflict), and at zero it does neither to first order."
 )
 
 
 @dataclass(frozen=True)
 class Gradients:
-    """What ``gradients`` found: how the domains' gradients lie to each other, in the whole model and in its parts.
+    """What ``gradients`` found: the cosines of the domains' gradients, in the whole model and in its parts.
 
     cosine = ⟨g_a, g_b⟩ / (‖g_a‖ ‖g_b‖), in [−1, 1]; None where one of the two is zero.
 
     ``tokens``, ``losses``: response tokens and mean loss by domain. ``whole``: the model. ``kinds``: all attention, all
-    MLPs, and so on. ``layers``: each layer. ``modules``: each attention, each MLP, the norms and what else there is of
-    each layer. ``conflicts`` and ``synergies``: the attention and MLP modules and the pairs with the lowest cosines
-    below zero, and the highest above. ``silent``: domain → tensors whose gradient is exactly zero, as an expert's that
-    no token was routed to. ``products``: tensor → the inner products [domain, domain], of which all else is made.
-    ``parameters``: numbers that took a gradient; ``frozen``: those that did not, because they are not trained.
+    MLPs, and so on. ``layers``: each layer. ``modules``: each attention, each MLP, the norms and the rest of each
+    layer. ``conflicts`` and ``synergies``: the modules (attention and MLP) and pairs of domains with the lowest cosines
+    below zero, and with the highest above. ``silent``: domain → tensors whose gradient is exactly zero, like those of
+    an expert that no token reached. ``products``: tensor → inner products ``[domain, domain]``, from which all else
+    follows. ``parameters``: numbers with a gradient; ``frozen``: numbers without one, because they are not trained.
 
     Source: the paper, Section 4 (gradient conflict) and Assumption 5; the estimate is ours.
     """
@@ -61,10 +61,10 @@ class Gradients:
         return tuple((a, b) for at, a in enumerate(self.domains) for b in self.domains[at + 1 :])
 
     def at(self, path: str) -> Part:
-        """The part that a module or a parameter makes up, by its path, like ``"model.layers.3.mlp.gate_proj"``.
+        """The part of a module or a parameter, by its path, like ``"model.layers.3.mlp.gate_proj"``.
 
         Raises:
-            LookupError: nothing trained lies there.
+            LookupError: there is no trained parameter at that path.
         """
         names = [name for name in self.products if name == path or name.startswith(f"{path}.")]
         if not names:
@@ -99,10 +99,11 @@ class Gradients:
 
 @dataclass(frozen=True)
 class GradientSeries:
-    """Gradients at several checkpoints or steps: how conflict and synergy come and go in training.
+    """Gradients at several checkpoints or steps: how conflict and synergy change in training.
 
-    ``stages``: the name of each → its ``Gradients``. ``conflicts`` and ``synergies``: the modules and pairs with the
-    lowest mean cosine over the stages below zero, and the highest above; ``course`` gives their cosine at each stage.
+    ``stages``: the name of each → its ``Gradients``. ``conflicts`` and ``synergies``: the modules and pairs of domains
+    with the lowest mean cosine over the stages below zero, and with the highest above; ``course`` gives their cosine at
+    each stage.
 
     Source: the paper, Section 4 (over training steps); the choice by the mean is ours.
     """
@@ -113,14 +114,14 @@ class GradientSeries:
 
     @classmethod
     def over(cls, stages: Mapping[str, Gradients], strongest: int = 6) -> GradientSeries:
-        """A series of what was found at each of some stages (or steps), in order.
+        """The series of the ``Gradients`` at some stages (or steps), in order.
 
         Raises:
             ValueError: there is none, or they are of different domains or models.
         """
         found = list(stages.values())
         if not found:
-            raise ValueError("a series has one stage or more, and there is none")
+            raise ValueError("a series needs one stage or more, and there is none")
         for name, one in stages.items():
             if one.domains != found[0].domains or list(one.products) != list(found[0].products):
                 raise ValueError(f"{name!r} has other domains or other parameters than the first stage of the series")
@@ -158,24 +159,24 @@ class GradientSeries:
 def gradients(
     model: nn.Module, data: Data, loss: Loss | Mapping[str, Loss] | None = None, *, strongest: int = 6
 ) -> Gradients:
-    """How the gradients of some domains' losses lie to each other: g_d = ∇L_d(θ), L_d the mean over response tokens.
+    """The cosines of the gradients of some domains' losses: g_d = ∇L_d(θ), L_d the mean over response tokens.
 
     Args:
-        model: live; its parameters that require gradients are differentiated, in eval mode, a tied one once. It is left
-            as it was: weights, gradients, flags, modes, torch's random state.
-        data: domain → batches ``{"input_ids", "attention_mask", "labels"}``, ``[batch, token]``. A batch weighs as many
-            as its response tokens.
+        model: live; the parameters that require gradients are differentiated, in eval mode, a tied one once. Afterwards
+            weights, gradients, flags, modes and torch's random state are unchanged.
+        data: domain → batches ``{"input_ids", "attention_mask", "labels"}``, ``[batch, token]``. The weight of a batch
+            is its number of response tokens.
         loss: ``loss(model, batch)``, the scalar mean over the batch's response tokens, smaller = better; or one for
-            each domain. Default: the cross entropy of the responses. On right answers that is the policy gradient of
-            reinforcement learning for an answer whose advantage is 1, −∇ log p(answer), per token; so its cosines
-            speak of GRPO's steps as far as the answers rewarded there are like those in the data. A ``Distillation``
-            gives the direction back to an earlier model instead (zero at that model itself).
-        strongest: how many conflicts and synergies to name.
+            each domain. Default: the cross entropy of the responses. On right answers its gradient is the policy
+            gradient of reinforcement learning for an answer with advantage 1, −∇ log p(answer), per token. So the
+            cosines describe GRPO's steps if the answers that GRPO rewards are like those in the data. A
+            ``Distillation`` gives the direction back to an earlier model instead (zero at that model itself).
+        strongest: how many conflicts and synergies to report.
 
     Returns:
-        ``Gradients``, exact but for rounding: sums over batches in float32 (float64 for a float64 model), inner
-        products in float64. Memory beyond a backward pass: one tensor's gradient. Disk: 4 bytes per parameter and
-        domain, in ``TMPDIR`` and gone at the end.
+        ``Gradients``, exact except for rounding: sums over batches in float32 (float64 for a float64 model), inner
+        products in float64. Memory beyond a backward pass: one tensor's gradient. Disk: a temporary file of 4 bytes per
+        parameter and domain, in ``TMPDIR``.
 
     Raises:
         ValueError: fewer than two domains, no batch, no labels or response token; a loss that is no number or does not

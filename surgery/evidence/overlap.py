@@ -1,4 +1,4 @@
-"""Which neurons two domains share, beside chance."""
+"""Which neurons two domains share, compared with chance."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from surgery.units import kind_of, noun, units_in
 
 @dataclass(frozen=True)
 class Share:
-    """What one block has: ``units`` of them in all, ``amount`` selected (of scores: their sum), and its share of all.
+    """One block: ``units`` in all, ``amount`` selected (for scores, their sum), and the block's share of the total.
 
-    ``parameters``: of the selected units, None where their cost is not known.
+    ``parameters``: those of the selected units, None if their cost is not known.
     """
 
     block: str
@@ -69,7 +69,7 @@ class Profile:
 
 
 def profile(scores_or_mask: Neurons, costs: Mapping[str, int] | None = None) -> Profile:
-    """How a mask's units, or a score's mass, are spread over the blocks and over attention and MLP.
+    """How a mask's units, or the sum of a score, are spread over the blocks and over attention and MLP.
 
     Args:
         scores_or_mask: a mask, whose units are counted, or scores ≥ 0, which are added up.
@@ -129,14 +129,14 @@ class LayerOverlap:
 
 @dataclass(frozen=True)
 class Overlap:
-    """How far the domains' top neurons are the same: Jaccard = |a ∩ b| / |a ∪ b|, in [0, 1], beside chance.
+    """The overlap of the domains' top neurons: Jaccard = |a ∩ b| / |a ∪ b|, in [0, 1], compared with chance.
 
     ``jaccard``: of each domain's top share of the whole model's neurons, ``[domain][domain]`` in the order of
-    ``domains``; ``chance``: expected of two independent uniform draws of as many neurons; ``chance_in_layers``: of
-    draws that take as many from every layer as the domains do, so that what is above it is not merely a liking for
-    the same layers. ``sizes``: how many neurons each domain's set has; ``layers``: the top share of every block by
-    itself. ``neurons`` have a score in every domain; ``without_score`` have none in some (never routed) and are in no
-    set.
+    ``domains``; ``chance``: expected of two independent uniform draws of as many neurons; ``chance_in_layers``:
+    expected of draws that take as many neurons from every layer as the domains do, so that overlap above it is more
+    than a preference for the same layers. ``sizes``: the number of neurons in each domain's set; ``layers``: the top
+    share of every block by itself. ``neurons``: how many have a score in every domain; ``without_score``: how many have
+    none in some domain (experts that no token reached), and are in no set.
 
     Source: the paper, Section 4 (Jaccard of changed and of active neurons); chance and the per-layer sets are ours.
     """
@@ -200,21 +200,21 @@ class Overlap:
 
 
 def overlap(scores: Mapping[str, Neurons], top: float) -> Overlap:
-    """How far the top neurons of several domains are the same, for the whole model and layer by layer.
+    """The overlap of the top neurons of several domains, for the whole model and layer by layer.
 
     Of changed neurons (the paper's 10 %): ``overlap({name: magnitude(s) for name, s in run.steps().items()}, 0.1)``.
     Of active ones (its 5 %): ``overlap({name: activation(model, data[name]) for name in data}, 0.05)``.
 
-    Whole model: the round(top · N) best of all N neurons, whatever layer they are in (the paper's reading, as far as
-    its summary tells). Layers: the round(top · n) best of each block's n. A score of 0 or less is never among the
-    best: what did not change has no place in a set of changed neurons, however small the set gets.
+    Whole model: the round(top · N) best of all N neurons, whatever layer they are in (the paper's definition according
+    to its summary). Layers: the round(top · n) best of each block's n. A neuron with a score of 0 or less is in no set,
+    so that neurons without change do not count as changed; the set may then be smaller.
 
     Args:
-        scores: domain → scores of one model, larger = more changed, more active. At least two domains.
+        scores: domain → scores of one model, larger = more changed or more active. At least two domains.
         top: the share of neurons that a set has, in (0, 1].
 
     Returns:
-        An ``Overlap``; ``surgery.plots.evidence.overlap_matrix`` draws it.
+        An ``Overlap``; ``surgery.plots.overlap_matrix`` draws it.
 
     Raises:
         ValueError: fewer than two domains, masks, scores of different models, ``top`` outside (0, 1], or a domain
@@ -232,7 +232,7 @@ def overlap(scores: Mapping[str, Neurons], top: float) -> Overlap:
     if not total:
         raise ValueError("no neuron has a score in every domain")
     if round(top * total) < 1:
-        raise ValueError(f"top={top!r} of {total} neurons is none: expected {1 / total:.2g} or more")
+        raise ValueError(f"top={top!r} selects none of {total} neurons: expected {1 / total:.2g} or more")
     first = next(iter(scores.values()))
     whole = {name: _top_of_all(name, one, round(top * total), known) for name, one in scores.items()}
     per_layer = {
@@ -257,7 +257,9 @@ def _comparable(scores: Mapping[str, Neurons]) -> dict[str, Tensor]:
     (name, first), *others = scores.items()
     for who, one in scores.items():
         if one.is_mask:
-            raise ValueError(f"{who!r} is a mask: overlap ranks scores (two masks are compared by surgery.jaccard)")
+            raise ValueError(
+                f"{who!r} is a mask: overlap ranks scores (two masks are compared by surgery.measure.jaccard)"
+            )
     for _, one in others:
         one.require(first.sizes, f"the scores of {name!r}")
     return {block: torch.stack([one.available(block) for one in scores.values()]).all(0) for block in first}

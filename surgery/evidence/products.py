@@ -1,4 +1,4 @@
-"""Inner products of domains' gradients, tensor by tensor: the gradients lie on disk, one tensor's is in memory."""
+"""Inner products of domains' gradients, tensor by tensor: the gradients are on disk, and one tensor's is in memory."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ Pairs = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a model, and how the gradients of some domains lie to each other in it.
+    """A part of a model, and the cosines of some domains' gradients in it.
 
-    ``name``: a module's path, or what it is the sum of. ``layer``: its number, None outside the layers. ``kind``:
+    ``name``: a module's path, or a name for the modules that it sums. ``layer``: its number, None outside. ``kind``:
     "model", "layer", "module", or what ``places_of`` says. ``norms``: domain → ‖g‖. ``cosines``: domain → domain →
     cosine in [−1, 1], None where a gradient is zero.
     """

@@ -1,4 +1,4 @@
-"""Where the units of a model lie in its tensors, in memory and on disk; nothing outside knows an architecture."""
+"""Where the units of a model lie in its tensors, in memory and on disk; no other room knows an architecture."""
 
 from surgery.layout.finding import find_layout
 from surgery.layout.slots import Block, Layout, Slot

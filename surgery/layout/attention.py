@@ -1,4 +1,4 @@
-"""Finding the units of attention: KV groups and value channels, where they can be told for certain."""
+"""Finding the units of attention: KV groups and value channels, where they are certain."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _HARMLESS = re.compile(r"(q|k|qk|query|key)_(layer)?norm|rotary(_emb)?|\w*dropou
 
 
 class Unclear(Exception):
-    """Why the units of an attention module can't be told for certain."""
+    """Why the units of an attention module are not certain."""
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ def attention_blocks(model: nn.Module, kind: str, hidden: int) -> tuple[list[Blo
     if not blocks:
         why = next((f"{path}: {reason}" for path, reason in reasons.items()), "it has no attention")
         raise NoAttention(
-            f"no {noun((kind,))} can be told for certain in {type(model).__name__}: {why}. "
+            f"no {noun((kind,))} were found for certain in {type(model).__name__}: {why}. "
             f'Or leave attention out: units="mlp"'
         )
     return blocks, tuple(_notes(model, blocks, reasons))

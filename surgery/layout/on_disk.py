@@ -109,7 +109,7 @@ def _on_disk(model: Any, block: Block, found: dict[str, list[Slot]]) -> None:
         if [part.start for part in parts] != [0, *accumulate(part.neurons for part in parts)][:-1] or (
             sum(part.neurons for part in parts) != slot.neurons
         ):
-            raise ValueError(f"the names on disk of {slot.tensor} can't be told for certain. {WAY_OUT}")
+            raise ValueError(f"the names on disk of {slot.tensor} are not certain. {WAY_OUT}")
         found[_key(slot)] = parts
 
 

@@ -136,9 +136,9 @@ class Block:
 
     The name is the module's path, with the kind of unit after an attention's: ``model.layers.0.self_attn[kv_group]``.
     ``consumer`` is the path of the module whose input is the neurons' activations (down; the experts' module in a
-    MoE; o in attention); ``experts`` is 0 in a dense MLP; ``found`` says in words how the block was recognised.
-    ``heard`` is the slot of the consumer's input vector, where a unit owns several of its channels; None: channel i
-    is neuron i.
+    MoE; o in attention). ``experts`` is 0 in a dense MLP. ``found`` says in words how the block was recognised.
+    ``heard`` is the slot in the consumer's input vector if a unit has several channels of it; if None, channel i is
+    neuron i.
     """
 
     name: str
@@ -156,11 +156,11 @@ class Block:
 
     @property
     def channels(self) -> int:
-        """How many channels of the consumer's input it hears: one a neuron, or several a unit of attention."""
+        """How many channels of the consumer's input belong to it: one per neuron, or several per unit of attention."""
         return self.neurons if self.heard is None else self.heard.shape[0]
 
     def pooled(self, channels: Tensor) -> Tensor:
-        """The mean of ``[channel]`` over the channels of each unit: ``[neuron]`` (a neuron's own channel)."""
+        """The mean of ``[channel]`` over the channels of each unit: ``[neuron]`` (a neuron has one channel)."""
         if self.heard is None:
             return channels
         return self.heard.view(channels).flatten(0, self.heard.stacked).reshape(self.neurons, -1).mean(1)
@@ -234,7 +234,7 @@ class Layout(Mapping[str, Block]):
 
     @property
     def costs(self) -> dict[str, int] | None:
-        """Parameters per unit of each block where kinds share a budget (see ``allocate``); None with one kind."""
+        """Parameters per unit of each block if several kinds share a budget (see ``allocate``); None with one kind."""
         return {block.name: block.width for block in self.blocks} if len(self.units) > 1 else None
 
     def fits(self, tensors: Mapping[str, Tensor]) -> bool:

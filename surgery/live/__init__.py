@@ -1,4 +1,4 @@
-"""What is done with a live model: prompts, answers, predictions, gradients, and the earlier model in its place."""
+"""Work with a live model: prompts, answers, predictions, gradients, and the earlier model in its place."""
 
 from surgery.live.answers import respond
 from surgery.live.earlier import earlier_model

@@ -38,16 +38,16 @@ def respond(
     seed: int = 0,
     path: str | Path | None = None,
 ) -> list[Batch]:
-    """Let a model answer prompts, so that scores which need responses can be had without labels.
+    """Let a model answer prompts, so that scores that need responses work without labels.
 
     Args:
         model: the earlier model, live (``earlier_model(run)``), with a ``generate`` method.
         prompts: batches of ``{"input_ids", "attention_mask"}``, ``[batch, token]``; batches with labels are passed on.
-        max_new_tokens: an answer is cut after so many tokens, and where the model's context ends.
-        temperature: of the sampling, from the model's whole distribution; 0 is greedy. What the model's own generation
-            settings say (a repetition penalty, beams) is left out.
-        seed: of the sampling; torch's own random state stays as it was.
-        path: JSON lines of token ids; if the file is there, it is read instead.
+        max_new_tokens: an answer is cut after this many tokens, and at the end of the model's context.
+        temperature: of the sampling from the model's whole distribution; 0 is greedy. The model's own generation
+            settings (a repetition penalty, beams) are not used.
+        seed: of the sampling; torch's own random state does not change.
+        path: a JSON-lines file of token ids that caches the answers: it is read if it exists, else written.
 
     Returns:
         The batches, padded on the right, with ``labels`` on the answers (end-of-sequence token included).
@@ -160,7 +160,7 @@ def _read(path: Path, head: dict[str, Any], asked: list[list[list[int]]]) -> lis
         raise ValueError(f"{path} is not a file that respond() wrote: {error!r}") from error
     settings = {name: value for name, value in head.items() if name != "model"}
     if (made := {name: found.get(name) for name in settings}) != settings:
-        raise ValueError(f"{path} was made with {made}, and now {settings} is asked for: choose another file")
+        raise ValueError(f"{path} was made with {made}, and you asked for {settings}: choose another file")
     if found.get("model") != head["model"]:
         raise ValueError(f"{path} has the answers of another model: choose another file")
     if [prompt for prompt, _ in pairs] != [row for rows in asked for row in rows]:

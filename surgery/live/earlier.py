@@ -1,4 +1,4 @@
-"""The earlier model where the later one lives: all weights swapped in place for a while, and put back bit for bit."""
+"""The earlier model in the later one's place: all weights are swapped temporarily, and restored bit for bit."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -18,19 +19,21 @@ from surgery.layout.slots import Block, Slot
 from surgery.reverting.writing import uninterrupted
 
 _SWAPPED = "the earlier model's weights are in its place"
+_inside: WeakKeyDictionary[nn.Module, list[tuple[Source, nn.Module]]] = WeakKeyDictionary()
 
 
 @contextmanager
 def earlier_model(run: Trajectory) -> Iterator[nn.Module]:
     """The earlier model, live, while the body runs, with one model in memory at a time.
 
-    The later model's weights (``run.load``) are swapped in place; those that ``run.later`` does not hold on
-    disk bit for bit are kept in the CPU's memory meanwhile. If a folder's names can't be told from those in memory, the
-    earlier model is loaded beside it instead; a bare mapping replaces the tensors that it has.
+    The later model's weights (``run.load``) are swapped in place. Those that ``run.later`` does not hold on disk bit
+    for bit are kept in the CPU's memory meanwhile. If a folder's tensor names can't be matched with those in memory, or
+    its configuration is another, the earlier model is loaded beside the later one instead. A bare mapping replaces only
+    the tensors that it has.
 
     Raises:
         ValueError: there is no earlier checkpoint, or it is of another model.
-        ExceptionGroup: at the end, where tensors could not be put back; it names them, and all others are back.
+        ExceptionGroup: at the end, if tensors could not be restored; it names them, and all others are restored.
 
     Source: ours.
     """
@@ -46,18 +49,51 @@ def earlier_model(run: Trajectory) -> Iterator[nn.Module]:
     if isinstance(run.earlier, nn.Module):
         yield run.earlier
         return
-    if _SWAPPED in in_force(model):  # inside another block of the same run
-        yield model
+    outer = _inside.setdefault(model, [])
+    if outer and outer[-1][0] is run.earlier and (outer[-1][1] is not model or in_force(model)[-1] == _SWAPPED):
+        yield outer[-1][1]  # inside another block for the same checkpoint
         return
     names = [name for name in _names(model) if _found(source, live, name) is not None]
-    if len(names) < len(_names(model)) and (isinstance(run.earlier, str | Path | Checkpoint)):
+    folder = isinstance(run.earlier, str | Path | Checkpoint)
+    if folder and (len(names) < len(_names(model)) or _configured_otherwise(model, source)):
         first = next(model.parameters())
-        yield Trajectory(later=run.earlier).load(device=first.device, dtype=first.dtype)
+        beside = Trajectory(later=run.earlier).load(device=first.device, dtype=first.dtype)
+        with _known(outer, run.source("earlier"), beside):
+            yield beside
         return
     on_disk = isinstance(run.later, str | Path | Checkpoint)
     back = open_weights(run.tensors("later"), None, live) if on_disk else None
-    with _swapped(names, live, source, back), edited(model, _SWAPPED):
+    with _swapped(names, live, source, back), edited(model, _SWAPPED), _known(outer, run.source("earlier"), model):
         yield model
+
+
+@contextmanager
+def _known(outer: list[tuple[Source, nn.Module]], source: Source, model: nn.Module) -> Iterator[None]:
+    """While the body runs, blocks inside it find the model that stands for a checkpoint."""
+    outer.append((source, model))
+    try:
+        yield
+    finally:
+        outer.pop()
+
+
+def _configured_otherwise(model: Any, source: Weights) -> bool:
+    """Whether a folder's configuration gives the same weights another forward pass than the live model's."""
+    folder: Path | None = getattr(source.tensors, "folder", None)
+    if folder is None or not (folder / "config.json").exists() or not hasattr(model, "config"):
+        return False
+    theirs = type(model.config).from_pretrained(folder, local_files_only=True)
+    return _differ(model.config.to_dict(), theirs.to_dict())
+
+
+def _differ(ours: Any, theirs: Any) -> bool:
+    """Whether a setting that both know has two values, without those that no forward pass depends on."""
+    if not (isinstance(ours, Mapping) and isinstance(theirs, Mapping)):
+        return bool(ours != theirs)
+    from transformers import PreTrainedConfig
+
+    idle = {*PreTrainedConfig().to_dict(), "use_cache", "bos_token_id", "eos_token_id", "pad_token_id"}
+    return any(_differ(ours[name], theirs[name]) for name in ours.keys() & theirs.keys() - idle)
 
 
 def _bare(source: Source | None) -> bool:
@@ -83,6 +119,8 @@ def _swapped(names: list[str], live: Weights, to: Weights, back: Weights | None)
 def _put_back(kept: Mapping[str, Tensor | None], live: Weights, back: Weights | None) -> None:
     """Every tensor that can be put back; then an ``ExceptionGroup`` that names those that could not."""
     failed: dict[str, Exception] = {}
+    assert isinstance(live.tensors, State)
+    now = State(live.tensors.module)  # a model that was moved meanwhile has other tensors
     for name, old in kept.items():
         try:
             before = old
@@ -90,7 +128,7 @@ def _put_back(kept: Mapping[str, Tensor | None], live: Weights, back: Weights | 
                 before = live_tensor(back, live, name)
             assert before is not None
             with torch.no_grad():
-                live.tensors[name].copy_(before)
+                now[name].copy_(before)
         except Exception as error:  # raised below, once the others are back
             failed[name] = error
     if failed:

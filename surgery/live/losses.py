@@ -27,18 +27,18 @@ _ROWS = 1 << 24  # numbers of logits that are turned into float32 at a time
 
 
 class Distillation:
-    """How far a model's predictions are from the earlier one's: ``loss(model, batch)``, a mean over the positions.
+    """The distance of a model's predictions from the earlier model's: ``loss(model, batch)``, a mean over positions.
 
-    "kl": KL(p_earlier ‖ p_model), in nats. It grows with the square of what changed, so its gradient is mostly that of
-    the few answers which changed most.
+    "kl": KL(p_earlier ‖ p_model), in nats. It grows with the square of the change, so its gradient is mostly that of
+    the few answers that changed most.
 
-    "hellinger": H = √(½ Σ (√p_earlier − √p_model)²), from 0 to 1. It grows with what changed, so every changed answer
-    counts alike, and it bounds what a score can lose: no event's probability differs by more than √2 · H. Changes as
-    small as rounding noise count less, by their square: √(H² + ε²) − ε with ε = 0.01.
+    "hellinger": H = √(½ Σ (√p_earlier − √p_model)²), from 0 to 1. It grows linearly with the change, so every changed
+    answer counts alike, and it bounds what a score can lose: no event's probability differs by more than √2 · H.
+    Changes as small as rounding noise count less, by their square: √(H² + ε²) − ε with ε = 0.01.
 
-    The earlier model is not needed any more: its logits at those positions (the ones that predict response tokens; all
-    attended ones without labels) lie in files, in the dtype that it gave them, and each file says which model's they
-    are. Made by ``distillation``.
+    The positions are those that predict response tokens (without labels, all attended tokens). The earlier model is not
+    needed any more: its logits there are cached in files, in their own dtype, and each file records which model made
+    them. Made by ``distillation``.
 
     Raises:
         LookupError: called with a batch that the earlier model was not asked about.
@@ -76,14 +76,13 @@ def distillation(
     *,
     divergence: Divergence = "kl",
 ) -> Distillation:
-    """Ask the earlier model about every batch, and return the loss that compares another model with its answers.
+    """Run the earlier model on every batch, and return the loss that compares another model with its predictions.
 
     Args:
-        earlier: the earlier model, live; run in eval mode and left as it was.
+        earlier: the earlier model, live; run in eval mode, unchanged afterwards.
         data: batches of ``{"input_ids", "attention_mask"[, "labels"]}``, ``[batch, token]``.
-        folder: where the logits are kept, so that a later run finds them (default: a temporary folder). What is there
-            already for a batch is used as it is. Every earlier model needs its own folder; several processes may fill
-            one folder at once.
+        folder: where the logits are cached for later runs (default: a temporary folder). Cached batches are not
+            computed again. Every earlier model needs its own folder; several processes may fill one folder at once.
         divergence: "kl" or "hellinger" (see ``Distillation``).
 
     Returns:
@@ -131,8 +130,8 @@ def _checked(path: Path, model: str) -> dict[str, Any]:
     made_by = header.get("__metadata__", {}).get("model")
     if made_by is None:
         raise ValueError(
-            f"{path} does not say which model's predictions it holds: give another folder to distillation(), or remove "
-            f"this one and ask the earlier model again"
+            f"{path} does not say which model's predictions it holds: pass another folder to distillation(), or remove "
+            f"this one and run the earlier model again"
         )
     if made_by != model:
         raise ValueError(
@@ -190,7 +189,7 @@ def summed(loss: Loss, model: nn.Module, batch: Batch) -> Tensor:
         what = f"of shape {list(found.shape)}" if isinstance(found, Tensor) else f"but {type(found).__name__}"
         raise ValueError(
             f"loss(model, batch) gave no scalar that depends on the weights ({what}): expected the mean over the "
-            f"batch's response tokens, with its gradient (of prompts without labels a model gives no loss of its own)"
+            f"batch's response tokens, with its gradient (a model computes no loss of its own without labels)"
         )
     return found.reshape(()) * tokens_in([batch])
 

@@ -1,4 +1,4 @@
-"""A second, independent witness of a layout: autograd says which rows a neuron's activation depends on."""
+"""A second, independent check of a layout: autograd shows which rows a neuron's activation depends on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class _Reached(Exception):
 
 
 def probe(model: nn.Module, layout: Layout, block: Block, neurons: int = 4) -> list[str]:
-    """Verify a block by autograd: with all activations but neuron i's set to zero, only neuron i's slices get gradient.
+    """Verify a block by autograd: if all activations but neuron i's are zero, only neuron i's slices get gradient.
 
     Args:
         model: the live model; unchanged afterwards.
@@ -27,7 +27,7 @@ def probe(model: nn.Module, layout: Layout, block: Block, neurons: int = 4) -> l
         neurons: how many neurons to try, spread over the block.
 
     Returns:
-        What is wrong, in words; empty if nothing is.
+        The problems, in words; empty if there is none.
 
     Source: ours.
     """

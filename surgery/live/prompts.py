@@ -18,19 +18,19 @@ IGNORED = -100  # the label of a token that is no response (the convention of tr
 def load_prompts(path: str | Path, tokenizer: Any, *, batch_size: int = 16, limit: int | None = None) -> list[Batch]:
     """Read a JSON-lines file of prompts into padded batches.
 
-    A line holds ``"prompt"`` with or without ``"response"``, or ``"messages"`` (the chat template is applied; a last
-    message by the assistant is the response), or ``"text"`` (all of it counts). All lines of a file have responses, or
-    none has.
+    A line holds ``"prompt"`` with or without ``"response"``, or ``"messages"`` (the chat template is applied; if the
+    last message is the assistant's, it is the response), or ``"text"`` (all of it counts). Either all lines of a file
+    have responses, or none has.
 
     Args:
         path: the file.
         tokenizer: a tokenizer, or the folder of one.
         batch_size: prompts per batch.
-        limit: read only so many lines.
+        limit: read at most this many lines.
 
     Returns:
         Batches of ``{"input_ids", "attention_mask"[, "labels"]}``, int64 ``[batch, token]``, padded on the right;
-        ``labels`` is -100 everywhere but on the response's tokens (and its end-of-sequence token).
+        ``labels`` is -100 everywhere except on the response's tokens (and its end-of-sequence token).
 
     Raises:
         LookupError: no such file.
@@ -95,7 +95,7 @@ def batches_of(data: Iterable[Batch]) -> Iterator[Batch]:
 
 
 def digest_of(batches: Iterable[Batch]) -> str:
-    """What tells batches from others: a hash of their tokens, masks and labels."""
+    """What identifies batches: a hash of their tokens, masks and labels."""
     digest = hashlib.blake2b(digest_size=16)
     for batch in batches:
         for name in ("input_ids", "attention_mask", "labels"):
@@ -239,7 +239,7 @@ def _chat(messages: list[Any], where: str, tokenizer: Any) -> tuple[list[int], l
     if not answered:
         return prompt, None
     if not whole.startswith(start):
-        raise ValueError(f"{where}: the chat template rewrites earlier turns, so the response can't be told apart")
+        raise ValueError(f"{where}: the chat template rewrites earlier turns, so the response's start is not known")
     return prompt, tokenizer(whole[len(start) :], add_special_tokens=False)["input_ids"]
 
 

@@ -1,4 +1,4 @@
-"""What to revert, as a value: scores and masks over neurons, masks over single weights, and budgets."""
+"""Masks, which say what to revert: scores and masks over neurons, masks over single weights, and budgets."""
 
 from surgery.masks.budget import allocate, top
 from surgery.masks.entries import Entries

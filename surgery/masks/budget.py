@@ -21,17 +21,18 @@ def allocate(
     """Split a budget of k = round(β·N) neurons over the blocks.
 
     - ``"proportional"``: block ℓ gets k·S_ℓ/ΣS, S_ℓ the sum of its scores; largest remainder, the lower layer first;
-      never more than the block has (what is over goes to the others by the same rule).
+      never more than the block has (the excess goes to the other blocks by the same rule).
     - ``"global"``: as many as the block has among the k best of the whole model.
     - ``"uniform"``: β of each block.
 
     With ``costs``, kinds of unit share one budget of parameters, K = ⌊β·P⌋, P the parameters of all units; a score is
     what a unit as a whole is worth. K is never exceeded:
 
-    - ``"global"``: units in the order of score / cost, up to the first that no longer fits (so a bigger budget
-      contains the smaller); ties as above.
-    - ``"proportional"`` and ``"uniform"``: block ℓ gets K·S_ℓ/ΣS or K·P_ℓ/P parameters, as many whole units as they
-      buy; what is over buys one unit after the other where the largest part of one is missing, while any fits.
+    - ``"global"``: units in the order of score / cost, up to the first that no longer fits (so a larger budget
+      contains a smaller one); ties as above.
+    - ``"proportional"`` and ``"uniform"``: block ℓ gets K·S_ℓ/ΣS or K·P_ℓ/P parameters, and as many whole units as
+      these pay for. The rest pays for one unit after the other, the block with the largest remainder first, while any
+      unit fits.
 
     Args:
         scores: the allocating score.
@@ -84,10 +85,10 @@ def _sums(scores: Neurons, needed: bool) -> dict[str, float]:
 
 
 def _check_some(scores: Neurons, needed: bool) -> None:
-    """Refuse scores that are all zero where they have to say something: the first neurons would be taken, silently."""
+    """Refuse scores that are all zero where they are needed: the first neurons would be taken, silently."""
     if needed and not any(bool(value.any()) for value in scores.values()):
         raise ValueError(
-            "every score is zero, so nothing says which layer should get the budget: are two of the checkpoints "
+            "every score is zero, so the budget can't be split over the layers: are two of the checkpoints "
             "the same, or (with C) is there no neuron on which the two updates point against each other?"
         )
 
@@ -132,7 +133,7 @@ def _per_block(scores: Neurons, order: Tensor) -> dict[str, int]:
 
 
 def top(scores: Neurons, counts: Mapping[str, int]) -> Neurons:
-    """The mask of the highest scores: ``counts[block]`` of each block; among equals the lower index is taken.
+    """The mask of the highest scores: ``counts[block]`` of each block; ties go to the lower index.
 
     Args:
         scores: the ranking score.

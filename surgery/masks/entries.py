@@ -1,4 +1,4 @@
-"""Entries: which single weights of a model to revert, as sorted positions and never as a boolean per weight."""
+"""Entries: which single weights of a model to revert, stored as sorted positions and not as a boolean per weight."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _Shapes = Mapping[str, tuple[int, int]]
 class Entries(Mapping[str, Tensor]):
     """A mask over single weights: a mapping from part, "BLOCK/PART", to the sorted positions that it selects.
 
-    position = neuron · width + offset in the neuron's row, where a part (gate, up, down, a bias, q, k, v, o) is seen as
-    ``[neuron, width]`` whatever tensor holds it. So positions mean the same in a live model and on disk, also where
-    names and shapes differ between the two (MoE). A position takes 8 bytes: this is for small parts of a model.
+    position = neuron · width + offset in the neuron's row. A part (gate, up, down, a bias, q, k, v, o) counts as
+    ``[neuron, width]``, whatever tensor holds it. So a position means the same in a live model and on disk, even where
+    names and shapes differ between the two (MoE). A position takes 8 bytes, so use Entries for small parts of a model.
 
     Args:
-        positions: part → int64 ``[selected]``, ascending; a part that is left out selects nothing.
-        shapes: part → (neurons, width) of every part that weights may be selected of, in layer order.
+        positions: part → int64 ``[selected]``, ascending; nothing is selected in a part that is left out.
+        shapes: part → (neurons, width) of every part with candidate weights, in layer order.
         made_by: what made it (plain JSON values); saved with the file.
 
     Raises:
@@ -98,7 +98,7 @@ class Entries(Mapping[str, Tensor]):
         return sum(self.count().values()) / max(self.total, 1)
 
     def tally(self) -> dict[str, Any]:
-        """How many weights are selected of how many, and where, as the record of a saved folder has it."""
+        """How many weights are selected of how many, and where, for the record of a saved folder."""
         return {"weights": {"reverted": sum(self.count().values()), "of": self.total, "per_part": self.count()}}
 
     def edits(self, layout: Layout, whose: str) -> Iterator[Numbers]:
@@ -121,7 +121,7 @@ class Entries(Mapping[str, Tensor]):
         return torch.cat([torch.zeros(0), *found])
 
     def signed(self, made_by: Mapping[str, Any]) -> Entries:
-        """The same with more said of what made it."""
+        """The same with entries added to ``made_by``."""
         return Entries(self, shapes=self.shapes, made_by={**self.made_by, **made_by})
 
     def __and__(self, other: Entries) -> Entries:

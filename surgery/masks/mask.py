@@ -1,4 +1,4 @@
-"""What every mask answers, whether it selects neurons (``Neurons``) or single weights (``Entries``)."""
+"""The protocol of a mask, whether it selects neurons (``Neurons``) or single weights (``Entries``)."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from surgery.masks.neurons import Neurons
 
 
 class Mask(Protocol):
-    """What is to be reverted, as a value. A mask of whole units and one of all their weights are the same edits."""
+    """What is to be reverted. A mask of whole units and a mask of all their weights make the same edits."""
 
     made_by: dict[str, Any]  # what made it, as JSON
 
     @property
     def units(self) -> tuple[str, ...]:
-        """The kinds of unit that it is over, or whose weights it selects, "mlp" first."""
+        """The kinds of unit that it selects from, or whose weights it selects from, "mlp" first."""
 
     @property
     def noun(self) -> str:
@@ -44,23 +44,23 @@ class Mask(Protocol):
         """How many are selected, by block or part."""
 
     def tally(self) -> dict[str, Any]:
-        """How many are selected of how many, and where, as the record of a saved folder has it."""
+        """How many are selected of how many, and where, for the record of a saved folder."""
 
     def edits(self, layout: Layout, whose: str) -> Iterator[Edit]:
-        """What it changes, slot by slot in layer order; ``whose`` layout it is goes into the error of another model."""
+        """What it changes, slot by slot in layer order; an error names ``whose`` layout it is."""
 
     def strengths(self, each: Neurons) -> Tensor:
         """The strength of every selected neuron or weight, where each neuron has one: float32 ``[selected]``."""
 
     def signed(self, made_by: Mapping[str, Any]) -> Self:
-        """The same mask with more said of what made it."""
+        """The same mask with entries added to ``made_by``."""
 
     def __and__(self, other: Self, /) -> Self: ...
 
     def __or__(self, other: Self, /) -> Self: ...
 
     def equal(self, other: Self, /) -> bool:
-        """Whether both select the same of the same."""
+        """Whether both select the same neurons or weights of the same blocks."""
 
     def save(self, path: str | Path) -> None:
         """Write a file for ``load_mask``."""
@@ -74,7 +74,7 @@ def checked(mask: Mask) -> Mask:
     """
     if not hasattr(mask, "edits"):
         raise ValueError(
-            f"mask= is a {type(mask).__name__}: expected the Neurons or Entries that a selector gives (of a file "
+            f"mask= is a {type(mask).__name__}: expected Neurons or Entries, as a selector returns them (for a file, "
             f"surgery.masks.load_mask(path))"
         )
     return mask

@@ -20,14 +20,14 @@ _MISSING = "missing:"  # prefix of the tensors that mark neurons without a value
 class Neurons(Mapping[str, Tensor]):
     """One number per neuron: a mapping from block name to a vector; float32 = scores, bool = a mask.
 
-    Blocks are named by module path, in the model's layer order; where the "neurons" are units of attention the name
-    ends with their kind, like ``model.layers.0.self_attn[kv_group]``. Scores of the same model multiply elementwise;
-    masks combine with ``&``, ``|`` and ``~``.
+    Blocks are named by module path, in the model's layer order. If the "neurons" are units of attention, the name ends
+    with their kind, like ``model.layers.0.self_attn[kv_group]``. Scores of the same model multiply elementwise; masks
+    combine with ``&``, ``|`` and ``~``.
 
     Args:
         values: block name → ``[neuron]`` tensor. All bool, or all of one real dtype (kept as float32).
-        missing: block name → bool ``[neuron]``: neurons that have no value (say, experts that were never routed have
-            no activation). Their entries read 0, count in no mean and are never selected.
+        missing: block name → bool ``[neuron]``: neurons without a value (for example, experts that no token reached
+            have no activation). Their entries are 0, count in no mean and are never selected.
         made_by: what made it (plain JSON values); saved with the file.
 
     Raises:
@@ -105,7 +105,7 @@ class Neurons(Mapping[str, Tensor]):
     def relative(self) -> Neurons:
         """Each score divided by the mean of its block, so that layers of different scale can be compared.
 
-        A block whose scores are all zero stays zero. Source: ours (the paper's products need comparable factors).
+        A block whose scores are all zero stays zero. Source: ours (the factors of a product have to be comparable).
         """
         self._need(mask=False, verb="relative()")
 
@@ -131,7 +131,7 @@ class Neurons(Mapping[str, Tensor]):
         return self[name].nonzero().flatten()
 
     def tally(self) -> dict[str, Any]:
-        """How many neurons a mask selects of how many, and where, as the record of a saved folder has it."""
+        """How many neurons a mask selects of how many, and where, for the record of a saved folder."""
         return {"neurons": {"reverted": sum(self.count().values()), "of": self.total, "per_block": self.count()}}
 
     def edits(self, layout: Layout, whose: str) -> Iterator[Rows]:
@@ -155,7 +155,7 @@ class Neurons(Mapping[str, Tensor]):
         return torch.cat([torch.zeros(0), *(each[name][value] for name, value in self.items())])
 
     def signed(self, made_by: Mapping[str, Any]) -> Neurons:
-        """The same with more said of what made it."""
+        """The same with entries added to ``made_by``."""
         return Neurons(self, missing=self.missing, made_by={**self.made_by, **made_by})
 
     def __mul__(self, other: Neurons) -> Neurons:

@@ -1,4 +1,4 @@
-"""Measuring models: sweeps, repair, stability, history, and the statistics beneath."""
+"""Measuring models: sweeps, repair, stability, history, and their statistics."""
 
 from surgery.measure.evaluators import harness, likelihood
 from surgery.measure.history import History, history

@@ -1,4 +1,4 @@
-"""Evaluators: what a sweep measures, where it need not be written by hand."""
+"""Evaluators that are ready to use: the likelihood of responses, and the lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class _Likelihood:
 
 
 def likelihood(data: Mapping[str, Iterable[Batch]]) -> Evaluate:
-    """An ``evaluate`` that needs no generation: how likely a model finds the responses, prompt by prompt.
+    """An ``evaluate`` that needs no generation: the log-likelihood of the responses, prompt by prompt.
 
     score_i = 1/T_i · Σ_t log p(token t of response i | what comes before it), in nats per token, ≤ 0, larger = better.
 
@@ -46,7 +46,7 @@ def likelihood(data: Mapping[str, Iterable[Batch]]) -> Evaluate:
         A function for ``sweep``, ``repair`` and ``history``: model → {domain: one score per prompt}.
 
     Raises:
-        ValueError: there is no domain, or one without a prompt; called: a prompt has no response token.
+        ValueError: there is no domain, or one without a prompt; when called: a prompt has no response token.
 
     Source: ours.
     """
@@ -91,7 +91,7 @@ class _Harness:
             raise LookupError(f"lm_eval knows no task {unknown[0]!r}: see `lm_eval ls tasks`, or pass include_path=")
         tokenizer = self.tokenizer or getattr(model, "name_or_path", None)
         if not tokenizer:
-            raise ValueError('the model does not know its folder, so name the tokenizer: harness("...", tokenizer=...)')
+            raise ValueError('the model does not know its folder: name the tokenizer, harness("...", tokenizer=...)')
         with evaluating(model):
             live = models.HFLM(pretrained=model, tokenizer=opened_tokenizer(tokenizer), batch_size=self.batch_size)
             found = lm_eval.simple_evaluate(
@@ -112,25 +112,25 @@ def harness(
 ) -> Evaluate:
     """An ``evaluate`` that runs tasks of EleutherAI's lm-evaluation-harness on the live model.
 
-    A task's score is its first metric (with its first filter), larger = better (a metric of the other kind is
-    negated); it comes per item where the harness gives one number per item. The items of a group (like "mmlu") are
+    A task's score is its first metric (with its first filter), larger = better (a metric where smaller is better is
+    negated). It is a score per item if the harness gives one number per item. The items of a group (like "mmlu") are
     those of its tasks, end to end.
 
     Args:
         tasks: names, a list or separated by commas.
         tokenizer: a tokenizer or its folder (default: that of the model's own folder).
-        limit: only so many items of each task.
-        few_shot: examples in the prompt (default: the task's own number).
-        batch_size: of the forward passes.
+        limit: at most this many items of each task.
+        few_shot: number of examples in the prompt (default: the task's own).
+        batch_size: items per forward pass.
         include_path: a folder with task files of your own.
 
     Returns:
-        A function for ``sweep`` and ``repair``. In their place, and in the shell, ``"lm_eval:task,task"`` is short
-        for ``harness("task,task")``.
+        A function for ``sweep`` and ``repair``. They also take the text ``"lm_eval:task,task"``, as the shell does; it
+        is short for ``harness("task,task")``.
 
     Raises:
-        ValueError: no task is named; called: the model's tokenizer can't be told, or lm_eval is not installed.
-        LookupError: called: there is no such task.
+        ValueError: no task is named; when called: the model's tokenizer is not known, or lm_eval is not installed.
+        LookupError: when called: there is no such task.
 
     Source: ours; lm_eval's ``simple_evaluate`` does the work.
     """
@@ -156,9 +156,9 @@ def evaluator(evaluate: Evaluate | str) -> Evaluate:
 
 
 def signature(evaluate: Evaluate) -> str:
-    """What tells an evaluation from others: its name, and a hash of its code and of the plain values that it uses.
+    """What identifies an evaluation: its name, and a hash of its code and of the plain values that it uses.
 
-    What it reads from files or from global variables is not seen, nor what lies inside lists and other objects.
+    The hash does not cover files, global variables, or the contents of lists and other objects.
     """
     if isinstance(evaluate, _Likelihood):
         return f"likelihood of {', '.join(f'{name} {digest_of(batches)}' for name, batches in evaluate.data.items())}"

@@ -18,9 +18,9 @@ from surgery.tables import Cell, Table, write_json
 
 _DEFINITION = (
     "The score of every domain at every checkpoint. A domain's loss is its score at its own stage (the checkpoint of "
-    "the same name; else its best before the last) less that of the last checkpoint; beside it the stage whose step "
-    "cost most. Intervals and p are paired over items. A loss is significant where its 95 % interval lies above zero "
-    "and p < 0.05."
+    "the same name, else its best one before the last) minus its score at the last checkpoint. The largest step is the "
+    "stage that lowered the score most. Intervals and p are paired over items. A loss is significant where its 95 % "
+    "interval lies above zero and p < 0.05."
 )
 
 
@@ -28,8 +28,8 @@ _DEFINITION = (
 class Lost:
     """What one domain lost from its ``best`` checkpoint to the ``last``: ``amount`` > 0 is a loss, in its score's unit.
 
-    ``paired`` is the loss item by item (gain = amount), None without items; ``at`` is the stage whose own step cost
-    most, ``step`` how much.
+    ``paired`` is the loss item by item (gain = amount), None without items; ``at`` is the stage that cost most, and
+    ``step`` how much it cost.
     """
 
     domain: str
@@ -42,7 +42,7 @@ class Lost:
 
     @property
     def certain(self) -> bool:
-        """Whether the loss can be told from nothing: its 95 % interval lies above zero and p < 0.05."""
+        """Whether the loss is significant: its 95 % interval lies above zero and p < 0.05."""
         return self.paired is not None and self.paired.interval[0] > 0 and self.paired.p < ALPHA
 
     def cells(self) -> tuple[Cell, ...]:
@@ -56,8 +56,8 @@ class Lost:
 class History:
     """What ``history`` found: the score of every domain at every checkpoint, and what each domain lost.
 
-    ``scores``: domain → its score at each of ``stages``, in their order; ``lost``: one per domain, the most certain
-    and largest loss first.
+    ``scores``: domain → its score at each of ``stages``, in their order; ``lost``: one per domain, significant losses
+    first, and the largest of them first.
 
     Source: the paper's Table 5 in kind; the tests are ours.
     """
@@ -94,10 +94,10 @@ def history(
     dtype: Any = None,
     progress: Callable[[str], None] | None = None,
 ) -> History:
-    """Evaluate every checkpoint of a trajectory, and say what each domain lost, and at which stage.
+    """Evaluate every checkpoint of a trajectory; compute what each domain lost, and at which stage.
 
-    lost = score(best) − score(last). *best* is the checkpoint that bears the domain's name, if there is one before the
-    last; else the one where the domain scored highest.
+    lost = score(best) − score(last). *best* is the checkpoint that has the domain's name, if there is one before the
+    last; else the one before the last where the domain scored highest.
 
     Args:
         run: two checkpoints or more (see ``Trajectory.through``); one model is in memory at a time.
@@ -112,7 +112,7 @@ def history(
     """
     names = tuple(run.checkpoints)
     if len(names) < 2:
-        raise ValueError(f"a history has two or more checkpoints, got {list(names)}")
+        raise ValueError(f"a history needs two or more checkpoints, got {list(names)}")
     measure, means, items = torch.no_grad()(evaluator(evaluate)), {}, {}
     for name, source in run.checkpoints.items():
         if progress is not None:

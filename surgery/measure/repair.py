@@ -1,4 +1,4 @@
-"""Repair: measure the damage, choose, try, and stop where anything else would be hurt."""
+"""Repair: measure the damage, choose what to revert, try it, and stop where another domain would be hurt."""
 
 from __future__ import annotations
 
@@ -26,18 +26,19 @@ from surgery.selectors.selectors import DamageSelector, Selector
 # 1, 1.5, 2, 3, 5, 7 of each decade, from 0.1 % to everything
 BUDGETS = (*(round(x * 10**e, 4) for e in (-3, -2, -1) for x in (1, 1.5, 2, 3, 5, 7)), 1.0)
 Outcome = Literal["intact", "repaired", "not repairable"]
+_ROUNDING = 1e-9  # 0.79 − 0.80 is a little less than −0.01, and keeps a limit of one point all the same
 
 
 @dataclass(frozen=True)
 class Repair:
-    """What ``repair`` found; prints as a verdict in words, the rows that were measured, and what to beware of.
+    """What ``repair`` found; prints as a verdict in words, the rows that were measured, and warnings.
 
     ``outcome``: "intact" (no significant loss, nothing was chosen), "repaired", or "not repairable" within the limits.
-    ``metric``: what was damaged, ``lost``: by how much, earlier against later (None without one score per item).
+    ``metric``: the damaged metric; ``lost``: its loss, earlier against later (None without one score per item).
     ``mask``: what to revert, None unless repaired; ``chosen``: its row. ``best``: the row of the highest recovery
     within the limits. ``goal``: the recovery that was needed, the wanted share of what can be won back. ``limits``: the
-    least change allowed, by kept metric. ``ceiling``: everything that the selector may choose from, reverted.
-    ``sweep``: every row measured, by budget. ``notes``: what to beware of.
+    lowest change allowed, by kept metric. ``ceiling``: the row with everything reverted that the selector may choose.
+    ``sweep``: every row measured, by budget. ``notes``: warnings.
 
     Source: ours.
     """
@@ -61,7 +62,7 @@ class Repair:
         """Write the later checkpoint with the chosen weights reverted (see ``surgery.save``).
 
         Raises:
-            ValueError: there is nothing to write, since nothing was lost or nothing could be repaired; and as ``save``.
+            ValueError: there is nothing to write, because the outcome is not "repaired"; and as ``save``.
         """
         if self.mask is None:
             raise ValueError(f"there is nothing to write: {self.verdict}")
@@ -85,7 +86,9 @@ class Repair:
             for name, least in self.limits.items()
         )
         asked = f"{100 * self.wanted:g} % of what can be won back ({100 * self.goal:.0f} % of the loss){within}"
-        found = "none that was measured keeps the limits"
+        if self.goal <= 0:
+            asked = "anything"
+        found = "no measured budget keeps the limits"
         if self.best is not None:
             found = f"the best within the limits, budget {self.best.budget:g}, brings back {_result(self.best)}"
         return f"Not repaired: {lost}. No budget brings back {asked}; {found}."
@@ -108,24 +111,24 @@ def repair(
     path: str | Path | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Repair:
-    """Find the smallest rollback that wins back the wanted share of a lost skill and spares what is to be kept.
+    """Find the smallest rollback that wins back the wanted share of a lost skill and does not hurt the kept domains.
 
-    Half of the prompts (every other one) choose what to revert, the other half measure it, by the likelihood of their
-    responses; with ``evaluate`` all prompts choose, and it measures. Where the loss is not significant (its 95 %
-    interval reaches zero, or p ≥ 0.05), that is the result and nothing is chosen.
+    Half of the prompts (every other one) choose what to revert. The other half measure it, by the likelihood of their
+    responses; with ``evaluate`` all prompts choose, and ``evaluate`` measures. Where the loss is not significant (its
+    95 % interval reaches zero, or p ≥ 0.05), the outcome is "intact" and nothing is chosen.
 
-    *What can be won back* is the highest recovery measured, at most the whole loss; first of all that of the ceiling,
-    with everything reverted that the selector may choose from. Bisection finds the smallest budget that reaches the
-    wanted share of it; if a limit is broken there, the largest budget below that keeps all limits. It is right where
-    recovery grows with the budget; whether it did is checked and said. Whatever was so, a mask is only returned where
-    it was measured to do what was asked.
+    *What can be won back* is the highest recovery measured, at most the whole loss. The first one measured is the
+    ceiling, with everything reverted that the selector may choose. Bisection finds the smallest budget that reaches the
+    wanted share of it; if that budget breaks a limit, the largest smaller budget that keeps all limits. Bisection is
+    right where recovery grows with the budget; a note says if it did not. If the ceiling wins nothing back, every
+    budget is measured. In every case a mask is returned only if it was measured to reach the goal within the limits.
 
     Args:
         run: a trajectory with ``earlier`` and ``later``; the later model is loaded once (``run.load``), and is
             bit-identical at the end, also after an error.
         data: prompts of the damaged domain. Without responses the earlier model answers them first, and any change of
             its answers counts as a loss. None only with ``evaluate`` and a selector that needs none.
-        keep: prompts of domains that should not be hurt, by name (without responses the later model answers them); with
+        keep: prompts of domains that must not be hurt, by name (without responses the later model answers them); with
             ``evaluate`` the names of its metrics are enough.
         recovery: the wanted share of what can be won back, in (0, 1].
         limit: how much a kept metric may lose against the later model, ≥ 0, in its own unit (0.01 is one point of
@@ -133,12 +136,12 @@ def repair(
         selector: a dataclass with a field ``budget``, which is replaced (default: single weights by D).
         budgets: fractions in (0, 1] to choose among (default: 19 from 0.1 % to everything).
         evaluate: as in ``sweep``; with one score per item the result comes with intervals.
-        metric: the damaged one (default: "damaged", and of ``evaluate`` the one that fell most).
-        path: a JSON-lines file to resume from.
+        metric: the damaged metric (default: "damaged"; with ``evaluate`` the one that fell most).
+        path: a JSON-lines file for the rows; an interrupted run resumes from it.
         progress: called with a line of text before each evaluation.
 
     Returns:
-        A ``Repair``: print it, and ``save`` it where it is repaired.
+        A ``Repair``: print it, and ``save`` it if its outcome is "repaired".
 
     Raises:
         ValueError: fewer than two prompts; a kept metric that does not exist; a setting out of range; and as ``sweep``.
@@ -161,8 +164,8 @@ def repair(
         metric, kept = metric or "damaged", _kept(run, keep, metric or "damaged")
         if any("labels" not in batch for batch in batches):
             notes.append(
-                "the prompts have no responses, so the earlier model's own answers are measured: any change counts as "
-                "a loss"
+                "the prompts have no responses, so the earlier model's own answers are measured: any change of them "
+                "counts as a loss"
             )
         batches = earlier_answers(run, batches)
         choosing, measuring = halved(batches, 0), halved(batches, 1)
@@ -224,7 +227,7 @@ class _Search:
         lost = earlier.paired.get(self.metric)
         if not self._fell(lost):
             if lost and lost.gain > 0 and (more := needed(lost)):
-                notes.append(f"underpowered: a loss of this size needs about {more} prompts or items to show")
+                notes.append(f"underpowered: a loss of this size needs about {more} prompts or items to be significant")
             table = Sweep(self.metric, (earlier, later))
             return Repair(
                 self.bench.run, "intact", self.metric, lost, wanted, 0.0, limits, None, None, None, None, table,
@@ -233,7 +236,10 @@ class _Search:
         ceiling = compared(
             self.bench.ceiling(units_of(self.selector, self.bench.run)), self.earlier, self.later, self.metric
         )
-        goal, before = self._goal(wanted, ceiling), -1.0
+        if self._goal(wanted, ceiling) <= 0:  # everything at once does harm, so bisection would look among the largest
+            for at in range(len(self.grid)):
+                self._row(at)
+        goal, before = self._goal(wanted, ceiling), 0.0
         while goal > before:  # a measured row may show that more can be won back
             self._bisect(goal, limits)
             goal, before = self._goal(wanted, ceiling), goal
@@ -246,7 +252,7 @@ class _Search:
         best = chosen or max(within, key=lambda row: row.recovery or 0.0, default=None)
         notes += self._order(rows, limits, chosen)
         if lost is None:
-            notes.append("evaluate gave no score per item, so nothing says how certain this is")
+            notes.append("evaluate returned no score per item, so there are no intervals and no test")
         notes += _doubts(best, lost, goal, limits) if best is not None else []
         mask = None if chosen is None else self.bench.mask(self.selector, chosen.budget)
         return Repair(
@@ -286,10 +292,10 @@ class _Search:
         recoveries, kept = [row.recovery or 0.0 for row in rows], [_keeps(row, limits) for row in rows]
         if nested and recoveries == sorted(recoveries) and kept == sorted(kept, reverse=True):
             return []
-        other = "a smaller one may do as well" if chosen else "one that was not measured may do"
+        other = "a smaller budget may be enough" if chosen else "a budget that was not measured may be enough"
         return [
             f"{len(rows)} of {len(self.grid)} budgets were measured, and they are not ordered (a larger one does not "
-            f"always recover more, or contain the smaller): {other}"
+            f"always recover more, or contain the smaller one): {other}"
         ]
 
 
@@ -303,11 +309,11 @@ def _first(count: int, holds: Callable[[int], bool]) -> int:
 
 
 def _recovers(row: Row, wanted: float) -> bool:
-    return row.recovery is not None and row.recovery >= wanted
+    return row.recovery is not None and row.recovery >= wanted - _ROUNDING
 
 
 def _keeps(row: Row, limits: Mapping[str, float]) -> bool:
-    return all(row.delta[name] >= least for name, least in limits.items())
+    return all(row.delta[name] >= least - _ROUNDING for name, least in limits.items())
 
 
 def _inside(smaller: Mask, larger: Mask) -> bool:
@@ -315,17 +321,17 @@ def _inside(smaller: Mask, larger: Mask) -> bool:
 
 
 def _doubts(row: Row, lost: Paired | None, goal: float, limits: Mapping[str, float]) -> list[str]:
-    """Where the items leave open whether the row does what was asked; nothing without items."""
+    """Warnings where the items do not show for certain that the row reaches the goal; none without items."""
     found = []
     if lost and (reason := underpowered(lost, row.interval, max(goal, 0.01))):
         found.append(f"underpowered: {reason}")
-    if row.interval is not None and row.interval[0] < goal <= (row.recovery or 0.0):
+    if row.interval is not None and row.interval[0] < goal and _recovers(row, goal):
         found.append(
             f"not certain: the interval of recovery reaches down to {100 * row.interval[0]:.0f} %, below the "
             f"{100 * goal:.0f} % that were asked for"
         )
     for name, least in limits.items():
-        if name in row.paired and row.paired[name].interval[0] < least <= row.delta[name]:
+        if name in row.paired and row.paired[name].interval[0] < least and _keeps(row, {name: least}):
             low = row.paired[name].interval[0]
             found.append(f"not certain: the change of {name} may be {low:+.4f}, beyond its limit {least:+g}")
     return found

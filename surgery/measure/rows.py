@@ -44,13 +44,13 @@ def is_ceiling(name: str) -> bool:
 class Row:
     """One evaluated model.
 
-    Measured: ``budget`` is the fraction of neurons (or other units, or single weights) asked for and ``neurons`` how
+    Measured: ``budget`` is the requested fraction of neurons (or other units, or single weights), and ``neurons`` how
     many were reverted; ``metrics`` are the scores (means, where ``evaluate`` returned one number per item), ``items``
-    those numbers; ``seconds`` are of wall clock, selection and evaluation together.
+    those numbers; ``seconds`` is the wall-clock time of selection and evaluation together.
 
     Judged against the references, on the chosen metric: ``recovery`` = (score − later) / (earlier − later), None for
     the references and where nothing was lost; ``interval``, its 95 % paired bootstrap interval, None without items
-    or where there is no finite one; ``underpowered``, why it can't be trusted, None if it can; ``healing`` and
+    or where there is no finite one; ``underpowered``, why recovery is not reliable, None if it is; ``healing`` and
     ``preservation`` as in ``surgery.measure.statistics``. On the others: ``delta`` = score − later, ``retention``. On
     all: ``paired``, against later.
 
@@ -74,7 +74,7 @@ class Row:
 
 
 def scored(values: Mapping[str, Score]) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """What ``evaluate`` returned as scores, and as items where it gave one number per item.
+    """The scores that ``evaluate`` returned, and the items of those with one number per item.
 
     Items are rounded to float32, so that a row read from a file is the row that was written; a score is their mean.
 
@@ -147,7 +147,7 @@ class Sweep:
         return "\n".join([*aligned(lines, [at == 0 for at in range(len(columns))]), *self._notes()])
 
     def _both_ways(self, others: list[str]) -> list[tuple[str, Callable[[Row], str]]]:
-        """Healed and kept of the damaged metric, and what is kept of the metric that the later stage won most on."""
+        """Healed and kept of the damaged metric, and kept of the metric on which the later stage won most."""
         columns: list[tuple[str, Callable[[Row], str]]] = [
             ("healed", lambda row: _percent(row.healing)),
             ("kept", lambda row: _percent(row.preservation)),
@@ -184,7 +184,7 @@ class Sweep:
         compared = f"* p < {ALPHA} against later, {names}, not corrected for the {tests} comparisons"
         notes = [f"[ ] 95 % paired bootstrap over {many} ({DRAWS} draws); {compared if tests else f'p: {names}'}"]
         notes += [
-            f"from earlier to later {self.metric} lost {one.gain:.4f} [{one.interval[0]:.4f}, {one.interval[1]:.4f}], "
+            f"{self.metric} lost {one.gain:.4f} [{one.interval[0]:.4f}, {one.interval[1]:.4f}] from earlier to later, "
             f"p = {one.p:.2g}"
             for row in self[EARLIER]
             if (one := row.paired.get(self.metric)) and not risen
@@ -241,7 +241,7 @@ def _recovery(row: Row, metric: str) -> str:
     if row.interval is not None:
         cell += f" {points(row.interval)}"
     elif row.underpowered:
-        cell += " [no limits]"
+        cell += " [no interval]"
     return cell + ("?" if row.underpowered else _star(row, metric))
 
 
@@ -260,7 +260,7 @@ def _brief(x: float) -> str:
 
 
 def judged(rows: Sequence[Row], earlier: Row, later: Row, metric: str) -> list[Row]:
-    """The rows with what follows from the references (see ``Row``): recovery on ``metric``, Δ on the others.
+    """The rows judged against the references (see ``Row``): recovery on ``metric``, Δ on the others.
 
     Raises:
         ValueError: two models were scored on different numbers of items.

@@ -25,7 +25,7 @@ from surgery.tables import aligned
 class Agreement:
     """The masks of several draws of ``size`` prompts.
 
-    ``jaccard``: of every pair of draws, in [0, 1]; ``to_all``: of every draw with the mask of all prompts;
+    ``jaccard``: of every pair of draws, in [0, 1]; ``to_all``: of every draw with the mask that all prompts chose;
     ``recovery``: of every draw, empty without ``evaluate`` (and where nothing was lost).
     """
 
@@ -40,7 +40,7 @@ class Stability:
     """What ``stability`` measured; prints as a table.
 
     ``chance``: the Jaccard of two unrelated masks of that many neurons; ``prompts``: how many there were to draw from;
-    ``recovery``: that of the mask of all prompts; ``agreements``: one per size.
+    ``recovery``: of the mask that all prompts chose; ``agreements``: one per size.
 
     Source: ours.
     """
@@ -79,11 +79,11 @@ def stability(
     evaluate: Evaluate | str | None = None,
     metric: str | None = None,
 ) -> Stability:
-    """How much the mask depends on the calibration prompts: draw some of them, select, compare.
+    """How much the mask depends on the calibration prompts: draw some of them, select, compare the masks.
 
-    Jaccard = |a ∩ b| / |a ∪ b| of the masks of two draws. A draw takes its prompts (rows of the batches) without
-    replacement, each draw by itself: of two draws of s out of P prompts a share s/P is the same, so that only sizes
-    well below P tell what other prompts would do. Chance: the Jaccard of unrelated masks of k of N neurons, k/(2N − k).
+    Jaccard = |a ∩ b| / |a ∪ b| of the masks of two draws. Each draw takes its prompts (rows of the batches) without
+    replacement. Two draws of s out of P prompts share a fraction s/P of them, so only sizes well below P show what
+    other prompts would do. Chance: the Jaccard of unrelated masks of k of N neurons, k/(2N − k).
 
     Args:
         run: the trajectory; its later model is loaded once (``run.load``).
@@ -92,14 +92,14 @@ def stability(
         sizes: how many prompts a draw takes, each below their number.
         draws: how many draws per size, at least 2.
         seed: of the draws.
-        evaluate: as in ``sweep``: then every draw's mask is also rolled back and its recovery measured.
-        metric: whose (default: the one that fell most from earlier to later).
+        evaluate: as in ``sweep``; if given, every draw's mask is also rolled back and its recovery measured.
+        metric: whose recovery is measured (default: the one that fell most from earlier to later).
 
     Returns:
         A ``Stability``; ``surgery.plots.prompt_stability`` draws it.
 
     Raises:
-        ValueError: a size is not below the number of prompts, or there are fewer than 2 draws.
+        ValueError: a size is not below the number of prompts, there is no size, or there are fewer than 2 draws.
 
     Source: ours.
     """

@@ -1,7 +1,7 @@
 """Significance: paired intervals and tests over items, and what a repair healed, preserved and retained.
 
-All functions compare models on the same items: item i of one array is item i of every other. The randomness that they
-speak of is the choice of the items, neither that of the calibration prompts nor that of sampled answers.
+All functions compare models on the same items: item i of one array is item i of every other. They account for the
+random choice of the items, but not for that of the calibration prompts or of sampled answers.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 Interval = tuple[float, float]
 LEVEL, ALPHA, DRAWS, FLIPS = 0.95, 0.05, 2_000, 9_999
+_LEAST = 6  # items with which either paired test can reach p < 0.05: 2 / 2^6 = 0.031
 _ENUMERATED = 13  # items up to which all 2^n signs are tried
 _CHUNK = 1 << 21  # numbers held at once
 
@@ -92,7 +93,7 @@ def ratio_interval(gain: Array, lost: Array, level: float = LEVEL) -> Interval |
 def mcnemar(now: Array, before: Array) -> float:
     """The exact two-sided p of McNemar's test on 0/1 items: p = min(1, 2 · P(Bin(b + c, ½) ≤ min(b, c))).
 
-    b and c count the items that changed in either direction; items that did not change say nothing.
+    b and c count the items that changed in either direction; items that did not change have no influence.
 
     Args:
         now, before: ``[item]``, each 0 or 1.
@@ -106,11 +107,11 @@ def mcnemar(now: Array, before: Array) -> float:
 
 
 def sign_flip(differences: Array, flips: int = FLIPS, seed: int = 0) -> Array:
-    """Two-sided p of the paired permutation test: how often random signs give as large an abs(mean) as was seen.
+    """Two-sided p of the paired permutation test: how often random signs give an abs(mean) as large as the observed.
 
-    Under "no difference" each paired difference may as well have the other sign. With up to 13 items all 2^n signs are
-    tried and p is exact; else ``flips`` random ones and p = (hits + 1) / (flips + 1), which never exceeds its nominal
-    error rate. Why not Wilcoxon's: it tests ranks, and what is reported and limited is the mean.
+    Under "no difference" each paired difference may have either sign. With up to 13 items all 2^n signs are tried and p
+    is exact; else ``flips`` random ones and p = (hits + 1) / (flips + 1), which never exceeds its nominal error rate.
+    Wilcoxon's test would not do: it tests ranks, but the reported and limited quantity is the mean.
 
     Args:
         differences: ``[row, item]``; every row sees the same signs.
@@ -173,11 +174,11 @@ def recovery_intervals(now: Array, earlier: Array, later: Array) -> list[Interva
 
 
 def underpowered(lost: Paired, span: Interval | None, wanted: float = 1.0) -> str | None:
-    """Why a recovery can't be trusted at this number of items, in words; None if it can.
+    """Why a recovery is not reliable with this number of items, in words; None if it is.
 
-    It is *underpowered* if (1) the loss from earlier to later can't itself be told from nothing (its interval reaches
-    zero, or p ≥ 0.05), so that recovery is a ratio over noise; or (2) the interval of recovery is wider than
-    ``wanted``, the effect asked about: it can't tell nothing from all of it.
+    It is *underpowered* if (1) the loss from earlier to later is not significant (its interval reaches zero, or
+    p ≥ 0.05), so that recovery divides by noise; or (2) the interval of recovery is wider than ``wanted``, the effect
+    asked about, so that it does not separate none of the effect from all of it.
 
     Args:
         lost: earlier against later.
@@ -212,7 +213,7 @@ def needed(lost: Paired) -> int | None:
     Source: ours; the normal approximation, 2.8 = 1.96 + 0.84 standard errors.
     """
     low, high = lost.interval
-    more = math.ceil(lost.items * (2.8 * (high - low) / 3.92 / lost.gain) ** 2)
+    more = max(_LEAST, math.ceil(lost.items * (2.8 * (high - low) / 3.92 / lost.gain) ** 2))
     return more if more > lost.items else None
 
 

@@ -1,4 +1,4 @@
-"""Sweeps: budgets × selectors × an evaluation, in one process, on one model that is whole again at the end."""
+"""Sweeps: budgets × selectors × an evaluation, in one process, on one model that is restored at the end."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ from surgery.selectors.selectors import Selector
 from surgery.units import Units, kinds_of, single
 
 MEASURED = ("selector", "budget", "neurons", "metrics", "seconds")
+NONE: Mapping[str, str] = {}
 
 
 class Bench:
@@ -40,7 +41,7 @@ class Bench:
         run: the trajectory; its later model is loaded once (``run.load``).
         data: calibration prompts, or None.
         evaluate: model → {metric: score or one score per item}, or "lm_eval:task,task".
-        path: a JSON-lines file: rows are appended as they come, and rows that it holds are not measured again.
+        path: a JSON-lines file: rows are appended as they are measured, and cached rows are not measured again.
         say: called with a line of text before each evaluation.
 
     ``evaluations`` counts the models that were really evaluated.
@@ -65,6 +66,7 @@ class Bench:
         self._say = say or (lambda _: None)
         measure = evaluator(evaluate)
         self._scores = _watched(torch.no_grad()(measure))
+        self._settings: dict[tuple[str, float], dict[str, str]] = {}  # of the selectors of the file's rows
         self._rows = self._read(signature(measure))
 
     def later(self) -> Row:
@@ -83,7 +85,7 @@ class Bench:
     def row(self, selector: Any, budget: float) -> Row:
         """A selector at a budget."""
         one = at_budget(selector, budget)
-        return self._measured(name_of(one), budget, lambda: self._tried(self.mask(one, budget)))
+        return self._measured(name_of(one), budget, lambda: self._tried(self.mask(one, budget)), settings_of(one))
 
     def tried(self, name: str, mask: Mask) -> Row:
         """A mask that is there already; it is named, and not remembered."""
@@ -114,8 +116,19 @@ class Bench:
         with earlier_model(self.run) as model:
             return self._evaluate(model)
 
-    def _measured(self, name: str, budget: float, measure: Callable[[], tuple[int, Mapping[str, Score]]]) -> Row:
+    def _measured(
+        self,
+        name: str,
+        budget: float,
+        measure: Callable[[], tuple[int, Mapping[str, Score]]],
+        settings: Mapping[str, str] = NONE,
+    ) -> Row:
         key = name, float(budget)
+        other = self._settings.get(key, settings)
+        if wrong := [one for one in {**other, **settings} if other.get(one) != settings.get(one)]:
+            raise ValueError(
+                f"{self.path} holds rows of {name!r} with another {' and '.join(wrong)}: choose another file"
+            )
         if key not in self._rows:
             self._say(f"{name}, {100 * budget:g} %" if budget else name)
             start = time.perf_counter()
@@ -123,7 +136,7 @@ class Bench:
             metrics, items = measured(values)
             row = Row(name, key[1], neurons, metrics, time.perf_counter() - start, items=items)
             self._rows[key] = self._comparable(row)
-            written = {one: getattr(row, one) for one in MEASURED}
+            written = {one: getattr(row, one) for one in MEASURED} | ({"settings": dict(settings)} if settings else {})
             self._append({**written, "items": {one: _compact(held) for one, held in items.items()}})
         return self._comparable(self._rows[key])
 
@@ -142,7 +155,7 @@ class Bench:
         """The rows of the file, which has to be of these checkpoints, prompts and evaluation; a new one says which."""
         if self.path is None:
             return {}
-        names = ("earlier", "later")
+        names = [name for name in ("base", "earlier", "later") if getattr(self.run, name) is not None]
         opened = zip(names, self.run.weights(*names), strict=True)
         head = {
             "checkpoints": {name: known(weights) for name, weights in opened},
@@ -157,12 +170,16 @@ class Bench:
                 file.write(json.dumps(head) + "\n")
                 return {}
             found = _parsed(lines[0], self.path)
-            rows = [_row(line, self.path) for line in lines[1:]]
+            parsed = [_parsed(line, self.path) for line in lines[1:]]
+            settings = [one.pop("settings", None) for one in parsed]
+            rows = [_row(one, self.path) for one in parsed]
             for name, mine in head.items():
                 if found.get(name) != mine:
                     raise ValueError(f"{self.path} holds rows of {_OTHERS[name]}: choose another file")
             if not text.endswith("\n"):  # an editor took it, or a full disk: the next row needs a line of its own
                 file.write("\n")
+        held = zip(rows, settings, strict=True)
+        self._settings = {(row.selector, row.budget): one for row, one in held if one is not None}
         return {(row.selector, row.budget): row for row in rows}
 
     def _append(self, line: Mapping[str, Any]) -> None:
@@ -199,8 +216,7 @@ def _parsed(line: str, path: Path) -> dict[str, Any]:
         ) from error
 
 
-def _row(line: str, path: Path) -> Row:
-    found = _parsed(line, path)
+def _row(found: dict[str, Any], path: Path) -> Row:
     try:
         return Row(**found)
     except TypeError as error:
@@ -253,7 +269,7 @@ def check_names(selectors: Sequence[Any]) -> None:
         if seen.setdefault(name_of(selector), held) != held:
             raise ValueError(
                 f"two selectors with different settings are both called {name_of(selector)!r}, and a row is known by "
-                f"its name: sweep them one by one, each with a file of its own"
+                f"its name: sweep them one by one, each with its own file"
             )
 
 
@@ -269,6 +285,27 @@ def name_of(selector: Any) -> str:
     return f"{type(selector).__name__}({listed})" if settings else type(selector).__name__
 
 
+def settings_of(selector: Any) -> dict[str, str]:
+    """A selector's settings but the budget, each as a text that tells it from others: its name does not hold them all.
+
+    Prompts are told by what is in them and functions as in ``signature``; objects of other kinds are left out.
+    """
+    found = {f.name: _text(getattr(selector, f.name)) for f in dataclasses.fields(selector) if f.name != "budget"}
+    return {name: text for name, text in found.items() if text is not None}
+
+
+def _text(value: Any) -> str | None:
+    if isinstance(value, str | int | float | tuple | None):
+        return repr(value)
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_text(one)}" for name, one in value.items())
+    if isinstance(value, list) and all(isinstance(one, Mapping) and "input_ids" in one for one in value):
+        return digest_of(value)
+    if dataclasses.is_dataclass(value):
+        return str(settings_of(value))
+    return signature(value) if callable(value) else None
+
+
 def sweep(
     run: Trajectory,
     data: Iterable[Batch] | None,
@@ -282,7 +319,7 @@ def sweep(
 ) -> Sweep:
     """Evaluate every selector at every budget, after the references: earlier, later and the ceiling (of every unit).
 
-    Each score is computed once; rollbacks are applied and undone in place; nothing is reloaded. The model is
+    Each score is computed once. Rollbacks are applied and undone in place, and nothing is reloaded. The model is
     bit-identical at the end, also after an error.
 
     Args:
@@ -293,16 +330,16 @@ def sweep(
         evaluate: model → {metric: score}, larger = better; where a score is a 1-D sequence, array or tensor of one
             number per item, rows get intervals and tests. Or "lm_eval:task,task" (see ``harness``).
         metric: whose recovery is reported (default: the one that fell most from earlier to later).
-        path: a JSON-lines file: rows are appended as they come, and rows that it holds are not computed again.
+        path: a JSON-lines file: rows are appended as they are measured, and cached rows are not measured again.
         progress: called with a line of text before each evaluation.
 
     Returns:
         A ``Sweep``: rows, and a table when printed.
 
     Raises:
-        ValueError: the file is of other checkpoints, a selector has no budget, two selectors have one name, there is no
-            such metric, a score is NaN, models were scored on different metrics or items, or ``evaluate`` changed the
-            weights.
+        ValueError: the file has rows of other checkpoints, prompts or another evaluation; a selector has no budget; two
+            selectors have the same name; there is no such metric; a score is NaN; models were scored on different
+            metrics or items; or ``evaluate`` changed the weights.
 
     Source: the paper's Table 6 and Figure 13 in kind.
     """

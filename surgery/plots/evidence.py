@@ -11,7 +11,7 @@ from surgery.evidence.gradients import Gradients, GradientSeries
 from surgery.evidence.overlap import Matrix, Overlap, Profile
 from surgery.evidence.products import Pull
 from surgery.measure.history import History
-from surgery.plots.sweeps import line_style, new_axes
+from surgery.plots.sweeps import legend_beside, line_style, new_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,16 +25,16 @@ def change_histogram(
 ) -> Axes:
     """How far parameters moved, one line per stage, on a logarithmic axis (the paper's Figure 2 and Appendix B).
 
-    The line of a stage is the share of all parameters in each octave; what did not move at all is told in the legend.
+    The line of a stage is the share of all parameters in each octave; the legend says how many did not move.
 
     Args:
-        changes: what ``surgery.changes`` returned.
-        what: abs(Δ), or abs(Δ) / abs(θ_reference).
-        against: the first checkpoint (cumulative), or the one before (incremental).
+        changes: the result of ``surgery.evidence.changes``.
+        what: "absolute", abs(Δ), or "relative", abs(Δ) / abs(θ_reference).
+        against: "base", the first checkpoint (cumulative), or "before", the one before (incremental).
         ax: where to draw (default: a new figure).
 
     Raises:
-        ValueError: another word than those.
+        ValueError: another ``what`` or ``against``.
     """
     if what not in ("absolute", "relative") or against not in ("base", "before"):
         raise ValueError(f'what={what!r}, against={against!r}: expected "absolute" or "relative", "base" or "before"')
@@ -54,7 +54,7 @@ def change_histogram(
     ax.set_xlabel("abs(Δ), in the unit of the weights" if what == "absolute" else "abs(Δ) / abs(θ of the reference)")
     ax.set_ylabel("parameters per octave (%)")
     ax.set_ylim(bottom=0)
-    ax.legend(frameon=False, fontsize="small")
+    legend_beside(ax)
     return ax
 
 
@@ -66,7 +66,7 @@ def overlap_matrix(overlap: Overlap, ax: Axes | None = None, title: str = "") ->
     """Jaccard of every two domains' top neurons, each cell with chance in brackets.
 
     Args:
-        overlap: what ``surgery.overlap`` returned, of changed or of active neurons.
+        overlap: the result of ``surgery.evidence.overlap``, of changed or of active neurons.
         ax: where to draw (default: a new figure); two of them side by side share the scale 0 to 1.
         title: such as "changed" or "active".
     """
@@ -90,10 +90,10 @@ def _matrix(ax: Axes, values: Matrix, chance: Matrix, names: tuple[str, ...]) ->
 def directional_cosine(
     directions: Directions, pairs: list[tuple[str, str]] | None = None, ax: Axes | None = None
 ) -> Axes:
-    """Mean cosine of two stages' updates in each block, one line per pair, with its null's 95 % band (Figure 4).
+    """Mean cosine of two stages' updates in each block, one line per pair, with the null's 95 % band (Figure 4).
 
     Args:
-        directions: what ``surgery.directions`` returned.
+        directions: the result of ``surgery.evidence.directions``.
         pairs: which pairs of stages (default: all).
         ax: where to draw (default: a new figure). A block without shared neurons leaves a gap; a hollow mark is
             a single neuron, which has no null.
@@ -114,15 +114,15 @@ def directional_cosine(
     _whole_numbers(ax)
     ax.set_xlabel("block, in layer order")
     ax.set_ylabel("mean cosine of the updates")
-    ax.legend(frameon=False, fontsize="small")
+    legend_beside(ax)
     return ax
 
 
 def profile_bars(profile: Profile, ax: Axes | None = None) -> Axes:
-    """The share of a mask's units, or of a score's sum, that each block has, coloured by kind of unit.
+    """The share of each block in a mask's units, or in a score's sum, coloured by kind of unit.
 
     Args:
-        profile: what ``surgery.profile`` returned.
+        profile: the result of ``surgery.evidence.profile``.
         ax: where to draw (default: a new figure).
     """
     ax = ax or new_axes()
@@ -132,7 +132,7 @@ def profile_bars(profile: Profile, ax: Axes | None = None) -> Axes:
     _whole_numbers(ax)
     ax.set_xlabel("block, in layer order")
     ax.set_ylabel(f"share of the {profile.what} (%)")
-    ax.legend(frameon=False, fontsize="small")
+    legend_beside(ax)
     return ax
 
 
@@ -148,14 +148,14 @@ _WRITTEN = 80  # cells of a heatmap up to which each one's number is written int
 
 
 def gradient_heatmap(found: Gradients, kind: str = "mlp", ax: Axes | None = None, limit: float | None = None) -> Axes:
-    """The cosine of every two domains' gradients in each layer's modules of one kind (the paper's heatmaps in kind).
+    """The cosine of every two domains' gradients in each layer's modules of one kind (after the paper's heatmaps).
 
     Args:
-        found: what ``surgery.gradients`` returned.
+        found: the result of ``surgery.evidence.gradients``.
         kind: "attention", "mlp", "norm" or "other".
         ax: where to draw (default: a new figure).
-        limit: the cosine at the ends of the colour scale (default: the largest there is; give both of two heatmaps the
-            same to compare them).
+        limit: the cosine at the ends of the colour scale (default: the largest one; to compare two heatmaps, pass the
+            same limit for both).
 
     Raises:
         ValueError: no layer has a module of that kind.
@@ -190,7 +190,7 @@ def gradient_extremes(found: Gradients, ax: Axes | None = None) -> Axes:
     """The strongest conflicts and synergies as bars, by module and pair of domains.
 
     Args:
-        found: what ``surgery.gradients`` returned.
+        found: the result of ``surgery.evidence.gradients``.
         ax: where to draw (default: a new figure).
     """
     ax = ax or new_axes()
@@ -208,7 +208,7 @@ def gradient_courses(series: GradientSeries, which: str = "both", ax: Axes | Non
     """The cosine of the strongest conflicts (solid) and synergies (dashed) over checkpoints or training steps.
 
     Args:
-        series: what ``surgery.gradients_along`` returned, or a callback's ``series``.
+        series: the result of ``surgery.evidence.gradients_along``, or a callback's ``series``.
         which: "conflicts", "synergies" or "both" (one may be much larger than the other).
         ax: where to draw (default: a new figure).
 
@@ -240,10 +240,10 @@ def _label(pull: Pull) -> str:
 
 
 def score_lines(history: History, ax: Axes | None = None) -> Axes:
-    """The score of every domain after each stage, one line a domain; a ring marks its own stage.
+    """The score of every domain after each stage, one line per domain; a ring marks the domain's own stage.
 
     Args:
-        history: what ``surgery.history`` returned.
+        history: the result of ``surgery.measure.history``.
         ax: where to draw (default: a new figure).
     """
     ax = ax or new_axes()
@@ -256,5 +256,5 @@ def score_lines(history: History, ax: Axes | None = None) -> Axes:
     ax.set_xticks(range(len(history.stages)), history.stages)
     ax.set_xlabel("checkpoint, in training order")
     ax.set_ylabel("score (larger is better)")
-    ax.legend(frameon=False, fontsize="small")
+    legend_beside(ax)
     return ax

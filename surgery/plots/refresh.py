@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from surgery.plots.sweeps import _MARKERS, COLOURS, new_axes
+from surgery.plots.sweeps import _MARKERS, COLOURS, legend_beside, new_axes
 from surgery.training.refresh import Refresh
 
 if TYPE_CHECKING:
@@ -15,11 +15,11 @@ Curves = Mapping[str, Mapping[int, float | Sequence[float]]]
 
 
 def refresh_dynamics(curves: Refresh | Curves, ax: Axes | None = None) -> Axes:
-    """Every score over the steps of a refresh, with where it started (the paper's Figures 9 and 11).
+    """Every score over the steps of a refresh, with its starting value (the paper's Figures 9 and 11).
 
     Args:
-        curves: a ``Refresh`` with ``validate``, or name → {step: a score in [0, 1], or one per run}. Of several runs
-            the line is the mean, and the band their range. Step 0 is the model before the first step.
+        curves: a ``Refresh`` with ``validate``, or name → {step: a score in [0, 1], or one per run}. With several runs
+            the line is their mean and the band their range. Step 0 is the model before the first step.
         ax: where to draw (default: a new figure).
 
     Raises:
@@ -52,7 +52,7 @@ def refresh_dynamics(curves: Refresh | Curves, ax: Axes | None = None) -> Axes:
 
 
 def recovery_at_cost(curves: Mapping[str, Sequence[tuple[float, float]]], ax: Axes | None = None) -> Axes:
-    """Recovery against what it cost, one line per method; a method of one point, like a rollback, is a large marker.
+    """Recovery against its cost, one line per method; a method with one point, like a rollback, is a large marker.
 
     Args:
         curves: method → (cost > 0, recovery as a fraction), in the order of the cost. Label the axis with the unit:
@@ -77,7 +77,7 @@ def recovery_at_cost(curves: Mapping[str, Sequence[tuple[float, float]]], ax: Ax
     ax.minorticks_off()
     ax.set_xlabel("cost")
     ax.set_ylabel("recovery (%)")
-    ax.legend(frameon=False, fontsize="small")
+    legend_beside(ax)
     return ax
 
 

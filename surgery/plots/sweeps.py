@@ -31,7 +31,7 @@ def layer_budgets(budgets: Mapping[str, Mapping[str, int]], ax: Axes | None = No
     ax.set_xlabel("MLP block, in layer order")
     ax.set_ylabel("neurons reverted")
     ax.set_ylim(bottom=0)
-    ax.legend(frameon=False, fontsize="small")
+    legend_beside(ax)
     return ax
 
 
@@ -69,22 +69,22 @@ def dose_response(sweep: Sweep, ax: Axes | None = None) -> Axes:
     ax.set_xticks(budgets, [f"{budget:g}" for budget in budgets])
     ax.set_xlabel("budget β (% of MLP neurons)" if {row.selector for row in ceilings} <= {CEILING} else "budget β (%)")
     ax.set_ylabel(f"recovery of {sweep.metric} (%)")
-    ax.legend(frameon=False, fontsize="small")
+    legend_beside(ax)
     return ax
 
 
 def pareto_front(sweep: Sweep, ax: Axes | None = None) -> Axes:
-    """Recovery against the worst loss elsewhere, a mark per row; the front joins the rows that no other row beats.
+    """Recovery against the worst loss elsewhere, one mark per row; the front joins the rows that no other row beats.
 
-    A row beats another if it recovers as much for a smaller loss, or more for the same. The loss elsewhere is of the
-    metric, among all but the damaged one, that fell most; a row where all rose has none.
+    A row beats another if it recovers as much for a smaller loss, or more for the same loss. The loss elsewhere is that
+    of the metric that fell most, without the damaged one; it is zero if all of them rose.
 
     Args:
-        sweep: what ``surgery.sweep`` returned, over two metrics or more.
+        sweep: the result of ``surgery.sweep``, over two metrics or more.
         ax: where to draw (default: a new figure).
 
     Raises:
-        ValueError: no row has a recovery and a change elsewhere.
+        ValueError: no row has both a recovery and a change of another metric.
     """
     rows = [row for row in sweep if row.recovery is not None and row.delta]
     if not rows:
@@ -103,7 +103,7 @@ def pareto_front(sweep: Sweep, ax: Axes | None = None) -> Axes:
     ax.step(*zip(*front, strict=True), where="post", color="0.4", linewidth=1, label="front", zorder=0)
     ax.set_xlabel("worst loss of another metric (its own unit)")
     ax.set_ylabel(f"recovery of {sweep.metric} (%)")
-    ax.legend(frameon=False, fontsize="small")
+    legend_beside(ax)
     return ax
 
 
@@ -112,12 +112,12 @@ def _cost_and_gain(row: Row) -> tuple[float, float]:
 
 
 def prompt_stability(stability: Stability, ax: Axes | None = None, of: str = "jaccard") -> Axes:
-    """How much depends on the calibration prompts, against their number: mean and range of every draw of that many.
+    """How much the mask depends on the calibration prompts, against their number: mean and range over the draws.
 
     Args:
-        stability: what ``surgery.stability`` returned.
+        stability: the result of ``surgery.measure.stability``.
         ax: where to draw (default: a new figure).
-        of: "jaccard", the agreement of masks beside chance, or "recovery", beside that of all prompts together.
+        of: "jaccard", the agreement of masks compared with chance, or "recovery", compared with that of all prompts.
 
     Raises:
         ValueError: another ``of``, or recovery where none was measured (``evaluate=`` was not passed).
@@ -146,7 +146,7 @@ def prompt_stability(stability: Stability, ax: Axes | None = None, of: str = "ja
     ax.set_ylabel(label)
     lowest = min((scale * min(values) for every in curves.values() for values in every), default=0)
     ax.set_ylim(min(0, lowest), 1.02 if of == "jaccard" else None)
-    ax.legend(frameon=False, fontsize="small")
+    legend_beside(ax)
     return ax
 
 
@@ -159,4 +159,9 @@ def new_axes() -> Axes:
     """A figure of half a page."""
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(6.4, 4), dpi=150, layout="constrained").subplots()
+    return Figure(figsize=(7.2, 4), dpi=150, layout="constrained").subplots()
+
+
+def legend_beside(ax: Axes) -> None:
+    """A legend to the right of the axes, where it covers nothing."""
+    ax.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from surgery.plots.sweeps import COLOURS, line_style, new_axes
+from surgery.plots.sweeps import COLOURS, legend_beside, line_style, new_axes
 from surgery.theory.contraction import Contraction
 from surgery.theory.damage import DamageSpectrum, DamageTerms
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 def expansion(terms: DamageTerms, ax: Axes | None = None) -> Axes:
-    """Proposition 1: the true rise of the loss along δB beside its first- and second-order terms.
+    """Proposition 1: the true rise of the loss along δB, and its first- and second-order terms.
 
     Args:
-        terms: what ``surgery.damage_terms`` returned.
+        terms: the result of ``surgery.theory.damage_terms``.
         ax: where to draw (default: a new figure).
     """
     ax = ax or new_axes()
@@ -31,15 +31,15 @@ def expansion(terms: DamageTerms, ax: Axes | None = None) -> Axes:
     ax.set_xlabel("t, fraction of δB (0 = earlier, 1 = later)")
     ax.set_ylabel("rise of the earlier domain's loss\n(nats per response token)")
     ax.set_xlim(0, None)
-    ax.legend(frameon=False, fontsize="small")
+    legend_beside(ax)
     return ax
 
 
 def damage_curve(spectrum: DamageSpectrum, ax: Axes | None = None) -> Axes:
-    """The quadratic damage held by so many dimensions: directions of largest curvature, random ones, ranked neurons.
+    """The quadratic damage by number of dimensions: directions of largest curvature, random ones, ranked neurons.
 
     Args:
-        spectrum: what ``surgery.damage_spectrum`` returned.
+        spectrum: the result of ``surgery.theory.damage_spectrum``.
         ax: where to draw (default: a new figure).
     """
     ax = ax or new_axes()
@@ -57,15 +57,15 @@ def damage_curve(spectrum: DamageSpectrum, ax: Axes | None = None) -> Axes:
     ax.set_xscale("log")
     ax.set_xlabel(f"dimensions of the subspace (of {spectrum.dimension:,})")
     ax.set_ylabel("share of the quadratic damage ½ δᵀHδ (%)")
-    ax.legend(frameon=False, fontsize="small")
+    legend_beside(ax)
     return ax
 
 
 def contracting_distance(found: Contraction, ax: Axes | None = None) -> Axes:
-    """Theorem 1: the distance to θA inside S over a refresh's steps beside its bounds (log scale).
+    """Theorem 1: the distance to θA inside S over a refresh's steps, and its bounds (log scale).
 
     Args:
-        found: what ``surgery.contraction`` returned.
+        found: the result of ``surgery.theory.contraction``.
         ax: where to draw (default: a new figure).
     """
     from matplotlib.ticker import MaxNLocator
@@ -80,5 +80,5 @@ def contracting_distance(found: Contraction, ax: Axes | None = None) -> Axes:
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel("refresh step t")
     ax.set_ylabel("distance to the earlier checkpoint in S\n(units of the parameters)")
-    ax.legend(frameon=False, fontsize="small")
+    legend_beside(ax)
     return ax

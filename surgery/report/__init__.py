@@ -1,4 +1,4 @@
-"""One page with all the evidence: is a later stage hurting an earlier one, and what would a repair bring?"""
+"""One page with all the evidence: does a later stage hurt an earlier one, and what would a repair bring back?"""
 
 from surgery.report.inquiry import Inquiry, analyse
 from surgery.report.sections import write_report

@@ -1,4 +1,4 @@
-"""The inquiry: everything that a trajectory and some prompts can tell about what a later stage cost, in one call."""
+"""The inquiry: everything that a trajectory and some prompts show about what a later stage cost, in one call."""
 
 from __future__ import annotations
 
@@ -46,10 +46,11 @@ _SHARE = 0.25
 
 @dataclass(frozen=True)
 class Sites:
-    """Where the damage sits: D of every neuron, summed up.
+    """Where the damage is: D of every neuron, summed up.
 
-    ``half``: the smallest share of all neurons that holds half of the positive D. ``gain`` = Σ of the positive D and
-    ``loss`` = KL(p_earlier ‖ p_later) are in nats per response token. ``blocks``: the positive D by block.
+    ``half``: the smallest share of all neurons that holds half of the positive D. ``gain``: the sum of the positive D;
+    ``loss``: the Hellinger distance of the later from the earlier model's predictions, the mean over response tokens.
+    ``blocks``: the positive D by block.
     """
 
     half: float
@@ -60,7 +61,7 @@ class Sites:
 
 @dataclass(frozen=True)
 class Refreshed:
-    """A short training on the damaged domain: its report, its rate, and what it brought, judged as a rollback is."""
+    """A short training on the damaged domain: its report, its learning rate, and its row, judged like a rollback's."""
 
     report: Refresh
     rate: float
@@ -121,7 +122,7 @@ class Study:
 
     @cached_property
     def lost(self) -> Lost | None:
-        """The largest loss that can be told from nothing."""
+        """The largest significant loss."""
         first = self.found["history"].lost[0]
         return first if first.certain and first.amount > 0 else None
 
@@ -129,9 +130,9 @@ class Study:
     def focus(self) -> tuple[str, Trajectory]:
         """The domain that lost most, and the way from its best checkpoint to the last."""
         if "history" not in self.found:
-            raise Missing("to know which domain lost most (see history)")
+            raise Missing("the domain that lost most (see history)")
         if self.lost is None:
-            raise Missing("a domain whose loss can be told from nothing; more prompts may show one")
+            raise Missing("a domain with a significant loss; more prompts may show one")
         if self.lost.domain not in self.choosing:
             raise Missing(f"prompts of {self.lost.domain}, which lost most: --data {self.lost.domain}=file")
         return self.lost.domain, self.run.back_to(self.lost.best)
@@ -204,7 +205,7 @@ def _refreshed(study: Study) -> Refreshed:
     if not study.steps:
         raise Missing("a number of steps: refresh_steps=10, in the shell --refresh-steps 10")
     if "rollback" not in study.found:
-        raise Missing("what the rollbacks are measured against (see rollback)")
+        raise Missing("the reference rows of the rollbacks (see rollback)")
     batches = study.choosing[domain]
     moved = changes(Trajectory(earlier=run.earlier, later=run.later)).incremental[0].whole
     rate = _SHARE * moved.norm / math.sqrt(moved.parameters) / study.steps
@@ -248,18 +249,18 @@ BUDGETS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32)
 
 @dataclass(frozen=True)
 class Inquiry:
-    """What ``analyse`` found; a part is None where inputs did not allow it or it was left out: ``skipped`` says why.
+    """What ``analyse`` found; a part is None where the inputs did not allow it or it was skipped: ``skipped`` says why.
 
-    ``stages``: the checkpoints, in training order; ``domains``: those that there are prompts of; ``score``: what is
-    measured of them, in words.
-    ``changes``, ``changed``, ``directions``: of all parameters, and of the neurons that stages changed most.
-    ``history``: every domain at every checkpoint. ``focus``: the domain that certainly lost most; what follows is about
-    it. ``active``: overlap of the neurons that domains use most. ``gradients``: of all domains, at the last checkpoint.
-    ``sites``: where D sits. ``terms``: Proposition 1 along what training changed since the domain's best. ``rollback``:
-    selectors × budgets. ``refreshed``: a short training on the domain, taken back. ``skipped``: what was not computed →
-    what it would need. ``made``: versions, and hashes of the checkpoints.
+    ``stages``: the checkpoints, in training order; ``domains``: those with prompts; ``score``: the measured score, in
+    words. ``changes``: how far all parameters moved; ``changed``, ``directions``: overlap and cosines of the neurons
+    that stages changed most. ``history``: every domain at every checkpoint. ``focus``: the domain with the largest
+    significant loss; ``sites``, ``terms``, ``rollback`` and ``refreshed`` are about it. ``active``: overlap of the
+    neurons that domains use most. ``gradients``: of all domains, at the last checkpoint. ``sites``: where D is large.
+    ``terms``: Proposition 1 along the change since the domain's best checkpoint. ``rollback``: selectors × budgets.
+    ``refreshed``: a short training on the domain, undone afterwards. ``skipped``: part that was not computed → what it
+    needs. ``made``: versions, and hashes of the checkpoints.
 
-    Source: ours; the parts say theirs.
+    Source: ours; each part names its own.
     """
 
     stages: tuple[str, ...]
@@ -296,31 +297,31 @@ def analyse(
     dtype: Any = None,
     progress: Callable[[str], None] | None = None,
 ) -> Inquiry:
-    """Is a later stage hurting an earlier one? All evidence that the inputs allow, and what a repair would bring.
+    """Does a later stage hurt an earlier one? All evidence that the inputs allow, and what a repair would bring back.
 
-    Half of each domain's prompts (every other one) choose: scores, gradients, masks and the refresh see them. The
-    other half measures: the history, and what comes back. So what is told of a repair is not told of the prompts that
-    made it. The focus is the domain that certainly lost most; it is rolled back to the checkpoint of its own name (or
-    its best), never further.
+    Half of each domain's prompts (every other one) choose: scores, gradients, masks and the refresh use them. The other
+    half measure the history and the repairs, so a repair is never measured on the prompts that chose it. The focus is
+    the domain with the largest significant loss. It is rolled back to the checkpoint of its own name (or its best one),
+    never further.
 
     Args:
         run: two checkpoints or more (see ``Trajectory.through``): folders or live models; the last is judged.
         data: domain → batches. Prompts without responses are answered by the domain's own stage, or else the last.
-        evaluate: model → {domain: score or one per item}, larger = better, in the place of the responses' likelihood.
+        evaluate: model → {domain: score or one per item}, larger = better, instead of the responses' likelihood.
         budgets: of the rollbacks, fractions of all MLP neurons.
-        refresh_steps: of the refresh (distillation from the domain's own checkpoint, Adam, float32 copies).
+        refresh_steps: steps of the refresh (distillation from the domain's own checkpoint, Adam, float32 copies).
         skip: parts to leave out, by their names in ``Inquiry``.
         device: where models run; dtype: theirs (default: the checkpoints' own).
         progress: called with a line of text before each part.
 
     Returns:
-        An ``Inquiry``; ``write_report`` makes a page of it. One model is in memory at a time; the last is whole again
+        An ``Inquiry``; ``write_report`` makes a page of it. One model is in memory at a time; the last one is restored
         at the end, bit for bit.
 
     Raises:
-        ValueError: fewer than two checkpoints, or of different models; ``skip`` names no part; a budget or the data are
-            none. What a single part refuses (``ValueError``, ``LookupError``, a full disk) stands in ``skipped``, and
-            the other parts are computed; an error that is a bug is raised.
+        ValueError: fewer than two checkpoints, or checkpoints of different models; ``skip`` names no part; a budget or
+            the data are invalid. If a single part refuses its inputs (``ValueError``, ``LookupError``, a full disk),
+            the reason is in ``skipped`` and the other parts are computed; an error that shows a bug is raised.
 
     Source: ours.
     """
@@ -333,7 +334,7 @@ def analyse(
         raise ValueError('data has to say which domain the prompts are of: {"math": load_prompts(...)}')
     prompts = {domain: list(batches_of(batches)) for domain, batches in (data or {}).items()}
     study = Study(run, prompts, evaluate, tuple(budgets), refresh_steps, device, dtype)
-    skipped = dict.fromkeys(asked, "left out, as asked")
+    skipped = dict.fromkeys(asked, "left out on request")
     with remembered():
         for name, part in PARTS.items():
             if name in skipped:
@@ -356,5 +357,5 @@ def analyse(
 
 
 def _on_purpose(error: Exception) -> bool:
-    """Whether it is an error that this library raises to refuse something: no KeyError, IndexError or missing file."""
+    """Whether this library raised the error to refuse something: no KeyError, IndexError or missing file."""
     return isinstance(error, ValueError) or type(error) in (LookupError, OSError)

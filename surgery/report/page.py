@@ -20,7 +20,7 @@ _SHOWN = 30  # rows of a table up to which it is not folded
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawing and what it shows, in words (also its text for those who can't see it)."""
+    """A drawing, and its caption, which is also the text for readers who can't see it."""
 
     axes: Axes
     caption: str
@@ -33,7 +33,7 @@ class Section:
     Args:
         title: a few words.
         finding: what was found, in a sentence or two.
-        definition: what the numbers are and where that is from.
+        definition: what the numbers are, and the source of the definition.
         columns: what each column of its tables means, by the column's name.
         figures, tables: what it shows.
     """
@@ -53,9 +53,9 @@ def page(
 
     Args:
         title: of the page.
-        verdict: paragraphs that it opens with.
+        verdict: the paragraphs at its top.
         sections: its parts, in order.
-        skipped: what was not computed → what it would need.
+        skipped: part that was not computed → what it needs.
         made: how the page was made, by name: command, versions, hashes.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The sections of a report: each part of an inquiry with what was found in words, its figures, tables, definitions."""
+"""The sections of a report: for each part of an inquiry the finding in words, figures, tables and definitions."""
 
 from __future__ import annotations
 
@@ -31,27 +31,28 @@ from surgery.tables import Cell, Table
 # What the numbers of a report mean: a definition for each section and each column, with its source.
 SCORE = (
     "Unless an evaluation was given, the score is the log-likelihood of the responses: per prompt the mean over its "
-    "response tokens, in nats per token; 0 is certainty. It is measured on every other prompt, and what chooses "
-    "neurons sees the rest."
+    "response tokens, in nats per token; 0 is certainty. It is measured on every other prompt; the other half of the "
+    "prompts chooses the neurons."
 )
 ROLLBACK = (
     "Neurons of the last checkpoint are set back to the checkpoint where the domain was best, and the score is "
-    "measured on prompts that chose nothing. Recovery = (score − score of later) / (score of earlier − score of "
-    "later). D: ranked by the damage score; A×M×C: the paper's selector; random: the control; ceiling: all MLP "
+    "measured on the prompts that did not choose them. Recovery = (score − score of later) / (score of earlier − score "
+    "of later). D: ranked by the damage score; A×M×C: the paper's selector; random: the control; ceiling: all MLP "
     "neurons. The refresh trains all parameters for a few steps towards the earlier checkpoint's answers. Source: the "
     "paper's Table 6 in kind; D and the refresh from the earlier model's answers are ours."
 )
 SITES = (
-    "D_n = ⟨∇KL(p_earlier ‖ p_later), δ_n⟩: to first order, what setting neuron n back would gain, in nats per "
-    "response token. Shown is the sum of the positive ones by block. Ours, from the paper's Proposition 1."
+    "D_n = ⟨∇L, δ_n⟩, with L the Hellinger distance between the later and the earlier model's predictions, the mean "
+    "over response tokens: the first-order gain of setting neuron n back. The table has the sum of the positive D by "
+    "block. Ours, from the paper's Proposition 1."
 )
 TERMS = (
     "Proposition 1 of the paper: along θ_A + t·δ the domain's loss rises by t⟨∇L, δ⟩ + ½ t² δᵀHδ plus a remainder. "
-    "The loss is the divergence from the earlier checkpoint, whose slope there is zero. A large remainder means that "
-    "the change is too far for the theory's local picture."
+    "The loss is the KL divergence from the earlier checkpoint, whose gradient there is zero. A large remainder means "
+    "that the change is too large for the local theory."
 )
 CHANGES = (
-    "Δ is a checkpoint's parameter less the same one of the checkpoint it is compared with. Absolute: abs(Δ); "
+    "Δ is a checkpoint's parameter minus the same parameter of the checkpoint it is compared with. Absolute: abs(Δ); "
     "relative: abs(Δ) / abs(θ before). Near zero: below the threshold in the column's head. In 16-bit checkpoints a "
     "change below one rounding step is no change at all. Source: the paper, Section 4 and Appendix B."
 )
@@ -69,65 +70,65 @@ DIRECTIONS = (
     "updates of each neuron (gate, up and down end to end): −1 they undo each other, +1 they agree. Band: where the "
     "mean lies if each update is paired with another neuron's. Source: the paper's Figure 4; the null is ours."
 )
-CHANGE = "Score less that of the last checkpoint as it is; below zero something is lost."
+CHANGE = "The score minus that of the last checkpoint before the repair; below zero is a loss."
 CHANGED_LAYER = "‖Δ‖ of that stage in that layer, in percent of ‖θ‖ before it; or the score after that stage."
 NEAR = "Parameters whose change stays below the threshold, in percent; those that did not change at all count too."
 COLUMNS = {
     "domain": "A set of prompts, as named by --data.",
     "from": "The checkpoint that the loss counts from: the domain's own stage, or its best.",
     "to": "The last checkpoint.",
-    "lost": "Score at “from” less score at “to”; above zero is a loss.",
+    "lost": "Score at “from” minus score at “to”; above zero is a loss.",
     "low": "Lower end of the loss's 95 % interval (paired bootstrap over prompts).",
     "high": "Upper end of the loss's 95 % interval (paired bootstrap over prompts).",
-    "p": "Of a two-sided paired test against no difference: exact McNemar for right or wrong, else random signs.",
-    "largest step": "The stage whose own step changed the score most for the worse, and by how much.",
+    "p": "p-value of a two-sided paired test: exact McNemar for 0/1 scores, else a sign-flip permutation test.",
+    "largest step": "The stage that lowered the score most, and by how much.",
     "repair": "What was set back or trained.",
     "budget (%)": "How many of all MLP neurons were set back, in percent.",
     "recovery (%)": "The part of the loss that came back, in percent; 100 is all of it.",
     "recovery, low (%)": "Lower end of the recovery's 95 % interval (paired bootstrap over prompts).",
     "recovery, high (%)": "Upper end of the recovery's 95 % interval (paired bootstrap over prompts).",
-    "score": "Less the loss on all prompts that choose; the weights with the highest are kept.",
-    "step": "Of the refresh; 0 is before the first.",
-    "loss": "On the step's own batch, in nats per response token, before the step; of gradients: over all batches.",
-    "gradient": "L2 norm of the gradient over what is trained.",
-    "seconds": "Of the step.",
+    "score": "Minus the loss on the prompts that choose; the weights with the highest score are kept.",
+    "step": "The step of the refresh; 0 is the model before the first one.",
+    "loss": "In a refresh, on the step's own batch before the step; of gradients, over all batches. In nats per token.",
+    "gradient": "L2 norm of the gradient over the trained numbers.",
+    "seconds": "Duration of the step.",
     "block": "An MLP or an attention, by its module path.",
     "kind": "Kind of unit or module.",
     "units": "How many neurons (or other units) there are.",
-    "sum of scores": "The positive D added up, in nats per response token.",
-    "share of all (%)": "Of the sum over all blocks.",
+    "sum of scores": "Sum of the positive D, in units of the Hellinger distance (0 to 1).",
+    "share of all (%)": "Share of the sum over all blocks.",
     "t": "Fraction of the way from the earlier to the later checkpoint.",
-    "true": "How far the loss really rises.",
+    "true": "The measured rise of the loss.",
     "first order": "t⟨∇L, δ⟩ at the earlier checkpoint.",
     "second order": "½ t² δᵀHδ with the curvature at the earlier checkpoint.",
     "remainder": "What the two terms leave unexplained.",
     "second / true": "1 where the second-order term explains all of the rise.",
     "stage": "The checkpoint, by the stage that led to it.",
     "against": "The checkpoint that it is compared with.",
-    "parameters": "How many there are.",
+    "parameters": "Number of parameters.",
     "Δ = 0 (%)": "Parameters whose value did not change at all.",
     "‖Δ‖": "L2 norm of the change, in the unit of the weights.",
-    "‖Δ‖/‖θ‖ (%)": "The same relative to the norm before.",
+    "‖Δ‖/‖θ‖ (%)": "The norm of the change relative to the norm of the parameters before it.",
     "layer": "A layer of the model.",
-    "neurons": "How many neurons the number is over.",
+    "neurons": "How many neurons the row counts.",
     "pair": "Two stages or two domains.",
     "whole model": "Jaccard of the two sets, taken from the whole model.",
-    "chance": "Expected of two random sets of those sizes.",
-    "chance, layers kept": "Expected of random sets that take as many neurons of each layer as these do.",
-    "chance in a layer": "Expected of two random sets of a layer's neurons, averaged over the layers.",
-    "mean over layers": "Jaccard of the top shares of each layer by itself, averaged.",
+    "chance": "Expected Jaccard of two random sets of the same sizes.",
+    "chance, layers kept": "Expected Jaccard of random sets with the same numbers of neurons in each layer.",
+    "chance in a layer": "Expected Jaccard of two random sets of a layer's neurons, averaged over the layers.",
+    "mean over layers": "Jaccard of the top shares within each layer, averaged over the layers.",
     "by chance": "How many neurons two independent sets of those sizes would share.",
     "mean cosine": "Mean over the shared neurons; −1 to 1.",
     "quartiles": "A quarter of the neurons lies below the first, a quarter above the second.",
     "below 0 (%)": "Neurons whose two updates point against each other.",
-    "null, 95 %": "Where the mean cosine lies if each update is paired with another neuron's.",
+    "null, 95 %": "95 % of the mean cosines if each update is paired with another neuron's.",
     "response tokens": "How many tokens the mean is over.",
-    "gradient norm": "L2 norm of the domain's gradient, of the mean loss.",
+    "gradient norm": "L2 norm of the gradient of the domain's mean loss.",
     "tensors without gradient": "Tensors whose gradient is exactly zero, like those of experts that no token reached.",
     "part": "The whole model, or all its modules of a kind.",
     "module": "A module, by its path.",
     "domains": "Two domains.",
-    "cosine": "Of the two domains' gradients: below zero conflict, above zero synergy.",
+    "cosine": "Cosine of the two domains' gradients: conflict below zero, synergy above.",
 }
 
 
@@ -141,10 +142,10 @@ def write_report(
     """Write an inquiry as one HTML page that needs no network, and its numbers as JSON.
 
     Args:
-        found: what ``surgery.analyse`` returned.
+        found: the result of ``surgery.analyse``.
         folder: a new folder for ``index.html`` and ``report.json``.
-        command: what made it, to be told on the page.
-        data: domain → the file of its prompts, to be told with its hash.
+        command: the command that made it, shown on the page.
+        data: domain → the file of its prompts, shown on the page with its hash.
         overwrite: replace an existing folder (it stays as it was until the new one is complete).
 
     Returns:
@@ -201,8 +202,8 @@ def _history(found: Inquiry) -> Section | None:
     if (history := found.history) is None:
         return None
     lost = [one for one in history.lost if one.certain and one.amount > 0]
-    names = ", ".join(f"{one.domain} (since {one.best}, most at {one.at})" for one in lost)
-    finding = f"Lost beyond doubt: {names}." if lost else "No domain lost anything that can be told from nothing."
+    names = ", ".join(f"{one.domain} (since {one.best}, most of it at {one.at})" for one in lost)
+    finding = f"Significant losses: {names}." if lost else "No domain showed a significant loss."
     drawn = Figure(score_lines(history), "Score of every domain after each stage; larger is better.")
     return Section("What was damaged", finding, f"{history.definition} {SCORE}", COLUMNS, (drawn,), history.tables())
 
@@ -212,7 +213,7 @@ def _rollback(found: Inquiry) -> Section | None:
         return None
     best = max((row for row in sweep["D"] if row.recovery is not None), key=lambda row: row.recovery or 0)
     told = [
-        f"Of the rollbacks by D the best brings {100 * (best.recovery or 0):.0f} % of the loss back, with "
+        f"The best rollback by D brings back {100 * (best.recovery or 0):.0f} % of the loss with "
         f"{100 * best.budget:g} % of the neurons."
     ]
     rows = list(sweep.rows)
@@ -225,7 +226,7 @@ def _rollback(found: Inquiry) -> Section | None:
     )
     others = [name for name in rows[0].metrics if name != sweep.metric]
     table = Table(
-        f"what a repair of {sweep.metric} brings, on prompts that chose nothing",
+        f"what a repair of {sweep.metric} brings back, on the measuring half of the prompts",
         (
             "repair",
             "budget (%)",
@@ -239,12 +240,12 @@ def _rollback(found: Inquiry) -> Section | None:
     figures = [drawn]
     if others:
         told_front = (
-            "Recovery against the worst loss of another domain; no row lies above the line at its loss or less."
+            "Recovery against the worst loss of another domain; the line joins the rows that no other row beats."
         )
         figures.append(Figure(pareto_front(sweep), told_front))
     tables = (table,) if found.refreshed is None else (table, found.refreshed.report.table())
     meant = {**COLUMNS, **{f"Δ {name}": f"{CHANGE} Here of {name}." for name in others}}
-    return Section("What a repair would bring", " ".join(told), ROLLBACK, meant, tuple(figures), tables)
+    return Section("What a repair would bring back", " ".join(told), ROLLBACK, meant, tuple(figures), tables)
 
 
 def _repair(row: Row, others: list[str]) -> tuple[Cell, ...]:
@@ -262,11 +263,11 @@ def _sites(found: Inquiry) -> Section | None:
         return None
     first = max(sites.blocks.blocks, key=lambda one: one.share)
     finding = (
-        f"Half of the gain that going back promises lies in {100 * sites.half:.3g} % of the neurons. Most of it is in "
-        f"{first.block} ({100 * first.share:.0f} %)."
+        f"Half of the first-order gain of reverting lies in {100 * sites.half:.3g} % of the neurons. The block with "
+        f"the largest share is {first.block} ({100 * first.share:.0f} %)."
     )
     drawn = Figure(profile_bars(sites.blocks), f"Share of the damage score D of {found.focus.domain} in each block.")
-    return Section("Where it sits", finding, SITES, COLUMNS, (drawn,), sites.blocks.tables())
+    return Section("Where the damage is", finding, SITES, COLUMNS, (drawn,), sites.blocks.tables())
 
 
 def _terms(found: Inquiry) -> Section | None:
@@ -274,10 +275,10 @@ def _terms(found: Inquiry) -> Section | None:
         return None
     share = terms.second[-1] / terms.true[-1] if terms.true[-1] else 0.0
     finding = (
-        f"All the way to the last checkpoint the curvature at the earlier one predicts {100 * share:.0f} % of the true "
-        f"rise; at {terms.fractions[0]:g} of the way {100 * terms.second[0] / (terms.true[0] or 1):.0f} %."
+        f"At the last checkpoint the curvature at the earlier one predicts {100 * share:.0f} % of the true rise of the "
+        f"loss; at {terms.fractions[0]:g} of the way {100 * terms.second[0] / (terms.true[0] or 1):.0f} %."
     )
-    drawn = Figure(expansion(terms), "True rise of the loss along the change, and what the terms of the theory say.")
+    drawn = Figure(expansion(terms), "True rise of the loss along the change, and the terms of the theory.")
     return Section("Is it a second-order effect?", finding, TERMS, COLUMNS, (drawn,), (terms.table(),))
 
 
@@ -286,8 +287,8 @@ def _changes(found: Inquiry) -> Section | None:
         return None
     last = changes.incremental[-1]
     finding = (
-        f"{last.stage} left {100 * last.whole.share(last.whole.unchanged):.1f} % of the parameters as they were, and "
-        f"moved all of them together by {100 * (last.whole.relative_norm or 0):.2g} % of their length."
+        f"{last.stage} left {100 * last.whole.share(last.whole.unchanged):.1f} % of the parameters unchanged; the norm "
+        f"of its change is {100 * (last.whole.relative_norm or 0):.2g} % of the parameters' norm."
     )
     told = f" Left out: {'; '.join(changes.left_out)}." if changes.left_out else ""
     figures = (
@@ -317,8 +318,8 @@ def _overlap(title: str, overlap: Overlap, what: str, definition: str, drawn: Fi
     one, other = max(overlap.pairs(), key=lambda pair: overlap.of(*pair))
     chance = overlap.chance[overlap.domains.index(one)][overlap.domains.index(other)]
     finding = (
-        f"The most {what} neurons of two domains overlap by {overlap.mean:.2f} on average (Jaccard); most those of "
-        f"{one} and {other}: {overlap.of(one, other):.2f}, where chance gives {chance:.2f}."
+        f"The most {what} neurons of two domains overlap by {overlap.mean:.2f} on average (Jaccard). The largest "
+        f"overlap is that of {one} and {other}: {overlap.of(one, other):.2f}, where chance gives {chance:.2f}."
     )
     meant = {f"{a}–{b}": f"Jaccard of {a} and {b} in that layer." for a, b in overlap.pairs()}
     return Section(title, finding, definition, {**COLUMNS, **meant}, (drawn,), overlap.tables())
@@ -329,7 +330,7 @@ def _directions(found: Inquiry) -> Section | None:
         return None
     known = [(pair, pair.whole.mean) for pair in directions.pairs if pair.whole.mean is not None]
     if not known:
-        finding = "No two stages have a neuron in common among those that they changed most."
+        finding = "No two stages have a neuron in common among their most changed ones."
     else:
         pair, mean = min(known, key=lambda item: item[1])
         finding = (
@@ -355,4 +356,6 @@ def _gradients(found: Inquiry) -> Section | None:
         Figure(gradient_extremes(gradients), "The modules with the strongest conflicts and synergies."),
     )
     meant = {**COLUMNS, **{f"{a}–{b}": f"Cosine of the gradients of {a} and {b}." for a, b in gradients.pairs}}
-    return Section("Do domains pull apart?", finding, gradients.definition, meant, figures, gradients.tables())
+    return Section(
+        "Do the domains' gradients conflict?", finding, gradients.definition, meant, figures, gradients.tables()
+    )

@@ -11,23 +11,23 @@ from surgery.report.inquiry import Inquiry
 
 
 def verdict(found: Inquiry) -> list[str]:
-    """What was damaged, where it sits, and what a repair is expected to bring: a paragraph each, as far as is known."""
+    """What was damaged, where the damage is, and what a repair would bring back: a paragraph each, where known."""
     return [*_damage(found), *_place(found), *_repair(found)]
 
 
 def _damage(found: Inquiry) -> Iterator[str]:
     if found.history is None:
         yield (
-            f"Nothing can be said about damage: the history was not computed "
-            f"({found.skipped.get('history', 'it needs prompts')}). What follows is how the parameters changed."
+            f"There is no verdict on damage: the history was not computed "
+            f"({found.skipped.get('history', 'it needs prompts')}). The page shows how the parameters changed."
         )
         return
     one = found.focus
     if one is None:
         largest = found.history.lost[0]
         yield (
-            f"No domain lost anything that can be told from nothing up to {largest.last}. The nearest to a loss is "
-            f"{largest.domain}: {_amount(largest)} since {largest.best}. More prompts can show smaller losses."
+            f"No domain showed a significant loss up to {largest.last}. The closest to one is {largest.domain}: "
+            f"{_amount(largest)} since {largest.best}. More prompts can show smaller losses."
         )
         return
     where = f"most of it in the stage {one.at}" if one.at != one.last or one.best != one.at else ""
@@ -40,7 +40,7 @@ def _damage(found: Inquiry) -> Iterator[str]:
     if also:
         yield f"Also damaged: {', '.join(also)}."
     elif others:
-        yield f"None of {', '.join(other.domain for other in others)} lost anything that can be told from nothing."
+        yield f"No significant loss in {', '.join(other.domain for other in others)}."
 
 
 def _hurt(one: Lost) -> bool:
@@ -57,16 +57,14 @@ def _amount(one: Lost) -> str:
 def _place(found: Inquiry) -> Iterator[str]:
     said = []
     if (sites := found.sites) is not None:
-        said.append(
-            f"Half of what going back would gain, to first order, lies in {_percent(sites.half)} of the MLP neurons"
-        )
+        said.append(f"half of the first-order gain of reverting lies in {_percent(sites.half)} of the MLP neurons")
     if found.focus is not None and found.directions is not None:
         first, second = found.focus.best, found.focus.at
         if first in found.directions.changed and second in found.directions.changed and first != second:
             one = found.directions.of(first, second).whole
             if one.mean is not None and one.p is not None:
                 way = "point against each other" if one.mean < 0 else "point the same way"
-                way = way if one.p < ALPHA else "lie across each other"
+                way = way if one.p < ALPHA else "have no significant common direction"
                 said.append(
                     f"on the {one.neurons} neurons that {first} and {second} both changed most, their updates "
                     f"{way} (mean cosine {one.mean:+.2f}, p = {one.p:.2g})"
@@ -74,7 +72,7 @@ def _place(found: Inquiry) -> Iterator[str]:
     if (terms := found.terms) is not None and terms.true[-1]:
         said.append(
             f"the curvature at {found.focus.best if found.focus else 'the earlier checkpoint'} alone predicts "
-            f"{_percent(terms.second[-1] / terms.true[-1])} of the rise of the divergence from it"
+            f"{_percent(terms.second[-1] / terms.true[-1])} of the rise of the KL divergence from it"
         )
     if said:
         text = "; ".join(said)
@@ -86,20 +84,21 @@ def _repair(found: Inquiry) -> Iterator[str]:
         rows = sorted((row for row in found.rollback["D"] if row.recovery is not None), key=lambda row: row.budget)
         told = [f"{_recovery(row)} with {_percent(row.budget)} of the MLP neurons" for row in _few(rows)]
         told += [f"{_recovery(row)} with all of them" for row in found.rollback[CEILING] if row.recovery is not None]
-        yield f"A rollback brings back, of what was lost: {', '.join(told)}."
+        yield f"A rollback brings back this share of the loss: {', '.join(told)}."
         if costly := [row for row in rows if _costs(row)]:
             worst = ", ".join(f"{name} {row.delta[name]:+.3g}" for row in costly[:1] for name in _costs(row))
-            yield f"From {_percent(costly[0].budget)} on it costs another domain something that can be told ({worst})."
+            yield f"From {_percent(costly[0].budget)} on another domain loses significantly ({worst})."
         elif any(name in row.paired for row in rows for name in row.delta):
-            yield "At none of these budgets does another domain lose anything that can be told from nothing."
+            yield "At none of these budgets does another domain show a significant loss."
         elif rows:
-            why = "there are no scores per item" if rows[0].delta else "there are no prompts of one"
-            yield f"What it costs another domain was not tested: {why}."
+            why = "there are no scores per item" if rows[0].delta else "there are no prompts of another domain"
+            yield f"What a rollback costs other domains was not tested: {why}."
     if (fresh := found.refreshed) is not None and fresh.row.recovery is not None:
         others = ", ".join(f"{name} {change:+.3g}" for name, change in fresh.row.delta.items())
         yield (
             f"A refresh of {fresh.report.steps[-1].step} steps (all parameters, {fresh.report.passes} forward and "
-            f"backward passes) brings back {_recovery(fresh.row)} of it{f'; elsewhere: {others}' if others else ''}."
+            f"backward passes) brings back {_recovery(fresh.row)} of the loss"
+            f"{f'; other domains change by {others}' if others else ''}."
         )
 
 

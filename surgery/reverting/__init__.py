@@ -1,4 +1,4 @@
-"""Setting masked weights back: in place in a live model, or from checkpoint to checkpoint."""
+"""Setting masked weights back: in place in a live model, or from one checkpoint folder to another."""
 
 from surgery.reverting.folder import save
 from surgery.reverting.rollback import Rollback, RolledBack, rollback, rolled_back

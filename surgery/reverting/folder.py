@@ -31,10 +31,10 @@ class _Edited(Protocol):
 def save(tensors: Mapping[str, Tensor], folder: str | Path, *, overwrite: bool = False) -> Path:
     """Write a checkpoint (usually a ``rolled_back`` one) as a folder, byte for byte like the folder it comes from.
 
-    The later folder is copied (by the file system's own means where it can), the reverted slices are written into the
-    copy one tensor at a time, and the copy takes its final name only when all of it is on the disk: a crash leaves no
-    folder that loads. Outside the reverted slices every byte stays as it was: shards, index, header order, dtype,
-    tokenizer, config and files that nobody here knows.
+    ``save`` copies the later folder (as a reflink where the file system has them), writes the reverted slices into the
+    copy one tensor at a time, and gives the copy its final name only when all of it is on the disk. A crash leaves no
+    incomplete folder that loads. Outside the reverted slices every byte stays the same: shards, index, header order,
+    dtype, tokenizer, config and unknown files.
 
     Args:
         tensors: a ``Checkpoint`` or a ``rolled_back`` view of one.
@@ -46,7 +46,7 @@ def save(tensors: Mapping[str, Tensor], folder: str | Path, *, overwrite: bool =
 
     Raises:
         ValueError: ``tensors`` does not come from a folder; the output exists, or is one of the inputs.
-        OSError: the disk is full or the place can't be written; nothing is left behind.
+        OSError: the disk is full or the folder can't be written; nothing is left behind.
 
     Source: ours.
     """
@@ -55,7 +55,7 @@ def save(tensors: Mapping[str, Tensor], folder: str | Path, *, overwrite: bool =
     if source is None:
         raise ValueError(
             "save() writes what comes from a folder (a Checkpoint, or rolled_back(folder, ...)); "
-            "a live model writes itself with model.save_pretrained(folder)"
+            "write a live model with model.save_pretrained(folder)"
         )
     for parent in (source, *getattr(tensors, "parents", ())):
         here, there = target.resolve(), Path(parent).resolve()

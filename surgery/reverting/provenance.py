@@ -1,4 +1,4 @@
-"""What lies beside a rolled-back checkpoint: the mask, a record of what made it, and a model card."""
+"""The files beside a rolled-back checkpoint: the mask, a record of what made it, and a model card."""
 
 from __future__ import annotations
 

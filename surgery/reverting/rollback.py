@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.checkpoints.checkpoint import Checkpoint, Source, in_force, tensors_of
+from surgery.checkpoints.checkpoint import Checkpoint, Source, State, in_force, tensors_of
 from surgery.checkpoints.opening import Weights, open_weights
 from surgery.layout.slots import Block, Layout, Slot
 from surgery.masks.edits import Edit, Rows
@@ -33,9 +33,9 @@ from surgery.reverting.writing import (
 
 @dataclass
 class Rollback:
-    """What a rollback did, and the way back.
+    """What a rollback did, and its undo.
 
-    Use it as a ``with`` block (undone on exit) or keep it and call ``undo``.
+    Use it as a ``with`` block (undone on exit), or keep it and call ``undo``.
     """
 
     neurons: dict[str, int]  # written, per block; of single weights their number, per part
@@ -45,7 +45,7 @@ class Rollback:
     strength: Any  # the number, or of many what ``reach.recorded`` gives
     noun: str  # what ``neurons`` counts
     _model: nn.Module = field(repr=False)
-    _old: list[tuple[Tensor, Edit, Tensor]] = field(repr=False)
+    _old: list[tuple[Edit, Tensor]] = field(repr=False)
 
     def __post_init__(self) -> None:
         if self._old:  # where nothing was written there is nothing to undo
@@ -55,13 +55,13 @@ class Rollback:
         return f"a rollback of {sum(self.neurons.values())} {self.noun}"
 
     def undo(self) -> None:
-        """Put the original bits back. Undoing twice is undoing once.
+        """Restore the original bits, also where the model was moved or converted since. A second call does nothing.
 
-        Rollbacks that overlap are undone in the reverse order in which they were made.
+        Undo overlapping rollbacks in the reverse order in which they were made.
         """
         if self._old:
             in_force(self._model).remove(self._named())
-        _put_back(self._old)
+        _put_back(self._model, self._old)
 
     def before(self, block: Block, slot: Slot) -> Tensor:
         """What the reverted rows of a live slot held before: ``[neuron, ...]``, in their order.
@@ -69,7 +69,7 @@ class Rollback:
         Raises:
             LookupError: none of its neurons was reverted, or the rollback was undone.
         """
-        for _, edit, rows in self._old:
+        for edit, rows in self._old:
             if isinstance(edit, Rows) and (edit.block.name, edit.slot) == (block.name, slot):
                 return rows
         raise LookupError(f"no neuron of {slot.tensor} ({slot.part}) is reverted")
@@ -115,21 +115,21 @@ def rollback(
 ) -> Rollback:
     """Set the masked neurons or weights of a live model back to their values in ``to``, in place; undoable bit for bit.
 
-    w_n ← w_n + strength · (w_n(to) − w_n). Only the masked numbers of ``to`` are read and only those of the model are
-    kept for the undo. An exception or Ctrl-C on the way puts the old weights back before it goes on.
+    w_n ← w_n + strength · (w_n(to) − w_n). Only the masked numbers of ``to`` are read, and only those of the model are
+    kept for the undo. An exception or Ctrl-C restores the old weights before it propagates.
 
     Args:
         model: the later model; weights float32, bfloat16, float16 or float64, on any device.
         to: the earlier checkpoint: a folder, hub id, module or mapping, on any device, of any floating dtype.
-        mask: bool Neurons or Entries, as a selector gives it; its blocks' names say which units it is over.
-        strength: in [0, 3], or Neurons with one for each neuron (``strengths`` finds good ones). 1 copies bits and 0
-            leaves them; else the blend is computed in float32 and rounded to the weights' dtype. Beyond 1 it goes on
-            past the earlier values, and writes numbers that no checkpoint had.
-        keep_on: where the originals are kept (default: beside the weights).
-        layout: where the neurons lie (default: found); also of ``to``, where its tensors have the same names.
+        mask: bool Neurons or Entries, as a selector returns it; the names of its blocks say which kinds of unit it has.
+        strength: in [0, 3], or Neurons with one for each neuron (``strengths`` finds good ones). 1 copies the earlier
+            bits and 0 keeps the later ones; else the blend is computed in float32 and rounded to the weights' dtype. A
+            strength of 2 overshoots the earlier value by the full change; no checkpoint ever held such values.
+        keep_on: where the original bits are kept (default: beside the weights).
+        layout: where the neurons lie (default: found); also in ``to``, if its tensors have the same names.
 
     Returns:
-        A report that is also the undo; as a ``with`` block it undoes itself on exit.
+        A report with ``undo``; used as a ``with`` block it undoes the rollback on exit.
 
     Raises:
         ValueError: the mask or ``to`` is of another model; weights are offloaded, quantised, or share their storage
@@ -145,9 +145,10 @@ def rollback(
     edits = list(mask.edits(live.layout, "the model"))
     warn_if_made_for_others(mask, earlier=source)
     check_writable(live, edits)
-    old: list[tuple[Tensor, Edit, Tensor]] = []
+    old: list[tuple[Edit, Tensor]] = []
     finite: list[Tensor] = []  # read at the end: a GPU is waited for once, not once an edit
     changed: list[Tensor] = []
+    done = None
     try:
         with uninterrupted() as pending:
             for edit in edits:
@@ -156,7 +157,7 @@ def rollback(
                 after = new_values(edit, source, before, strength)
                 finite.append(after.isfinite().all())
                 changed.append((bits(before) != bits(after)).sum())
-                old.append((tensor, edit, before.to(keep_on) if keep_on else before))
+                old.append((edit, before.to(keep_on) if keep_on else before))
                 _write(tensor, edit, after)
                 if pending:
                     raise KeyboardInterrupt
@@ -169,7 +170,10 @@ def rollback(
             touched, differing = len({edit.slot.tensor for edit in edits}), sum(numbers(changed))
             done = Rollback(mask.count(), written, touched, differing, recorded(strength, mask), mask.noun, model, old)
     except BaseException:  # also of a Ctrl-C that was held back to the end: nobody would have the undo
-        _put_back(old)
+        if done is None:
+            _put_back(model, old)
+        else:
+            done.undo()
         raise
     return done
 
@@ -183,10 +187,12 @@ def _opened(to: Source, layout: Layout | None, later: Weights) -> Weights:
     return open_weights(to, layout if layout is None or layout.fits(tensors_of(to)) else None, later)
 
 
-def _put_back(old: list[tuple[Tensor, Edit, Tensor]]) -> None:
+def _put_back(model: nn.Module, old: list[tuple[Edit, Tensor]]) -> None:
+    tensors = State(model) if old else {}  # as they are now: a model that is moved gets other tensors
     with uninterrupted():
-        for tensor, edit, rows in reversed(old):
-            _write(tensor, edit, rows.to(tensor.device))
+        for edit, rows in reversed(old):
+            tensor = tensors[edit.slot.tensor]
+            _write(tensor, edit, rows.to(tensor.device, tensor.dtype))
         old.clear()
 
 
@@ -201,7 +207,7 @@ def _not_finite(edit: Edit, source: Weights, strength: Strength) -> str:
 
 
 class RolledBack(Mapping[str, Tensor]):
-    """A checkpoint seen with some neurons set back: a lazy mapping that reads, and never writes, its two parents."""
+    """A checkpoint with some neurons set back: a lazy mapping that reads its two parents and never writes them."""
 
     def __init__(self, later: Weights, source: Weights, mask: Mask, strength: Strength) -> None:
         self.later, self.source, self.mask, self.strength = later, source, mask, strength
@@ -263,7 +269,7 @@ class RolledBack(Mapping[str, Tensor]):
             _write(tensor, edit, after)
 
     def papers(self) -> dict[str, bytes]:
-        """What lies beside the weights in a saved folder: the mask, what made it, a model card."""
+        """The files beside the weights in a saved folder: the mask, a record of what made it, a model card."""
         return papers(self.later, self.source, self.mask, self.strength, self.parameters, len(self._edits))
 
     def __repr__(self) -> str:
@@ -275,7 +281,7 @@ class RolledBack(Mapping[str, Tensor]):
 def rolled_back(
     later: Source, *, to: Source, mask: Mask, strength: Strength = 1.0, layout: Layout | None = None
 ) -> RolledBack:
-    """The later checkpoint with the masked neurons set back to ``to``, as a lazy new mapping; nothing is written.
+    """The later checkpoint with the masked neurons set back to ``to``, as a new lazy mapping; nothing is written.
 
     Args:
         later: the later checkpoint: a folder, hub id or mapping.

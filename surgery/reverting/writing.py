@@ -69,16 +69,24 @@ def _span(tensor: Tensor) -> int:
 
 @contextmanager
 def uninterrupted() -> Iterator[list[int]]:
-    """Hold Ctrl-C back while the body runs; the list that it yields is filled by one. Raised again at the end."""
+    """Hold Ctrl-C back while the body runs; the list that it yields is filled by one. Raised again at the end.
+
+    A program's own handler is called at the end, and fills no list; a signal that is ignored stays ignored.
+    """
     pending: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
+    held: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before in (None, signal.SIG_IGN):
         yield pending  # signals only ever reach the main thread
         return
-    before = signal.signal(signal.SIGINT, lambda number, _frame: pending.append(number))
+    kept = pending if before is signal.default_int_handler else held
+    signal.signal(signal.SIGINT, lambda number, _frame: kept.append(number))
     try:
         yield pending
     finally:
         signal.signal(signal.SIGINT, before)
+        if held:
+            signal.raise_signal(signal.SIGINT)
     if pending:
         raise KeyboardInterrupt
 

@@ -1,4 +1,4 @@
-"""How A, M and C make one score, and what a unit is worth where kinds of unit share a budget of parameters."""
+"""The paper's scores A, M and C, their products, and what a unit is worth where kinds of unit share a budget."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ _memory: ContextVar[dict[Any, tuple[Any, Any]] | None] = ContextVar("scores", de
 
 @contextmanager
 def remembered() -> Iterator[None]:
-    """While the body runs, each score of the same arguments is computed once (a sweep asks for it at every budget).
+    """While the body runs, each score of the same arguments is computed once and cached (a sweep asks at every budget).
 
-    The arguments are told apart by identity: don't change a model or data in place inside.
+    Arguments are compared by identity: don't change a model or data in place inside.
     """
     token = _memory.set({})
     try:
@@ -54,7 +54,7 @@ def remember(score: Callable[P, Scores]) -> Callable[P, Scores]:
 
 
 def identity(value: Any) -> Any:
-    """A value by what it is where that is cheap to tell, else by which object it is."""
+    """What identifies a value: the value itself where comparing it is cheap, else the object's identity."""
     if isinstance(value, tuple):
         return tuple(identity(one) for one in value)
     return value if isinstance(value, str | int | float | None) else id(value)
@@ -67,15 +67,15 @@ def activation(
     """A, activation: the mean of abs(h_n) over the earlier domain's tokens, h the input of the MLP's consumer.
 
     A = 1/T · Σ_t abs(h_n(t)). Tokens: the response tokens (``labels != -100``) if a batch has labels, else all
-    attended ones. In a MoE the mean of neuron i of expert e is over the tokens routed to e; experts that no token
-    reached have no activation (``Neurons.missing``), are named in ``made_by["never_routed"]`` and never selected.
-    A unit of attention has the mean over its channels of the input of o (a value channel: over its group's heads).
+    attended ones. In a MoE the mean of neuron i of expert e is over the tokens routed to e. An expert that no token
+    reached has no activation (``Neurons.missing``); it is named in ``made_by["never_routed"]`` and never selected. For
+    a unit of attention the mean is over its channels of o's input (for a value channel, over its group's heads).
 
     Args:
-        model: the later model, live; it is run in eval mode and left as it was.
+        model: the later model, live; run in eval mode, unchanged afterwards.
         data: batches of ``{"input_ids", "attention_mask"[, "labels"]}``, ``[batch, token]``.
         layout: where the neurons lie (default: found).
-        units: which kinds of unit to find (see ``find_layout``), where no layout is given.
+        units: which kinds of unit to find (see ``find_layout``) if no layout is given.
 
     Returns:
         Scores ≥ 0 in the units of the activations; sums in float32 per batch, float64 over batches.
@@ -83,7 +83,7 @@ def activation(
     Raises:
         ValueError: there is no token to average over, a prompt is longer than the model's context or holds a token that
             is not of its vocabulary, or weights are offloaded.
-        RuntimeError: a hook did not fire (a model compiled before does not call hooks).
+        RuntimeError: a hook did not fire (a model that was compiled before does not call hooks).
 
     Source: the paper ("most active neurons"); the statistic is ours.
     """
@@ -143,8 +143,8 @@ def _run(model: nn.Module, inner: Any, batch: Batch, listeners: list[_Listener],
     silent = [listener.block.name for listener in listeners if not listener.fired]
     if silent:
         raise RuntimeError(
-            f"{len(silent)} of {len(listeners)} blocks were never heard, the first of them {silent[0]!r}: a model that "
-            f"was compiled and run before ignores new hooks. Pass the model that was not compiled"
+            f"{len(silent)} of {len(listeners)} blocks gave no activations, the first of them {silent[0]!r}: a model "
+            f"that was compiled and run before ignores new hooks. Pass the model that was not compiled"
         )
 
 
@@ -233,8 +233,8 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
 def product(found: dict[str, Neurons], letters: str, joint: bool) -> Neurons:
     """The product of some letters, or one alone: A and M divided by their layer's mean, C as it is.
 
-    Where kinds share a budget C is divided by the mean of its kind: a cosine of long vectors is smaller than one of
-    short vectors, whatever the units did.
+    Where kinds share a budget C is divided by the mean of its kind, because the cosine of two long vectors is smaller
+    than that of two short ones, by geometry alone.
     """
     level = {letter: score.relative() for letter, score in found.items() if letter != "C"}
     if "C" in found:

@@ -1,4 +1,4 @@
-"""D, damage: which neurons the lost skill is lost through, by the gradient of what was lost."""
+"""D, damage: which neurons lost the earlier skill, by the gradient of the distance from the earlier model."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ def damage(
 ) -> Neurons:
     """D, damage: the first-order gain of reverting a neuron, D_n = ⟨∇L(θB), δB,n⟩.
 
-    L is how far the later model's predictions are from the earlier one's. Positive where going back lowers it. The sum
-    over some neurons estimates what reverting them together gains, per response token, as long as the step is small.
+    L is the distance of the later model's predictions from the earlier model's. D is positive where reverting lowers
+    it. The sum over some neurons estimates the gain of reverting them together, per response token, for small steps.
 
     Args:
         run: a trajectory with ``earlier`` and ``later``; the later model is loaded once (``run.load``).
-        data: batches of the damaged domain, ``[batch, token]``, with labels on the response tokens. No label has to
-            be right; batches without labels are answered by the earlier model first (``respond``).
-        loss: "hellinger" or "kl", the ``distillation`` from the earlier checkpoint, or a ``loss(model, batch)`` of
-            your own: a scalar mean over the batch's response tokens, smaller = better. The Hellinger distance counts
-            every changed answer alike; in the lab it chose better, most of all from few prompts (benchmarks/results).
+        data: batches of the damaged domain, ``[batch, token]``, with labels on the response tokens. The labels need not
+            be right; the earlier model first answers batches without labels (``respond``).
+        loss: "hellinger" or "kl", the ``distillation`` from the earlier checkpoint, or your own ``loss(model, batch)``:
+            a scalar mean over the batch's response tokens, smaller = better. The Hellinger distance counts every
+            changed answer alike; in the lab it chose better, above all from few prompts (benchmarks/results).
         units: which kinds of unit: "mlp", "kv_group", "value_channel", or a tuple (see ``find_layout``).
 
     Returns:
@@ -68,22 +68,22 @@ def damage(
 
 
 def promised(scores: Neurons, mask: Neurons) -> float:
-    """What D says that reverting a mask gains: its scores added up."""
+    """The first-order gain of reverting a mask: the sum of its units' D."""
     return sum(float(scores[name][chosen].double().sum()) for name, chosen in mask.items())
 
 
 def overpromised(made_by: Mapping[str, Any]) -> str | None:
-    """A sentence where the D of a mask's units adds up to more than the loss, which is the most that can be won back.
+    """A warning where the D of a mask's units adds up to more than the loss, which is all that can be won back.
 
-    A loss of one's own may be negative, so that nothing follows from it.
+    None for a user's own loss, which may be negative.
     """
     told, loss = made_by.get("damage", {}), made_by.get("selector", {}).get("loss")
     if loss not in ("kl", "hellinger") or "promised" not in told or told["promised"] <= told["loss"]:
         return None
     unit = " nats" if loss == "kl" else ""
     return (
-        f"their D adds up to {told['promised']:.3g}{unit}, and the loss is {told['loss']:.3g}: more than there is to "
-        f"win back, so expect less than the sum, and measure with surgery sweep"
+        f"their D adds up to {told['promised']:.3g}{unit}, more than the loss of {told['loss']:.3g}, which is all that "
+        f"can be won back: expect less than the sum, and measure it with surgery sweep"
     )
 
 
@@ -111,11 +111,11 @@ def earlier_answers(run: Trajectory, data: Iterable[Batch], path: Path | None = 
 
 
 def check_wide(model: nn.Module) -> None:
-    """Raise ``ValueError`` unless there are points between two checkpoints in the model's dtype."""
+    """Raise ``ValueError`` unless the model's dtype has values between those of two checkpoints."""
     if narrow := {p.dtype for p in model.parameters()} - {torch.float32, torch.float64}:
         raise ValueError(
-            f"in {narrow.pop()} the way between two checkpoints has no points: most blends round to one of the ends. "
-            f"Load the model wider: run.load(dtype=torch.float32)"
+            f"in {narrow.pop()} most blends of two checkpoints round to one of them: load the model in float32, "
+            f"run.load(dtype=torch.float32)"
         )
 
 
@@ -123,15 +123,15 @@ def check_wide(model: nn.Module) -> None:
 def reversal_cost(
     run: Trajectory, data: Iterable[Batch], *, loss: Divergence = "hellinger", units: Units = "mlp"
 ) -> Neurons:
-    """What reverting a neuron costs a domain that the later model answers well: D of that domain, from the other end.
+    """What reverting a neuron costs a domain that the later model answers well.
 
-    cost_n = ⟨∇L(θR), θR,n − θB,n⟩ with θR the later model with all neurons reverted and L how far the predictions are
-    from the later model's. At θB that loss is flat, so its slope there says nothing; at θR it is steep, and has what
-    neurons cost together.
+    cost_n = ⟨∇L(θR), θR,n − θB,n⟩ with θR the later model with all neurons reverted, and L the distance of the
+    predictions from the later model's. At θB the gradient of L is zero; at θR it contains the costs that neurons cause
+    together.
 
     Args:
         run: a trajectory with ``earlier`` and ``later``.
-        data: batches of the domain to protect; without labels the later model answers first.
+        data: batches of the domain to protect; the later model first answers batches without labels.
         loss: "kl" or "hellinger", from the later model's predictions.
         units: as for ``damage``.
 
@@ -170,7 +170,7 @@ def _total(run: Trajectory, units: Units) -> _Total:
 
 
 def _all_back(model: nn.Module, run: Trajectory, live: Weights) -> Rollback:
-    """All units reverted. What they held is most of a model, so it is kept off the GPU, which has room for one."""
+    """All units reverted. Their old values, most of a model, are kept off the GPU, which has room for one model."""
     mask = Neurons({name: torch.ones(size, dtype=torch.bool) for name, size in live.layout.sizes.items()})
     return rollback(model, to=run.tensors("earlier"), mask=mask, keep_on="cpu", layout=run.layout)
 
@@ -194,7 +194,7 @@ class _Total:
         return collecting(model, self.live.layout, self.add)
 
     def mean(self, tokens: int, run: Trajectory, units: Units) -> dict[str, Tensor]:
-        """The sums per token; where they are NaN or infinite, a ``ValueError`` that says whose fault it is."""
+        """The sums per token; where they are NaN or infinite, a ``ValueError`` that names the cause."""
         if not all(bool(sums.sum().isfinite()) for sums in self.sums.values()):
             check_finite(run, "earlier", "later", units=units)
             raise ValueError(

@@ -132,7 +132,7 @@ def _threshold(flat: Tensor, count: int) -> tuple[int, int]:
 class Gains:
     """D of every candidate weight, and what it was measured with.
 
-    ``flat``: float32 ``[weight]``, part after part in the order of ``shapes``, mapped from a file that is gone with it.
+    ``flat``: float32 ``[weight]``, part after part in the order of ``shapes``, mapped from a temporary file.
     """
 
     flat: Tensor
@@ -144,7 +144,7 @@ class Gains:
     value: float  # the loss at the later model
 
     def best(self, count: int) -> Tensor:
-        """Where the ``count`` highest positive gains lie (see ``ranking.best``)."""
+        """Where the ``count`` highest positive gains lie (see ``surgery.scores.weights.best``)."""
         return best(self.flat, count)
 
     def worth(self, limit: float) -> int:
@@ -179,7 +179,7 @@ def entry_gains(
 
     Returns:
         Gains of either sign in the loss's unit; those of a neuron add up to its ``damage``. Products and sums are
-        float32, kept in a temporary file of 4 bytes a weight (in ``TMPDIR``), in the page cache and not in memory.
+        float32, kept in a temporary file of 4 bytes a weight (in ``TMPDIR``), not in memory.
 
     Raises:
         ValueError: as ``damage``; a gradient is NaN or infinite.
@@ -234,8 +234,8 @@ def entry_magnitude(run: Trajectory, units: Units = "mlp") -> Tensor:
         units: the kinds of unit whose weights are candidates.
 
     Returns:
-        float32 ``[weight]`` ≥ 0, part after part as in ``shapes_of(layout)``, in a temporary file of 4 bytes a weight
-        (in ``TMPDIR``) that is gone with it: in the page cache and not in memory. Of the checkpoints a chunk is.
+        float32 ``[weight]`` ≥ 0, part after part as in ``shapes_of(layout)``, mapped from a temporary file of 4 bytes a
+        weight (in ``TMPDIR``) that is deleted with the tensor. One chunk of each checkpoint is in memory at a time.
 
     Raises:
         ValueError: as ``magnitude``. OSError: there is no room for the file.

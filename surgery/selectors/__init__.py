@@ -1,4 +1,4 @@
-"""Selectors: from a trajectory and prompts to a mask; and how far back each unit should go."""
+"""Selectors, which make a mask from a trajectory and prompts; and ``strengths``, how far back each unit should go."""
 
 from surgery.selectors.selectors import AMCSelector, DamageSelector, RandomSelector, Selector
 from surgery.selectors.strengths import strengths

@@ -1,4 +1,4 @@
-"""Single weights chosen: by D, as far as going on still helps; by M; or at random."""
+"""Choosing single weights: by D in rounds, while the loss falls; by M; or at random."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from surgery.checkpoints.trajectory import Trajectory
 from surgery.layout.attention import NoAttention
+from surgery.layout.slots import Layout
 from surgery.live.losses import Divergence, Loss, mean_loss
 from surgery.masks.budget import Allocation
 from surgery.masks.entries import Entries, shapes_of
@@ -29,8 +30,8 @@ Point = tuple[int, float]  # how many weights are reverted, and the loss then
 def candidates(run: Trajectory, units: Units = WEIGHT) -> tuple[str, ...]:
     """The kinds of unit whose weights are candidates: those beside "weight" in ``units``.
 
-    "weight" alone means MLPs and KV groups; the trajectory's own layout where it has one. Where a model's attention
-    can't be told for certain it means the MLPs, with a warning that says why.
+    "weight" alone means MLPs and KV groups, or the units of the trajectory's own layout. If a model's KV groups are not
+    found for certain, it means the MLPs, with a warning that says why.
     """
     owners = owners_of(units)
     if owners is not None or run.layout is not None:
@@ -40,7 +41,7 @@ def candidates(run: Trajectory, units: Units = WEIGHT) -> tuple[str, ...]:
     except NoAttention as reason:
         warnings.warn(
             f"weights of attention are no candidates, and the budget counts those of the MLPs alone: {reason}. Pass "
-            f'units=("mlp", "weight") to say so yourself',
+            f'units=("mlp", "weight") to choose that yourself',
             stacklevel=4,
         )
         return ("mlp",)
@@ -61,8 +62,8 @@ def check_magnitude(rank: str, allocate: str) -> None:
     if (rank, allocate) != ("M", "M"):
         raise ValueError(
             f"rank={rank!r}, allocate={allocate!r}: single weights are ranked by M alone: "
-            f'AMCSelector(budget, rank="M", allocate="M", units="weight"). With A or C of a weight they are chosen '
-            f"worse (benchmarks/results/single-weights.md)"
+            f'AMCSelector(budget, rank="M", allocate="M", units="weight"). A and C of single weights choose worse '
+            f"(benchmarks/results/single-weights.md)"
         )
 
 
@@ -78,16 +79,16 @@ def by_damage(
 ) -> Entries:
     """The best by D of all weights of some units: D_w = g_w · δB,w, the first-order gain of reverting w alone.
 
-    Gains of single weights do not add up: each was measured with all others in place. So they are taken in rounds. A
-    round takes the best until their gains add up to the loss that is left, which is more than they can give, and then
-    D is measured again with all that was taken reverted. The last round takes what is left of the budget. The rounds do
-    not depend on the budget: a bigger one contains the smaller (without ``stop``). A weight whose gain is not positive
-    is never taken, so there may be fewer.
+    Gains of single weights do not add up, because each is measured with all others in place. So they are taken in
+    rounds. A round takes the best weights until their gains add up to the remaining loss, which is more than they can
+    win back; then D is measured again with all taken weights reverted. The last round takes the rest of the budget. The
+    rounds do not depend on the budget: a larger budget contains a smaller one (without ``stop``). A weight whose gain
+    is not positive is never taken, so there may be fewer than the budget allows.
 
-    Some number of weights is best, and more of them do harm. With ``stop`` the loss is looked at after each round, and
-    with 1/64, 1/32, ... 1/2 and all of the last one reverted; the number with the least loss is kept, none if the later
-    model itself has it. That is one forward and backward pass per round and 7 forward passes more, on the same prompts;
-    the curve is in ``made_by["entries"]``.
+    Beyond some number of weights, more of them do harm. With ``stop`` the loss is measured after each round, and with
+    1/64, 1/32, ... 1/2 and all of the last round reverted. The number with the smallest loss is kept; none if that is
+    the later model itself. This takes one forward and backward pass per round and 7 more forward passes, on the same
+    prompts; the curve is in ``made_by["entries"]``.
 
     Args:
         run: a trajectory with ``earlier`` and ``later``.
@@ -96,7 +97,7 @@ def by_damage(
         units: the kinds of unit whose weights are candidates (``candidates``).
         stop: keep only as many as lower the loss.
         rounds: how often D is measured, at least 1.
-        loss: "kl", "hellinger" or a loss of your own (see ``damage``); ≥ 0, 0 is nothing lost.
+        loss: "hellinger", "kl" or your own loss (see ``damage``), ≥ 0; 0 means that nothing is lost.
 
     Raises:
         ValueError: ``rounds`` is less than 1, no data, and as ``damage``. OSError: no room for the file of gains.
@@ -115,7 +116,7 @@ def by_damage(
     if len(order) < allowed:
         told["positive"] = len(order)
     if stop:
-        curve += _tried(run, path.gains, order, curve[-1][0])
+        curve += _tried(run, path, order, curve[-1][0])
         order = order[: min(curve, key=lambda point: (point[1], point[0]))[0]]
     told["curve"] = [list(point) for point in curve]
     return path.gains.entries(order).signed({"entries": told})
@@ -132,7 +133,7 @@ def by_magnitude(run: Trajectory, budget: float, how: Allocation, units: Units) 
 
 
 def at_random(run: Trajectory, budget: float, seed: int, units: Units) -> Entries:
-    """Some of all weights of those units, drawn uniformly without replacement; a bigger budget has the smaller."""
+    """Weights of those units, drawn uniformly without replacement; a larger budget contains a smaller one."""
     (later,) = run.weights("later", units=units)
     shapes = shapes_of(later.layout)
     lots = _lots(sum(neurons * width for neurons, width in shapes.values()), seed)
@@ -155,6 +156,7 @@ class _Path:
     taken: Tensor
     curve: list[Point]  # at the start of each round
     gains: Gains  # of the last round
+    layout: Layout  # of the live model, found once
 
     def best(self, count: int) -> Tensor:
         if count <= len(self.taken):
@@ -164,24 +166,24 @@ class _Path:
 
 @remember
 def _path(run: Trajectory, data: Data, *, loss: Loss | Divergence, rounds: int, units: Units) -> _Path:
-    gains = entry_gains(run, data, loss=loss, units=units)
+    gains, (live,) = entry_gains(run, data, loss=loss, units=units), run.live(units=units)
     taken, curve = torch.zeros(0, dtype=torch.int64), [(0, gains.value)]
     for _ in range(rounds - 1):
         best = gains.best(max(1, gains.worth(gains.value)))
         if not len(best) or gains.value <= 0:
             break
         taken = torch.cat([taken, best])
-        with rollback(gains.model, to=run.tensors("earlier"), mask=gains.entries(taken), layout=run.layout):
+        with rollback(gains.model, to=run.tensors("earlier"), mask=gains.entries(taken), layout=live.layout):
             gains = entry_gains(run, gains.batches, loss=gains.loss, units=units)
         gains.flat[taken] = 0  # where the earlier model is stored wider, what is left is rounding
         curve.append((len(taken), gains.value))
-    return _Path(taken, curve, gains)
+    return _Path(taken, curve, gains, live.layout)
 
 
-def _tried(run: Trajectory, gains: Gains, order: Tensor, start: int) -> list[Point]:
+def _tried(run: Trajectory, path: _Path, order: Tensor, start: int) -> list[Point]:
     """The loss with more and more reverted, from ``start`` to all of them."""
-    found = []
+    gains, found = path.gains, []
     for count in sorted({start + round((len(order) - start) / 2**at) for at in range(_HALVINGS + 1)} - {start}):
-        with rollback(gains.model, to=run.tensors("earlier"), mask=gains.entries(order[:count]), layout=run.layout):
+        with rollback(gains.model, to=run.tensors("earlier"), mask=gains.entries(order[:count]), layout=path.layout):
             found.append((count, mean_loss(gains.loss, gains.model, gains.batches)))
     return found

@@ -41,7 +41,7 @@ from surgery.units import Units, single
 class Selector(Protocol):
     """Anything with ``select``: a trajectory and prompts in, a mask out.
 
-    A selector of your own is complete in eight lines; with a field ``budget`` a sweep can run it at many budgets::
+    Your own selector takes eight lines; with a field ``budget`` a sweep can run it at many budgets::
 
         @dataclass(frozen=True)
         class Largest:
@@ -59,26 +59,27 @@ class Selector(Protocol):
 
 @dataclass(frozen=True)
 class AMCSelector:
-    """The paper's selector: rank by a product of activation, magnitude and conflict, spend the budget by another.
+    """The paper's selector: rank by one product of A, M and C, and split the budget over layers by another.
 
     Args:
-        budget: β, the fraction of all MLP neurons (or other units; with several kinds of their parameters; or of the
-            candidate weights), in [0, 1].
+        budget: β, the fraction of all MLP neurons (or of other units; with several kinds, of their parameters; or of
+            the candidate weights), in [0, 1].
         rank: which of the letters A, M, C make the ranking score, as a product ("AMC", "MC", "A", ...).
         allocate: the same for the score that splits the budget over layers.
         how: "proportional", "global" or "uniform" (see ``surgery.allocate``).
         units: "mlp", "kv_group", "value_channel" or a tuple (see ``find_layout``); or "weight", single weights of MLPs
-            and KV groups; ("mlp", "weight") are those of neurons: a whole unit is a choice of its weights.
+            and KV groups; or ("mlp", "weight"), single weights of MLPs.
 
-    A and M are divided by their layer's mean. Several kinds of unit share a budget of parameters. There C is divided by
-    the mean of its kind, and a unit is worth score × parameters: the score is what one parameter of it is worth.
+    A and M are divided by their layer's mean, and C is used as it is. Several kinds of unit share a budget of
+    parameters. Then C is divided by the mean of its kind, the score is what one parameter of a unit is worth, and the
+    unit is worth score × parameters.
 
-    Single weights are ranked by M alone, rank="M" and allocate="M": abs(δB,w) by its layer's mean. ``select`` then
-    gives Entries. A weight that did not change is never taken, so there may be fewer.
+    Single weights are ranked by M alone, rank="M" and allocate="M": abs(δB,w) divided by its layer's mean. ``select``
+    then returns Entries. A weight that did not change is never taken, so there may be fewer than the budget allows.
 
     Raises:
-        ValueError: a setting is none of those above; from ``select``: C without a base checkpoint, A without data, and
-            as the scores.
+        ValueError: a setting is invalid; from ``select``: C without a base checkpoint, A without data, and as the
+            scores.
 
     Source: the paper, Appendix D.4. The division by the layer's mean and single weights are ours.
     """
@@ -132,28 +133,28 @@ class AMCSelector:
 
 @dataclass(frozen=True)
 class DamageSelector:
-    """Rank by D, the damage score: what going back would gain on the damaged domain, to first order.
+    """Rank by D, the damage score: the first-order gain of reverting a unit, on the damaged domain.
 
     Args:
         budget: β, the fraction of all MLP neurons (or other units, or candidate weights), in [0, 1].
         how: "global" (the best of the whole model), "proportional" or "uniform" (see ``surgery.allocate``). Negative
-            scores, neurons that the damaged domain is better off with, count as zero where a share is computed.
-        protect: prompts of domains that should keep what they won, by name: D is reduced by ``weight`` times what
-            reverting would cost them (``reversal_cost``).
-        weight: how much the loss that grows there counts beside the loss that falls here; what 0.3 keeps and costs in
+            scores (neurons whose change helps the damaged domain) count as zero where a share is computed.
+        protect: prompts of domains to protect, by name: D is reduced by ``weight`` times what reverting would cost them
+            (``reversal_cost``).
+        weight: the weight of a protected domain's loss against the damaged domain's gain; what 0.3 keeps and costs in
             the lab is in benchmarks/results/protect.md.
-        loss: "hellinger", "kl" or a loss of your own (see ``damage``).
+        loss: "hellinger", "kl" or your own loss (see ``damage``).
         units: as in ``AMCSelector``; several kinds share a budget of parameters, spent by D per parameter.
 
-    ``made_by["damage"]["promised"]`` of the mask is what its units' D adds up to. Where that is more than the ``loss``
-    beside it, they can't gain so much together, and ``surgery select`` says so.
+    ``made_by["damage"]["promised"]`` of the mask is the sum of its units' D. Where it exceeds ``["loss"]``, the units
+    can't gain that much together, and ``surgery select`` says so.
 
     ``units="weight"`` takes single weights in rounds, and only as many as lower the loss on ``data`` (``by_damage`` in
-    ``surgery.selectors.rounds``); ``select`` gives Entries. It has neither another ``how`` nor ``protect``: the costs
-    of single weights do not add up (benchmarks/results/protect-weights.md).
+    ``surgery.selectors.rounds``); ``select`` then returns Entries. It allows no other ``how`` and no ``protect``: the
+    costs of single weights do not add up (benchmarks/results/protect-weights.md).
 
     Raises:
-        ValueError: a setting is none of those above; from ``select``: no data, and as ``damage``.
+        ValueError: a setting is invalid; from ``select``: no data, and as ``damage``.
 
     Source: ours, from Proposition 1.
     """
@@ -205,27 +206,27 @@ class DamageSelector:
 
 
 def _check_unprotected(protect: Mapping[str, Data] | None) -> None:
-    """Raise ``ValueError`` where single weights should be guarded."""
+    """Raise ``ValueError`` if domains should be protected: single weights can't do that."""
     if protect:
         raise ValueError(
-            'protect= with units="weight": the costs of single weights do not add up, and to guard by them did harm '
-            "where it was measured (benchmarks/results/protect-weights.md). Leave protect out and look at Δ in a "
-            'sweep, or protect with units="mlp"'
+            'protect= with units="weight": the costs of single weights do not add up, and protecting by them did harm '
+            "in the lab (benchmarks/results/protect-weights.md). Leave protect out and look at Δ in a sweep, or "
+            'protect with units="mlp"'
         )
 
 
 @dataclass(frozen=True)
 class RandomSelector:
-    """The control: β of all neurons, drawn uniformly without replacement; a bigger budget contains the smaller.
+    """The control: β of all neurons, drawn uniformly without replacement; a larger budget contains a smaller one.
 
     Args:
         budget: β in [0, 1].
         seed: of the draw.
-        units: as in ``AMCSelector``; of several kinds units are drawn until the budget of parameters is spent. Single
-            weights, "weight", are drawn with a lot of 4 bytes for each, in a temporary file (in ``TMPDIR``).
+        units: as in ``AMCSelector``. With several kinds, units are drawn until the budget of parameters is spent.
+            Drawing single weights takes a temporary file of 4 bytes per weight (in ``TMPDIR``).
 
     Raises:
-        ValueError: a setting is none of those above. OSError: there is no room for the file.
+        ValueError: a setting is invalid. OSError: there is no room for the file.
 
     Source: the paper's random baseline (Table 6); single weights: ours.
     """

@@ -1,4 +1,4 @@
-"""How far back each masked neuron should go: the least loss along the way of each, found from its slopes."""
+"""How far back each masked neuron should go: the strengths with the smallest loss, found from its gradients."""
 
 from __future__ import annotations
 
@@ -34,25 +34,25 @@ def strengths(
 ) -> Neurons:
     """How far back each masked neuron should go, s = argmin of L(θB − Σ_n s_n δB,n) over s in [0, most].
 
-    One pass over the data gives the slope along every masked neuron at once, ∂L/∂s_n = −⟨∇L, δB,n⟩. Two slopes give a
-    curvature, and with it the next point (Barzilai and Borwein's step, cut at the bounds): on a quadratic loss that
-    leads to the optimum without any Hessian. It starts from no reversal and from full reversal, and of all points seen
-    the one with the least loss is returned: on these prompts (with ``most`` ≥ 1) never a worse one than ``strength=1``.
+    One pass over the data gives the gradient by all strengths at once, ∂L/∂s_n = −⟨∇L, δB,n⟩. Two gradients give a
+    curvature, and with it the next point (Barzilai and Borwein's step, clipped at the bounds). On a quadratic loss
+    these steps lead to the optimum without any Hessian. The search starts from no reversal and full reversal, and it
+    returns the point with the smallest loss: on these prompts (with ``most`` ≥ 1) never worse than ``strength=1``.
 
-    A few neurons stand in for what all others have lost, so the optimum often lies beyond 1: past the earlier values.
+    The optimum often lies beyond 1, past the earlier values, because a few neurons have to make up for the loss of all.
 
     Args:
-        run: a trajectory with ``earlier`` and ``later``; the later model has to be float32 or wider, since in 16 bits
-            the way between two checkpoints has no points: call run.load(dtype=torch.float32) first.
+        run: a trajectory with ``earlier`` and ``later``; the later model has to be float32 or wider, because 16-bit
+            dtypes have few values between two checkpoints: call run.load(dtype=torch.float32) first.
         data: batches of the damaged domain, as for ``damage``.
-        mask: what is to be reverted. Of entries, all weights of a neuron go equally far.
+        mask: what is to be reverted. With Entries, all masked weights of a neuron have the same strength.
         most: the furthest that a neuron may go, in (0, 3]; 1 never goes past the earlier values.
         passes: forward and backward passes over the data, at least 2.
-        loss: "hellinger", "kl" or a loss of your own (see ``damage``).
+        loss: "hellinger", "kl" or your own loss (see ``damage``).
 
     Returns:
-        Scores in [0, most], for ``rollback(..., strength=)``; 0 where the mask selects nothing. The losses that were
-        seen are in ``made_by["strengths"]``.
+        Scores in [0, most], for ``rollback(..., strength=)``; 0 where the mask selects nothing. The losses at all
+        points of the search are in ``made_by["strengths"]``.
 
     Raises:
         ValueError: ``most`` or ``passes`` is out of range, the model is narrower than float32; and as ``damage``.
@@ -136,7 +136,7 @@ class _Along:
 
         how_far, earlier = Neurons(self.split(s.float())), self.run.tensors("earlier")
         with (
-            rollback(self.model, to=earlier, mask=self.mask, strength=how_far, layout=self.run.layout),
+            rollback(self.model, to=earlier, mask=self.mask, strength=how_far, layout=self.live.layout),
             collecting(self.model, self.live.layout, take),
         ):
             for batch in self.batches:

@@ -16,7 +16,7 @@ from surgery.theory.vectors import Point, Vector, allowed, along, descent, inner
 
 @dataclass(frozen=True)
 class Neighbour:
-    """How far another domain's loss moved during a refresh, beside what Theorem 1 allows, at each step.
+    """How far another domain's loss moved during a refresh, and the bound of Theorem 1, at each step.
 
     ``change`` = L_C(θ_t) − L_C(θB); ``first`` = ⟨∇L_C(θB), θ_t − θB⟩; ``bound`` = abs(first) + ½ β_C ‖θ_t − θB‖² with
     β_C the largest curvature of L_C at θB. Nats per response token.
@@ -81,21 +81,21 @@ def contraction(
     others: Mapping[str, Iterable[Batch]] | None = None,
     bounds: CurvatureBounds | None = None,
 ) -> Contraction:
-    """Theorem 1: ‖P_S(θ_t − θA)‖ of a refresh beside (1 − αμ_A)^t ‖P_S δB‖, and the other domains beside their bound.
+    """Theorem 1: ‖P_S(θ_t − θA)‖ of a refresh and its bound (1 − αμ_A)^t ‖P_S δB‖; other domains and their bound.
 
     The refresh is gradient descent on L_A from θB, θ ← θ − α ∇L_A(θ), over all of the landscape's batches at once; or
-    any other whose points are given.
+    any other refresh whose points are given.
 
     Args:
         land: the earlier domain's loss around the earlier checkpoint.
-        span: S, what ``eigenspace`` found.
-        steps: of the descent.
-        step: α (default: 1/β, the largest that the theorem allows). With ``points`` the α that the bound is drawn for.
+        span: S, as ``eigenspace`` returns it.
+        steps: number of steps of the descent.
+        step: α (default: 1/β, the largest that the theorem allows). With ``points`` the α for the bound.
         start: the descent begins at θA + start · δB; below 1 it begins nearer to θA, where the theory is local.
-        points: θ_0 = θB, θ_1, ... of a refresh of your own, parameter name → tensor; each is used and let go, so a
-            generator that yields ``dict(model.named_parameters())`` after each step will do.
+        points: θ_0 = θB, θ_1, ... of your own refresh, parameter name → tensor. Only one is held at a time, so a
+            generator that yields ``dict(model.named_parameters())`` after each step works.
         others: domain → batches with labels: their loss is −log p of the responses.
-        bounds: what ``curvature_bounds(land, span)`` gave, if it was asked for before.
+        bounds: the result of ``curvature_bounds(land, span)``, if you have it already.
 
     Returns:
         ``Contraction``. Memory: five mappings as large as the model, and one per other domain.

@@ -21,12 +21,12 @@ FRACTIONS = (0.125, 0.25, 0.5, 0.75, 1.0)
 
 @dataclass(frozen=True)
 class DamageTerms:
-    """Proposition 1, measured: how far slope and curvature at the earlier checkpoint explain what was lost.
+    """Proposition 1, measured: how much of the loss the gradient and curvature at the earlier checkpoint explain.
 
-    Along θA + t·δB the loss rises by ``true``; ``first`` = t⟨∇L, δB⟩ and ``second`` = ½ t² δBᵀHδB are what its
-    derivatives at θA say; ``remainder`` = true − first − second is what the theory leaves out. All in nats per
-    response token, one number per fraction t. ``gradient`` is ‖∇L_A(θA)‖, ``displacement`` ‖δB‖. ``random``: the second
-    order at t = 1 of random displacements that move each tensor as far as δB does.
+    Along θA + t·δB the loss rises by ``true``; ``first`` = t⟨∇L, δB⟩ and ``second`` = ½ t² δBᵀHδB are the terms of its
+    expansion at θA; ``remainder`` = true − first − second. All in nats per response token, one number per fraction t.
+    ``gradient`` is ‖∇L_A(θA)‖, ``displacement`` ‖δB‖. ``random``: the second-order term at t = 1 of random
+    displacements that move each tensor as far as δB does.
     """
 
     fractions: tuple[float, ...]
@@ -64,13 +64,13 @@ class DamageTerms:
 def damage_terms(
     land: Landscape, fractions: tuple[float, ...] = FRACTIONS, *, draws: int = 3, seed: int = 0
 ) -> DamageTerms:
-    """Proposition 1: L_A(θA + t δB) − L_A(θA) beside t⟨∇L_A, δB⟩ + ½ t² δBᵀHδB, and what remains.
+    """Proposition 1: L_A(θA + t δB) − L_A(θA), its expansion t⟨∇L_A, δB⟩ + ½ t² δBᵀHδB, and the remainder.
 
     Args:
         land: the earlier domain's loss around the earlier checkpoint.
-        fractions: where along δB, each t in (0, 1].
-        draws: random displacements to compare with.
-        seed: of these.
+        fractions: points along δB, each t in (0, 1].
+        draws: number of random displacements to compare with.
+        seed: of the random displacements.
 
     Returns:
         ``DamageTerms``. One backward pass, a forward pass with tangents for the curvature of δB and of each draw, a
@@ -110,7 +110,7 @@ class DamageSplit:
     """Proposition 2, measured: how much of the quadratic damage lies inside a subspace S.
 
     ``inside`` = ½ δ_SᵀHδ_S, ``leakage`` = δ_SᵀHδ_⊥, ``outside`` = ½ δ_⊥ᵀHδ_⊥ add up to ``total`` = ½ δBᵀHδB (nats
-    per response token). ``leakage`` may be negative. ``motion``: which part of ‖δB‖² lies in S. ``dimension``: of S.
+    per response token). ``leakage`` may be negative. ``motion``: the part of ‖δB‖² in S. ``dimension``: of S.
     """
 
     inside: float
@@ -153,7 +153,7 @@ def damage_split(land: Landscape, subspace: Mask | Span) -> DamageSplit:
 
     Args:
         land: the earlier domain's loss around the earlier checkpoint.
-        subspace: bool Neurons or Entries, for S = the coordinates of a mask; or what ``eigenspace`` found.
+        subspace: bool Neurons or Entries, for S = the coordinates of a mask; or a ``Span`` from ``eigenspace``.
 
     Returns:
         ``DamageSplit``. Two Hessian–vector products; memory: four mappings as large as the model.
@@ -174,9 +174,9 @@ def damage_split(land: Landscape, subspace: Mask | Span) -> DamageSplit:
 class CurvatureBounds:
     """The constants of Assumptions 1 and 6 on a subspace S: smallest curvature, largest, and coupling.
 
-    ``mu`` = μ_A, the smallest curvature on S; ``beta`` = β, the largest of the whole space (found from below);
-    ``xi`` = ξ_A = ‖P_S H P_⊥‖, from below; ``felt`` = ‖P_S H δ_⊥‖ / ‖δ_⊥‖, the part of ξ_A that this δB feels. All in
-    nats per squared unit of the parameters. ``step`` = 1/β, the step size that Theorem 1 allows.
+    ``mu`` = μ_A, the smallest curvature on S; ``beta`` = β, the largest of the whole space (a lower bound);
+    ``xi`` = ξ_A = ‖P_S H P_⊥‖ (a lower bound); ``felt`` = ‖P_S H δ_⊥‖ / ‖δ_⊥‖, the coupling along this δB. All in nats
+    per squared unit of the parameters. ``step`` = 1/β, the step size that Theorem 1 allows.
     """
 
     mu: float
@@ -196,7 +196,7 @@ class CurvatureBounds:
             ("μ_A, smallest curvature on S", self.mu),
             ("β, largest curvature anywhere", self.beta),
             ("ξ_A, coupling of S to the rest", self.xi),
-            ("the coupling that δB feels", self.felt),
+            ("coupling along δB", self.felt),
             ("1 / β, the step size allowed", self.step),
         )
         return Table(f"Constants of the theory on S ({self.dimension} dimensions)", ("constant", "value"), told)
@@ -214,11 +214,11 @@ def curvature_bounds(land: Landscape, span: Span, *, steps: int = 15) -> Curvatu
 
     Args:
         land: the earlier domain's loss around the earlier checkpoint.
-        span: what ``eigenspace`` found.
+        span: S, as ``eigenspace`` returns it.
         steps: Hessian–vector products for β, and twice as many for ξ_A.
 
     Returns:
-        ``CurvatureBounds``; β and ξ_A are reached from below. Memory: four mappings as large as the model.
+        ``CurvatureBounds``; β and ξ_A are lower bounds. Memory: four mappings as large as the model.
 
     Source: the paper, Assumptions 1 and 6.
     """
@@ -241,11 +241,10 @@ class DamageSpectrum:
     """In how few dimensions the damage lies: ½ Σ λ_i ⟨u_i, δB⟩² over the directions of largest curvature.
 
     ``curvatures`` λ_i and ``coefficients`` ⟨u_i, δB⟩ belong to the eigenvectors u_i of H on some coordinates;
-    ``cumulative`` is ½ Σ_{i ≤ d} λ_i ⟨u_i, δB⟩² for d = 1, 2, ... ``random`` holds, for each size in ``sizes``, what
-    random subspaces of as many dimensions among the same coordinates hold (one number a draw). ``ranked`` is the same
-    for the best neurons by a score: (dimensions, damage held). ``home`` = ½ δᵀHδ of all the coordinates together,
-    ``total`` = ½ δBᵀHδB.
-    The one direction δB itself would hold everything: the question is what directions hold that don't know δB.
+    ``cumulative`` is ½ Σ_{i ≤ d} λ_i ⟨u_i, δB⟩² for d = 1, 2, ... ``random``: for each size in ``sizes``, the damage in
+    random subspaces of as many dimensions among the same coordinates (one number per draw). ``ranked``: the same for
+    the best neurons by a score, (dimensions, damage). ``home`` = ½ δᵀHδ of all the coordinates together,
+    ``total`` = ½ δBᵀHδB. The one direction δB holds all the damage, so only directions chosen without δB are compared.
     """
 
     curvatures: tuple[float, ...]
@@ -294,12 +293,12 @@ def damage_spectrum(
     ranked: Mapping[str, Neurons] | None = None,
     seed: int = 0,
 ) -> DamageSpectrum:
-    """How much of the quadratic damage the directions of largest curvature hold, beside random ones and ranked neurons.
+    """How much of the quadratic damage lies in the directions of largest curvature, in random ones, in ranked neurons.
 
     Args:
         land: the earlier domain's loss around the earlier checkpoint.
-        span: what ``eigenspace(land, k)`` found, among a mask's neurons or all parameters.
-        draws: random subspaces, each as large as the span; smaller sizes are the beginnings of these.
+        span: the result of ``eigenspace(land, k)``, among a mask's neurons or all parameters.
+        draws: number of random subspaces, each as large as the span; smaller sizes are their first directions.
         ranked: name → scores: for S = the coordinates of the 1, 2, 4, ... best neurons.
         seed: of the random subspaces.
 

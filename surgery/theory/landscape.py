@@ -74,8 +74,8 @@ class Landscape:
             loss: another loss, twice differentiable, a mean over the batch's response tokens (default: the KL).
 
         Returns:
-            A ``Landscape``. It holds two mappings as large as the model (θA, which is the live model's own, and δB);
-            what is measured on it takes up to four more for a while, and the graph of one batch.
+            A ``Landscape``. It holds two mappings as large as the model (θA, which is the live model's own, and δB).
+            Measurements on it temporarily take up to four more, and the graph of one batch.
 
         Raises:
             ValueError: no batch, weights narrower than float32, or checkpoints of different models.
@@ -106,9 +106,9 @@ class Landscape:
             return combined((share, slope(partial(self._loss, batch), at)[1]) for batch, share in self._shares())
 
     def product(self, v: Point) -> Vector:
-        """H v at θA, restricted to the names of v: by the Fisher for the KL, by two backward passes for other losses.
+        """H v at θA, restricted to the names of v: the Fisher product for the KL, two backward passes for other losses.
 
-        Memory: the mapping that is returned, one more for a while, and one batch's graph.
+        Memory: the returned mapping, temporarily one more, and one batch's graph.
         """
         with differentiable(self.model):
             return combined(self._products(v))
@@ -205,7 +205,7 @@ def _points(run: Trajectory) -> tuple[nn.Module, Vector, Vector]:
     for name, tensor in theta.items():
         if tensor.dtype not in (torch.float32, torch.float64):
             raise ValueError(
-                f"{name!r} is {tensor.dtype}, and second-order terms drown in its rounding: pass the earlier "
+                f"{name!r} is {tensor.dtype}, and its rounding hides second-order terms: pass the earlier "
                 f"checkpoint as a folder (it is loaded in float32), or the model in float32"
             )
     source = open_weights(later, run.layout, live)
@@ -273,10 +273,10 @@ class Span:
         home: the coordinates in which the vectors are kept.
         vectors: orthonormal, in those coordinates.
         values: the curvature λ of each, descending, in nats per squared unit of the parameters.
-        residuals: ‖H u − λ u‖ of each within the coordinates: how exact they are.
+        residuals: ‖H u − λ u‖ of each within the coordinates, their error.
         steps: how many Hessian–vector products it took.
 
-    Source: the paper's conflict subspace S; that the largest eigenvectors serve for it is ours.
+    Source: the paper's conflict subspace S; that the largest eigenvectors span it is ours.
     """
 
     home: Coordinates = field(repr=False)
@@ -339,7 +339,7 @@ def eigenspace(
     tolerance: float = 1e-2,
     seed: int = 0,
 ) -> Span:
-    """The k directions in which the earlier domain's loss curves most, among a mask's neurons or all parameters.
+    """The k directions of largest curvature of the earlier domain's loss, among a mask's neurons or all parameters.
 
     The largest eigenpairs of P H P at θA, P the projection on the coordinates, by Lanczos.
 
@@ -347,13 +347,13 @@ def eigenspace(
         land: the earlier domain's loss around the earlier checkpoint.
         k: how many.
         mask: bool Neurons or Entries: only what it selects moves (default: every parameter).
-        steps: at most so many Hessian–vector products. Each keeps a vector as large as the coordinates: for all
-            parameters of a large model choose few, or a mask.
-        tolerance: stop when the residual of each is below so much of its curvature.
+        steps: at most this many Hessian–vector products. Each keeps a vector as large as the coordinates, so choose few
+            steps, or a mask, for a large model.
+        tolerance: stop when the residual of each is below this fraction of its curvature.
         seed: of the random start.
 
     Returns:
-        A ``Span``; its ``residuals`` say how exact it is.
+        A ``Span``; ``residuals`` are its errors.
 
     Raises:
         ValueError: the mask is empty or of another model; k is not in 1…steps.

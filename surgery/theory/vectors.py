@@ -63,7 +63,7 @@ def curvature(loss: Callable[[Point], Tensor], theta: Point, v: Point) -> Vector
         loss: a scalar function of a point, twice differentiable by autograd. Fused attention kernels are not: run it
             under ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)``.
         theta: the point θ, a mapping from name to tensor.
-        v: the vector, tensors of the shapes of θ's; a name that it lacks is zero in v, and not computed in H v.
+        v: the vector, with tensors of θ's shapes; a name that it lacks counts as zero and is not computed in H v.
 
     Returns:
         H v restricted to the names of v, in the loss's unit per squared unit of the parameters. Memory: the graph of
@@ -128,13 +128,13 @@ def in_probability(z: Tensor, moved: Tensor) -> Tensor:
 def fisher(logits: Callable[[Point], Tensor], theta: Point, v: Point) -> Vector:
     """The Fisher information (Gauss–Newton matrix) times a vector: F v = Σ_rows Jᵀ (diag(p) − p pᵀ) J v.
 
-    p = softmax of a row of logits, J = their derivative by θ. It is exact, no sampling; symmetric, never negative, and
-    the Hessian of Σ_rows KL(p_target ‖ p_θ) wherever p_θ is the target.
+    p = softmax of a row of logits, J = their derivative by θ. It is exact (no sampling), positive semidefinite, and the
+    Hessian of Σ_rows KL(p_target ‖ p_θ) where p_θ equals the target.
 
     Args:
         logits: a function of a point that gives ``[row, token]``, twice differentiable or with forward derivatives.
         theta: the point θ.
-        v: the vector; a name that it lacks is zero in v, and not computed in F v.
+        v: the vector; a name that it lacks counts as zero and is not computed in F v.
 
     Returns:
         F v restricted to the names of v: the sum over rows, in nats per squared unit of the parameters. Memory: one

@@ -1,4 +1,4 @@
-"""The trained counterpart of a rollback: refresh, training restricted to a mask, watching gradients."""
+"""Training: a refresh (the trained counterpart of a rollback), training under a mask, and watching gradients."""
 
 from typing import TYPE_CHECKING, Any
 

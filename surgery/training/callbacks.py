@@ -23,23 +23,23 @@ from surgery.training.leaves import Leaves
 class Masked(TrainerCallback):
     """Restricts a transformers or TRL Trainer to the masked units: a callback, and a ``with`` block around ``train``.
 
-    The Trainer's optimiser is made of ``leaves``: float32 copies of the masked slices. Their gradients are taken out of
-    every backward pass; after each optimiser step they are rounded into the model. So the optimiser's state is
-    proportional to the mask, weight decay and momentum move nothing else, and steps that are too small for bfloat16
-    add up. The Trainer's ``max_grad_norm`` clips the masked gradient (the norm that it logs is not this one).
+    The Trainer's optimiser steps on ``leaves``, float32 copies of the masked slices. Every backward pass gives them
+    their gradients, and after each optimiser step they are rounded into the model. So the optimiser's state is
+    proportional to the mask, weight decay and momentum move nothing else, and steps that are too small for bfloat16 add
+    up. The Trainer's ``max_grad_norm`` clips the masked gradient (the norm that the Trainer logs is another one).
 
     Args:
-        model: live, the one that the Trainer trains, on its device already.
+        model: live, the same model that the Trainer trains, already on its device.
         mask: bool Neurons or Entries.
-        keep_on: where the old bits are kept for ``undo`` (default: beside the weights).
+        keep_on: where the original bits are kept for ``undo`` (default: beside the weights).
         layout: where the neurons lie (default: found).
 
-    An exception inside the block, Ctrl-C or a NaN puts the old bits back. Without one the trained weights stay when
-    the block ends; ``undo`` puts the old bits back then. A Trainer's checkpoint can't be resumed from, since the leaves
-    are no parameters of the model.
+    An exception inside the block, Ctrl-C or a NaN restores the original bits. Otherwise the trained weights stay when
+    the block ends, and ``undo`` restores the original bits. Training can't resume from a Trainer's checkpoint, because
+    the leaves are not parameters of the model.
 
     Raises:
-        ValueError: as ``refresh``; at the start of the training, where the optimiser is not made of ``leaves``.
+        ValueError: as ``refresh``; at the start of the training, if the optimiser does not step on ``leaves``.
 
     Source: ours.
 
@@ -57,7 +57,7 @@ class Masked(TrainerCallback):
 
     @property
     def leaves(self) -> list[Tensor]:
-        """What the optimiser has to be made of."""
+        """The tensors that the optimiser has to step on."""
         return self._leaves.values
 
     def __enter__(self) -> Masked:
@@ -109,21 +109,21 @@ KEPT = 128  # measurements in memory: beyond that every second one is dropped
 
 
 class GradientCosines(TrainerCallback):
-    """Logs how the gradients of some domains lie to each other while a Trainer trains (``gradients`` of the model).
+    """Logs the cosines of some domains' gradients while a Trainer trains (``gradients`` of the model).
 
-    The training is the same with it and without it, bit for bit. Into the Trainer's log, and so into ``log_history``
-    and all that it reports to, go ``gradient_cosine/math-qa`` for the whole model, ``gradient_cosine/math-qa/<part>``
-    for each layer and each attention and MLP module, ``domain_loss/math`` and ``gradient_norm/math``; a cosine with a
-    gradient that is zero is left out. ``series`` holds the same as a ``GradientSeries``.
+    The training is bit for bit the same with and without it. The Trainer's log, ``log_history`` and all reporting
+    integrations get ``gradient_cosine/math-qa`` for the whole model, ``gradient_cosine/math-qa/<part>`` for each layer
+    and each attention and MLP module, ``domain_loss/math`` and ``gradient_norm/math``; a cosine with a zero gradient is
+    left out. ``series`` holds the same as a ``GradientSeries``.
 
     Args:
-        trainer: the ``Trainer`` (or one of TRL's) that it is added to, by ``trainer.add_callback``.
-        data: domain → batches with labels; a batch each is enough to watch by.
+        trainer: the ``Trainer`` (or one of TRL's) to which it is added by ``trainer.add_callback``.
+        data: domain → batches with labels; one batch per domain is enough.
         loss: as for ``gradients``.
-        every: measure at each multiple of so many steps. A batch of ``data`` costs about one and a half forward and
-            backward passes of its size: two domains with a batch each, as large as training's, cost about 3 % of the
-            training's time at the default of 100.
-        parts: log the layers and modules, too, and not only the whole model.
+        every: measure at each multiple of this many steps. A batch of ``data`` costs about one and a half forward and
+            backward passes of its size. At the default of 100, two domains with one batch each, as large as training's,
+            cost about 3 % of the training time.
+        parts: log the layers and modules as well, not only the whole model.
 
     Raises:
         ValueError: as ``gradients``; settings out of range; training in more than one process.
@@ -149,7 +149,7 @@ class GradientCosines(TrainerCallback):
 
     @property
     def series(self) -> GradientSeries:
-        """What was measured, by step (the first and every second where there were more than 128, and so on)."""
+        """The measurements by step (if there were more than 128, the first and every second one, and so on)."""
         return GradientSeries.over({str(step): found for step, found in self.measured.items()})
 
     def on_train_begin(

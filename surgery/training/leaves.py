@@ -137,7 +137,7 @@ class Leaves:
         """Write such a copy into the model; Ctrl-C waits until it is whole."""
         with uninterrupted(), torch.no_grad():
             for leaf, values in zip(self.leaves, kept, strict=True):
-                leaf.part.put(leaf.parameter.detach(), values.to(leaf.parameter.device))
+                leaf.part.put(leaf.parameter.detach(), values.to(leaf.parameter.device, leaf.parameter.dtype))
 
     def back(self) -> None:
         """Put the old bits back."""

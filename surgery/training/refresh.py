@@ -1,4 +1,4 @@
-"""The trained counterpart of a rollback: a few optimiser steps on the damaged domain, undone as easily."""
+"""The trained counterpart of a rollback: a few optimiser steps on the damaged domain, which can be undone."""
 
 from __future__ import annotations
 
@@ -46,10 +46,11 @@ class Step:
 
 @dataclass(frozen=True)
 class Refresh:
-    """What a refresh did, and the way back: use it as a ``with`` block (undone on exit) or call ``undo``.
+    """What a refresh did, and its undo: use it as a ``with`` block (undone on exit) or call ``undo``.
 
-    ``kept`` is the step whose weights the model has now: the best validated one, or the last. ``passes``: forward and
-    backward passes. ``units``: trained per block (None: all parameters). ``changed``: numbers whose bits differ now.
+    ``kept``: the step whose weights the model has now, the best validated one or the last. ``passes``: number of
+    forward and backward passes. ``units``: how many were trained in each block (None: all parameters). ``changed``:
+    numbers whose bits differ now.
     """
 
     steps: tuple[Step, ...]
@@ -68,11 +69,11 @@ class Refresh:
 
     @property
     def seconds(self) -> float:
-        """Of all steps, without validation and callbacks."""
+        """Duration of all steps, without validation and callbacks."""
         return sum(step.seconds for step in self.steps)
 
     def undo(self) -> None:
-        """Put the original bits back. Undoing twice is undoing once."""
+        """Restore the original bits. A second call does nothing."""
         for leaves in self._leaves:
             leaves.back()
             in_force(leaves.model).remove(_NOTE)
@@ -87,7 +88,7 @@ class Refresh:
         self.undo()
 
     def table(self) -> Table:
-        """One row a step."""
+        """One row per step."""
         scores = list(dict.fromkeys(name for step in self.steps for name in step.scores))
         others = list(dict.fromkeys(name for step in self.steps for name in step.others))
         head = ("step", "loss", *(f"loss of {name}" for name in others), "gradient", *scores, "seconds", "")
@@ -109,7 +110,7 @@ class Refresh:
         return str(self.table())
 
     def save(self, path: str | Path) -> None:
-        """Write it as JSON (without the way back)."""
+        """Write it as JSON (without the undo)."""
         write_json(self, path)
 
 
@@ -138,33 +139,33 @@ def refresh(
 ) -> Refresh:
     """A few optimiser steps on the damaged domain, on the masked units of a live model or on all of it; undoable.
 
-    θ ← θ − lr · g with ``torch.optim.SGD``, g = ∇L(θ) + Σ_d w_d ∇L_d(θ), each on one batch. Only the masked slices
-    have gradients, optimiser state and updates; all else stays bit for bit. What is trained has float32 copies, and
-    the weights are those rounded to their dtype: a step too small for bfloat16 is not lost. The model is in eval mode
-    meanwhile (no dropout), and no random number is drawn. An exception, Ctrl-C or a NaN puts the old bits back.
+    θ ← θ − lr · g with ``torch.optim.SGD``, g = ∇L(θ) + Σ_d w_d ∇L_d(θ), each on one batch. Only the masked slices have
+    gradients, optimiser state and updates; all else stays the same bit for bit. The steps are made on float32 copies,
+    which are rounded to the weights' dtype, so a step too small for bfloat16 is not lost. The model is in eval mode
+    meanwhile (no dropout), and no random number is drawn. An exception, Ctrl-C or a NaN restores the original bits.
 
     Args:
         model: live; float32, bfloat16, float16 or float64, on any device.
         loss: ``loss(model, batch)``, a scalar; ``distillation(earlier, data)`` needs no rewards and no labels.
-        data: batches of the damaged domain, one a step, in their order and then from the beginning again.
-        steps: how many.
-        lr: the optimiser's rate.
+        data: batches of the damaged domain, one per step, in their order and then from the beginning again.
+        steps: number of optimiser steps.
+        lr: the optimiser's learning rate.
         mask: bool Neurons or Entries; None trains every parameter that requires a gradient.
-        alternate: other domains to descend on as well: name → (loss, batches, weight w ≥ 0). Every step takes one
-            batch of each, and descends on the weighted sum: one pass more per domain of a weight above 0.
-        optimizer: a class of ``torch.optim``, or anything that is called with the trained tensors and ``lr=``.
-        validate: model → a score, or name → score; larger is better. Asked before the first step, then after every
-            ``every`` steps and the last; the weights of the best are kept.
+        alternate: other domains to train on as well: name → (loss, batches, weight w ≥ 0). Every step takes one batch
+            of each and descends on the weighted sum; this costs one more pass per domain with a weight above 0.
+        optimizer: a class of ``torch.optim``, or any callable that takes the trained tensors and ``lr=``.
+        validate: model → a score, or name → score; larger is better. Called before the first step, after every
+            ``every`` steps and after the last; the best weights are kept.
         metric: which of the named scores counts (default: the first).
         every: see ``validate``.
-        patience: stop after so many validations without a better one (default: never).
+        patience: stop after this many validations without a better one (default: never).
         after_step: called with the step (1, 2, ...) and the model after each update, for measurements.
-        keep_on: where the old bits are kept (default: beside the weights).
+        keep_on: where the original bits are kept (default: beside the weights).
         layout: where the neurons lie (default: found).
 
     Returns:
-        A report with the history, which is also the undo. Memory, per trained number: old bits, leaf and gradient, the
-        optimiser's state, and the best bits where there is ``validate``.
+        A report with the history and ``undo``. Memory, per trained number: original bits, leaf and gradient, the
+        optimiser's state, and with ``validate`` the best bits.
 
     Raises:
         ValueError: there is no batch or nothing to train; a loss, gradient or score is NaN; weights are frozen,

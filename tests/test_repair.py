@@ -286,6 +286,7 @@ def test_what_cannot_be_asked(models):
         (dict(recovery=float("nan")), Planted(models), "expected a share in"),
         (dict(limit={"qa": float("nan")}), Planted(models), "nan of 'qa': expected how much it may lose"),
         (dict(limit=-0.1, keep=["qa"]), Planted(models), "expected how much it may lose"),
+        (dict(selector="D"), Planted(models, fail=1), "has no field 'budget' to sweep over"),
         ({}, "perplexity", 'or "lm_eval:task,task"'),
         ({}, None, "prompts of the damaged domain"),
     ):

@@ -764,6 +764,7 @@ def test_a_model_is_not_laid_out_by_single_weights(units):
     model = build("llama")
     for refused in (lambda: Trajectory(later=model).kinds(units), lambda: find_layout(model, units=units)):
         with pytest.raises(
-            ValueError, match=re.escape(f"units={units!r}: a model is not laid out") + ".*: pass it to Dam"
+            ValueError,
+            match=re.escape(f"units={units!r}: layouts and scores have no single weights") + ".*: pass it to Dam",
         ):
             refused()

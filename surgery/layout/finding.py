@@ -96,8 +96,8 @@ def find_layout(model: nn.Module, spec: Spec | None = None, *, units: Units = "m
     """
     if is_compiled(model):
         raise ValueError(
-            "the model is a compiled one (torch.compile): pass the original model, model._orig_mod. The two share their "
-            "weights"
+            "the model is a compiled one (torch.compile): pass the original model, model._orig_mod. The two share "
+            "their weights"
         )
     if spec is not None:
         return spec_layout(spec, {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)})

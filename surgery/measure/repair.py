@@ -16,7 +16,7 @@ from surgery.masks.mask import Mask
 from surgery.measure.evaluators import likelihood
 from surgery.measure.rows import Evaluate, Row, Sweep, compared, judged, points
 from surgery.measure.statistics import ALPHA, Paired, needed, underpowered
-from surgery.measure.sweep import Bench, metric_of, units_of
+from surgery.measure.sweep import Bench, at_budget, metric_of, units_of
 from surgery.reverting.folder import save
 from surgery.reverting.rollback import rolled_back
 from surgery.scores.amc import remembered
@@ -155,6 +155,7 @@ def repair(
         raise ValueError(f"budgets={list(budgets)!r}: expected fractions in (0, 1], like [0.01, 0.02, 0.04]")
     if not 0 < recovery <= 1:
         raise ValueError(f"recovery={recovery!r}: expected a share in (0, 1] (0.9 is 90 % of what can be won back)")
+    at_budget(selector or DEFAULT, grid[0])  # said now, and not after evaluations
     run.check_whole()
     batches, notes = None if data is None else list(batches_of(data)), []
     unit = "" if evaluate is not None else " nats per response token"

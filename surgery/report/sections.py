@@ -219,7 +219,8 @@ def _rollback(found: Inquiry) -> Section | None:
     rows = list(sweep.rows)
     if found.refreshed is not None:
         rows.append(found.refreshed.row)
-        told.append(f"{found.refreshed.row.selector}: {100 * (found.refreshed.row.recovery or 0):.0f} %.")
+        back = 100 * (found.refreshed.row.recovery or 0)
+        told.append(f"A refresh of {found.refreshed.report.steps[-1].step} steps brings back {back:.0f} %.")
     drawn = Figure(
         dose_response(sweep),
         f"Recovery of {sweep.metric} against the share of neurons rolled back, with 95 % intervals.",

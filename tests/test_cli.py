@@ -215,6 +215,9 @@ def test_repair_of_what_lost_nothing(surgery, lab: Path) -> None:
     assert not code, err
     assert out.startswith("No significant loss: sums lost 0.0000 nats per response token")
     assert "Nothing was changed." in out.splitlines()[0]
+    assert "earlier and later score exactly alike" in out
+    assert "Are they the same checkpoint?" in out
+    assert "0 comparisons" not in out
     assert "wrote" not in out
     assert not (lab / "healed").exists()
 
@@ -225,7 +228,11 @@ def test_what_repair_refuses_in_the_shells_words(surgery, lab: Path) -> None:
     for more, message in (
         (f"--keep {lab}/qa.jsonl", "expected a domain and its file"),
         (f"{score} --keep some", "'some' is none of the other metrics, which are ['other']"),
+        (f"{score} --keep some={lab}/qa.jsonl", "so name its metric alone: --keep some"),
         ("--recovery 2", "expected a share in (0, 1]"),
+        ("--limit -1", "limit=-1.0 of 'any kept metric': expected how much it may lose"),
+        ("--device nonsense", "--device nonsense: torch "),
+        ("--device cuda:77", "leave --device out for the CPU"),
         ("--budgets 0,1", "expected fractions in (0, 1]"),
         ("--budgets few", "--budgets: 'few' is not a number"),
         ("--selector AM", "single weights are ranked by D or by M alone"),

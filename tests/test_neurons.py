@@ -172,6 +172,7 @@ def test_equal_masks_are_equal():
     assert entries != Entries({}, shapes={"a/up": (3, 3)})
     assert mask != entries
     assert mask != {"a": bits}
+    assert mask != Neurons({"a": bits.float()})  # scores of 1, 0, 1 select nothing
 
 
 @pytest.mark.parametrize("wrong", [None, "mask.safetensors", {"a": torch.tensor([True])}, 0.02])

@@ -20,6 +20,7 @@ from surgery import (
     Neurons,
     RandomSelector,
     Trajectory,
+    analyse,
     conflict,
     damage,
     magnitude,
@@ -31,9 +32,12 @@ from surgery import (
     sweep,
 )
 from surgery.checkpoints.checkpoint import in_force
+from surgery.evidence.gradients import gradients_along
 from surgery.live import earlier as swap
 from surgery.live.earlier import earlier_model
 from surgery.measure.evaluators import likelihood
+from surgery.measure.history import history
+from surgery.report.inquiry import PARTS
 from surgery.scores.damage import reversal_cost
 
 LABELLED, UNLABELLED = batches(labels=True), batches(labels=False)
@@ -160,9 +164,15 @@ def test_another_earlier_checkpoint_shares_the_live_model(folders, counted):
         lambda run: strengths(run, LABELLED, RandomSelector(0.1).select(run)),
         lambda run: sweep(run, LABELLED, selectors=[], budgets=[], evaluate=score),
         lambda run: repair(run, LABELLED, budgets=[0.1]),
+        lambda run: history(run, score),
+        lambda run: gradients_along(run, {"math": LABELLED, "qa": LABELLED}),
+        lambda run: analyse(run, {"math": LABELLED}, skip=set(PARTS) - {"history"}),
     ],
-    ids=["D", "D of weights", "AMC", "damage", "reversal_cost", "strengths", "sweep", "repair"],
-)
+    ids=[
+        "D", "D of weights", "AMC", "damage", "reversal_cost", "strengths", "sweep", "repair", "history", "gradients",
+        "analyse",
+    ],
+)  # fmt: skip
 def test_an_edited_live_model_is_refused_beside_its_folder(folders, edit, act):
     run = run_of(folders)
     model, mask = run.load(), RandomSelector(0.5).select(run)

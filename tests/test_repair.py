@@ -227,7 +227,7 @@ def test_doubt_is_said_where_items_leave_it(models):
     found = tuned(models, Planted(models, lambda x: x**0.5, items=40), recovery=0.6, limit={"qa": 0.4})
     low = round(100 * found.chosen.interval[0])
     assert low < 60
-    assert f"not certain: the interval of recovery reaches down to {low} %" in str(found)
+    assert f"not certain: the interval of recovery reaches down to {low} %, below the 60 % that" in str(found)
     assert "not certain: the change of qa may be -" in str(found)
     none = tuned(models, Planted(models), recovery=0.5)
     assert none.notes == ("evaluate returned no score per item, so there are no intervals and no test",)
@@ -238,8 +238,11 @@ def test_nothing_lost_is_said_and_nothing_is_chosen(models, tmp_path):
     for evaluate in (Planted(models, lambda x: 2.0), Planted(models, lambda x: 2.0, items=40)):
         found = tuned(models, evaluate)
         assert (found.outcome, found.mask, evaluate.calls) == ("intact", None, 2)
-        assert str(found).startswith("No significant loss: math lost ")
-        with pytest.raises(ValueError, match="there is nothing to write: No significant loss"):
+        gain = found.sweep.rows[1].metrics["math"] - found.sweep.rows[0].metrics["math"]
+        assert str(found).startswith(f"Nothing was lost: math rose by {gain:.4f}")
+        assert found.lost is None or -found.lost.interval[1] <= gain <= -found.lost.interval[0]
+        assert found.lost is None or f"[{-found.lost.interval[1]:.4f}, {-found.lost.interval[0]:.4f}]" in found.verdict
+        with pytest.raises(ValueError, match="there is nothing to write: Nothing was lost"):
             found.save(tmp_path / "healed")
 
 
@@ -283,6 +286,7 @@ def test_what_cannot_be_asked(models):
         (dict(recovery=float("nan")), Planted(models), "expected a share in"),
         (dict(limit={"qa": float("nan")}), Planted(models), "nan of 'qa': expected how much it may lose"),
         (dict(limit=-0.1, keep=["qa"]), Planted(models), "expected how much it may lose"),
+        (dict(selector="D"), Planted(models, fail=1), "has no field 'budget' to sweep over"),
         ({}, "perplexity", 'or "lm_eval:task,task"'),
         ({}, None, "prompts of the damaged domain"),
     ):

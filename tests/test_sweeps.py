@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -310,6 +311,8 @@ def twenty(model: nn.Module) -> dict[str, float]:
         (lambda: recursive(1.0), lambda: recursive(2.0)),
         (lambda: Scaled(1.0), lambda: Scaled(2.0)),
         (lambda: Scaled(1.0).score, lambda: Scaled(2.0).score),
+        (lambda: partial(scaled, by=(1.0,)), lambda: partial(scaled, by=(2.0,))),
+        (lambda: partial(scaled, by=Path("a.jsonl")), lambda: partial(scaled, by=Path("b.jsonl"))),
         (lambda: partial(scaled, by=1.0), lambda: partial(scaled, by=2.0)),
         (lambda: partial(ten), lambda: partial(twenty)),
         (lambda: closed_over(1.0), lambda: closed_over(2.0)),
@@ -319,7 +322,8 @@ def twenty(model: nn.Module) -> dict[str, float]:
         (lambda: harness("gsm8k"), lambda: harness("gsm8k", limit=10)),
     ],
     ids=[
-        "function", "recursive", "object", "method", "partial", "function of partial", "closure", "wrapper", "prompts",
+        "function", "recursive", "object", "method", "tuple", "path", "partial",
+        "function of partial", "closure", "wrapper", "prompts",
         "domain", "harness",
     ],
 )  # fmt: skip

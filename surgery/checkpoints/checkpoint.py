@@ -234,7 +234,9 @@ class Checkpoint(Mapping[str, Tensor]):
                 f"{self.folder} holds pickled weights only ({', '.join(pickles[:3])}); loading a pickle can run code, "
                 f"so they are never opened. Convert them once: model.save_pretrained(folder) writes safetensors"
             )
-        raise LookupError(f"{self.folder} has no safetensors file")
+        raise LookupError(
+            f"{self.folder} has no safetensors file: expected a checkpoint's folder, with its config.json"
+        )
 
     def _check_index(self) -> None:
         index = self.folder / INDEX

@@ -17,6 +17,7 @@ from surgery.cli.options import (
     LayoutFile,
     Overwrite,
     Units,
+    device_of,
     dtype_of,
     files_of,
     folder_of,
@@ -67,6 +68,7 @@ def analyse(
 
     if output.exists() and not overwrite:
         raise ValueError(f"{output} exists: choose another folder, or pass --overwrite")
+    device_of(device)
     stages = _named(checkpoints)
     files = files_of(data or [], "--data")
     run = Trajectory.through(stages, layout=layout_of(layout, list(stages.values())[-1]))

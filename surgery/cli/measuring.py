@@ -27,6 +27,7 @@ from surgery.cli.options import (
     ProtectWeight,
     Rows,
     Selected,
+    device_of,
     dtype_of,
     files_of,
     folder_of,
@@ -54,6 +55,7 @@ def _loaded(
     """The prompts, the evaluation, and a function that shows progress, with the run's later model loaded."""
     from surgery.live.prompts import load_prompts
 
+    device_of(device)
     batches = load_prompts(data, folder_of(run.later), batch_size=batch_size) if data else None
     function = None if evaluate is None else function_of(evaluate)
     with working("loading") as say:
@@ -108,6 +110,17 @@ def sweep(
     out.print(str(found), markup=False)
 
 
+def _kept(keep: list[str], evaluate: str | None, run: Trajectory, batch_size: int) -> Any:
+    """What is to be kept: metrics of the evaluation, or without one the prompts of each domain."""
+    if evaluate is None:
+        return prompts_of(files_of(keep, "--keep"), run, batch_size)
+    if files := [text for text in keep if "=" in text]:
+        raise ValueError(
+            f"--keep {files[0]}: --evaluate measures, so name its metric alone: --keep {files[0].partition('=')[0]}"
+        )
+    return keep
+
+
 def repair(
     checkpoints: Checkpoints,
     data: Annotated[Path, typer.Option(help="JSON lines of the damaged domain: half choose, half measure.")],
@@ -155,9 +168,9 @@ def repair(
     check_selectors([selector], checkpoints, data, how, units, None, answers)
     run = trajectory_of(checkpoints, layout)
     chosen = selector_of(selector, fractions[0], how, 0, units, ({}, 0.0))
+    kept = _kept(keep or [], evaluate, run, batch_size)
     with _loaded(run, data, evaluate, batch_size, device, dtype) as (prompts, function, say):
         batches, told = answered(run, prompts, answers)
-        kept = list(keep or ()) if function else prompts_of(files_of(keep or [], "--keep"), run, batch_size)
         done = run_repair(
             run,
             batches,
@@ -174,6 +187,8 @@ def repair(
     tell(told)
     out.print(str(done), markup=False)
     if done.outcome == "not repairable":
+        share = 0 if done.best is None else int(100 * done.wanted * (done.best.recovery or 0) / (done.goal or 1)) / 100
+        out.print("\nnothing was written" + (f": --recovery {share:g} would settle for the best" if share > 0 else ""))
         raise typer.Exit(UNREPAIRED)
     if done.mask is not None and output is None:
         out.print("\nnothing was written: pass -o FOLDER to write the repaired checkpoint")

@@ -117,6 +117,21 @@ def dtype_of(name: str | None) -> torch.dtype | None:
     return getattr(torch, name) if name else None
 
 
+def device_of(name: str | None) -> str | None:
+    """The device's name, where this machine has it: asked before anything is read."""
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch that was built without it
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f'--device {name}: torch {torch.__version__} can\'t use it here ({reason}): expected a device like "cuda", '
+            f"or leave --device out for the CPU"
+        ) from error
+    return name
+
+
 def layout_of(path: Path | None, source: str) -> Layout | None:
     if path is None:
         return None

@@ -23,6 +23,7 @@ from surgery.cli.options import (
     Protect,
     ProtectWeight,
     Selected,
+    device_of,
     dtype_of,
     folder_of,
     layout_of,
@@ -68,6 +69,7 @@ def select(
     if output is not None and output.exists() and not (overwrite or dry_run):
         raise ValueError(f"{output} exists: choose another file, or pass --overwrite")
     check_selectors([selector], checkpoints, data, how, units, protect, answers)
+    device_of(device)
     run = trajectory_of(checkpoints, layout)
     guard = protected(protect, protect_weight, run, batch_size)
     chosen = selector_of(selector, budget, how, seed, units, guard)
@@ -94,7 +96,10 @@ def _describe(mask: Mask, budget: float) -> None:
         out.print(note, markup=False)
     taken = sum(mask.count().values())
     if found := mask.made_by.get("entries"):
-        out.print(f"{found['allowed']} weights allowed, {taken} taken")
+        out.print(
+            f"{found['allowed']} weights allowed, {taken} taken: as many as leave the least loss, which is how "
+            f"far the answers to --data are from the earlier model's"
+        )
         for count, loss in found.get("curve", []):
             out.print(f"  {count:>10} reverted: loss {loss:.5g}{' (kept)' if count == taken else ''}")
     elif budget and not taken:
@@ -171,6 +176,7 @@ def strengths(
         raise LookupError(f"there is no mask file {mask}")
     if loss not in ("kl", "hellinger"):
         raise ValueError(f"--loss {loss}: expected kl or hellinger")
+    device_of(device)
     chosen = load_mask(mask)
     run = trajectory_of([earlier, later], layout)
     with working("finding strengths"):

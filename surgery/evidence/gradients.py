@@ -221,6 +221,7 @@ def gradients_along(
 
     Source: the paper, Section 4 (over training steps).
     """
+    run.check_whole()
     losses, kept = losses_of(data, loss), {domain: list(batches) for domain, batches in data.items()}
     found = {}
     for name, source in run.checkpoints.items():

@@ -182,7 +182,7 @@ def _lines(path: Path, limit: int | None) -> Iterator[tuple[str, dict[str, Any]]
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where} is not JSON: {error}") from error
         if not isinstance(line, dict):
-            raise ValueError(f"{where}: expected an object like {{'prompt': ..., 'response': ...}}")
+            raise ValueError(f"{where}: expected one JSON object a line, like {{'prompt': ..., 'response': ...}}")
         yield where, line
         found += 1
         if found == limit:

@@ -38,7 +38,10 @@ def read_vectors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
     found = kind_of_file(path)
     if found != kind:
         why = f"but not one that {kind}.save wrote"
-        raise ValueError(f"{path} is a safetensors file, {why}" + (f": use {found}.load" if found else ""))
+        raise ValueError(
+            f"{path} is a safetensors file, {why}"
+            + (f": use {found}.load" if found else "; surgery select writes masks")
+        )
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

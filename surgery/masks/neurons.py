@@ -176,6 +176,8 @@ class Neurons(Mapping[str, Tensor]):
 
     def equal(self, other: Neurons) -> bool:
         """Whether both hold the same blocks in the same order with the same numbers, bit for bit."""
+        if self.is_mask != other.is_mask:
+            return False
         return list(self) == list(other) and all(torch.equal(value, other[name]) for name, value in self.items())
 
     def save(self, path: str | Path) -> None:

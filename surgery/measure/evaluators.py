@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
 
@@ -173,7 +173,7 @@ def signature(evaluate: Evaluate) -> str:
 
 def _parts(value: Any, seen: set[int], own: bool = True) -> Iterator[bytes]:
     """The code and the plain values in a function, a method or a partial, or in the object that is called itself."""
-    if isinstance(value, str | bytes | int | float | bool | None):
+    if isinstance(value, str | bytes | int | float | bool | PurePath | None):
         yield repr(value).encode()
         return
     yield type(value).__name__.encode()
@@ -187,6 +187,8 @@ def _parts(value: Any, seen: set[int], own: bool = True) -> Iterator[bytes]:
         held = (value.__func__,)
     elif isinstance(value, partial):
         held = (value.func, *value.args, *(one for pair in value.keywords.items() for one in pair))
+    elif isinstance(value, tuple) and not own:
+        held = value
     elif own:
         held = (type(value).__call__, *getattr(value, "__dict__", {}).values())
     if id(value) not in seen:

@@ -113,12 +113,14 @@ def history(
     names = tuple(run.checkpoints)
     if len(names) < 2:
         raise ValueError(f"a history needs two or more checkpoints, got {list(names)}")
+    run.check_whole()
     measure, means, items = torch.no_grad()(evaluator(evaluate)), {}, {}
     for name, source in run.checkpoints.items():
         if progress is not None:
             progress(f"evaluating {name}")
         model = (run if source is run.later else Trajectory(later=source)).load(device, dtype)
         means[name], items[name] = measured(measure(model))
+        del model
     domains = list(means[names[0]])
     scores = {domain: tuple(means[name][domain] for name in names) for domain in domains}
     lost = [

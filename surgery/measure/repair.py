@@ -16,7 +16,7 @@ from surgery.masks.mask import Mask
 from surgery.measure.evaluators import likelihood
 from surgery.measure.rows import Evaluate, Row, Sweep, compared, judged, points
 from surgery.measure.statistics import ALPHA, Paired, needed, underpowered
-from surgery.measure.sweep import Bench, metric_of, units_of
+from surgery.measure.sweep import Bench, at_budget, metric_of, units_of
 from surgery.reverting.folder import save
 from surgery.reverting.rollback import rolled_back
 from surgery.scores.amc import remembered
@@ -75,11 +75,16 @@ class Repair:
         """The result in a sentence or two."""
         lost = _lost(self.metric, self.unit, self.lost, self.sweep)
         if self.outcome == "intact":
-            return f"No significant loss: {lost}. Nothing was changed."
+            earlier, later = (row.metrics[self.metric] for row in self.sweep.rows[:2])
+            said = "Nothing was lost" if later > earlier else "No significant loss"
+            return f"{said}: {lost}. Nothing was changed."
         if self.chosen is not None and self.mask is not None:
             taken = f"{self.chosen.neurons} of {self.mask.total} {self.mask.noun} ({self.mask.fraction:.2%})"
             return f"Repaired: {lost}. Reverting {taken} brings back {_result(self.chosen)}."
-        within = "".join(f" while {name} loses at most {-least:g}" for name, least in self.limits.items())
+        within = "".join(
+            f" while {name} loses {f'at most {-least:g}' if least else 'nothing'}"
+            for name, least in self.limits.items()
+        )
         asked = f"{100 * self.wanted:g} % of what can be won back ({100 * self.goal:.0f} % of the loss){within}"
         if self.goal <= 0:
             asked = "anything"
@@ -150,6 +155,7 @@ def repair(
         raise ValueError(f"budgets={list(budgets)!r}: expected fractions in (0, 1], like [0.01, 0.02, 0.04]")
     if not 0 < recovery <= 1:
         raise ValueError(f"recovery={recovery!r}: expected a share in (0, 1] (0.9 is 90 % of what can be won back)")
+    at_budget(selector or DEFAULT, grid[0])  # said now, and not after evaluations
     run.check_whole()
     batches, notes = None if data is None else list(batches_of(data)), []
     unit = "" if evaluate is not None else " nats per response token"
@@ -201,7 +207,8 @@ def _limits(keep: Iterable[str] | None, limit: float | Mapping[str, float], sear
             raise ValueError(f"keep: {name!r} is none of the other metrics, which are {others}")
     found = {name: limit.get(name, 0.01) if isinstance(limit, Mapping) else limit for name in names}
     found |= dict(limit) if isinstance(limit, Mapping) else {}
-    for name, most in found.items():
+    named = found or ({} if isinstance(limit, Mapping) else {"any kept metric": limit})  # checked though none is kept
+    for name, most in named.items():
         if isinstance(most, bool) or not isinstance(most, int | float) or not 0 <= most < math.inf:
             raise ValueError(f"limit={most!r} of {name!r}: expected how much it may lose, a number ≥ 0")
     return {name: -float(most) for name, most in found.items()}
@@ -320,7 +327,10 @@ def _doubts(row: Row, lost: Paired | None, goal: float, limits: Mapping[str, flo
     if lost and (reason := underpowered(lost, row.interval, max(goal, 0.01))):
         found.append(f"underpowered: {reason}")
     if row.interval is not None and row.interval[0] < goal and _recovers(row, goal):
-        found.append(f"not certain: the interval of recovery reaches down to {100 * row.interval[0]:.0f} %")
+        found.append(
+            f"not certain: the interval of recovery reaches down to {100 * row.interval[0]:.0f} %, below the "
+            f"{100 * goal:.0f} % that were asked for"
+        )
     for name, least in limits.items():
         if name in row.paired and row.paired[name].interval[0] < least and _keeps(row, {name: least}):
             low = row.paired[name].interval[0]
@@ -330,9 +340,10 @@ def _doubts(row: Row, lost: Paired | None, goal: float, limits: Mapping[str, flo
 
 def _lost(metric: str, unit: str, lost: Paired | None, table: Sweep) -> str:
     earlier, later = table.rows[0].metrics[metric], table.rows[1].metrics[metric]
-    said = f"{metric} lost {earlier - later:.4f}{unit}"
+    rose = earlier < later
+    said = f"{metric} {'rose by' if rose else 'lost'} {abs(earlier - later):.4f}{unit}"
     if lost is not None:
-        low, high = lost.interval
+        low, high = (-lost.interval[1], -lost.interval[0]) if rose else lost.interval
         said += f" [{low:.4f}, {high:.4f}] (p = {lost.p:.2g}, {lost.items} items)"
     return f"{said}, from {earlier:.4f} to {later:.4f}"
 

@@ -139,7 +139,7 @@ class Sweep:
             ("recovery", lambda row: _recovery(row, self.metric)),
         ]
         if any(row.items for row in self.rows):
-            columns += self._both_ways(others)
+            columns += [column for column in self._both_ways(others) if any(map(column[1], self.rows))]
         columns += [(f"Δ {name}", lambda row, name=name: _delta(row, name)) for name in others]  # type: ignore[misc]
         if not any(row.items for row in self.rows):
             columns.append(("seconds", lambda row: f"{row.seconds:.1f}"))
@@ -167,6 +167,13 @@ class Sweep:
             f"metric the damaged one, or are the checkpoints in the wrong order?"
             for one, other in zip(self[EARLIER], self[LATER], strict=False)
             if (before := one.metrics[self.metric]) <= (after := other.metrics[self.metric])
+            and one.metrics != other.metrics
+        ]
+        risen += [
+            f"no recovery: earlier and later score exactly alike ({self.metric} {one.metrics[self.metric]:.4f}). "
+            f"Are they the same checkpoint?"
+            for one, other in zip(self[EARLIER], self[LATER], strict=False)
+            if one.metrics == other.metrics
         ]
         counts = {one.items for row in self.rows for one in row.paired.values()}
         if not counts:
@@ -174,17 +181,15 @@ class Sweep:
         tests = sum(len(row.paired) for row in self.rows if row.selector not in (EARLIER, LATER))
         many = f"{min(counts)} items" if len(counts) == 1 else f"{min(counts)} to {max(counts)} items"
         names = " and ".join(sorted({_TESTS[one.test] for row in self.rows for one in row.paired.values()}))
-        notes = [
-            f"[ ] 95 % paired bootstrap over {many} ({DRAWS} draws); * p < {ALPHA} against later, {names}, "
-            f"not corrected for the {tests} comparisons"
-        ]
+        compared = f"* p < {ALPHA} against later, {names}, not corrected for the {tests} comparisons"
+        notes = [f"[ ] 95 % paired bootstrap over {many} ({DRAWS} draws); {compared if tests else f'p: {names}'}"]
         notes += [
             f"{self.metric} lost {one.gain:.4f} [{one.interval[0]:.4f}, {one.interval[1]:.4f}] from earlier to later, "
-            f"p = {one.p:.2g}; healed: the part of this loss that came back, item by item; kept: the part of what "
-            f"later still had that stays"
+            f"p = {one.p:.2g}"
             for row in self[EARLIER]
             if (one := row.paired.get(self.metric)) and not risen
         ] + risen
+        notes += self._meanings()
         unsure: dict[str, int] = {}
         for row in self.rows:
             if row.underpowered:
@@ -198,6 +203,19 @@ class Sweep:
                 f"(up to {100 * widest:.0f} points); score more items"
             )
         return ["", *notes]
+
+    def _meanings(self) -> list[str]:
+        """What the columns say that are not plain from their heads."""
+        said = []
+        if any(row.healing is not None for row in self.rows):
+            said.append(f"healed: the part of each item's loss in {self.metric} that came back, over all items")
+        if any(row.preservation is not None for row in self.rows):
+            said.append(f"kept: the part of {self.metric} that later still had and that stayed")
+        if any(row.retention for row in self.rows):
+            said.append("kept with a name: the part of what later had won there that stayed")
+        if said and len(self.rows[0].metrics) > 1:
+            said.append("Δ: the change against later; in round brackets the score itself")
+        return ["; ".join(said)] if said else []
 
 
 _TESTS = {"McNemar": "exact McNemar", "sign flip": "sign-flip permutation"}

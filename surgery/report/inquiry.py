@@ -332,6 +332,7 @@ def analyse(
         check_budget(budget)
     if data is not None and not isinstance(data, Mapping):
         raise ValueError('data has to say which domain the prompts are of: {"math": load_prompts(...)}')
+    run.check_whole()
     prompts = {domain: list(batches_of(batches)) for domain, batches in (data or {}).items()}
     study = Study(run, prompts, evaluate, tuple(budgets), refresh_steps, device, dtype)
     skipped = dict.fromkeys(asked, "left out on request")

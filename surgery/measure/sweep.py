@@ -286,7 +286,7 @@ def name_of(selector: Any) -> str:
 
 
 def settings_of(selector: Any) -> dict[str, str]:
-    """A selector's settings but the budget, each as a text that tells it from others: its name does not hold them all.
+    """A selector's settings without the budget, as texts that identify them: its name does not hold them all.
 
     Prompts are told by what is in them and functions as in ``signature``; objects of other kinds are left out.
     """

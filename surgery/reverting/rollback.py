@@ -55,7 +55,7 @@ class Rollback:
         return f"a rollback of {sum(self.neurons.values())} {self.noun}"
 
     def undo(self) -> None:
-        """Restore the original bits, also where the model was moved or converted since. A second call does nothing.
+        """Restore the original bits, even if the model was moved or converted since. A second call does nothing.
 
         Undo overlapping rollbacks in the reverse order in which they were made.
         """

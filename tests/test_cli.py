@@ -359,7 +359,8 @@ def test_answers_are_written_once_and_read_by_later_commands(
 
 
 def _rows(path: Path) -> list[dict[str, object]]:
-    return [{**json.loads(line), "seconds": 0} for line in path.read_text().splitlines()[1:]]
+    """What was measured; with --answers a selector by letters comes with the prompts alone, which its settings tell."""
+    return [{**json.loads(line), "seconds": 0, "settings": None} for line in path.read_text().splitlines()[1:]]
 
 
 def _head(path: Path) -> dict[str, object]:

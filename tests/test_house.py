@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -137,3 +138,16 @@ def test_the_public_names_are_those_of_the_main_job() -> None:
 def test_importing_the_package_or_its_help_imports_no_torch() -> None:
     code = "import sys, surgery.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_what_docstrings_name_is_there():
+    """Plots went on to speak of surgery.changes, which had become surgery.evidence.changes."""
+    named = {
+        name for path in FILES for name in re.findall(r"``surgery((?:\.\w+)+)[`(]", path.read_text(encoding="utf-8"))
+    }
+    assert named
+    for name in sorted(named):
+        thing = surgery
+        for part in name.split(".")[1:]:
+            assert hasattr(thing, part), f"surgery{name}"
+            thing = getattr(thing, part)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import signal
 from collections import Counter
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,7 @@ from surgery.checkpoints.checkpoint import in_force
 from surgery.evidence.gradients import gradients_along
 from surgery.live import earlier as swap
 from surgery.live.earlier import earlier_model
+from surgery.live.losses import cross_entropy
 from surgery.measure.evaluators import likelihood
 from surgery.measure.history import history
 from surgery.report.inquiry import PARTS
@@ -188,6 +190,30 @@ def test_a_rollback_of_nothing_leaves_the_run_whole_once_it_is_undone(folders, u
     with rollback(run.load(), to=run.earlier, mask=RandomSelector(0.0, units=units).select(run)):
         pass
     assert in_force(run.load()) == []
+
+
+def test_a_model_loaded_narrower_than_its_files_does_not_turn_its_rounding_into_damage(tmp_path):
+    """Single weights of a layer that never changed were chosen, for what bfloat16 had rounded away of them."""
+    earlier = build("qwen3", seed=1)
+    later, generator = deepcopy(earlier), torch.Generator().manual_seed(0)
+    for weight in later.model.layers[0].mlp.parameters():
+        weight.data += 1e-4 * torch.randn(weight.shape, generator=generator)
+    for name, model in {"earlier": earlier, "later": later}.items():
+        model.save_pretrained(tmp_path / name)
+
+    def run(**how: torch.dtype) -> Trajectory:
+        found = Trajectory(earlier=str(tmp_path / "earlier"), later=str(tmp_path / "later"))
+        found.load(**how)
+        return found
+
+    runs = run(), run(dtype=torch.bfloat16)
+    exact, rounded = (damage(one, LABELLED, loss=cross_entropy) for one in runs)
+    assert not rounded["model.layers.1.mlp"].any()
+    first = torch.stack([exact["model.layers.0.mlp"], rounded["model.layers.0.mlp"]])
+    assert torch.corrcoef(first)[0, 1] > 0.8
+    chosen = DamageSelector(0.1, units=("mlp", "weight")).select(run(dtype=torch.bfloat16), LABELLED)
+    assert sum(chosen.count().values())
+    assert not sum(count for part, count in chosen.count().items() if part.startswith("model.layers.1"))
 
 
 def test_a_rollback_is_undone_where_the_model_was_converted_since(folders):

@@ -157,7 +157,7 @@ BAD = {
     "blank": ("\n \n", "is empty"),
     "not json": ('{"prompt": "a"}\n{"prompt": \n', "line 2 is not JSON"),
     "nested": ("[" * 100_000, "line 1 is not JSON"),
-    "a list": ('["a"]\n', "line 1: expected an object"),
+    "a list": ('["a"]\n', "line 1: expected one JSON object a line"),
     "no key": ('{"question": "a"}\n', r'line 1: expected "prompt" .*found \[\'question\'\]'),
     "a number": ('{"prompt": 3}\n', 'expected "prompt" .a string'),
     "no messages": ('{"messages": []}\n', 'expected "prompt"'),

@@ -310,3 +310,18 @@ def test_it_repairs_the_lab(tmp_path):
     healed = Trajectory(earlier=LAB / "math", later=done.save(tmp_path / "healed"))
     by_hand = rolled_back(run.later, to=run.earlier, mask=done.mask)
     assert all(torch.equal(tensor, by_hand[name]) for name, tensor in healed.weights("later")[0].tensors.items())
+
+
+def test_the_table_explains_its_columns_and_leaves_out_empty_ones(models):
+    """Scores below zero have no part that is kept: then there is no such column, and no word about it."""
+    below = Planted(models, lambda x: x**0.5, items=40)
+    found = tuned(models, lambda model: {"math": [x - 2 for x in below(model)["math"]]}, recovery=0.6)
+    head = str(found.sweep).splitlines()[0].split()
+    assert "healed" in head
+    assert "kept" not in head
+    assert "healed: the part of each item's loss in math that came back" in str(found)
+    assert "kept" not in str(found)
+    raised = Planted(models, lambda x: x**0.5, items=40)
+    above = str(tuned(models, lambda model: {name: score + 2 for name, score in raised(model).items()}, recovery=0.6))
+    assert "kept: the part of math that later still had and that stayed" in above
+    assert "Δ: the change against later; in round brackets the score itself" in above

@@ -1,4 +1,4 @@
-"""Gradients, tensor by tensor: each is handed over as soon as it is there, and then freed."""
+"""Hooks: what goes into an MLP's consumer, and gradients, tensor by tensor, each freed once it is handed over."""
 
 from __future__ import annotations
 

@@ -136,7 +136,7 @@ def repair(
         selector: a dataclass with a field ``budget``, which is replaced (default: single weights by D).
         budgets: fractions in (0, 1] to choose among (default: 19 from 0.1 % to everything).
         evaluate: as in ``sweep``; with one score per item the result comes with intervals.
-        metric: the damaged metric (default: "damaged"; with ``evaluate`` the one that fell most).
+        metric: the damaged metric (default: "the damaged domain"; with ``evaluate`` the one that fell most).
         path: a JSON-lines file for the rows; an interrupted run resumes from it.
         progress: called with a line of text before each evaluation.
 
@@ -162,7 +162,8 @@ def repair(
     if evaluate is None:
         if batches is None:
             raise ValueError("the loss is measured on prompts of the damaged domain: pass data, or evaluate=")
-        metric, kept = metric or "damaged", _kept(run, keep, metric or "damaged")
+        metric = metric or "the damaged domain"
+        kept = _kept(run, keep, metric)
         if any("labels" not in batch for batch in batches):
             notes.append(
                 "the prompts have no responses, so the earlier model's own answers are measured: any change of them "

@@ -42,7 +42,7 @@ class Rollback:
     parameters: dict[str, int]  # written, per block
     tensors: int  # touched
     changed: int  # entries whose bits really differ now
-    strength: Any  # the number, or of many what ``reach.recorded`` gives
+    strength: Any  # the number, or of many what ``recorded`` gives
     noun: str  # what ``neurons`` counts
     _model: nn.Module = field(repr=False)
     _old: list[tuple[Edit, Tensor]] = field(repr=False)

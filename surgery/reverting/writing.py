@@ -1,4 +1,4 @@
-"""How far back a rollback goes: one strength for all that it reverts, or one for each neuron."""
+"""Writing into live weights: what may be written, how far back it goes, and that Ctrl-C waits for it."""
 
 from __future__ import annotations
 

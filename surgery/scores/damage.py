@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgery.checkpoints.checkpoint import Checkpoint
 from surgery.checkpoints.opening import Weights
 from surgery.checkpoints.trajectory import Trajectory, check_finite
 from surgery.layout.slots import Block, Slot
@@ -166,7 +167,25 @@ def _batches(data: Iterable[Batch]) -> list[Batch]:
 
 def _total(run: Trajectory, units: Units) -> _Total:
     live, earlier = run.live("earlier", units=units)
-    return _Total(live, lambda block, slot: as_live(earlier, live, block, slot))
+    later = unrounded(run, live, units)
+    return _Total(
+        live,
+        lambda block, slot: as_live(earlier, live, block, slot),
+        lambda block, slot, _: as_live(later, live, block, slot),
+    )
+
+
+def unrounded(run: Trajectory, live: Weights, units: Units) -> Weights:
+    """The later weights as δB needs them: the live ones, or the folder's where the live ones are those rounded.
+
+    Else the rounding, which may be larger than what training changed, would be part of δB.
+    """
+    if not isinstance(run.later, str | Path | Checkpoint):
+        return live
+    (stored,) = run.weights("later", units=units)
+    narrow = {live.tensors[slot.tensor].dtype for block in live.layout.blocks for slot in block.slots}
+    wide = {stored.tensors[slot.tensor].dtype for block in stored.layout.blocks for slot in block.slots}
+    return stored if any(torch.promote_types(one, other) != one for one in narrow for other in wide) else live
 
 
 def _all_back(model: nn.Module, run: Trajectory, live: Weights) -> Rollback:
@@ -179,11 +198,12 @@ def _all_back(model: nn.Module, run: Trajectory, live: Weights) -> Rollback:
 class _Total:
     """Σ over backward passes of ⟨∇, θ − θ'⟩ per neuron; every gradient is reduced and freed as it comes.
 
-    ``other`` gives a slot's rows of θ', shaped as the live ones.
+    ``other`` gives a slot's rows of θ', and ``own`` those of θ (default: the live tensor's), shaped as the live ones.
     """
 
     live: Weights
     other: Callable[[Block, Slot], Tensor]
+    own: Callable[[Block, Slot, Tensor], Tensor] = lambda _, slot, now: slot.view(now)
     sums: dict[str, Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -205,7 +225,7 @@ class _Total:
 
     def add(self, block: Block, slot: Slot, grad: Tensor, now: Tensor) -> None:
         """Reduce one slot of one tensor's gradient."""
-        there = slot.view(now)
+        there = self.own(block, slot, now)
         views = slot.view(grad), there, self.other(block, slot).reshape(there.shape)
         for first, (g, weight, other) in in_runs(slot, *views):
             self.sums[block.name][first : first + len(g)] += dot(g, weight - other).cpu()

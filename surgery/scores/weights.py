@@ -1,4 +1,4 @@
-"""M of every single weight, streamed into a file, and how many of them each layer gives."""
+"""D and M of every single weight, in files and not in memory, and the best of them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from surgery.live.prompts import Batch
 from surgery.masks.budget import Allocation, share
 from surgery.masks.entries import Entries, shapes_of
 from surgery.scores.amc import remember
-from surgery.scores.damage import answered
+from surgery.scores.damage import answered, unrounded
 from surgery.units import Units
 
 
@@ -205,15 +205,17 @@ def entry_gains(
             one = summed(loss, model, batch)
             one.backward()
             value += float(one.detach())
-    _times_change(flat, starts, live, earlier, tokens)
+    _times_change(flat, starts, live, unrounded(run, live, units), earlier, tokens)
     return Gains(flat, shapes, model, loss, batches, tokens, value / tokens)
 
 
-def _times_change(flat: Tensor, starts: dict[str, int], live: Weights, earlier: Weights, tokens: int) -> None:
+def _times_change(
+    flat: Tensor, starts: dict[str, int], live: Weights, later: Weights, earlier: Weights, tokens: int
+) -> None:
     """Turn the gradients' sums into gains per token, in place."""
     for block in live.layout.blocks:
         for slot in block.slots:
-            views = slot.view(live.tensors[slot.tensor]), as_live(earlier, live, block, slot)
+            views = as_live(later, live, block, slot), as_live(earlier, live, block, slot)
             for first, (now, before) in in_runs(slot, *views):
                 at = starts[f"{block.name}/{slot.part}"] + first * slot.width
                 gains = flat[at : at + now.numel()]

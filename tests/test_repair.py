@@ -227,7 +227,7 @@ def test_doubt_is_said_where_items_leave_it(models):
     found = tuned(models, Planted(models, lambda x: x**0.5, items=40), recovery=0.6, limit={"qa": 0.4})
     low = round(100 * found.chosen.interval[0])
     assert low < 60
-    assert f"not certain: the interval of recovery reaches down to {low} %, below the 60 % that" in str(found)
+    assert f"not certain: the interval of recovery reaches down to {low} %, below the goal of 60 %" in str(found)
     assert "not certain: the change of qa may be -" in str(found)
     none = tuned(models, Planted(models), recovery=0.5)
     assert none.notes == ("evaluate returned no score per item, so there are no intervals and no test",)

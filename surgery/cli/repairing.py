@@ -96,10 +96,9 @@ def _describe(mask: Mask, budget: float) -> None:
         out.print(note, markup=False)
     taken = sum(mask.count().values())
     if found := mask.made_by.get("entries"):
-        out.print(
-            f"{found['allowed']} weights allowed, {taken} taken: as many as leave the least loss, which is how "
-            f"far the answers to --data are from the earlier model's"
-        )
+        out.print(f"{found['allowed']} weights allowed, {taken} taken")
+        if "curve" in found:
+            out.print("loss, the distance from the earlier model's predictions on --data; the smallest is kept:")
         for count, loss in found.get("curve", []):
             out.print(f"  {count:>10} reverted: loss {loss:.5g}{' (kept)' if count == taken else ''}")
     elif budget and not taken:

@@ -329,8 +329,8 @@ def _doubts(row: Row, lost: Paired | None, goal: float, limits: Mapping[str, flo
         found.append(f"underpowered: {reason}")
     if row.interval is not None and row.interval[0] < goal and _recovers(row, goal):
         found.append(
-            f"not certain: the interval of recovery reaches down to {100 * row.interval[0]:.0f} %, below the "
-            f"{100 * goal:.0f} % that were asked for"
+            f"not certain: the interval of recovery reaches down to {100 * row.interval[0]:.0f} %, below the goal of "
+            f"{100 * goal:.0f} %"
         )
     for name, least in limits.items():
         if name in row.paired and row.paired[name].interval[0] < least and _keeps(row, {name: least}):

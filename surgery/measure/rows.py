@@ -205,7 +205,7 @@ class Sweep:
         return ["", *notes]
 
     def _meanings(self) -> list[str]:
-        """What the columns say that are not plain from their heads."""
+        """What those columns mean whose heads do not say it."""
         said = []
         if any(row.healing is not None for row in self.rows):
             said.append(f"healed: the part of each item's loss in {self.metric} that came back, over all items")

@@ -157,6 +157,7 @@ class _Path:
     curve: list[Point]  # at the start of each round
     gains: Gains  # of the last round
     layout: Layout  # of the live model, found once
+    seen: dict[int, float]  # how many weights were reverted → the loss then; the first of one order, so no other set
 
     def best(self, count: int) -> Tensor:
         if count <= len(self.taken):
@@ -177,13 +178,16 @@ def _path(run: Trajectory, data: Data, *, loss: Loss | Divergence, rounds: int, 
             gains = entry_gains(run, gains.batches, loss=gains.loss, units=units)
         gains.flat[taken] = 0  # where the earlier model is stored wider, what is left is rounding
         curve.append((len(taken), gains.value))
-    return _Path(taken, curve, gains, live.layout)
+    return _Path(taken, curve, gains, live.layout, {})
 
 
 def _tried(run: Trajectory, path: _Path, order: Tensor, start: int) -> list[Point]:
     """The loss with more and more reverted, from ``start`` to all of them."""
     gains, found = path.gains, []
     for count in sorted({start + round((len(order) - start) / 2**at) for at in range(_HALVINGS + 1)} - {start}):
-        with rollback(gains.model, to=run.tensors("earlier"), mask=gains.entries(order[:count]), layout=path.layout):
-            found.append((count, mean_loss(gains.loss, gains.model, gains.batches)))
+        if count not in path.seen:
+            mask = gains.entries(order[:count])
+            with rollback(gains.model, to=run.tensors("earlier"), mask=mask, layout=path.layout):
+                path.seen[count] = mean_loss(gains.loss, gains.model, gains.batches)
+        found.append((count, path.seen[count]))
     return found

@@ -289,7 +289,7 @@ def test_the_seed_decides_the_null_and_nothing_else():
         (lambda: [build("qwen3")] * 2, {}, "needs three checkpoints"),
         (lambda: [build("qwen3")] * 3, {"top": 0}, r"top=0: expected a share of the neurons in \(0, 1\]"),
         (lambda: [build("qwen3")] * 3, {"top": 1.5}, "top=1.5"),
-        (lambda: [build("qwen3")] * 3, {"top": 0.001}, "top=0.001 of 96 neurons is none"),
+        (lambda: [build("qwen3")] * 3, {"top": 0.001}, "top=0.001 selects none of 96 neurons"),
         (lambda: [build("qwen3")] * 3, {"permutations": 0}, "permutations=0: expected 1 or more"),
         (lambda: [build("qwen3")] * 3, {"how": "proportional"}, 'expected "global" or "uniform"'),
         (lambda: [build("qwen3"), build("gpt2"), build("qwen3")], {}, "different models"),

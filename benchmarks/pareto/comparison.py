@@ -175,7 +175,7 @@ class Store:
 def measure_pair(folder: Path, pair: Pair, store: Store) -> dict[str, Any]:
     """All rows of one seed and pair; those that the store holds are taken from it.
 
-    Where nothing was lost beyond doubt there is nothing to recover, and only the references are measured.
+    Where no loss is significant there is nothing to recover, and only the references are measured.
     """
     run = store.run(folder.name, pair, identity(folder, pair))
     setting = setting_of(folder, pair)

@@ -69,7 +69,7 @@ class Seed:
 
     @property
     def damaged(self) -> bool:
-        """Whether the later model is worse beyond doubt: only then is a recovery a number."""
+        """Whether the later model is significantly worse: only then is a recovery a number."""
         return self.interval[0] > 0
 
     def recovery(self, rows: Sequence[Mapping[str, Any]]) -> tuple[float, np.ndarray]:

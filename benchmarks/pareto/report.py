@@ -86,7 +86,7 @@ def markdown(runs: Mapping[str, Sequence[Mapping[str, Any]]], found: Mapping[str
     for name, group in runs.items():
         parts += [f"## {name}\n", _references(group)]
         if not found[name]:
-            parts.append("No seed lost anything beyond doubt: there is nothing to recover.\n")
+            parts.append("No seed showed a significant loss: there is nothing to recover.\n")
             continue
         parts += ["### Who wins\n", *_wins(found[name])]
         parts += [
@@ -112,7 +112,7 @@ def _references(group: Sequence[Mapping[str, Any]]) -> str:
             f"{domain} {100 * seed.earlier['metrics'][domain]:.1f} → {100 * score:.1f}"
             for domain, score in seed.later["metrics"].items()
         )
-        note = "" if seed.damaged else " **Not damaged beyond doubt: left out below.**"
+        note = "" if seed.damaged else " **No significant loss: left out below.**"
         lost = 100 * float(seed.lost_items.mean())
         lines.append(f"- {seed.name}: lost {lost:.1f} points [{low:.1f}, {high:.1f}] ({moved}).{note}")
     return "\n".join(lines) + "\n"

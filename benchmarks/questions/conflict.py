@@ -1,4 +1,4 @@
-"""Do the gradients of the lab's domains conflict? ``python -m benchmarks.questions.conflict SEED_FOLDER... [--out FOLDER]``
+"""Do the domains' gradients conflict? ``python -m benchmarks.questions.conflict SEED_FOLDER... [--out FOLDER]``
 
 Gradient cosines of the four domains at every checkpoint, on the calibration prompts; each beside what two halves of the
 same prompts say, since a cosine that the halves do not share is noise.
@@ -82,8 +82,8 @@ def main() -> None:
     """Measure every seed and write the tables."""
     seeds, out = asked_for(__doc__)
     found = {folder.name: measure(folder) for folder in seeds}
-    command = "`python -m benchmarks.questions.conflict SEED...`"
-    write(out, "conflict", f"# Do the gradients of the lab's domains conflict?\n\n{command}. {statement()}\n\n{report(found)}\n")
+    head = "# Do the domains' gradients conflict?\n\n`python -m benchmarks.questions.conflict SEED...`"
+    write(out, "conflict", f"{head}. {statement()}\n\n{report(found)}\n")
 
 
 if __name__ == "__main__":

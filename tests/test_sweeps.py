@@ -14,6 +14,7 @@ import torch
 from families import build
 from torch import nn
 
+from benchmarks import draw
 from surgery import (
     AMCSelector,
     DamageSelector,
@@ -29,7 +30,7 @@ from surgery import (
 )
 from surgery.checkpoints.checkpoint import State
 from surgery.layout import find_layout
-from surgery.measure.sweep import Bench
+from surgery.measure.sweep import Bench, load_sweep
 from surgery.scores import amc as scores
 
 BUDGETS = [0.1, 0.25]
@@ -197,6 +198,22 @@ def test_a_sweep_goes_on_where_it_stopped(models, tmp_path):
     more = Evaluate(models["earlier"])
     sweep(run, None, **arguments, budgets=[*BUDGETS, 0.5], evaluate=more)
     assert more.calls == 2
+
+
+def test_a_stored_sweep_is_read_and_drawn(models, tmp_path, monkeypatch):
+    """What a file holds is the sweep that was returned; the script of the demo draws it."""
+    run, file = Trajectory(**models), tmp_path / "sweep.jsonl"
+    found = sweep(run, None, selectors=SELECTORS[1:3], budgets=BUDGETS, evaluate=Evaluate(models["earlier"]), path=file)
+    assert load_sweep(file) == found
+    assert load_sweep(file, "code").metric == "code"
+    monkeypatch.setattr(sys, "argv", f"draw {file} {tmp_path}/picture.png --metric math".split())
+    draw.main()
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    file.write_text("".join(line + "\n" for line in file.read_text().splitlines()[:2]))
+    with pytest.raises(ValueError, match="no rows of the earlier and later models yet"):
+        load_sweep(file)
+    with pytest.raises(LookupError, match="no sweep file"):
+        load_sweep(tmp_path / "none")
 
 
 def test_a_file_of_other_checkpoints_is_refused(models, tmp_path):

@@ -6,7 +6,7 @@ from surgery.measure.repair import Repair, repair
 from surgery.measure.rows import Row, Sweep
 from surgery.measure.stability import Agreement, Stability, jaccard, stability
 from surgery.measure.statistics import Paired
-from surgery.measure.sweep import sweep
+from surgery.measure.sweep import load_sweep, sweep
 
 __all__ = [
     "Agreement",
@@ -20,6 +20,7 @@ __all__ = [
     "history",
     "jaccard",
     "likelihood",
+    "load_sweep",
     "repair",
     "stability",
     "sweep",

@@ -357,6 +357,32 @@ def sweep(
     return Sweep(metric, tuple(judged([earlier, later, *rows], earlier, later, metric)))
 
 
+def load_sweep(path: str | Path, metric: str | None = None) -> Sweep:
+    """Read the rows that ``sweep(path=)`` or ``repair(path=)`` wrote, with recoveries, to print or draw them.
+
+    Args:
+        path: the JSON-lines file; it has to hold the rows "earlier" and "later".
+        metric: as in ``sweep``.
+
+    Raises:
+        LookupError: there is no such file. ValueError: it is not a sweep's, or ends before its references.
+
+    Source: ours.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise LookupError(f"there is no sweep file {path}")
+    lines = [_parsed(line, path) for line in path.read_text(encoding="utf-8").splitlines()[1:] if line.strip()]
+    rows = [_row({name: value for name, value in line.items() if name != "settings"}, path) for line in lines]
+    named = {row.selector: row for row in rows}
+    if not {EARLIER, LATER} <= named.keys():
+        raise ValueError(f"{path} has no rows of the earlier and later models yet: let the sweep run on")
+    earlier, later = named[EARLIER], named[LATER]
+    metric = metric_of(earlier, later, metric)
+    others = [row for row in rows if row.selector not in (EARLIER, LATER)]
+    return Sweep(metric, tuple(judged([earlier, later, *others], earlier, later, metric)))
+
+
 def metric_of(earlier: Row, later: Row, metric: str | None = None) -> str:
     """The metric that was asked for, or the one that fell most from earlier to later.
 

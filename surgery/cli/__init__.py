@@ -1,6 +1,6 @@
 """The command line: each command calls the library's function of the same name. Importing it imports no torch.
 
-options.py has the options and how they are read, choosing.py the selectors; repairing.py, measuring.py and looking.py
+options.py has the options and how they are read, choosing.py the selectors; selecting.py, measuring.py and looking.py
 the commands; entry.py the command ``surgery`` itself.
 """
 

@@ -10,7 +10,7 @@ import typer
 from surgery.cli.looking import analyse, inspect
 from surgery.cli.measuring import repair, sweep
 from surgery.cli.options import err
-from surgery.cli.repairing import rollback, select, strengths
+from surgery.cli.selecting import rollback, select, strengths
 
 INTERRUPTED = 130  # the exit code
 

@@ -1,4 +1,4 @@
-"""Inner products of domains' gradients, tensor by tensor: the gradients are on disk, and one tensor's is in memory."""
+"""Inner products of domains' gradients, tensor by tensor, and the cosines of each part of a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows judged against the references: recovery, Δ, and the statistics of both."""
+"""Rows: what was measured of one model, judged against the references, and the table that they print as."""
 
 from __future__ import annotations
 

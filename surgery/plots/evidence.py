@@ -1,4 +1,4 @@
-"""Figures of a history: numbers in, matplotlib ``Axes`` out (extra ``surgery[plots]``)."""
+"""Figures of the structural evidence, of gradient cosines and of a history."""
 
 from __future__ import annotations
 

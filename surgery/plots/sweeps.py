@@ -1,4 +1,4 @@
-"""Figures: one function each, numbers in, matplotlib ``Axes`` out (extra ``surgery[plots]``)."""
+"""Figures of sweeps, layer budgets and stability; what all figures share."""
 
 from __future__ import annotations
 

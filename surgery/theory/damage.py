@@ -1,4 +1,4 @@
-"""In how few dimensions the damage lies: the directions of largest curvature, random ones, and ranked neurons."""
+"""Propositions 1 and 2, measured: the terms of the damage, its split, and in how few dimensions it lies."""
 
 from __future__ import annotations
 

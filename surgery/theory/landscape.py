@@ -1,4 +1,4 @@
-"""Subspaces of the parameters: the coordinates of a mask, and the span of a few vectors in them."""
+"""The earlier domain's loss around its checkpoint, and subspaces of the parameters there."""
 
 from __future__ import annotations
 

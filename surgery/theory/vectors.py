@@ -1,4 +1,4 @@
-"""The largest eigenpairs of an operator on mappings of tensors, and random subspaces to compare them with."""
+"""Mappings of tensors as vectors: Hessian products, Fisher information, and the largest eigenpairs."""
 
 from __future__ import annotations
 

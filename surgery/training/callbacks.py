@@ -1,4 +1,4 @@
-"""Callbacks for transformers' Trainer: what is watched while training runs, and leaves no trace in it."""
+"""Callbacks for transformers' Trainer: training restricted to a mask, and gradient cosines while it runs."""
 
 from __future__ import annotations
 

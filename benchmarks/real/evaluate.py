@@ -1,4 +1,4 @@
-"""How well a model does: the exact probability of the right answer and greedy exact match, per item; and what else moved.
+"""How well a model does, item by item: the probability of the right answer, greedy exact match, and what else moved.
 
 One forward pass with the right answers gives both: the probability that a sample (temperature 1) is exactly right is
 the product of its tokens' probabilities, and greedy decoding is exactly right where each of them is the most likely.

@@ -44,12 +44,14 @@ float32. The baselines see only weights. Random controls are drawn three times a
 | method | what was taken | what is ours |
 |---|---|---|
 | WiSE-FT | θB + α (θA − θB), all parameters (arXiv 2109.01903) | θA takes the place of the zero-shot model; α = 1 is full restoration |
+| LiNeS | layer ℓ of L keeps the share α + (1 − α) ℓ / (L − 1) of δB, embeddings and the last norm keep α (arXiv 2410.17146, its editing of one fine-tuned model) | θA takes the place of the pre-trained model |
 | most-changed entries | ParamRestore: single entries with the largest abs(δB) / (abs(θA) + 1e-8) of all layers' weights together, without norms and embeddings (its default region) | ranked in float32; the tool ranks in bf16 by default |
 | most-changed neurons | the largest ‖δB,n‖ of the whole model (what marv does) | the neurons are those of the library's layout |
 | layers | whole layers set back: attention, MLP, norms | most changed first (by ‖δB‖), and each layer alone: all are shown, so the best of them is chosen by the reader, on evaluation items |
 | TIES trim | the first step of TIES (arXiv 2306.01708): per tensor keep the share `density` of δB's largest entries | with one task vector the other two steps do nothing. What is dropped is reverted, so this reverts the *least* changed entries |
 | DARE | drop entries of δB with probability p, divide the rest by 1 − p (arXiv 2311.03099) | applied to one δB, not to a merge. What stays moves *away* from θA |
 | spectral | DG-Hard (Spectral Unforgetting): per matrix of at least 1 024 entries keep the singular values of δB above factor · ω(β) · median / μ(β) (arXiv 1305.5870); the tool's factor is 1 | the sweep over the factor; bits are copied where all or nothing stays |
+| SAR | Spectral Rewiring: of each matrix's δB keep U Uᵀ δB,k V Vᵀ with δB,k its k highest singular values and U, V the first k singular vectors of θA, k a share of the short side (arXiv 2607.03065, Algorithm 1); *the whole space*: all singular vectors of θA, as the tool does by default. All other tensors are θA's | the sweep; θA takes the place of the base model |
 | GRPO | the damaged domain's own stage in `lab/train.py` (rate, group size), 5, 10 and 20 steps from the later checkpoint, in float32, rounded to bf16 | once on the 128 calibration prompts, once on the training prompts; one run each |
 
 **Reading it.** *Who wins* takes, within a bound on the loss elsewhere or on the parameters touched, the best point of

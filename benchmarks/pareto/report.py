@@ -39,7 +39,7 @@ A seed that did not lose significantly is left out: it has nothing to recover.
 
 **What each may see.** The selectors see the 128 calibration prompts of the damaged domain, never an evaluation item;
 A, M and C see what they need of them and of the checkpoints. Strengths are fitted to the same prompts, on a copy in
-float32. The baselines see only weights. Random controls are drawn three times and averaged.
+float32. The baselines see only weights, but CRANE and RegMean, which see the other domains' calibration prompts too. Random controls are drawn three times and averaged.
 
 | method | what was taken | what is ours |
 |---|---|---|
@@ -52,6 +52,8 @@ float32. The baselines see only weights. Random controls are drawn three times a
 | DARE | drop entries of δB with probability p, divide the rest by 1 − p (arXiv 2311.03099) | applied to one δB, not to a merge. What stays moves *away* from θA |
 | spectral | DG-Hard (Spectral Unforgetting): per matrix of at least 1 024 entries keep the singular values of δB above factor · ω(β) · median / μ(β) (arXiv 1305.5870); the tool's factor is 1 | the sweep over the factor; bits are copied where all or nothing stays |
 | SAR | Spectral Rewiring: of each matrix's δB keep U Uᵀ δB,k V Vᵀ with δB,k its k highest singular values and U, V the first k singular vectors of θA, k a share of the short side (arXiv 2607.03065, Algorithm 1); *the whole space*: all singular vectors of θA, as the tool does by default. All other tensors are θA's | the sweep; θA takes the place of the base model |
+| CRANE's gate | the single weights with the highest max(0, min(g_A · δB, g_B · δB)), g the gradients of the damaged domain's and of all other domains' cross-entropy (arXiv 2605.14084), set back | CRANE uses the gate only to weigh whole components; reverting the weights themselves is ours |
+| CRANE | θB + α S T(θA − θB): per matrix the larger half of the entries, doubled; S is 1 for MLPs and for attention the ratio of the gates' sums, each over its weights' norm (same source) | without its projection away from tool-call and chat tokens; sees the other domains' prompts |
 | GRPO | the damaged domain's own stage in `lab/train.py` (rate, group size), 5, 10 and 20 steps from the later checkpoint, in float32, rounded to bf16 | once on the 128 calibration prompts, once on the training prompts; one run each |
 
 **Reading it.** *Who wins* takes, within a bound on the loss elsewhere or on the parameters touched, the best point of

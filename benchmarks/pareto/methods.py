@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.lab.domains import read_items
 from benchmarks.lab.refresh import STEPS, refreshed, training_items
-from benchmarks.pareto import baselines, gradients, spectral
+from benchmarks.pareto import activations, baselines, gradients, spectral
 from benchmarks.pareto.changes import (
     BASELINE,
     BUDGETS,
@@ -46,6 +46,7 @@ PROBABILITIES = (0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9)
 FIRST = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)  # LiNeS' own grid
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 CRANE = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
+RATIOS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 FACTORS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)
 DRAWS = 3
 FURTHEST = 2.0  # of the strengths
@@ -75,6 +76,8 @@ def methods(setting: Setting) -> list[Method]:
         Method("SAR, the whole space", BASELINE, "rank", SHARES, _core_of_all),
         Method("CRANE's gate, entries", BASELINE, "entries", WEIGHTS, gradients.gated),
         Method("CRANE", BASELINE, "α", CRANE, gradients.crane),
+        Method("least squares", BASELINE, "λ", RATIOS, activations.regression),
+        Method("RegMean", BASELINE, "λ", RATIOS, activations.regmean),
         Method("random entries", CONTROL, "entries", FRACTIONS, _random_entries, DRAWS),
     ]
     return [*fixed, *refreshes(setting)]

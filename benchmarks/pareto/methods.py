@@ -52,10 +52,10 @@ DRAWS = 3
 FURTHEST = 2.0  # of the strengths
 
 
-def methods(setting: Setting) -> list[Method]:
-    """All curves, in the order of the tables."""
+def untrained(setting: Setting) -> list[Method]:
+    """All curves but the trained ones, in the order of the tables."""
     layers = tuple(map(float, range(len(baselines.layers_by_displacement(setting.later, setting.earlier)))))
-    fixed = [
+    return [
         Method(LATER, REFERENCE, "", (0.0,), _nothing),
         Method(EARLIER, REFERENCE, "", (1.0,), _interpolated),
         *map(ceiling, (("mlp",), GROUPS, CHANNELS)),
@@ -80,7 +80,11 @@ def methods(setting: Setting) -> list[Method]:
         Method("RegMean", BASELINE, "λ", RATIOS, activations.regmean),
         Method("random entries", CONTROL, "entries", FRACTIONS, _random_entries, DRAWS),
     ]
-    return [*fixed, *refreshes(setting)]
+
+
+def methods(setting: Setting) -> list[Method]:
+    """All curves, in the order of the tables."""
+    return [*untrained(setting), *refreshes(setting)]
 
 
 def refreshes(setting: Setting) -> list[Method]:

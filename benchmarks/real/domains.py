@@ -129,7 +129,7 @@ def _forms(count: int, rng: random.Random) -> list[Item]:
     return [{"prompt": chat(q), "response": a} for q, a in found.items()]
 
 
-def _prose(count: int, words: int = 60) -> list[Item]:
+def _prose(count: int, words: int = 40) -> list[Item]:
     from pydoc_data import topics
 
     whole = [" ".join(text.split()) for _, text in sorted(topics.topics.items()) if len(text.split()) > 2 * words]
@@ -177,5 +177,5 @@ def build(folder: Path, seed: int = 0) -> None:
     write(_asked(facts[:measured], (3,)), folder / "qa.evaluation.jsonl")
     write(_asked(facts[measured : measured + CALIBRATION], (4,)), folder / "qa.calibration.jsonl")
     write(_asked(facts, (0, 1, 2)), folder / "qa.train.jsonl")
-    write(_prose(16), folder / "text.evaluation.jsonl")
+    write(_prose(12), folder / "text.evaluation.jsonl")
     write([{"prompt": chat(question)} for question in _CHAT], folder / "chat.evaluation.jsonl")

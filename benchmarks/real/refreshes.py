@@ -23,8 +23,8 @@ from surgery.live import Distillation, distillation, earlier_model
 from surgery.training import refresh
 
 JOINT = Stage("form", ("math", "qa"), STAGES["math"].steps + STAGES["math-qa"].steps)
-RATE = 2e-5  # of both refreshes
-KL_STEP, GRPO_STEP = 2.0, 7.0  # CPU seconds of a step of 16 prompts of 135 M parameters, one thread of a Xeon with AMX
+KL_RATE, GRPO_RATE = 1e-5, 3e-5
+KL_STEP, GRPO_STEP = 3.0, 7.0  # CPU seconds of a step of 16 prompts of 135 M parameters, one thread of a Xeon with AMX
 PROMPTS, SAMPLES, TOKENS = 16, 4, 8  # of a GRPO step: prompts, answers to each, tokens of an answer
 
 
@@ -48,7 +48,7 @@ def steps_for(seconds: float, step: float, times: tuple[int, ...] = (1, 4, 16)) 
     return tuple(max(1, round(factor * seconds / step)) for factor in times)
 
 
-def distilled(setting: Setting, steps: int, rate: float = RATE) -> dict[str, Tensor]:
+def distilled(setting: Setting, steps: int, rate: float = KL_RATE) -> dict[str, Tensor]:
     """Adam steps on KL(p_earlier ‖ p) at the response tokens, a batch of calibration prompts each."""
     with refresh(setting.model, prepared(setting, predictions), setting.data, steps, rate):
         return {name: parameter.detach().clone() for name, parameter in setting.model.named_parameters()}
@@ -61,7 +61,7 @@ def predictions(setting: Setting) -> Distillation:
 
 
 def reinforced(
-    model: nn.Module, tokenizer: Any, domain: str, items: list[Item], steps: int, rate: float = RATE, seed: int = 0
+    model: nn.Module, tokenizer: Any, domain: str, items: list[Item], steps: int, rate: float = GRPO_RATE, seed: int = 0
 ) -> dict[str, Tensor]:
     """GRPO steps without a KL term: advantages are rewards less their prompt's mean, over its standard deviation.
 

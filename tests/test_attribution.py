@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from surgery import DamageSelector, Neurons, Trajectory, allocate, damage, rollback, sweep, top
 from surgery.layout import find_layout
-from surgery.live import distillation, respond
+from surgery.live import distillation, heads, respond
 from surgery.live import hooks as gradient_hooks
 from surgery.live import losses as predictions
 from surgery.reverting.folder import save
@@ -272,10 +272,12 @@ def hellinger(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("definition", [kl, hellinger])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_a_divergence_and_its_gradient_are_those_of_the_definition(dtype, definition, monkeypatch):
-    monkeypatch.setattr(predictions, "_ROWS", 3 * 50)  # in pieces
+    monkeypatch.setattr(heads, "CHUNK", 3 * 50)  # in pieces
     torch.manual_seed(0)
     logits, target = (4 * torch.randn(7, 50)).to(dtype).requires_grad_(), (4 * torch.randn(7, 50)).to(dtype)
-    ours = predictions._Divergence.apply(logits, target, predictions._SUMS[definition.__name__])
+    far, log = predictions._SUMS[definition.__name__], predictions._logarithms
+    whole = heads.Reading(logits, lambda rows: rows, (), 50)
+    ours = whole.total(lambda rows, some: far(log(target[rows]), log(some)))
     (grad,) = torch.autograd.grad(ours, logits)
     wide = logits.detach().double().requires_grad_()
     want = definition(wide, target.double())

@@ -21,7 +21,8 @@ from benchmarks.pareto.variants import integrated
 from surgery import DamageSelector, Neurons, RandomSelector, Trajectory, damage, rollback
 from surgery.layout import find_layout
 from surgery.live import distillation
-from surgery.live.losses import Divergence, positions, predicting, summed
+from surgery.live.heads import positions
+from surgery.live.losses import Divergence, predicting, summed
 
 attribution = import_module("surgery.scores.damage")
 attribution = import_module("surgery.scores.damage")

@@ -46,14 +46,14 @@ def test_what_another_model_added_later_is_not_read(tmp_path):
 
 
 def test_two_writers_fill_one_folder(tmp_path, monkeypatch):
-    together, real = threading.Barrier(2, timeout=20), predictions.save_file
+    together, real = threading.Barrier(2, timeout=20), predictions._write
 
     def save(*arguments: object, **named: object) -> None:
         together.wait()
         real(*arguments, **named)
         together.wait()  # neither gives its file the final name before both have written
 
-    monkeypatch.setattr(predictions, "save_file", save)
+    monkeypatch.setattr(predictions, "_write", save)
     with ThreadPoolExecutor(2) as pool:
         both = [pool.submit(distillation, pair("qwen3")[0], DATA, tmp_path) for _ in range(2)]
     failed = [one.exception() for one in both]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import tempfile
@@ -11,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from families import build
-from safetensors import SafetensorError
 from test_scores import batches
 
 from surgery import Trajectory, activation, damage, likelihood
@@ -171,12 +171,12 @@ def test_a_file_has_the_answers_of_one_model(tmp_path):
 
 
 def test_a_full_disk_says_what_fills_it(monkeypatch, tmp_path):
-    """safetensors' error is no OSError: the command line showed a traceback, and nothing said what takes the room."""
+    """The command line showed a traceback, and nothing said what takes the room."""
 
     def full(*_):
-        raise SafetensorError("I/O error: No space left on device (os error 28)")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(predictions, "save_file", full)
+    monkeypatch.setattr(predictions, "_write", full)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with pytest.raises(OSError, match=r"has no room for what the earlier model predicts .*No space left.* TMPDIR"):
         distillation(build("qwen3"), batches(labels=True))

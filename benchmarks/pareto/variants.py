@@ -19,7 +19,8 @@ from scipy.optimize import minimize_scalar
 from benchmarks.pareto.changes import BUDGETS, VARIANT, Method, Reversal, Setting, wide
 from surgery import Neurons, RandomSelector, Trajectory, allocate, damage, rollback, strengths, top
 from surgery.live import distillation, earlier_model
-from surgery.live.losses import Divergence, Loss, positions, predicting
+from surgery.live.heads import positions
+from surgery.live.losses import Divergence, Loss, predicting
 from surgery.live.prompts import Batch
 from surgery.scores.damage import check_wide
 from surgery.units import Units

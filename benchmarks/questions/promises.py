@@ -21,7 +21,8 @@ from benchmarks.seeds import asked_for, write
 from surgery import Neurons, Trajectory, allocate, damage, load_prompts, rollback, top
 from surgery.live import distillation, earlier_model
 from surgery.live import losses as measured
-from surgery.live.losses import Distillation, Divergence, positions, predicting
+from surgery.live.heads import positions
+from surgery.live.losses import Distillation, Divergence, predicting
 from surgery.live.prompts import Batch
 from surgery.scores.amc import costs_of
 from surgery.scores.damage import promised

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from surgery.evidence.matching import KINDS, Place, places_of
+from surgery.live.heads import positions
 from surgery.live.hooks import collecting_from
-from surgery.live.losses import Loss, cross_entropy, positions
+from surgery.live.losses import Loss, cross_entropy
 from surgery.live.prompts import Batch
 from surgery.scores.weights import zeros_on_disk
 from surgery.tables import Cell

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.checkpoints.opening import sampled
+from surgery.live.heads import contiguous
 from surgery.live.hooks import evaluating
 from surgery.live.prompts import Batch, batches_of, check_fits, padded
 
@@ -110,7 +111,7 @@ def _generate(model: Any, asked: list[list[list[int]]], settings: _Settings) -> 
     how: dict[str, Any] = sampled if settings.temperature > 0 else {"do_sample": False}
     answers = []
     forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-    with _ALONE, forked, torch.inference_mode(), evaluating(model), _own_settings(model):
+    with _ALONE, forked, torch.inference_mode(), evaluating(model), _own_settings(model), contiguous(model):
         torch.manual_seed(settings.seed)
         for rows in asked:
             length = max(map(len, rows))

@@ -52,7 +52,7 @@ def listening(model: nn.Module, block: Block, hear: Hear) -> Iterator[None]:
     module = model.get_submodule(block.consumer)
     with ExitStack() as stack:
         if not block.experts:
-            stack.enter_context(_removing(module.register_forward_pre_hook(_replacing(hear))))
+            stack.enter_context(removing(module.register_forward_pre_hook(_replacing(hear))))
         elif switches_experts(module):
             _listen_to_experts(module, hear, stack)
         elif isinstance(getattr(module, "weight", None), Tensor):
@@ -63,7 +63,8 @@ def listening(model: nn.Module, block: Block, hear: Hear) -> Iterator[None]:
 
 
 @contextmanager
-def _removing(handle: Any) -> Iterator[None]:
+def removing(handle: Any) -> Iterator[None]:
+    """While the body runs, a hook is in place; it is taken off at the end."""
     try:
         yield
     finally:
@@ -115,14 +116,14 @@ def _listen_to_experts(module: Any, hear: Hear, stack: ExitStack) -> None:
     def grouped(h: Tensor) -> Tensor:
         return heard(h) if experts_implementation(module) in ("batched_mm", "grouped_mm") else h
 
-    stack.enter_context(_removing(module.register_forward_pre_hook(before, with_kwargs=True)))
+    stack.enter_context(removing(module.register_forward_pre_hook(before, with_kwargs=True)))
     after = module.register_forward_hook(lambda _m, _a, _o: looping.close(), always_call=True)
-    stack.enter_context(_removing(after))
+    stack.enter_context(removing(after))
     says = declared(module)
     if says is None or says.gated:
         stack.enter_context(gated_by(module, grouped))
     else:
-        stack.enter_context(_removing(module.act_fn.register_forward_hook(lambda _m, _a, out: grouped(out))))
+        stack.enter_context(removing(module.act_fn.register_forward_hook(lambda _m, _a, out: grouped(out))))
 
 
 def _listen_to_sorted_experts(mlp: Any, consumer: nn.Module, hear: Hear, stack: ExitStack) -> None:
@@ -135,8 +136,8 @@ def _listen_to_sorted_experts(mlp: Any, consumer: nn.Module, hear: Hear, stack: 
         other = hear(args[0], Routing(tokens.pop(), experts))
         return None if other is None else (other, *args[1:])
 
-    stack.enter_context(_removing(mlp.router.register_forward_hook(lambda _m, _a, out: tokens.append(out[1]))))
-    stack.enter_context(_removing(consumer.register_forward_pre_hook(before)))
+    stack.enter_context(removing(mlp.router.register_forward_hook(lambda _m, _a, out: tokens.append(out[1]))))
+    stack.enter_context(removing(consumer.register_forward_pre_hook(before)))
 
 
 _PRODUCTS = (torch.bmm, torch.matmul, Tensor.matmul, Tensor.__matmul__, nn.functional.linear)
@@ -178,8 +179,8 @@ def _listen_to_batched_experts(module: Any, hear: Hear, stack: ExitStack) -> Non
     def after(_m: nn.Module, _a: Any, _o: Any) -> None:
         mode.__exit__(None, None, None)
 
-    stack.enter_context(_removing(module.register_forward_pre_hook(before)))
-    stack.enter_context(_removing(module.register_forward_hook(after, always_call=True)))
+    stack.enter_context(removing(module.register_forward_pre_hook(before)))
+    stack.enter_context(removing(module.register_forward_hook(after, always_call=True)))
 
 
 Take = Callable[[Block, Slot, Tensor, Tensor], None]  # block, slot, the tensor's gradient, the tensor

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
+import errno
+import json
 import shutil
+import struct
 import tempfile
 import uuid
 import weakref
@@ -12,18 +14,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from surgery.checkpoints.checkpoint import header_of, mapped
+from surgery.checkpoints.checkpoint import DTYPES, header_of, mapped
 from surgery.checkpoints.opening import sampled
+from surgery.live.heads import Reading, positions, reading
 from surgery.live.hooks import evaluating
-from surgery.live.prompts import Batch, batches_of, check_fits, digest_of, response_mask, right_padded
+from surgery.live.prompts import Batch, batches_of, digest_of
 
 Loss = Callable[[nn.Module, Batch], Tensor]
 Divergence = Literal["kl", "hellinger"]
-_ROWS = 1 << 24  # numbers of logits that are turned into float32 at a time
 
 
 class Distillation:
@@ -53,9 +53,13 @@ class Distillation:
             weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
-        logits = predicting(model, batch)
-        total = _Divergence.apply(logits, self.of(batch).to(logits.device), _SUMS[self.divergence])  # type: ignore[no-untyped-call]
-        return total / max(len(logits), 1)  # type: ignore[no-any-return]
+        target, far = self.of(batch), _SUMS[self.divergence]
+
+        def measure(rows: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
+            return far(_logarithms(target[rows].to(logits.device)), _logarithms(logits))
+
+        found = reading(model, batch)
+        return found.total(measure) / len(found.hidden)
 
     def of(self, batch: Batch) -> Tensor:
         """The earlier model's logits for a batch: ``[predicting position, token of the vocabulary]``."""
@@ -105,23 +109,40 @@ def distillation(
     with evaluating(earlier), torch.no_grad():
         for batch in batches_of(data):
             if not found.path(batch).exists():
-                _keep(found.path(batch), predicting(earlier, batch), found.model)
+                _keep(found.path(batch), reading(earlier, batch), found.model)
     return found
 
 
-def _keep(path: Path, logits: Tensor, model: str) -> None:
+def _keep(path: Path, found: Reading, model: str) -> None:
     """Write logits and whose they are; the file takes its final name once it is whole, whoever else writes it too."""
     partial = path.with_name(f"{path.stem}.{uuid.uuid4().hex[:8]}.partial")
     try:
-        save_file({"logits": logits.contiguous().cpu()}, partial, {"model": model})
+        _write(partial, found, model)
         partial.replace(path)
-    except SafetensorError as error:  # no OSError, though what it tells of is one
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
         raise OSError(
             f"{path.parent} has no room for what the earlier model predicts ({error}): logits take positions × "
             f"vocabulary numbers; give TMPDIR (or folder=) another disk, or pass fewer prompts"
         ) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _write(path: Path, found: Reading, model: str) -> None:
+    """One tensor "logits" as a safetensors file, chunk by chunk, since all of it may not fit in memory."""
+    with open(path, "wb") as file:
+        for rows, logits in found.chunks():
+            if not rows.start:
+                shape = len(found.hidden), found.vocabulary
+                kind = next(name for name, dtype in DTYPES.items() if dtype == logits.dtype)
+                end = shape[0] * shape[1] * logits.element_size()
+                entry = {"dtype": kind, "shape": shape, "data_offsets": [0, end]}
+                header = json.dumps({"__metadata__": {"model": model}, "logits": entry}).encode()
+                header += b" " * (-len(header) % 8)
+                file.write(struct.pack("<Q", len(header)) + header)
+            file.write(logits.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
 
 
 def _checked(path: Path, model: str) -> dict[str, Any]:
@@ -141,12 +162,6 @@ def _checked(path: Path, model: str) -> dict[str, Any]:
     return header
 
 
-def positions(batch: Batch) -> Tensor:
-    """Which positions predict a token that counts: bool ``[batch, token − 1]``, position t predicts token t + 1."""
-    where = response_mask(batch)[:, 1:]
-    return where & batch["attention_mask"][:, :-1].bool() if "attention_mask" in batch else where  # not from padding
-
-
 def tokens_in(batches: Iterable[Batch]) -> int:
     """How many tokens count in some batches: those that a position predicts."""
     return sum(int(positions(batch).sum()) for batch in batches)
@@ -155,27 +170,12 @@ def tokens_in(batches: Iterable[Batch]) -> int:
 def predicting(model: nn.Module, batch: Batch) -> Tensor:
     """The logits that predict the tokens that count: ``[position, token of the vocabulary]``, row by row of the batch.
 
+    All of them at once, with their graph: for losses that are differentiated twice, and for small vocabularies.
+
     Raises:
         ValueError: there is no such position, the batch does not fit the model, or it has no language-modelling head.
     """
-    batch = right_padded(batch)
-    where = positions(batch)
-    if not bool(where.any()):
-        raise ValueError("the batch has no response token to predict: its labels are all -100, or it is one token long")
-    check_fits(model, batch["input_ids"])
-    device = next(model.parameters()).device
-    first = int(where.any(0).nonzero()[0])
-    inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask") if key in batch}
-    last = where.shape[1] + 1 - first
-    only: dict[str, Any] = {"logits_to_keep": last} if _keeps(type(model)) else {}
-    logits = getattr(model(**inputs, use_cache=False, **only), "logits", None)
-    if logits is None or logits.ndim != 3:
-        raise ValueError(
-            f"{type(model).__name__} gives no logits over a vocabulary: load it with its language-modelling head, or "
-            f"pass a loss of your own, loss(model, batch)"
-        )
-    rows: Tensor = logits[:, -last:-1][where[:, first:].to(logits.device)]
-    return rows
+    return reading(model, batch).logits()
 
 
 def summed(loss: Loss, model: nn.Module, batch: Batch) -> Tensor:
@@ -210,17 +210,36 @@ def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
     Raises:
         ValueError: the batch has no labels, or no response token.
     """
+    targets = targets_of(batch)
+
+    def measure(rows: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
+        slopes, right = _logarithms(logits), targets[rows, None].to(logits.device)
+        value = -slopes.gather(1, right).sum()
+        return value, slopes.exp_().scatter_add_(1, right, torch.full_like(right, -1, dtype=slopes.dtype))
+
+    found = reading(model, batch)
+    return found.total(measure) / len(found.hidden)
+
+
+def likelihoods(model: nn.Module, batch: Batch) -> Tensor:
+    """log p(token | what comes before it) of each token that counts, row by row of the batch: ``[position]``."""
+    tokens, found = batch["input_ids"][:, 1:][positions(batch)], reading(model, batch)
+    parts = [_logarithms(logits).gather(1, tokens[rows, None].to(logits.device)) for rows, logits in found.chunks()]
+    return torch.cat(parts)[:, 0]
+
+
+def targets_of(batch: Batch) -> Tensor:
+    """The response tokens, row by row, in the order of the positions that predict them; ``ValueError`` without any."""
     if "labels" not in batch:
         raise ValueError(
             "these batches are prompts without responses (labels): let a model answer them (respond), or pass loss="
         )
-    logits = predicting(model, batch)
-    targets = batch["labels"][:, 1:][positions(batch)].to(logits.device)
-    return torch.nn.functional.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets)
+    return batch["labels"][:, 1:][positions(batch)]
 
 
-def _keeps(kind: type[nn.Module]) -> bool:
-    return "logits_to_keep" in inspect.signature(kind.forward).parameters
+def _logarithms(logits: Tensor) -> Tensor:
+    """log softmax, in float32 or wider."""
+    return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
 def check_loss(loss: Any) -> None:
@@ -246,34 +265,3 @@ def _hellinger(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
 
 _NOISE = 0.01  # ε: rounding logits between 16 and 32 to bfloat16 moves H by about as much
 _SUMS = {"kl": _kl, "hellinger": _hellinger}
-
-
-class _Divergence(torch.autograd.Function):
-    """A sum over rows of how far softmax(logits) is from softmax(target), and its gradient, a few rows at a time.
-
-    Once differentiable: the gradient is kept as numbers. Twice: ``surgery.theory.landscape.divergence``.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor, summed: Any) -> Tensor:
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        total = torch.zeros((), dtype=wide, device=logits.device)
-        grad = torch.empty_like(logits)
-        step = max(1, _ROWS // logits.shape[1])
-        for at in range(0, len(logits), step):
-            rows = slice(at, at + step)
-            value, slopes = summed(target[rows].to(wide).log_softmax(-1), logits[rows].to(wide).log_softmax(-1))
-            total += value
-            grad[rows] = slopes.to(grad.dtype)
-        ctx.save_for_backward(grad)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        if torch.is_grad_enabled():  # create_graph=True: as a constant the gradient would have no derivative, silently
-            raise RuntimeError(
-                "this loss keeps its gradient as numbers, so it can't be differentiated twice: use "
-                "surgery.theory.landscape.divergence, as Landscape does"
-            )
-        (grad,) = ctx.saved_tensors
-        return (grad * outer).to(grad.dtype), None, None

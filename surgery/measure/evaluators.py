@@ -11,14 +11,14 @@ from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from surgery.live.heads import positions
 from surgery.live.hooks import evaluating
-from surgery.live.losses import positions, predicting
+from surgery.live.losses import likelihoods
 from surgery.live.prompts import Batch, batches_of, digest_of, opened_tokenizer
 from surgery.measure.rows import Evaluate, Score
 
-_ROWS = 1 << 24  # numbers of logits that are turned into float32 at a time
 PREFIX = "lm_eval:"
 
 
@@ -63,15 +63,8 @@ def _per_prompt(model: nn.Module, batch: Batch) -> list[float]:
     counts = where.sum(1)
     if bool((counts == 0).any()):
         raise ValueError(f"{int((counts == 0).sum())} prompts of a batch have no response token to score")
-    logits = predicting(model, batch)
-    tokens = batch["input_ids"][:, 1:][where].to(logits.device)
-    step = max(1, _ROWS // logits.shape[1])
-    parts = [
-        torch.nn.functional.cross_entropy(logits[at : at + step].float(), tokens[at : at + step], reduction="none")
-        for at in range(0, len(tokens), step)
-    ]
-    losses: Tensor = torch.cat(parts).double().cpu()
-    sums = torch.zeros(len(counts), dtype=torch.float64).index_add_(0, where.nonzero()[:, 0].cpu(), -losses)
+    found = likelihoods(model, batch).double().cpu()
+    sums = torch.zeros(len(counts), dtype=torch.float64).index_add_(0, where.nonzero()[:, 0].cpu(), found)
     return (sums / counts.cpu()).tolist()
 
 

@@ -20,7 +20,7 @@ from surgery.layout.slots import Layout
 from surgery.live.answers import respond
 from surgery.live.earlier import live_tensor
 from surgery.live.hooks import evaluating
-from surgery.live.losses import Distillation, Loss, distillation, predicting, tokens_in
+from surgery.live.losses import Distillation, Loss, cross_entropy, distillation, predicting, targets_of, tokens_in
 from surgery.live.prompts import Batch
 from surgery.masks.edits import Edit
 from surgery.masks.mask import Mask, checked
@@ -138,6 +138,9 @@ class Landscape:
     def _loss(self, batch: Batch, at: Point) -> Tensor:
         if isinstance(self.loss, Distillation):
             return divergence(self._logits(batch, at), self.loss.of(batch))
+        if self.loss is cross_entropy:
+            logits = self._logits(batch, at)
+            return nn.functional.cross_entropy(logits, targets_of(batch).to(logits.device))
         return functional(self.model, {**self.theta, **at}, self.loss, batch)
 
     def _logits(self, batch: Batch, at: Point) -> Tensor:

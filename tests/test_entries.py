@@ -688,11 +688,11 @@ def law_gains() -> None:
 
 
 def law_stop() -> None:
-    test_stopping_keeps_the_least_loss_that_was_tried("llama", 1.0)
+    test_stopping_keeps_the_least_loss_that_was_measured("llama", 1.0)
 
 
 def law_rounds() -> None:
-    test_each_round_takes_the_best_of_what_is_left_within_the_loss_that_is_left("llama")
+    test_each_round_takes_the_best_by_the_lower_of_two_gains("llama")
 
 
 MUTANTS = (

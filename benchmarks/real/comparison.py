@@ -20,13 +20,14 @@ from benchmarks.hardware import statement
 from benchmarks.lab.evaluate import bootstrap_interval
 from benchmarks.pareto import comparison
 from benchmarks.pareto.baselines import differing
-from benchmarks.pareto.changes import REFERENCE, Method, Setting, applied
+from benchmarks.pareto.changes import REFERENCE, Method, Setting, applied, forget
 from benchmarks.pareto.comparison import Store
 from benchmarks.pareto.points import SCALE, Seed
 from benchmarks.real.evaluate import Evaluator, Scores
 from benchmarks.real.stages import place
 from surgery import Trajectory, load_prompts
 from surgery.checkpoints.opening import fingerprint
+from surgery.scores.amc import remembered
 
 
 @dataclass(frozen=True)
@@ -104,25 +105,29 @@ def measure_pair(
     done = {(row["method"], row["value"], row["draw"]): row for row in run["rows"]}
     setting = setting_of(lab, seed, pair)
     evaluate = Evaluator(lab / "data", AutoTokenizer.from_pretrained(folders[pair.later]), (pair.metric, pair.kept))
-    asked = [(one, value, draw) for one in methods(setting) for value in one.values for draw in range(one.draws)]
-    left = sum((one.name, value, draw) not in done for one, value, draw in asked)
+    every = methods(setting)
+    missing = {one.name: [v for v in one.values if (one.name, v, 0) not in done] for one in every}
+    left = count = sum(map(len, missing.values()))
     before = evaluate(setting.model) if left else {}
     began = time.perf_counter()
-    for at, (method, value, draw) in enumerate(x for x in asked if (x[0].name, x[1], x[2]) not in done):
-        known = {**run, "rows": list(done.values())}
-        if method.kind != REFERENCE and not Seed(known).damaged:
+    for method in every:
+        if missing[method.name] and method.kind != REFERENCE and not Seed({**run, "rows": [*done.values()]}).damaged:
             say(f"{run['seed']}, {pair.name}: no significant loss, so there is nothing to recover")
             break
-        row = measure(setting, method, value, draw, evaluate, before)
-        done[method.name, value, draw] = asdict(row)
-        run["rows"] = list(done.values())
-        run["measured"] = list(dict.fromkeys([*run["measured"], statement()]))
-        store.write()
-        each = (time.perf_counter() - began) / (at + 1)
-        say(
-            f"{run['seed']}, {pair.name}: {method.name} {value:g}: {_told(row, known, pair)}; {row.seconds:.0f} CPU s; "
-            f"{at + 1} of {left}, about {each * (left - at - 1) / 60:.0f} min left"
-        )
+        with remembered():
+            for value in missing[method.name]:
+                row = measure(setting, method, value, 0, evaluate, before)
+                done[method.name, value, 0] = asdict(row)
+                run["rows"] = list(done.values())
+                run["measured"] = list(dict.fromkeys([*run["measured"], statement()]))
+                store.write()
+                left -= 1
+                minutes = (time.perf_counter() - began) / (count - left) * left / 60
+                say(
+                    f"{run['seed']}, {pair.name}: {method.name} {value:g}: {_told(row, run, pair)}; "
+                    f"{row.seconds:.0f} CPU s; {count - left} of {count}, about {minutes:.0f} min left"
+                )
+        forget()
     return run
 
 

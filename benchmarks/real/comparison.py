@@ -108,7 +108,7 @@ def measure_pair(
     every = methods(setting)
     missing = {one.name: [v for v in one.values if (one.name, v, 0) not in done] for one in every}
     left = count = sum(map(len, missing.values()))
-    before = evaluate(setting.model) if left else {}
+    before: Scores = {}  # of the later model, whose row is the first to be measured
     began = time.perf_counter()
     for method in every:
         if missing[method.name] and method.kind != REFERENCE and not Seed({**run, "rows": [*done.values()]}).damaged:
@@ -116,6 +116,7 @@ def measure_pair(
             break
         with remembered():
             for value in missing[method.name]:
+                before = before or evaluate(setting.model)
                 row = measure(setting, method, value, 0, evaluate, before)
                 done[method.name, value, 0] = asdict(row)
                 run["rows"] = list(done.values())

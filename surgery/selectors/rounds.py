@@ -94,7 +94,7 @@ def by_damage(
 
     A quarter of the prompts takes no part. With ``stop`` the number of weights with the smallest loss on those prompts
     is kept, and rounds end where they have not lowered it for a while; so a larger budget may take fewer, and none are
-    taken if that is the later model itself. The curve is in ``made_by["entries"]``. Fewer than four prompts are not
+    taken if that is the later model itself. The curve is in ``made_by["entries"]``. Fewer than 16 prompts are not
     divided: all choose, and all measure.
 
     A round costs a forward and a backward pass over 32 prompts (or fewer), and half a forward pass over the others.
@@ -245,8 +245,9 @@ class _Path:
 def _path(run: Trajectory, data: Data, *, loss: Loss | Divergence, rounds: int, units: Units) -> _Path:
     """The way of some prompts, not gone yet: a quarter of them measures, the others are the lots."""
     batches = dealt(batches_of(data) if callable(loss) else earlier_answers(run, data), _LOT, 8)
-    held = batches[::4] if len(batches) >= 4 else batches
-    choosing = [batch for at, batch in enumerate(batches) if at % 4] if len(batches) >= 4 else batches
+    apart = sum(len(batch["input_ids"]) for batch in batches) >= _LOT
+    held = batches[::4] if apart else batches
+    choosing = [batch for at, batch in enumerate(batches) if at % 4] if apart else batches
     each = max(1, min(len(choosing) // 2, _LOT // len(choosing[0]["input_ids"])))  # batches in a lot
     lots = [choosing[at : at + each] for at in range(0, len(choosing) - each + 1, each)]
     batches, found = answered(run, batches, loss)

@@ -22,13 +22,15 @@ from surgery.evidence.overlap import Overlap, Profile, overlap, profile
 from surgery.live.answers import respond
 from surgery.live.earlier import earlier_model
 from surgery.live.losses import distillation, mean_loss
-from surgery.live.prompts import Batch, batches_of, halved
+from surgery.live.prompts import Batch, batches_of, halved, opened_tokenizer
 from surgery.masks.budget import check_budget
+from surgery.masks.mask import Mask, checked
 from surgery.masks.neurons import Neurons
 from surgery.measure.evaluators import evaluator, likelihood
 from surgery.measure.history import History, Lost, history
 from surgery.measure.rows import EARLIER, LATER, Evaluate, Row, Sweep, judged, measured
-from surgery.measure.sweep import sweep
+from surgery.measure.sweep import Bench, sweep
+from surgery.report.tokens import Tokens, tokens
 from surgery.reverting.provenance import versions
 from surgery.scores.amc import activation, magnitude, remembered
 from surgery.scores.damage import damage
@@ -38,6 +40,7 @@ from surgery.theory.damage import DamageTerms, damage_terms
 from surgery.theory.landscape import Landscape
 from surgery.training.refresh import Refresh, refresh
 
+GIVEN, ASKED = "the given mask", "left out on request"  # a row; why a part is not there
 CHANGED, ACTIVE = 0.10, 0.05  # the paper's shares of neurons
 # Of the way that training went per parameter, what a refresh may go back: Adam's steps all have about one size, and the
 # whole way, walked in all coordinates at once, does harm in the lab.
@@ -83,7 +86,9 @@ class Study:
     steps: int
     device: Any
     dtype: Any
+    mask: Mask | None = None
     found: dict[str, Any] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
 
     @cached_property
     def last(self) -> nn.Module:
@@ -130,7 +135,8 @@ class Study:
     def focus(self) -> tuple[str, Trajectory]:
         """The domain that lost most, and the way from its best checkpoint to the last."""
         if "history" not in self.found:
-            raise Missing("the domain that lost most (see history)")
+            why = self.skipped["history"]  # the same reason, so that all of them are told together
+            raise Missing("the history" if why == ASKED else why)
         if self.lost is None:
             raise Missing("a domain with a significant loss; more prompts may show one")
         if self.lost.domain not in self.choosing:
@@ -194,10 +200,36 @@ def _rollback(study: Study) -> Sweep:
     selectors: list[Selector] = [DamageSelector(first), RandomSelector(first)]
     if run.base is not None:
         selectors.insert(1, AMCSelector(first))
-    return sweep(
+    found = sweep(
         run, study.choosing[domain], selectors=selectors, budgets=study.budgets, evaluate=study.measure,
         metric=domain,
     )  # fmt: skip
+    if study.mask is None:
+        return found
+    row = Bench(run, None, study.measure).tried(GIVEN, study.mask)
+    return Sweep(domain, (*found, _judged(row, found)))
+
+
+def _judged(row: Row, rows: Sweep) -> Row:
+    (earlier,), (later,) = rows[EARLIER], rows[LATER]
+    return judged([row], earlier, later, rows.metric)[0]
+
+
+def best(rollbacks: Sweep) -> Row | None:
+    """The rollback by D that brought back most, if one brought back anything."""
+    rows = [row for row in rollbacks["D"] if (row.recovery or 0) > 0]
+    return max(rows, key=lambda row: row.recovery or 0, default=None)
+
+
+def _tokens(study: Study) -> Tokens:
+    domain, run = study.focus
+    folder = getattr(run.tensors("later"), "folder", None) or getattr(study.last, "name_or_path", None)
+    if not folder:
+        raise Missing("a tokenizer: pass the last checkpoint as a folder that has one")
+    masks = {} if study.mask is None else {GIVEN: study.mask}
+    if not masks and "rollback" in study.found and (row := best(study.found["rollback"])) is not None:
+        masks = {f"D, {100 * row.budget:g} %": DamageSelector(row.budget).select(run, study.choosing[domain])}
+    return tokens(run, study.half(1)[domain], opened_tokenizer(folder), masks)
 
 
 def _refreshed(study: Study) -> Refreshed:
@@ -224,9 +256,7 @@ def _refreshed(study: Study) -> Refreshed:
     ) as done:
         metrics, items = measured(torch.no_grad()(study.measure)(study.last))
     row = Row(f"refresh, {study.steps} steps", 1.0, 0, metrics, time.perf_counter() - start, items=items)
-    rows = study.found["rollback"]
-    (earlier_row,), (later_row,) = rows[EARLIER], rows[LATER]
-    return Refreshed(done, rate, judged([row], earlier_row, later_row, domain)[0])
+    return Refreshed(done, rate, _judged(row, study.found["rollback"]))
 
 
 PARTS: dict[str, Callable[[Study], Any]] = {
@@ -239,6 +269,7 @@ PARTS: dict[str, Callable[[Study], Any]] = {
     "sites": _sites,
     "terms": _terms,
     "rollback": _rollback,
+    "tokens": _tokens,
     "refreshed": _refreshed,
 }
 
@@ -257,6 +288,7 @@ class Inquiry:
     significant loss; ``sites``, ``terms``, ``rollback`` and ``refreshed`` are about it. ``active``: overlap of the
     neurons that domains use most. ``gradients``: of all domains, at the last checkpoint. ``sites``: where D is large.
     ``terms``: Proposition 1 along the change since the domain's best checkpoint. ``rollback``: selectors × budgets.
+    ``tokens``: the probability of each response token, before and after the best of them or the given mask.
     ``refreshed``: a short training on the domain, undone afterwards. ``skipped``: part that was not computed → what it
     needs. ``made``: versions, and hashes of the checkpoints.
 
@@ -278,7 +310,14 @@ class Inquiry:
     sites: Sites | None = None
     terms: DamageTerms | None = None
     rollback: Sweep | None = None
+    tokens: Tokens | None = None
     refreshed: Refreshed | None = None
+
+    @property
+    def needs(self) -> dict[str, str]:
+        """Of ``skipped`` the parts with the same reason together: "history, active" → the reason."""
+        reasons = dict.fromkeys(self.skipped.values())
+        return {", ".join(name for name, why in self.skipped.items() if why == reason): reason for reason in reasons}
 
     def save(self, path: str | Path) -> None:
         """Write it as JSON."""
@@ -292,6 +331,7 @@ def analyse(
     evaluate: Evaluate | str | None = None,
     budgets: Sequence[float] = BUDGETS,
     refresh_steps: int = 10,
+    mask: Mask | None = None,
     skip: Iterable[str] = (),
     device: Any = None,
     dtype: Any = None,
@@ -310,6 +350,8 @@ def analyse(
         evaluate: model → {domain: score or one per item}, larger = better, instead of the responses' likelihood.
         budgets: of the rollbacks, fractions of all MLP neurons.
         refresh_steps: steps of the refresh (distillation from the domain's own checkpoint, Adam, float32 copies).
+        mask: a repair of your own: it is measured beside the rollbacks, and shown token by token. It sets back to the
+            checkpoint where the damaged domain was best.
         skip: parts to leave out, by their names in ``Inquiry``.
         device: where models run; dtype: theirs (default: the checkpoints' own).
         progress: called with a line of text before each part.
@@ -334,8 +376,8 @@ def analyse(
         raise ValueError('data has to say which domain the prompts are of: {"math": load_prompts(...)}')
     run.check_whole()
     prompts = {domain: list(batches_of(batches)) for domain, batches in (data or {}).items()}
-    study = Study(run, prompts, evaluate, tuple(budgets), refresh_steps, device, dtype)
-    skipped = dict.fromkeys(asked, "left out on request")
+    study = Study(run, prompts, evaluate, tuple(budgets), refresh_steps, device, dtype, mask and checked(mask))
+    skipped = study.skipped = dict.fromkeys(asked, ASKED)
     with remembered():
         for name, part in PARTS.items():
             if name in skipped:

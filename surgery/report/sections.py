@@ -22,11 +22,11 @@ from surgery.plots.evidence import (
 )
 from surgery.plots.sweeps import dose_response, pareto_front
 from surgery.plots.theory import expansion
-from surgery.report.inquiry import Inquiry
+from surgery.report.inquiry import GIVEN, Inquiry, best
 from surgery.report.page import Figure, Section, page
 from surgery.report.verdict import verdict
 from surgery.reverting.folder import check_free, put_in_place
-from surgery.tables import Cell, Table
+from surgery.tables import Cell, Estimate, Table
 
 # What the numbers of a report mean: a definition for each section and each column, with its source.
 SCORE = (
@@ -50,6 +50,12 @@ TERMS = (
     "Proposition 1 of the paper: along θ_A + t·δ the domain's loss rises by t⟨∇L, δ⟩ + ½ t² δᵀHδ plus a remainder. "
     "The loss is the KL divergence from the earlier checkpoint, whose gradient there is zero. A large remainder means "
     "that the change is too large for the local theory."
+)
+TOKENS = (
+    "The probability that each model gives to a token of the response, after the prompt and the response up to there, "
+    "in whole percent; in brackets the token that it finds likelier, if there is one. Marked is what lies at least 10 "
+    "points below (▾) or above (▴) the first model. The prompts are from the half that did not choose the repair; "
+    "those whose response lost most log-likelihood come first. Ours."
 )
 CHANGES = (
     "Δ is a checkpoint's parameter minus the same parameter of the checkpoint it is compared with. Absolute: abs(Δ); "
@@ -77,16 +83,18 @@ COLUMNS = {
     "domain": "A set of prompts, as named by --data.",
     "from": "The checkpoint that the loss counts from: the domain's own stage, or its best.",
     "to": "The last checkpoint.",
-    "lost": "Score at “from” minus score at “to”; above zero is a loss.",
-    "low": "Lower end of the loss's 95 % interval (paired bootstrap over prompts).",
-    "high": "Upper end of the loss's 95 % interval (paired bootstrap over prompts).",
+    "lost": "Score at “from” minus score at “to”; above zero is a loss. In brackets its 95 % interval (paired "
+    "bootstrap over prompts).",
     "p": "p-value of a two-sided paired test: exact McNemar for 0/1 scores, else a sign-flip permutation test.",
     "largest step": "The stage that lowered the score most, and by how much.",
     "repair": "What was set back or trained.",
-    "budget (%)": "How many of all MLP neurons were set back, in percent.",
-    "recovery (%)": "The part of the loss that came back, in percent; 100 is all of it.",
-    "recovery, low (%)": "Lower end of the recovery's 95 % interval (paired bootstrap over prompts).",
-    "recovery, high (%)": "Upper end of the recovery's 95 % interval (paired bootstrap over prompts).",
+    "budget (%)": "How many of all MLP neurons were set back, in percent; for a given mask, of what it chose among.",
+    "recovery (%)": "The part of the loss that came back, in percent; 100 is all of it. In brackets its 95 % interval "
+    "(paired bootstrap over prompts).",
+    "model": "A checkpoint, or the last one with a repair.",
+    "mean probability (%)": "Mean over the response tokens.",
+    "tokens that fell": "Response tokens whose probability is at least 10 points lower than in the first model.",
+    "tokens that rose": "Response tokens whose probability is at least 10 points higher than in the first model.",
     "score": "Minus the loss on the prompts that choose; the weights with the highest score are kept.",
     "step": "The step of the refresh; 0 is the model before the first one.",
     "loss": "In a refresh, on the step's own batch before the step; of gradients, over all batches. In nats per token.",
@@ -163,7 +171,7 @@ def write_report(
     try:
         partial.chmod(0o755)
         title = f"What training did: {' → '.join(found.stages)}"
-        text = page(title, verdict(found), sections(found), found.skipped, _made(found, command, data or {}))
+        text = page(title, verdict(found), sections(found), found.needs, _made(found, command, data or {}))
         (partial / PAGE).write_text(text, encoding="utf-8")
         found.save(partial / NUMBERS)
         put_in_place(partial, folder)
@@ -191,7 +199,7 @@ def _sha256(file: Path) -> str:
 def sections(found: Inquiry) -> Iterator[Section]:
     """The sections that there is something for, in the order of the page."""
     parts: tuple[Callable[[Inquiry], Section | None], ...] = (
-        _history, _rollback, _sites, _terms, _changes, _changed, _directions, _active, _gradients,
+        _history, _rollback, _tokens, _sites, _terms, _changes, _changed, _directions, _active, _gradients,
     )  # fmt: skip
     for part in parts:
         if (section := part(found)) is not None:
@@ -211,11 +219,13 @@ def _history(found: Inquiry) -> Section | None:
 def _rollback(found: Inquiry) -> Section | None:
     if (sweep := found.rollback) is None or found.focus is None:
         return None
-    best = max((row for row in sweep["D"] if row.recovery is not None), key=lambda row: row.recovery or 0)
-    told = [
-        f"The best rollback by D brings back {100 * (best.recovery or 0):.0f} % of the loss with "
-        f"{100 * best.budget:g} % of the neurons."
-    ]
+    told = ["No rollback by D brings anything back."]
+    if (most := best(sweep)) is not None:
+        told = [
+            f"The best rollback by D brings back {100 * (most.recovery or 0):.0f} % of the loss with "
+            f"{100 * most.budget:g} % of the neurons."
+        ]
+    told += [f"{GIVEN[0].upper()}{GIVEN[1:]} brings back {100 * (row.recovery or 0):.0f} %." for row in sweep[GIVEN]]
     rows = list(sweep.rows)
     if found.refreshed is not None:
         rows.append(found.refreshed.row)
@@ -228,14 +238,7 @@ def _rollback(found: Inquiry) -> Section | None:
     others = [name for name in rows[0].metrics if name != sweep.metric]
     table = Table(
         f"what a repair of {sweep.metric} brings back, on the measuring half of the prompts",
-        (
-            "repair",
-            "budget (%)",
-            "recovery (%)",
-            "recovery, low (%)",
-            "recovery, high (%)",
-            *(f"Δ {n}" for n in others),
-        ),
+        ("repair", "budget (%)", "recovery (%)", *(f"Δ {n}" for n in others)),
         tuple(_repair(row, others) for row in rows),
     )
     figures = [drawn]
@@ -250,13 +253,31 @@ def _rollback(found: Inquiry) -> Section | None:
 
 
 def _repair(row: Row, others: list[str]) -> tuple[Cell, ...]:
-    low, high = (100 * end for end in row.interval) if row.interval else (None, None)
-    recovery = None if row.recovery is None else 100 * row.recovery
     if row.selector in (EARLIER, LATER):
-        whole = 100.0 if row.selector == EARLIER else 0.0  # by definition
-        return row.selector, None, whole, None, None, *(None for _ in others)
-    budget = 100 * row.budget if row.neurons else None
-    return row.selector, budget, recovery, low, high, *(row.delta.get(name) for name in others)
+        whole = 100 if row.selector == EARLIER else 0  # by definition
+        return row.selector, None, whole, *(None for _ in others)
+    recovery: Cell = None if row.recovery is None else 100 * row.recovery
+    if row.recovery is not None and row.interval:
+        recovery = Estimate(100 * row.recovery, *(100 * end for end in row.interval))
+    budget = float(f"{100 * row.budget:.3g}") if row.neurons else None
+    changes: list[Cell] = [
+        Estimate(row.delta[name], *row.paired[name].interval) if name in row.paired else row.delta.get(name)
+        for name in others
+    ]
+    return row.selector, budget, recovery, *changes
+
+
+def _tokens(found: Inquiry) -> Section | None:
+    if (tokens := found.tokens) is None or found.focus is None:
+        return None
+    _, later, *repaired = tokens.counts
+    finding = (
+        f"Of {later.tokens:,} response tokens of {found.focus.domain} {later.fell:,} fell by 10 points or more from "
+        f"{tokens.models[0]} to {later.model}, and {later.rose:,} rose."
+    )
+    finding += "".join(f" With {one.model} {one.fell:,} lie so far below, and {one.rose:,} above." for one in repaired)
+    finding += f" Below are the {len(tokens.prompts)} prompts of {tokens.of} that lost most."
+    return Section("Which tokens moved?", finding, TOKENS, COLUMNS, (), (tokens.table(),), tokens)
 
 
 def _sites(found: Inquiry) -> Section | None:

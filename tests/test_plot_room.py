@@ -91,6 +91,7 @@ DRAWN: dict[str, Callable[[], Any]] = {
     "gradient_extremes": lambda: plots.gradient_extremes(gradients()),
     "gradient_heatmap": lambda: plots.gradient_heatmap(gradients()),
     "layer_budgets": lambda: plots.layer_budgets({n: {f"{at}": at for at in range(LAYERS)} for n in ("D", "A×M×C")}),
+    "layer_lines": lambda: plots.layer_lines({n: [*map(wave, range(LAYERS))] for n in STAGES[1:]}, "change (%)"),
     "overlap_matrix": lambda: plots.overlap_matrix(overlap({n: scores(len(n)) for n in STAGES}, 0.1), title="changed"),
     "pareto_front": lambda: plots.pareto_front(sweep()),
     "profile_bars": lambda: plots.profile_bars(profile(scores(0))),

@@ -88,11 +88,11 @@ def test_cells_carry_their_exact_value_for_sorting():
     cells = Reader(text).of("td")
     assert [cell["data-value"] for cell in cells] == ["0.123456789", "", "1234567"]
     assert "1,234,567" in text
-    assert "0.1235" in text
+    assert "0.1" in text
 
 
 def test_long_tables_are_folded():
-    table = Table("many", ("x",), tuple((at,) for at in range(31)))
+    table = Table("many", ("x",), tuple((at,) for at in range(13)))
     assert len(Reader(page("t", [], [Section("s", "", "", tables=(table,))], {}, {})).of("details")) == 1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from surgery.evidence.changes import Changes
@@ -134,6 +135,25 @@ def profile_bars(profile: Profile, ax: Axes | None = None) -> Axes:
     ax.set_ylabel(f"share of the {profile.what} (%)")
     if len(profile.kinds) > 1:
         legend_outside(ax)
+    return ax
+
+
+def layer_lines(curves: Mapping[str, Sequence[float | None]], label: str, ax: Axes | None = None) -> Axes:
+    """Any numbers by layer, one line per name; None leaves a gap.
+
+    Args:
+        curves: name → one number per layer, in their order.
+        label: of the axis: what the numbers are, with their unit.
+        ax: where to draw (default: a new figure).
+    """
+    ax = ax or new_axes()
+    for at, (name, values) in enumerate(curves.items()):
+        ax.plot([math.nan if value is None else value for value in values], label=name, **line_style(at))
+    number_blocks(ax)
+    ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]))
+    ax.set_xlabel("layer")
+    ax.set_ylabel(label)
+    legend_outside(ax)
     return ax
 
 

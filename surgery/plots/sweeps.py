@@ -171,11 +171,14 @@ def legend_outside(ax: Axes, handlelength: float = 2) -> None:
     lines = [line for label in labels for line in label.split("\n")]
     longest = max(map(len, lines), default=0)
     columns = max(1, min(len(labels), _ACROSS // (longest + 6)))
-    how = {"frameon": False, "fontsize": "small" if len(lines) <= 16 else "x-small", "handlelength": handlelength}
+    how = {"frameon": False, "fontsize": "small", "handlelength": handlelength}
+    tall = len(lines) > 16
+    if tall:
+        how |= {"fontsize": "x-small", "labelspacing": 0.1}
     if longest > _LONG and len(lines) <= 4 * columns and not ax.get_title():
         ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, **how)
     else:
-        ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), **how)
+        ax.legend(loc="upper left" if tall else "center left", bbox_to_anchor=(1, 1 if tall else 0.5), **how)
 
 
 def number_blocks(ax: Axes) -> None:

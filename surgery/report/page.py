@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 TEMPLATE = "page.html.jinja"  # beside this module
+_MANY = 7  # columns of a table up to which it has room to spare
 _SHOWN = 12  # rows of a table up to which it is not folded
 
 
@@ -82,6 +83,7 @@ def page(
         made=made,
         folded_from=_SHOWN,
         moved=MOVED,
+        many=_MANY,
     )
 
 

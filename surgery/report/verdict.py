@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from surgery.measure.history import Lost
 from surgery.measure.rows import CEILING, Row
 from surgery.measure.statistics import ALPHA
-from surgery.report.inquiry import GIVEN, Inquiry
+from surgery.report.inquiry import Inquiry
+from surgery.report.study import GIVEN
 from surgery.tables import Estimate
 
 

@@ -172,7 +172,7 @@ def test_what_the_same_input_would_give_is_told_in_one_line():
     assert len(found.skipped) == len(PARTS) - 3
     few = analyse(lab(), prompts("math", limit=1), skip=["terms"])
     assert next(iter(few.needs.values())) == "left out on request"
-    assert len(few.needs) == 2
+    assert len(few.needs) == 3  # and prompts of two domains, and two prompts of one
 
 
 def test_a_mask_of_one_s_own_is_measured_and_shown_token_by_token(whole, tmp_path):

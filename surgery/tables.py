@@ -53,8 +53,8 @@ def fixed(x: float, count: int, sign: str = "") -> str:
 def column_texts(cells: Sequence[Cell]) -> list[str]:
     """The cells of a column as printed: all numbers without an interval have the same decimals.
 
-    The largest has three significant digits; numbers that are all whole have no decimals, and a number that would round
-    to zero keeps its first digit. Where that takes more than six decimals, all are printed like 9.54e-12.
+    The largest has three significant digits; zeros at the end that all numbers have are left out, and a number that
+    would round to zero keeps its first digit. Where that takes more than six decimals, all are printed like 9.54e-12.
 
     >>> column_texts([23.86, 0.8495, 1e-7, None]), column_texts([1234567, 2])
     (['23.9', '0.8', '1e-07', ''], ['1,234,567', '2'])
@@ -62,7 +62,9 @@ def column_texts(cells: Sequence[Cell]) -> list[str]:
     numbers = [abs(cell) for cell in cells if isinstance(cell, float) and math.isfinite(cell)]
     largest = max(numbers, default=0.0)
     count = 2 - math.floor(math.log10(largest)) if largest else 2
-    count = 0 if all(one.is_integer() for one in numbers) and largest >= 1 else max(0, count)
+    count = max(0, count)
+    while numbers and 0 < count <= 6 and all(fixed(one, count).endswith("0") for one in numbers):
+        count -= 1
 
     def text(cell: Cell) -> str:
         if cell is None:

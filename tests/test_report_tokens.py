@@ -112,11 +112,11 @@ def _fall(one) -> float:
 
 
 def test_padding_on_the_left_changes_nothing(tokenizer):
-    (batch,) = load_prompts(LAB / "data/math.calibration.jsonl", tokenizer, limit=6)
+    (batch,) = load_prompts(LAB / "data/qa.calibration.jsonl", tokenizer, limit=16)
     left = {name: _left(batch["attention_mask"], value) for name, value in batch.items()}
     assert not torch.equal(left["input_ids"], batch["input_ids"])
     assert torch.equal(right_padded(left)["input_ids"], batch["input_ids"])
-    one, other = (tokens(run(), [some], tokenizer, {}, shown=6) for some in (batch, left))
+    one, other = (tokens(run(), [some], tokenizer, {}, shown=16) for some in (batch, left))
     assert one.models == ("math", "qa")
     assert [p.prompt for p in one.prompts] == [p.prompt for p in other.prompts]
     assert [p.chances for p in one.prompts] == [p.chances for p in other.prompts]
@@ -128,11 +128,11 @@ def _left(attended: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 
 def test_the_page_shows_every_token_with_each_model_s_probability(tokenizer):
     told, _, _ = found(tokenizer)
-    evil = replace(told.prompts[0], prompt="<script>alert(1)</script>", tokens=("<b>", *told.prompts[0].tokens[1:]))
+    evil = replace(told.prompts[0], prompt="<script>alert(1)</script>", tokens=("<u>", *told.prompts[0].tokens[1:]))
     text = page("t", [], [Section("s", "", "", tokens=replace(told, prompts=(evil, *told.prompts[1:])))], {}, {})
     reader = Reader(text)
     assert len(reader.of("script")) == 1
-    assert "<b>" not in text
+    assert "<u>" not in text
     boxes = [one for _, one in reader.tags if one.get("class") == "token"]
     assert len(boxes) == sum(len(one.tokens) for one in told.prompts)
     marked = [one for _, one in reader.tags if one.get("class") in ("fell", "rose")]

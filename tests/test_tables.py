@@ -61,11 +61,12 @@ def test_a_column_has_one_number_of_decimals_and_its_largest_number_three_digits
     assert column(1234567, 12) == ["1,234,567", "12"]
     assert column(12345.678, 0.25) == ["12,346", "0.2"]  # what would round to zero keeps its first digit
     assert column(0.0345, 0.0003) == ["0.0345", "0.0003"]
-    assert column(0.5, 1e-7, 0.0) == ["0.500", "1e-07", "0.000"]
+    assert column(0.5, 1e-7, 0.0) == ["0.5", "1e-07", "0.0"]
+    assert column(0.002, 0.002) == ["0.002", "0.002"]
     assert column(9.544e-12, 7.635e-11) == ["9.54e-12", "7.64e-11"]
-    assert column(float("nan"), float("inf"), 0.5) == ["nan", "inf", "0.500"]
+    assert column(float("nan"), float("inf"), 0.5) == ["nan", "inf", "0.5"]
     assert column(True, "x") == ["True", "x"]
-    assert column(Estimate(17.2, 8, 28), 0, 0.25) == ["17 [8, 28]", "0", "0.250"]
+    assert column(Estimate(17.2, 8, 28), 0, 0.25) == ["17 [8, 28]", "0", "0.25"]
 
 
 def test_which_columns_hold_numbers():

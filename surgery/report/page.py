@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 TEMPLATE = "page.html.jinja"  # beside this module
-_MANY = 7  # columns of a table up to which it has room to spare
+_MANY = 8  # columns of a table up to which it has room to spare
 _SHOWN = 12  # rows of a table up to which it is not folded
 
 

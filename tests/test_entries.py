@@ -37,7 +37,8 @@ from surgery.scores import weights as weight_damage
 from surgery.scores import weights as weight_ranking
 from surgery.scores.weights import Gains, entry_gains
 from surgery.selectors import rounds as weight_selection
-from surgery.selectors.rounds import by_damage, candidates
+from surgery.selectors.rounds import by_damage
+from surgery.selectors.settings import units_asked
 
 operators = import_module("surgery.reverting.rollback")
 
@@ -229,7 +230,7 @@ def test_what_is_taken_gains_and_budgets_are_nested(family, dtype):
         for mine, theirs in zip(later.parameters(), earlier.parameters(), strict=True):
             mine.flatten()[::3] = theirs.flatten()[::3]
     data, before = batches(labels=True), snapshot(later)
-    budgets, units = (0.0, 0.001, 0.01, 0.1, 1.0), candidates(run)
+    budgets, units = (0.0, 0.001, 0.01, 0.1, 1.0), units_asked(run, "weight")
     masks = [by_damage(run, data, budget, units=units, stop=False, rounds=2) for budget in budgets]
     assert same(snapshot(later), before)
     counts = [sum(mask.count().values()) for mask in masks]
@@ -298,7 +299,7 @@ def test_the_best_are_those_of_a_sort_where_a_sample_guesses_too(seed, count, cl
 )
 def test_stopping_keeps_the_least_loss_that_was_measured(family, budget):
     earlier, later, run = small_pair(family)
-    data, units = batches(labels=True), candidates(run)
+    data, units = batches(labels=True), units_asked(run, "weight")
     before = snapshot(later)
     mask = by_damage(run, data, budget, units=units, loss="kl")
     assert same(snapshot(later), before)
@@ -318,7 +319,7 @@ def test_stopping_keeps_the_least_loss_that_was_measured(family, budget):
 @pytest.mark.parametrize("family", fewer(("llama", "qwen3_moe"), SEVEN))
 def test_each_round_takes_the_best_by_the_lower_of_two_gains(family):
     earlier, later, run = small_pair(family)
-    data, before, units = batches(labels=True), snapshot(later), candidates(run)
+    data, before, units = batches(labels=True), snapshot(later), units_asked(run, "weight")
     path = weight_selection._path(run, data, loss="kl", rounds=4, units=units)
     path.to(path.total // 20, stop=False)
     assert same(snapshot(later), before)
@@ -346,7 +347,7 @@ def test_lots_and_what_measures_are_made_of_all_prompts(prompts, size):
     rows = [torch.tensor([[at % 60, at // 60, *[7] * (at % 6 + 2)]]) for at in range(prompts)]
     data = [{"input_ids": r, "attention_mask": torch.ones_like(r), "labels": r.clone()} for r in rows]
     _, _, run = small_pair("llama")
-    path = weight_selection._path(run, data, loss=cross_entropy, rounds=4, units=candidates(run))
+    path = weight_selection._path(run, data, loss=cross_entropy, rounds=4, units=units_asked(run, "weight"))
 
     def texts(batches):
         return sorted(
@@ -377,7 +378,7 @@ def test_rounds_need_fewer_weights_than_one_look():
     data = batches(labels=True)
 
     def left(rounds: int) -> float:
-        mask = by_damage(run, data, 0.0025, units=candidates(run), rounds=rounds, stop=False)
+        mask = by_damage(run, data, 0.0025, units=units_asked(run, "weight"), rounds=rounds, stop=False)
         with torch.no_grad(), operators.rollback(later, to=earlier, mask=mask):
             return float(divergence(earlier, later, data))
 
@@ -471,7 +472,7 @@ def test_only_the_mlps_where_attention_is_unclear_or_the_layout_is_given():
         assert DamageSelector(0.1, units="weight").select(run, batches(labels=True)).units == ("mlp",)
     for kinds in (("mlp",), ("kv_group",)):
         layout = find_layout(later, units=kinds)
-        assert candidates(Trajectory(earlier=later, later=later, layout=layout)) == kinds
+        assert units_asked(Trajectory(earlier=later, later=later, layout=layout), "weight") == kinds
     with pytest.raises(ValueError, match="found for certain"):
         DamageSelector(0.1, units=(*BOTH, "weight")).select(run, batches(labels=True))
 
@@ -545,11 +546,11 @@ def test_anonymous_memory_is_bounded_by_a_chunk():
 def test_long_parts_are_read_and_written_in_pieces(family, monkeypatch):
     earlier, later, run = small_pair(family)
     data, before = batches(labels=True), snapshot(later)
-    whole = by_damage(run, data, 0.05, units=candidates(run), stop=False)
+    whole = by_damage(run, data, 0.05, units=units_asked(run, "weight"), stop=False)
     want = expected(before, dict(State(earlier)), finest(later), whole)
     for module, name, size in ((entries, "_RUN", 50), (gradient_hooks, "CHUNK", 100), (weight_ranking, "CHUNK", 1000)):
         monkeypatch.setattr(module, name, size)
-    assert by_damage(run, data, 0.05, units=candidates(run), stop=False).equal(whole)
+    assert by_damage(run, data, 0.05, units=units_asked(run, "weight"), stop=False).equal(whole)
     with operators.rollback(later, to=earlier, mask=whole) as done:
         assert same(snapshot(later), want)
         assert len(done._old) > sum(whole.count().values()) / 50

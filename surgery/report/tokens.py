@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from surgery.checkpoints.trajectory import Trajectory
 from surgery.live.earlier import earlier_model
+from surgery.live.heads import positions
 from surgery.live.hooks import evaluating
-from surgery.live.losses import positions, predicting
+from surgery.live.losses import predicting
 from surgery.live.prompts import Batch, response_mask, right_padded
 from surgery.masks.mask import Mask
 from surgery.reverting.rollback import rollback

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from bisect import bisect_left
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +10,6 @@ import torch
 from torch import Tensor
 
 from surgery.checkpoints.trajectory import Trajectory
-from surgery.layout.attention import NoAttention
 from surgery.layout.slots import Layout
 from surgery.live.losses import Divergence, Loss, mean_loss, tokens_in
 from surgery.live.prompts import Batch, batches_of, dealt
@@ -22,9 +20,8 @@ from surgery.scores.amc import remember
 from surgery.scores.damage import answered, earlier_answers
 from surgery.scores.weights import CHUNK, best, chosen, entries_of, entry_magnitude, lower_gains, zeros_on_disk
 from surgery.selectors.settings import Data
-from surgery.units import WEIGHT, Units, kinds_of, owners_of
+from surgery.units import Units
 
-_FINEST: Units = ("mlp", "kv_group")
 ROUNDS = 16
 _REACH, _GROWTH = 0.0025, 1.25  # what so many rounds take of the candidates; how much more a round takes than the last
 _LOT, _PATIENCE = 16, 3  # prompts in a lot; measurements without a smaller loss after which rounds end
@@ -32,25 +29,10 @@ _LOTS = (0x00800000, 0x7F800000)  # the bits of every positive normal float32, f
 Point = tuple[int, float]  # how many weights are reverted, and the loss then, on prompts that do not choose
 
 
-def candidates(run: Trajectory, units: Units = WEIGHT) -> tuple[str, ...]:
-    """The kinds of unit whose weights are candidates: those beside "weight" in ``units``.
-
-    "weight" alone means MLPs and KV groups, or the units of the trajectory's own layout. If a model's KV groups are not
-    found for certain, it means the MLPs, with a warning that says why.
-    """
-    owners = owners_of(units)
-    if owners is not None or run.layout is not None:
-        return run.kinds(owners or "mlp")
-    try:
-        run.weights("later", units=_FINEST)
-    except NoAttention as reason:
-        warnings.warn(
-            f"weights of attention are no candidates, and the budget counts those of the MLPs alone: {reason}. Pass "
-            f'units=("mlp", "weight") to choose that yourself',
-            stacklevel=4,
-        )
-        return ("mlp",)
-    return kinds_of(_FINEST)
+def check_rounds(rounds: int) -> None:
+    """Raise ``ValueError`` unless so many rounds can be made."""
+    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
+        raise ValueError(f"rounds={rounds!r}: expected how many rounds make 0.25 % of the weights, 1 or more")
 
 
 def check_rounds_how(how: Allocation) -> None:
@@ -103,7 +85,7 @@ def by_damage(
         run: a trajectory with ``earlier`` and ``later``.
         data: prompts of the damaged domain.
         budget: β, the fraction of the candidate weights, in [0, 1]; with ``stop`` the most that may be taken.
-        units: the kinds of unit whose weights are candidates (``candidates``).
+        units: the kinds of unit whose weights are candidates (``units_asked``).
         stop: keep only as many as lower the loss.
         rounds: how many rounds make 0.25 % of the candidates, at least 1.
         loss: "hellinger", "kl" or your own loss (see ``damage``), ≥ 0; 0 means that nothing is lost.
@@ -113,8 +95,7 @@ def by_damage(
 
     Source: ours, from Proposition 1.
     """
-    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
-        raise ValueError(f"rounds={rounds!r}: expected how many rounds make 0.25 % of the weights, 1 or more")
+    check_rounds(rounds)
     if data is None:
         raise ValueError("D is measured on prompts of the damaged domain: pass data=load_prompts(file, tokenizer)")
     path = _path(run, data, loss=loss, rounds=rounds, units=units)

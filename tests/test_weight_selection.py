@@ -83,7 +83,8 @@ def test_damage_goes_round_by_round_to_where_the_loss_is_least(family, dtype):
         assert ours.made_by["entries"] == theirs.made_by["entries"]
         assert 0 < ours.made_by["entries"]["rounds"] < 40
     assert ours.made_by["selector"] == {
-        "class": "DamageSelector", "budget": 0.05, "how": "global", "loss": "hellinger", "units": "weight", "rounds": 16,
+        "class": "DamageSelector", "budget": 0.05, "how": "global", "loss": "hellinger", "units": "weight",
+        "rounds": 16,
     }  # fmt: skip
 
 

@@ -459,7 +459,7 @@ def law_uniform() -> None:
 
 
 def law_damage() -> None:
-    test_damage_goes_round_by_round_to_where_the_loss_is_least("llama", torch.float32)
+    test_damage_goes_round_by_round_to_where_the_loss_is_least("qwen3", torch.float32)
 
 
 def law_own_units() -> None:

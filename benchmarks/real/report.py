@@ -98,6 +98,37 @@ def _short(runs: Runs, found: Found) -> str:
     return "\n".join(lines) + "\n"
 
 
+README = {
+    "0.1 % of single weights, **D** (what `repair` does)": (WEIGHTS_NAME, 0.001),
+    "up to 0.25 % of single weights, **D**": (WEIGHTS_NAME, 0.0025),
+    "2 % of neurons and value channels, **D**": (UNITS_NAME, 0.02),
+    "8 % of neurons and value channels, **D**": (UNITS_NAME, 0.08),
+    "4 % of the neurons, A×M×C (the paper's)": ("A×M×C", 0.04),
+    "everything, half-way (WiSE-FT, α = 0.5)": ("WiSE-FT", 0.5),
+    "least squares on both domains' activations, λ = 1": ("least squares", 1.0),
+    "spectral thresholding (DG-Hard)": ("spectral (DG-Hard)", 1.0),
+    "0.1 % of single weights, CRANE's gate": ("CRANE's gate, entries", 0.001),
+}
+
+
+def headline(runs: Runs, found: Found) -> str:
+    """The README's table: recovery with its interval and the change of the later skill, pair by pair."""
+    entries = next(iter(runs.values()))[0]["rows"][0]["entries"]
+    lines = [f"| what is put back | {' | '.join(found)} | parameters that differ |", "|---" * (len(found) + 2) + "|"]
+    for label, key in README.items():
+        chosen = [one for group in found.values() for one in group if (one.method, one.value) == key]
+        if len(chosen) < len(found):
+            continue
+        cells = []
+        for one in chosen:
+            ((kept, _, _),) = one.deltas.values()
+            text = f"{100 * one.recovery:.0f} % [{100 * one.low:.0f}, {100 * one.high:.0f}]; {100 * kept:+.1f}"
+            cells.append(text.replace("-", "−"))
+        size = np.mean([one.touched for one in chosen])
+        lines.append(f"| {label} | {' | '.join(cells)} | {size * entries / 1e6:.2f} M ({100 * size:.2g} %) |")
+    return "\n".join(lines) + "\n"
+
+
 def _price(found: Found, method: str) -> float:
     """What choosing costs the first time: later values of the knob find the scores cached."""
     return max(one.seconds for group in found.values() for one in group if one.method == method)

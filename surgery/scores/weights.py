@@ -61,15 +61,15 @@ def best(flat: Tensor, count: int) -> Tensor:
     return found[held.sort(descending=True, stable=True).indices[:count]]
 
 
-_SAMPLE = 64  # one number of so many
+_SAMPLE = 1 << 18  # how many numbers it looks at, at most
 
 
 def _guess(flat: Tensor, count: int) -> int:
     """The bits of a number below which the ``count`` highest hardly lie, from a sample; 0 where it can't tell."""
-    wanted = 1.2 * count / _SAMPLE + 50
-    sample = flat[::_SAMPLE].view(torch.int32) if len(flat) else flat.view(torch.int32)
     if count == 0:
         return _HIGHEST
+    step = max(64, -(-len(flat) // _SAMPLE))
+    wanted, sample = 1.2 * count / step + 50, flat[::step].view(torch.int32)
     if wanted >= len(sample) / 4:
         return 0
     return max(0, int(sample.topk(int(wanted)).values[-1]) - 1)

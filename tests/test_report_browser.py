@@ -101,8 +101,8 @@ def test_the_page_is_read_without_an_error_and_fits(tmp_path, width):
 def test_columns_sort_as_numbers_and_empty_cells_stay_last(tmp_path):
     numbers, words, _ = read(sample(), tmp_path, 1280)["tables"]
     assert numbers["before"] == ["10", "9", "", "-2.5"]
-    assert numbers["up"] == ["-2.50", "9", "10", ""]
-    assert numbers["down"] == ["10", "9", "-2.50", ""]
+    assert numbers["up"] == ["-2.5", "9", "10", ""]
+    assert numbers["down"] == ["10", "9", "-2.5", ""]
     assert words["up"] == sorted(words["before"])
     assert words["down"] == sorted(words["before"], reverse=True)
 

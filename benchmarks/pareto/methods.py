@@ -110,7 +110,7 @@ def selectors(setting: Setting) -> list[Any]:
     ]
     return [
         *PAPER,
-        *(DamageSelector(0.01, loss="kl", **given) for given in by_kl),
+        *(DamageSelector(0.01, loss="kl", **{"units": "mlp", **given}) for given in by_kl),
         RandomSelector(0.01, units=GROUPS),
         AMCSelector(0.01, units=GROUPS),
         DamageSelector(0.01, loss="kl", units="weight"),

@@ -79,7 +79,7 @@ def _short(runs: Runs, found: Found) -> str:
     """The main rows, mean over pairs and seeds."""
     lines = ["| | recovery | by greedy | kept, points | worst pair | differ, M | seconds |", "|---" * 7 + "|"]
     for name, value in HEADLINE:
-        chosen = [one for group in found.values() for one in group if (one.method, one.value) == (name, value)]
+        chosen = [x for group in found.values() for x in complete(group) if (x.method, x.value) == (name, value)]
         if len(chosen) < len(found) or not chosen:
             continue
         greedy = [_greedy(runs[pair], name, value) for pair in found]
@@ -116,7 +116,7 @@ def headline(runs: Runs, found: Found) -> str:
     entries = next(iter(runs.values()))[0]["rows"][0]["entries"]
     lines = [f"| what is put back | {' | '.join(found)} | parameters that differ |", "|---" * (len(found) + 2) + "|"]
     for label, key in README.items():
-        chosen = [one for group in found.values() for one in group if (one.method, one.value) == key]
+        chosen = [x for group in found.values() for x in complete(group) if (x.method, x.value) == key]
         if len(chosen) < len(found):
             continue
         cells = []
@@ -148,7 +148,8 @@ def _greedy(group: Sequence[Mapping[str, Any]], method: str, value: float) -> fl
 def _wins(found: Sequence[Point]) -> Iterator[str]:
     yield (
         "The best of each side within a bound, chosen on the same items, so both are a little too good; the bound on "
-        "the loss is on the kept skill. In brackets: 95 % of the difference, other minus library, over items.\n"
+        "the loss is on the kept skill. Only what every seed has takes part. In brackets: 95 % of the "
+        "difference, other minus library, over items.\n"
     )
     yield "| within | library | without training, not the library | difference | who wins |\n" + "|---" * 5 + "|"
     for one in _contests(found):
@@ -157,7 +158,15 @@ def _wins(found: Sequence[Point]) -> Iterator[str]:
     yield ""
 
 
+def complete(found: Sequence[Point]) -> list[Point]:
+    """The points that every seed of the pair has: only those are compared."""
+    seeds = max((len(one.seeds) for one in found), default=0)
+    return [one for one in found if len(one.seeds) == seeds]
+
+
 def _contests(found: Sequence[Point]) -> Iterator[Contest]:
+    found = complete(found)
+
     def within(cost: str, bound: str, inside: Sequence[Point]) -> Contest:
         return Contest(cost, bound, best(inside, (LIBRARY,)), best(inside, (BASELINE, CONTROL)), None)
 

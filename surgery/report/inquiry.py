@@ -120,7 +120,7 @@ def _terms(study: Study) -> DamageTerms:
 def _rollback(study: Study) -> Sweep:
     domain, run = study.focus
     first = study.budgets[0]
-    selectors: list[Selector] = [DamageSelector(first), RandomSelector(first)]
+    selectors: list[Selector] = [DamageSelector(first, units="mlp"), RandomSelector(first)]
     if run.base is not None:
         selectors.insert(1, AMCSelector(first))
     found = sweep(
@@ -151,7 +151,8 @@ def _tokens(study: Study) -> Tokens:
         raise Missing("a tokenizer: pass the last checkpoint as a folder that has one")
     masks = {} if study.mask is None else {GIVEN: study.mask}
     if not masks and "rollback" in study.found and (row := best(study.found["rollback"])) is not None:
-        masks = {f"D, {100 * row.budget:g} %": DamageSelector(row.budget).select(run, study.choosing[domain])}
+        again = DamageSelector(row.budget, units="mlp").select(run, study.choosing[domain])
+        masks = {f"D, {100 * row.budget:g} %": again}
     return tokens(run, study.half(1)[domain], opened_tokenizer(folder), masks)
 
 

@@ -46,6 +46,7 @@ def markdown(runs: Runs, found: Found) -> str:
     measured = sorted({one for group in runs.values() for run in group for one in run["measured"]})
     parts = [HEAD.format(statement=measured[0] if measured else statement())]
     parts += ["## What was lost\n", _lost(runs), "## In short\n", _short(runs, found)]
+    parts += ["## Accuracy before and after\n", _matrix(runs)]
     for name, group in found.items():
         parts += [f"## {name}\n", "### Who wins\n", *_wins(group), "### Everything\n", _everything(runs[name], group)]
     return "\n".join(parts)
@@ -95,6 +96,33 @@ def _short(runs: Runs, found: Found) -> str:
             f"{_price(found, name):.0f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _matrix(runs: Runs) -> str:
+    """Both skills after each stage and after the repair, with their mean (ACC) and the backward transfer (BWT)."""
+    lines = [
+        "Mean over seeds, in %. ACC: the mean of both skills. BWT: how far the earlier skill is from where it was",
+        f"right after its own stage. Repaired: {WEIGHTS_NAME}, up to 0.25 %.\n",
+        "| pair | model | earlier skill | later skill | ACC | BWT |",
+        "|---" * 6 + "|",
+    ]
+    for name, group in runs.items():
+        metric, kept = group[0]["pair"]["metric"], group[0]["pair"]["kept"]
+        before = None
+        for label, key in (
+            ("earlier", ("earlier", 1.0)),
+            ("later", ("later", 0.0)),
+            ("repaired", (WEIGHTS_NAME, 0.0025)),
+        ):
+            rows = [row for run in group for row in run["rows"] if (row["method"], row["value"]) == key]
+            if len(rows) < len(group):
+                continue
+            own, other = (100 * float(np.mean([row["metrics"][one] for row in rows])) for one in (metric, kept))
+            before = own if before is None else before
+            lines.append(
+                f"| {name} | {label} | {own:.1f} | {other:.1f} | {(own + other) / 2:.1f} | {own - before:+.1f} |"
+            )
     return "\n".join(lines) + "\n"
 
 
@@ -223,7 +251,7 @@ _STYLES = {
 
 
 def picture(runs: Runs, found: Found) -> Figure:
-    """Recovery against what the later skill lost; the size of a point is how many parameters differ."""
+    """Recovery against what the later skill lost; the larger a point, the more parameters differ."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.6 * max(1, len(found)), 4.8), dpi=150, layout="constrained")
@@ -237,11 +265,13 @@ def picture(runs: Runs, found: Found) -> Figure:
                 continue
             x = [100 * mean for one in curve for mean, _, _ in one.deltas.values()]
             y = [100 * one.recovery for one in curve]
-            sizes = [25 + 250 * one.touched**0.5 for one in curve]
+            sizes = [20 + 130 * one.touched**0.5 for one in curve]
             ax.plot(x, y, color=colour, linewidth=1, alpha=0.6)
-            ax.scatter(x, y, s=sizes, color=colour, marker=marker, label=method, linewidths=0.5, zorder=3)
+            ax.scatter(x, y, s=sizes, color=colour, marker=marker, linewidths=0.5, zorder=3)
+            ax.plot([], [], color=colour, marker=marker, linewidth=1, label=method)
         ax.set_xscale("symlog", linthresh=1.0)
         ticks = [-20, -10, -5, -2, -1, 0, 1]
+        ax.set_xlim(-30, 2.5)
         ax.set_xticks(ticks, [f"{tick:g}".replace("-", "−") for tick in ticks])
         ax.minorticks_off()
         ax.set_ylim(-10, 115)

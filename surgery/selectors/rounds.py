@@ -75,11 +75,12 @@ def by_damage(
     of the candidates. They do not depend on the budget: a larger budget contains a smaller one (without ``stop``).
 
     A quarter of the prompts takes no part. With ``stop`` the number of weights with the smallest loss on those prompts
-    is kept, and rounds end where they have not lowered it for a while; so a larger budget may take fewer, and none are
-    taken if that is the later model itself. The curve is in ``made_by["entries"]``. Fewer than 16 prompts are not
-    divided: all choose, and all measure.
+    is kept. Rounds end where six of them have not lowered it, but not before half of ``rounds``. So a larger budget may
+    take fewer, and none are taken if that is the later model itself. The curve is in ``made_by["entries"]``. Fewer than
+    16 prompts are not divided: all choose, and all measure.
 
-    A round costs a forward and a backward pass over 32 prompts (or fewer), and half a forward pass over the others.
+    A round costs a forward and a backward pass over 32 prompts (or fewer), and every other one a forward pass over the
+    prompts that measure.
 
     Args:
         run: a trajectory with ``earlier`` and ``later``.
@@ -171,7 +172,7 @@ class _Path:
         """
         best, since, at = self._measured(0), 0, 0
         curve = [(0, best)]
-        while curve[-1][0] < allowed and (not stop or since < _PATIENCE):
+        while curve[-1][0] < allowed and (not stop or since < _PATIENCE or at < self.rounds // 2):
             if at == len(self.ends) and not self._round():
                 break
             last = at + 1 == len(self.ends) and self.ended

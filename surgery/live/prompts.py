@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgery.progress import steps
+
 Batch = dict[str, Tensor]
 IGNORED = -100  # the label of a token that is no response (the convention of transformers' losses)
+TOKENS = 2048  # prompts × the longest of them: what one pass over a model takes at once
 
 
 def load_prompts(path: str | Path, tokenizer: Any, *, batch_size: int = 16, limit: int | None = None) -> list[Batch]:
@@ -103,6 +106,49 @@ def digest_of(batches: Iterable[Batch]) -> str:
                 digest.update(f"{name}{tuple(batch[name].shape)}".encode())
                 digest.update(batch[name].to("cpu", torch.int64).contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def each(what: str, batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches one by one, with their progress (``surgery.progress``)."""
+    return steps(what, batches, lambda batch: float(batch["input_ids"].numel()))
+
+
+def passes(batches: Iterable[Batch]) -> tuple[list[Batch], list[int]]:
+    """The prompts of all batches, grouped anew, and the number of each of them among those given.
+
+    What one pass takes in memory depends on the tokens that go through the model at once. So prompts of like length are
+    put together, the shortest first, as many as make at most ``TOKENS`` tokens with the padding; a longer prompt comes
+    alone. Whatever the batches were, sums over prompts are the same, to rounding. Batches that hold more than tokens,
+    masks and labels stay as they are, and so do those of which only some have labels.
+    """
+    given = list(batches)
+    if len({frozenset(batch) - {"attention_mask"} for batch in given}) != 1 or given[0].keys() - _FIELDS.keys():
+        return given, list(range(sum(len(batch["input_ids"]) for batch in given)))
+    rows = [row for batch in given for row in _rows(right_padded(batch))]
+    order = sorted(range(len(rows)), key=lambda at: len(rows[at]["input_ids"]))
+    groups: list[list[Batch]] = []
+    for at in order:  # each is as long as the one before, or longer
+        if not groups or (len(groups[-1]) + 1) * len(rows[at]["input_ids"]) > TOKENS:
+            groups.append([])
+        groups[-1].append(rows[at])
+    return [_stacked(group) for group in groups], order
+
+
+_FIELDS = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}  # and what they are padded with
+
+
+def _rows(batch: Batch) -> Iterator[Batch]:
+    """Each prompt of a right-padded batch, without its padding."""
+    attended = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+    whole = {**batch, "attention_mask": attended}
+    for at, mask in enumerate(attended.bool()):
+        stop = int(mask.nonzero().max()) + 1 if bool(mask.any()) else 1
+        yield {name: value[at, :stop] for name, value in whole.items()}
+
+
+def _stacked(rows: list[Batch]) -> Batch:
+    pad = torch.nn.utils.rnn.pad_sequence
+    return {name: pad([row[name] for row in rows], True, _FIELDS[name]) for name in rows[0]}
 
 
 def halved(batches: Iterable[Batch], which: int) -> list[Batch]:

@@ -19,8 +19,8 @@ from surgery.measure.statistics import ALPHA, Paired, needed, underpowered
 from surgery.measure.sweep import Bench, at_budget, metric_of, units_of
 from surgery.reverting.folder import save
 from surgery.reverting.rollback import rolled_back
-from surgery.scores.amc import remembered
 from surgery.scores.damage import earlier_answers
+from surgery.scores.memory import remembered
 from surgery.selectors.selectors import DamageSelector, Selector
 
 # 1, 1.5, 2, 3, 5, 7 of each decade, from 0.1 % to everything
@@ -177,7 +177,7 @@ def repair(
         batches = choosing
     search = _Search(Bench(run, batches, evaluate, path, progress), selector or DEFAULT, grid, metric)
     limits = _limits(keep, limit, search)
-    with remembered():
+    with remembered(own=True):
         return replace(search.found(recovery, limits, notes), unit=unit)
 
 

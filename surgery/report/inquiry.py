@@ -30,8 +30,9 @@ from surgery.measure.history import History, Lost, history
 from surgery.measure.rows import EARLIER, LATER, Evaluate, Row, Sweep, judged, measured
 from surgery.measure.sweep import sweep
 from surgery.reverting.provenance import versions
-from surgery.scores.amc import activation, magnitude, remembered
+from surgery.scores.amc import activation, magnitude
 from surgery.scores.damage import damage
+from surgery.scores.memory import remembered
 from surgery.selectors.selectors import AMCSelector, DamageSelector, RandomSelector, Selector
 from surgery.tables import write_json
 from surgery.theory.damage import DamageTerms, damage_terms
@@ -336,7 +337,7 @@ def analyse(
     prompts = {domain: list(batches_of(batches)) for domain, batches in (data or {}).items()}
     study = Study(run, prompts, evaluate, tuple(budgets), refresh_steps, device, dtype)
     skipped = dict.fromkeys(asked, "left out on request")
-    with remembered():
+    with remembered(own=True):
         for name, part in PARTS.items():
             if name in skipped:
                 continue

@@ -16,7 +16,7 @@ from surgery.live.losses import Divergence, Loss, mean_loss
 from surgery.masks.budget import Allocation
 from surgery.masks.entries import Entries, shapes_of
 from surgery.reverting.rollback import rollback
-from surgery.scores.amc import remember
+from surgery.scores.memory import remember
 from surgery.scores.weights import CHUNK, Gains, best, chosen, entries_of, entry_gains, entry_magnitude, zeros_on_disk
 from surgery.selectors.settings import Data
 from surgery.units import WEIGHT, Units, kinds_of, owners_of

@@ -16,6 +16,7 @@ from surgery.masks.mask import Mask
 from surgery.masks.neurons import Neurons
 from surgery.scores.amc import activation, conflict, costs_of, magnitude, product, worth
 from surgery.scores.damage import damage, promised, reversal_cost
+from surgery.scores.memory import remembered
 from surgery.selectors.rounds import (
     at_random,
     by_damage,
@@ -105,6 +106,7 @@ class AMCSelector:
         own, plain = letters_named(self.rank, self.allocate), "global" if single(self.units) else "proportional"
         return named(own if self.how == plain else f"{own} ({self.how})", self.units)
 
+    @remembered()
     def select(self, run: Trajectory, data: Data | None = None) -> Mask:
         """The mask; ``data`` may be left out where neither score contains A."""
         run.check_whole()
@@ -186,6 +188,7 @@ class DamageSelector:
         own = f"{damage_named(self.loss)}{guard}"
         return named(own if self.how == "global" else f"{own} ({self.how})", self.units)
 
+    @remembered()
     def select(self, run: Trajectory, data: Data | None = None) -> Mask:
         """The mask; ``data`` are prompts of the damaged domain, with responses or without."""
         run.check_whole()

@@ -40,7 +40,6 @@ from surgery.masks.mask import load_mask
 from surgery.measure import stability
 from surgery.reverting.provenance import MASK
 from surgery.scores import weights as weight_ranking
-from surgery.scores.amc import remembered
 from surgery.scores.weights import entry_gains
 from surgery.selectors import rounds as weight_selection
 from surgery.selectors import selectors as selection
@@ -89,12 +88,11 @@ def test_damage_goes_round_by_round_to_where_the_loss_is_least(family, dtype):
 
 
 def test_a_mask_asked_for_again_costs_no_pass():
-    """Where scores are remembered, as in a sweep and a repair: the same mask again, and no loss measured twice."""
+    """The same mask again, and no loss measured twice: what was measured is kept with the run."""
     run, data, passes = two("llama"), batches(labels=True), []
     handle = run.load().register_forward_hook(lambda *_: passes.append(None))
-    with remembered():
-        first, once = DamageSelector(0.05, units="weight").select(run, data), len(passes)
-        again, twice = DamageSelector(0.05, units="weight").select(run, data), len(passes)
+    first, once = DamageSelector(0.05, units="weight").select(run, data), len(passes)
+    again, twice = DamageSelector(0.05, units="weight").select(run, data), len(passes)
     handle.remove()
     assert again.equal(first)
     assert once == twice > 0

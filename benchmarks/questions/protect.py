@@ -18,7 +18,6 @@ from benchmarks.damaged import METRIC, OTHERS, Damaged, Judged
 from benchmarks.hardware import statement
 from benchmarks.seeds import asked_for, write
 from surgery import DamageSelector
-from surgery.scores.amc import remembered
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,12 +31,11 @@ def measure(folder: Path) -> Found:
     """(weight, budget) → recovery of Math, Δ of the others."""
     lab, found = Damaged.of(folder), {}
     guarded = {domain: lab.data[domain] for domain in OTHERS}
-    with remembered():
-        for weight in WEIGHTS:
-            for budget in BUDGETS:
-                selector = DamageSelector(budget, protect=guarded if weight else None, weight=weight, units="mlp")
-                judged = lab.stored.get((selector.name, budget))
-                found[weight, budget] = judged or lab.judged(selector.select(lab.run, lab.data[METRIC]))
+    for weight in WEIGHTS:
+        for budget in BUDGETS:
+            selector = DamageSelector(budget, protect=guarded if weight else None, weight=weight, units="mlp")
+            judged = lab.stored.get((selector.name, budget))
+            found[weight, budget] = judged or lab.judged(selector.select(lab.run, lab.data[METRIC]))
     return found
 
 

@@ -22,7 +22,6 @@ from surgery import AMCSelector, DamageSelector, Entries, RandomSelector, Trajec
 from surgery.checkpoints.trajectory import displacements
 from surgery.live.prompts import Batch
 from surgery.masks.entries import shapes_of
-from surgery.scores.amc import remembered
 from surgery.scores.weights import best, entries_of
 from surgery.selectors.rounds import ROUNDS, by_damage
 from surgery.selectors.settings import damage_named, units_asked
@@ -117,15 +116,14 @@ def measure(folder: Path) -> list[Found]:
     """Per draw: (selector, budget) → recovery of Math, the worst change elsewhere."""
     lab = Damaged.of(folder)
     found: list[Found] = [{} for _ in range(DRAWS)]
-    with remembered():
-        for selector in SELECTORS:
-            for budget in BUDGETS:
-                judged = lab.stored.get((selector.name, budget))
-                if judged is None:
-                    one = replace(selector, budget=budget * share(lab.run, selector.units))
-                    judged = lab.judged(one.select(lab.run, lab.data[METRIC]))
-                recovery, others = judged
-                found[getattr(selector, "seed", 0)][selector.name, budget] = recovery, min(others.values())
+    for selector in SELECTORS:
+        for budget in BUDGETS:
+            judged = lab.stored.get((selector.name, budget))
+            if judged is None:
+                one = replace(selector, budget=budget * share(lab.run, selector.units))
+                judged = lab.judged(one.select(lab.run, lab.data[METRIC]))
+            recovery, others = judged
+            found[getattr(selector, "seed", 0)][selector.name, budget] = recovery, min(others.values())
     return found
 
 

@@ -27,7 +27,7 @@ from benchmarks.real.evaluate import Evaluator, Scores
 from benchmarks.real.stages import place
 from surgery import Trajectory, load_prompts
 from surgery.checkpoints.opening import fingerprint
-from surgery.scores.amc import remembered
+from surgery.scores.memory import remembered
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from surgery.compat import writes_to
+
 INDEX = "model.safetensors.index.json"
 _HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors format itself
 DTYPES = {
@@ -289,6 +291,35 @@ def edited(module: nn.Module, how: str) -> Iterator[None]:
         yield
     finally:
         edits.remove(how)
+
+
+class Moment:
+    """What a live model's numbers were at some time; compared by identity."""
+
+
+_moments: WeakKeyDictionary[nn.Module, tuple[Any, Moment]] = WeakKeyDictionary()
+
+
+def moment_of(module: nn.Module) -> Moment:
+    """The same object for as long as nothing is written into a live model, and again after an undo (``returned``).
+
+    It notices what torch counts: optimiser steps, copies, moves, conversions; not what is written through ``.data``.
+    """
+    now = _written(module)
+    known = _moments.get(module)
+    if known is None or known[0] != now:
+        known = _moments[module] = now, Moment()
+    return known[1]
+
+
+def returned(module: nn.Module, moment: Moment) -> None:
+    """Note that every number of a live model is what it was at a moment, whatever was written since."""
+    _moments[module] = _written(module), moment
+
+
+def _written(module: nn.Module) -> tuple[Any, ...]:
+    tensors = module.state_dict(keep_vars=True).values()
+    return tuple((one.data_ptr(), one.dtype, 0 if one.is_inference() else writes_to(one)) for one in tensors)
 
 
 def tensors_of(source: Source) -> Mapping[str, Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from surgery.checkpoints.checkpoint import Checkpoint, Source, in_force
 from surgery.checkpoints.opening import Weights, open_weights
 from surgery.layout.slots import Block, Layout
+from surgery.progress import steps
 from surgery.units import Units, kinds_of, noun
 
 
@@ -25,6 +26,7 @@ class _Held:
     weights: dict[tuple[str, tuple[str, ...]], tuple[Weights | None, Weights]] = field(default_factory=dict)
     model: nn.Module | None = None
     read: Checkpoint | None = None  # the files that ``model`` was read from
+    memory: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,11 @@ class Trajectory:
             return dict(self.stages)
         given = {"base": self.base, "earlier": self.earlier, "later": self.later}
         return {name: source for name, source in given.items() if source is not None}
+
+    @property
+    def memory(self) -> dict[str, Any]:
+        """What was measured on the run, kept as long as the run itself (``surgery.scores.memory``)."""
+        return self._held.memory
 
     def steps(self) -> dict[str, Trajectory]:
         """Each stage as a trajectory of its own, by the name of the checkpoint that it led to (``later``)."""
@@ -327,7 +334,8 @@ def displacements(
         infinite weights come as they are (``check_finite``).
     """
     opened = run.weights(*names, units=units)
-    for name, block in opened[-1].layout.items():
+    found = steps("the checkpoints", opened[-1].layout.items(), lambda item: float(item[1].neurons * item[1].width))
+    for name, block in found:
         others = [one.layout[name] for one in opened[:-1]]
         for part in block.parts:
             readers = [reading(one, name, part) for one in opened]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +16,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.status import Status
+from rich.text import Text
 
+from surgery.progress import reporting, spoken
 from surgery.units import KINDS, WEIGHT, kinds_of, single
 
 if TYPE_CHECKING:
@@ -223,12 +227,43 @@ def tell(text: str) -> None:
         out.print(text, markup=False)
 
 
+_OFTEN, _FIRST, _SELDOM = 0.2, 1.0, 10.0  # seconds between two lines: on a terminal; else the first time, and later
+
+
 @contextmanager
 def working(what: str) -> Iterator[Callable[[str], None]]:
-    """A spinner with the seconds that have gone by, on the error stream, so that output can be piped."""
+    """What is being done, since when, and how long it may still take, on the error stream: output can be piped.
+
+    On a terminal one line that changes; elsewhere a plain line after a second and then now and then.
+    """
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    start = time.monotonic()
-    with err.status(what) as status:
-        yield lambda text: status.update(f"{text} ({time.monotonic() - start:.0f} s)")
+    start, done, told = time.monotonic(), threading.Event(), [what, ""]
+
+    def line() -> str:
+        return f"{': '.join(filter(None, told))} ({spoken(time.monotonic() - start)})"
+
+    def show(status: Status) -> None:
+        pause = _OFTEN if err.is_terminal else _FIRST
+        while not done.wait(pause):
+            if err.is_terminal:
+                status.update(Text(line()))
+            else:
+                err.print(line(), markup=False)
+                pause = _SELDOM
+
+    def say(text: str) -> None:
+        told[:] = text, ""
+
+    def inside(text: str) -> None:
+        told[1] = text
+
+    with err.status(Text(what)) as status, reporting(inside):
+        thread = threading.Thread(target=show, args=(status,), daemon=True)
+        thread.start()
+        try:
+            yield say
+        finally:
+            done.set()
+            thread.join()

@@ -13,7 +13,7 @@ from surgery.evidence.matching import KINDS, Place, places_of
 from surgery.live.heads import positions
 from surgery.live.hooks import collecting_from
 from surgery.live.losses import Loss, cross_entropy
-from surgery.live.prompts import Batch
+from surgery.live.prompts import Batch, each
 from surgery.scores.weights import zeros_on_disk
 from surgery.tables import Cell
 
@@ -205,7 +205,7 @@ def _sum(
             sums[name][at : at + CHUNK].add_(part, alpha=weight)
 
     with collecting_from(model, trained, add):
-        for at, batch in enumerate(batches):
+        for at, batch in enumerate(each(f"gradients of {domain}", batches)):
             weight = int(positions(batch).sum())
             if not weight:
                 raise ValueError(f"batch {at} of {domain!r} has no response token to predict")

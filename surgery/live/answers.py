@@ -19,6 +19,7 @@ from surgery.checkpoints.opening import sampled
 from surgery.live.heads import contiguous
 from surgery.live.hooks import evaluating
 from surgery.live.prompts import Batch, batches_of, check_fits, padded
+from surgery.progress import steps
 
 _ALONE = threading.Lock()  # generate draws from torch's own random numbers, of which a process has one sequence
 
@@ -113,7 +114,7 @@ def _generate(model: Any, asked: list[list[list[int]]], settings: _Settings) -> 
     forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
     with _ALONE, forked, torch.inference_mode(), evaluating(model), _own_settings(model), contiguous(model):
         torch.manual_seed(settings.seed)
-        for rows in asked:
+        for rows in steps("the earlier model's answers", asked, len):
             length = max(map(len, rows))
             room = settings.max_new_tokens if limit is None else min(settings.max_new_tokens, limit - length)
             if room < 1:

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from surgery.checkpoints.checkpoint import Checkpoint, Source, State, edited, in_force
+from surgery.checkpoints.checkpoint import Checkpoint, Source, State, edited, in_force, moment_of, returned
 from surgery.checkpoints.opening import Weights, open_weights
 from surgery.checkpoints.trajectory import Trajectory
 from surgery.layout.on_disk import name_on_disk
@@ -102,7 +102,10 @@ def _bare(source: Source | None) -> bool:
 
 @contextmanager
 def _swapped(names: list[str], live: Weights, to: Weights, back: Weights | None) -> Iterator[None]:
+    assert isinstance(live.tensors, State)
+    model = live.tensors.module
     kept: dict[str, Tensor | None] = {}  # None: what the disk holds is the same, bit for bit
+    before = inside = moment_of(model)
     try:
         for name in names:
             tensor = live.read(name)
@@ -110,10 +113,14 @@ def _swapped(names: list[str], live: Weights, to: Weights, back: Weights | None)
             kept[name] = None if there is not None and _same_bits(tensor, there) else tensor.to("cpu", copy=True)
             with torch.no_grad():
                 tensor.copy_(live_tensor(to, live, name))
+        inside = moment_of(model)
         yield
     finally:
         with uninterrupted():
+            alone = moment_of(model) is inside  # nobody else has written
             _put_back(kept, live, back)
+            if alone:
+                returned(model, before)
 
 
 def _put_back(kept: Mapping[str, Tensor | None], live: Weights, back: Weights | None) -> None:

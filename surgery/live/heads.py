@@ -16,6 +16,7 @@ from surgery.live.hooks import removing
 from surgery.live.prompts import Batch, check_fits, response_mask, right_padded
 
 CHUNK = 1 << 23  # numbers of logits that exist at a time
+FINE = 1 << 20  # and of those in float32, of which a measure needs several copies: what a cache holds
 Measure = Callable[[slice, Tensor], tuple[Tensor, Tensor]]  # rows and their logits → Σ over rows, its gradient by them
 
 
@@ -58,7 +59,17 @@ class Reading:
         """Σ over positions of what a function says of their logits, a scalar that can be differentiated once."""
         if torch.is_grad_enabled() and (self.hidden.requires_grad or self.weights):
             return _Total.apply(self, measure, self.hidden, *self.weights)  # type: ignore[no-untyped-call, no-any-return]
-        return torch.stack([measure(rows, logits)[0] for rows, logits in self.chunks()]).sum()
+        return torch.stack([_measured(measure, rows, logits)[0] for rows, logits in self.chunks()]).sum()
+
+
+def _measured(measure: Measure, rows: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """What a function says of a chunk's logits, a few rows at a time; the gradient has the logits' dtype."""
+    values, slopes, step = [], torch.empty_like(logits), max(1, FINE // logits.shape[1])
+    for at in range(0, len(logits), step):
+        some = logits[at : at + step]
+        value, slopes[at : at + step] = measure(slice(rows.start + at, rows.start + at + len(some)), some)
+        values.append(value)
+    return torch.stack(values).sum(), slopes
 
 
 class _Total(torch.autograd.Function):
@@ -75,9 +86,9 @@ class _Total(torch.autograd.Function):
             with torch.enable_grad():
                 some = hidden[rows].detach().requires_grad_()
                 logits = of.head(some)
-            value, slope = measure(rows, logits.detach())
+            value, slope = _measured(measure, rows, logits.detach())
             total.append(value)
-            found = torch.autograd.grad(logits, (some, *weights), slope.to(logits.dtype), allow_unused=True)
+            found = torch.autograd.grad(logits, (some, *weights), slope, allow_unused=True)
             slopes[rows] = found[0]
             for known, grad in zip(sums, found[1:], strict=True):
                 if grad is not None:

@@ -184,7 +184,8 @@ def _listen_to_batched_experts(module: Any, hear: Hear, stack: ExitStack) -> Non
 
 
 Take = Callable[[Block, Slot, Tensor, Tensor], None]  # block, slot, the tensor's gradient, the tensor
-CHUNK = 1 << 22  # numbers of a gradient that are turned into float32 at a time
+CHUNK = 1 << 17  # numbers of a gradient that are turned into float32 at a time: what a processor's cache holds
+LARGE = 1 << 22  # the same on a GPU, which takes its time to start
 
 
 @contextmanager
@@ -261,7 +262,8 @@ def in_runs(slot: Slot, *views: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...
     The rows come on the device of the first view.
     """
     inner = views[0].shape[1 : 1 + slot.stacked].numel()  # neurons per entry of the first axis
-    step = max(1, CHUNK // max(1, views[0][:1].numel()))
+    chunk = CHUNK if views[0].device.type == "cpu" else LARGE
+    step = max(1, chunk // max(1, views[0][:1].numel()))
     for at in range(0, len(views[0]), step):
         rows = [view[at : at + step] for view in views]
         count = len(rows[0]) * inner

@@ -20,7 +20,7 @@ from surgery.checkpoints.checkpoint import DTYPES, header_of, mapped
 from surgery.checkpoints.opening import sampled
 from surgery.live.heads import Reading, positions, reading
 from surgery.live.hooks import evaluating
-from surgery.live.prompts import Batch, batches_of, digest_of
+from surgery.live.prompts import Batch, batches_of, digest_of, each
 
 Loss = Callable[[nn.Module, Batch], Tensor]
 Divergence = Literal["kl", "hellinger"]
@@ -49,8 +49,15 @@ class Distillation:
 
     def __init__(self, folder: Path, model: str, temporary: bool = False, divergence: Divergence = "kl") -> None:
         self.folder, self.model, self.divergence = folder, model, divergence
+        self._files: Distillation | None = None
         if temporary:  # it lives as long as what reads from it
             weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+
+    def by(self, divergence: Divergence) -> Distillation:
+        """The distance from the same predictions, measured in another way."""
+        found = Distillation(self.folder, self.model, divergence=divergence)
+        found._files = self  # a temporary folder stays for as long as one of the two
+        return found
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         target, far = self.of(batch), _SUMS[self.divergence]
@@ -107,7 +114,7 @@ def distillation(
     for path in place.glob("*.safetensors"):
         _checked(path, found.model)
     with evaluating(earlier), torch.no_grad():
-        for batch in batches_of(data):
+        for batch in each("the earlier model's predictions", batches_of(data)):
             if not found.path(batch).exists():
                 _keep(found.path(batch), reading(earlier, batch), found.model)
     return found
@@ -198,7 +205,7 @@ def mean_loss(loss: Loss, model: nn.Module, batches: Iterable[Batch]) -> float:
     """The loss of a model per token that counts, without gradients; the model is in eval mode meanwhile."""
     total, tokens = 0.0, 0
     with evaluating(model), torch.no_grad():
-        for batch in batches:
+        for batch in each("the loss", batches):
             count = tokens_in([batch])
             total, tokens = total + float(loss(model, batch)) * count, tokens + count
     return total / tokens

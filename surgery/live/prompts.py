@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgery.progress import steps
+
 Batch = dict[str, Tensor]
 IGNORED = -100  # the label of a token that is no response (the convention of transformers' losses)
+TOKENS = 2048  # prompts × the longest of them: what one pass over a model takes at once
 
 
 def load_prompts(path: str | Path, tokenizer: Any, *, batch_size: int = 16, limit: int | None = None) -> list[Batch]:
@@ -105,6 +108,49 @@ def digest_of(batches: Iterable[Batch]) -> str:
     return digest.hexdigest()
 
 
+def each(what: str, batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches one by one, with their progress (``surgery.progress``)."""
+    return steps(what, batches, lambda batch: float(batch["input_ids"].numel()))
+
+
+def passes(batches: Iterable[Batch]) -> tuple[list[Batch], list[int]]:
+    """The prompts of all batches, grouped anew, and the number of each of them among those given.
+
+    What one pass takes in memory depends on the tokens that go through the model at once. So prompts of like length are
+    put together, the shortest first, as many as make at most ``TOKENS`` tokens with the padding; a longer prompt comes
+    alone. Whatever the batches were, sums over prompts are the same, to rounding. Batches that hold more than tokens,
+    masks and labels stay as they are, and so do those of which only some have labels.
+    """
+    given = list(batches)
+    if len({frozenset(batch) - {"attention_mask"} for batch in given}) != 1 or given[0].keys() - _FIELDS.keys():
+        return given, list(range(sum(len(batch["input_ids"]) for batch in given)))
+    rows = [row for batch in given for row in _rows(right_padded(batch))]
+    order = sorted(range(len(rows)), key=lambda at: len(rows[at]["input_ids"]))
+    groups: list[list[Batch]] = []
+    for at in order:  # each is as long as the one before, or longer
+        if not groups or (len(groups[-1]) + 1) * len(rows[at]["input_ids"]) > TOKENS:
+            groups.append([])
+        groups[-1].append(rows[at])
+    return [_stacked(group) for group in groups], order
+
+
+_FIELDS = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}  # and what they are padded with
+
+
+def _rows(batch: Batch) -> Iterator[Batch]:
+    """Each prompt of a right-padded batch, without its padding."""
+    attended = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+    whole = {**batch, "attention_mask": attended}
+    for at, mask in enumerate(attended.bool()):
+        stop = int(mask.nonzero().max()) + 1 if bool(mask.any()) else 1
+        yield {name: value[at, :stop] for name, value in whole.items()}
+
+
+def _stacked(rows: list[Batch]) -> Batch:
+    pad = torch.nn.utils.rnn.pad_sequence
+    return {name: pad([row[name] for row in rows], True, _FIELDS[name]) for name in rows[0]}
+
+
 def halved(batches: Iterable[Batch], which: int) -> list[Batch]:
     """Every other prompt of all batches, from the first (0) or the second (1) on."""
     found, before = [], 0
@@ -118,36 +164,17 @@ def halved(batches: Iterable[Batch], which: int) -> list[Batch]:
 def dealt(batches: Iterable[Batch], size: int, least: int = 1) -> list[Batch]:
     """All prompts in new batches of at most ``size``, and at least ``least`` batches where there are as many prompts.
 
-    They are dealt like cards, the longest first, so that each batch has short ones and long ones. Batches with labels
-    stay apart from those without.
+    They are dealt like cards, the longest first, so that each batch has long ones and short ones. A batch has at most
+    ``TOKENS`` tokens, like those of ``passes``. Prompts with labels stay apart from those without.
     """
-    found: list[Batch] = []
-    batches = list(batches)
+    given, found = list(batches), []
     for labelled in (True, False):
-        rows = [
-            {name: value[at : at + 1] for name, value in right_padded(batch).items() if value.ndim == 2}
-            for batch in batches
-            if ("labels" in batch) is labelled
-            for at in range(len(batch["input_ids"]))
-        ]
-        rows.sort(key=lambda row: -_length(row))
-        count = max(-(-len(rows) // size), min(least, len(rows)))
-        found += [_joined(rows[at::count]) for at in range(count)]
-    return found
-
-
-def _length(row: Batch) -> int:
-    attended = row.get("attention_mask")
-    return row["input_ids"].shape[1] if attended is None else int(attended.sum())
-
-
-def _joined(rows: Sequence[Batch]) -> Batch:
-    """One batch of single prompts, cut to the longest; the longest comes first."""
-    width, found = _length(rows[0]), {}
-    for name in rows[0]:
-        fill = IGNORED if name == "labels" else 0
-        cut = [row[name][:, :width] for row in rows]
-        found[name] = torch.cat([nn.functional.pad(one, (0, width - one.shape[1]), value=fill) for one in cut])
+        some = (right_padded(batch) for batch in given if ("labels" in batch) is labelled)
+        rows = sorted((row for batch in some for row in _rows(batch)), key=lambda row: -len(row["input_ids"]))
+        if rows:
+            most = max(1, min(size, TOKENS // len(rows[0]["input_ids"])))
+            count = max(-(-len(rows) // most), min(least, len(rows)))
+            found += [_stacked(rows[at::count]) for at in range(count)]
     return found
 
 

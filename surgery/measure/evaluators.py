@@ -16,7 +16,7 @@ from torch import nn
 from surgery.live.heads import positions
 from surgery.live.hooks import evaluating
 from surgery.live.losses import likelihoods
-from surgery.live.prompts import Batch, batches_of, digest_of, opened_tokenizer
+from surgery.live.prompts import Batch, batches_of, digest_of, each, opened_tokenizer, passes
 from surgery.measure.rows import Evaluate, Score
 
 PREFIX = "lm_eval:"
@@ -28,10 +28,7 @@ class _Likelihood:
 
     def __call__(self, model: nn.Module) -> dict[str, Score]:
         with evaluating(model), torch.no_grad():
-            return {
-                domain: [value for batch in batches for value in _per_prompt(model, batch)]
-                for domain, batches in self.data.items()
-            }
+            return {domain: _each(model, domain, batches) for domain, batches in self.data.items()}
 
 
 def likelihood(data: Mapping[str, Iterable[Batch]]) -> Evaluate:
@@ -56,6 +53,13 @@ def likelihood(data: Mapping[str, Iterable[Batch]]) -> Evaluate:
     if not found:
         raise ValueError('expected data by domain, like {"math": load_prompts(...)}')
     return _Likelihood(found)
+
+
+def _each(model: nn.Module, domain: str, batches: list[Batch]) -> list[float]:
+    """The score of each prompt, in their own order."""
+    groups, order = passes(batches)
+    found = [value for batch in each(f"likelihood of {domain}", groups) for value in _per_prompt(model, batch)]
+    return [value for _, value in sorted(zip(order, found, strict=True))]
 
 
 def _per_prompt(model: nn.Module, batch: Batch) -> list[float]:

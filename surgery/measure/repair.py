@@ -19,8 +19,8 @@ from surgery.measure.statistics import ALPHA, Paired, needed, underpowered
 from surgery.measure.sweep import Bench, at_budget, metric_of
 from surgery.reverting.folder import save
 from surgery.reverting.rollback import rolled_back
-from surgery.scores.amc import remembered
 from surgery.scores.damage import earlier_answers
+from surgery.scores.memory import remembered
 from surgery.selectors.selectors import DamageSelector, Selector
 from surgery.selectors.settings import units_asked
 
@@ -178,7 +178,7 @@ def repair(
         batches = choosing
     search = _Search(Bench(run, batches, evaluate, path, progress), selector or DEFAULT, grid, metric)
     limits = _limits(keep, limit, search)
-    with remembered():
+    with remembered(own=True):
         return replace(search.found(recovery, limits, notes), unit=unit)
 
 

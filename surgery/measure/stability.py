@@ -16,7 +16,7 @@ from surgery.masks.mask import Mask
 from surgery.masks.neurons import Neurons
 from surgery.measure.rows import Evaluate, judged
 from surgery.measure.sweep import Bench, metric_of, name_of
-from surgery.scores.amc import remembered
+from surgery.scores.memory import remembered
 from surgery.selectors.selectors import Selector
 from surgery.tables import aligned
 
@@ -119,7 +119,7 @@ def stability(
         size: [_drawn(batches, torch.randperm(prompts, generator=generator)[:size]) for _ in range(draws)]
         for size in sizes
     }
-    with remembered():
+    with remembered(own=True):
         whole = selector.select(run, batches)
         masks = {size: [selector.select(run, part) for part in parts[size]] for size in sizes}
     recoveries: dict[int, list[float]] = {}

@@ -24,8 +24,9 @@ from surgery.masks.mask import Mask
 from surgery.masks.neurons import Neurons
 from surgery.measure.evaluators import evaluator, signature
 from surgery.measure.rows import EARLIER, LATER, Evaluate, Row, Score, Sweep, ceiling_of, check_items, judged, measured
+from surgery.progress import steps
 from surgery.reverting.rollback import rollback
-from surgery.scores.amc import identity, remembered
+from surgery.scores.memory import identity, remembered
 from surgery.selectors.selectors import Selector
 from surgery.selectors.settings import units_asked
 from surgery.units import Units, kinds_of
@@ -344,10 +345,10 @@ def sweep(
     bench = Bench(run, data, evaluate, path, progress)
     later, earlier = bench.later(), bench.earlier()
     metric = metric_of(earlier, later, metric)
-    with remembered():
+    with remembered(own=True):
         asked = [units_asked(bench.run, getattr(one, "units", "mlp")) for one in selectors] or [("mlp",)]
         rows = [bench.ceiling(units) for units in dict.fromkeys(asked)]
-        rows += [bench.row(selector, budget) for selector in selectors for budget in budgets]
+        rows += [bench.row(selector, budget) for selector, budget in steps("rows", product(selectors, budgets))]
     return Sweep(metric, tuple(judged([earlier, later, *rows], earlier, later, metric)))
 
 

@@ -29,8 +29,9 @@ from surgery.measure.sweep import Bench, sweep
 from surgery.report.study import ASKED, GIVEN, Missing, Study
 from surgery.report.tokens import Tokens, tokens
 from surgery.reverting.provenance import versions
-from surgery.scores.amc import activation, magnitude, remembered
+from surgery.scores.amc import activation, magnitude
 from surgery.scores.damage import damage
+from surgery.scores.memory import remembered
 from surgery.selectors.selectors import AMCSelector, DamageSelector, RandomSelector, Selector
 from surgery.tables import write_json
 from surgery.theory.damage import DamageTerms, damage_terms
@@ -302,7 +303,7 @@ def analyse(
     prompts = {domain: list(batches_of(batches)) for domain, batches in (data or {}).items()}
     study = Study(run, prompts, evaluate, tuple(budgets), refresh_steps, device, dtype, mask and checked(mask))
     skipped = study.skipped = dict.fromkeys(asked, ASKED)
-    with remembered():
+    with remembered(own=True):
         for name, part in PARTS.items():
             if name in skipped:
                 continue

@@ -15,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 
 from surgery.checkpoints.checkpoint import header_of, mapped
+from surgery.progress import steps
 
 
 @runtime_checkable
@@ -83,7 +84,7 @@ def _copy(source: Path, partial: Path, tensors: Mapping[str, Tensor]) -> None:
     weights: set[str] = set(getattr(tensors, "headers", ()))
     unfinished = {file: partial / f"{file}.{uuid.uuid4().hex}.partial" for file in weights}
     partial.mkdir()
-    for path, inside in _tree(source):
+    for path, inside in steps("files", _tree(source), lambda one: one[0].stat().st_size):
         if path.is_dir():
             (partial / inside).mkdir()
         else:

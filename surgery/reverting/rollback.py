@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.checkpoints.checkpoint import Checkpoint, Source, State, in_force, tensors_of
+from surgery.checkpoints.checkpoint import Checkpoint, Moment, Source, State, in_force, moment_of, returned, tensors_of
 from surgery.checkpoints.opening import Weights, open_weights
 from surgery.layout.slots import Block, Layout, Slot
 from surgery.masks.edits import Edit, Rows
@@ -46,10 +46,12 @@ class Rollback:
     noun: str  # what ``neurons`` counts
     _model: nn.Module = field(repr=False)
     _old: list[tuple[Edit, Tensor]] = field(repr=False)
+    _before: Moment = field(repr=False)
 
     def __post_init__(self) -> None:
         if self._old:  # where nothing was written there is nothing to undo
             in_force(self._model).append(self._named())
+        self._after = moment_of(self._model)
 
     def _named(self) -> str:
         return f"a rollback of {sum(self.neurons.values())} {self.noun}"
@@ -59,9 +61,13 @@ class Rollback:
 
         Undo overlapping rollbacks in the reverse order in which they were made.
         """
-        if self._old:
-            in_force(self._model).remove(self._named())
+        if not self._old:
+            return
+        in_force(self._model).remove(self._named())
+        alone = moment_of(self._model) is self._after  # nobody else has written, or it was undone
         _put_back(self._model, self._old)
+        if alone:
+            returned(self._model, self._before)
 
     def before(self, block: Block, slot: Slot) -> Tensor:
         """What the reverted rows of a live slot held before: ``[neuron, ...]``, in their order.
@@ -148,7 +154,7 @@ def rollback(
     old: list[tuple[Edit, Tensor]] = []
     finite: list[Tensor] = []  # read at the end: a GPU is waited for once, not once an edit
     changed: list[Tensor] = []
-    done = None
+    done, start = None, moment_of(model)
     try:
         with uninterrupted() as pending:
             for edit in edits:
@@ -168,7 +174,8 @@ def rollback(
             for edit in edits:
                 written[edit.block.name] += edit.numbers
             touched, differing = len({edit.slot.tensor for edit in edits}), sum(numbers(changed))
-            done = Rollback(mask.count(), written, touched, differing, recorded(strength, mask), mask.noun, model, old)
+            told = recorded(strength, mask)
+            done = Rollback(mask.count(), written, touched, differing, told, mask.noun, model, old, start)
     except BaseException:  # also of a Ctrl-C that was held back to the end: nobody would have the undo
         if done is None:
             _put_back(model, old)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,52 +12,13 @@ from surgery.checkpoints.trajectory import Trajectory, check_finite, displacemen
 from surgery.layout.finding import find_layout
 from surgery.layout.slots import Block, Layout
 from surgery.live.hooks import Routing, evaluating, listening
-from surgery.live.prompts import Batch, batches_of, check_fits, response_mask, right_padded
+from surgery.live.prompts import Batch, batches_of, check_fits, each, passes, response_mask, right_padded
 from surgery.masks.neurons import Neurons
+from surgery.scores.memory import remembering
 from surgery.units import Units, kind_of
 
-P = ParamSpec("P")
-Scores = TypeVar("Scores")
-_memory: ContextVar[dict[Any, tuple[Any, Any]] | None] = ContextVar("scores", default=None)
 
-
-@contextmanager
-def remembered() -> Iterator[None]:
-    """While the body runs, each score of the same arguments is computed once and cached (a sweep asks at every budget).
-
-    Arguments are compared by identity: don't change a model or data in place inside.
-    """
-    token = _memory.set({})
-    try:
-        yield
-    finally:
-        _memory.reset(token)
-
-
-def remember(score: Callable[P, Scores]) -> Callable[P, Scores]:
-    @wraps(score)
-    def wrapper(*args: P.args, **kwargs: P.kwargs) -> Scores:
-        memory = _memory.get()
-        if memory is None:
-            return score(*args, **kwargs)
-        held = (score.__name__, *args, *sorted(kwargs.items()))
-        key = tuple(identity(value) for value in held)
-        if key not in memory:
-            memory[key] = (held, score(*args, **kwargs))  # holding the arguments keeps their identities from reuse
-        found: Scores = memory[key][1]
-        return found
-
-    return wrapper
-
-
-def identity(value: Any) -> Any:
-    """What identifies a value: the value itself where comparing it is cheap, else the object's identity."""
-    if isinstance(value, tuple):
-        return tuple(identity(one) for one in value)
-    return value if isinstance(value, str | int | float | None) else id(value)
-
-
-@remember
+@remembering(last=8)
 def activation(
     model: nn.Module, data: Iterable[Batch], *, layout: Layout | None = None, units: Units = "mlp"
 ) -> Neurons:
@@ -94,7 +52,7 @@ def activation(
     if device.type == "meta":
         raise ValueError("the model's weights are on the meta device (offloaded or empty): load it before listening")
     with evaluating(model), torch.inference_mode():
-        for batch in map(right_padded, batches_of(data)):
+        for batch in map(right_padded, each("activations", passes(batches_of(data))[0])):
             _run(model, inner, batch, listeners, device)
     return _mean(layout, listeners, model)
 
@@ -162,7 +120,7 @@ def _mean(layout: Layout, listeners: list[_Listener], model: nn.Module) -> Neuro
     return Neurons(values, missing=missing, made_by={**made_by, **({"never_routed": never} if never else {})})
 
 
-@remember
+@remembering(last=8, live=False)
 def magnitude(run: Trajectory, *, units: Units = "mlp") -> Neurons:
     """M, magnitude: the L2 norm of what the later training changed in a neuron, ‖δB,n‖.
 
@@ -187,7 +145,7 @@ def magnitude(run: Trajectory, *, units: Units = "mlp") -> Neurons:
     return Neurons({name: value.sqrt().float() for name, value in squares.items()}, made_by={"magnitude": {}})
 
 
-@remember
+@remembering(last=8, live=False, of=("base", "earlier", "later"))
 def conflict(run: Trajectory, *, units: Units = "mlp") -> Neurons:
     """C, conflict: how much the later update points against the earlier one, max(0, −cos(δA,n, δB,n)).
 

@@ -18,15 +18,16 @@ from surgery.layout.slots import Block, Slot
 from surgery.live.answers import respond
 from surgery.live.earlier import earlier_model
 from surgery.live.hooks import as_live, collecting, in_runs
-from surgery.live.losses import Divergence, Loss, check_loss, distillation, summed, tokens_in
-from surgery.live.prompts import Batch, batches_of
+from surgery.live.losses import Distillation, Divergence, Loss, check_loss, distillation, summed, tokens_in
+from surgery.live.prompts import Batch, batches_of, each, passes
 from surgery.masks.neurons import Neurons
 from surgery.reverting.rollback import Rollback, rollback
-from surgery.scores.amc import dot, remember
+from surgery.scores.amc import dot
+from surgery.scores.memory import remember, remembering
 from surgery.units import Units
 
 
-@remember
+@remembering(last=8)
 def damage(
     run: Trajectory, data: Iterable[Batch], *, loss: Loss | Divergence = "hellinger", units: Units = "mlp"
 ) -> Neurons:
@@ -59,7 +60,7 @@ def damage(
     total, model = _total(run, units), run.load()
     tokens, value = tokens_in(batches), 0.0
     with total.collecting(model):
-        for batch in batches:
+        for batch in each("gradients", batches):
             one = summed(loss, model, batch)
             one.backward()
             value += float(one.detach())
@@ -91,22 +92,38 @@ def overpromised(made_by: Mapping[str, Any]) -> str | None:
 def answered(run: Trajectory, data: Iterable[Batch], loss: Loss | Divergence) -> tuple[list[Batch], Loss]:
     """The batches, answered by the earlier model where they have no labels, and the loss that a name stands for."""
     check_loss(loss)
-    return _distilled(run, data, loss) if isinstance(loss, str) else (_batches(data), loss)
+    if not isinstance(loss, str):
+        return _batches(data), loss
+    batches, far = _distilled(run, _batches(data))
+    return batches, far.by(loss)
 
 
 @remember
-def _distilled(run: Trajectory, data: Iterable[Batch], divergence: Divergence) -> tuple[list[Batch], Loss]:
+def _distilled(run: Trajectory, data: list[Batch]) -> tuple[list[Batch], Distillation]:
     with earlier_model(run) as earlier:  # once, for the answers and for the predictions
-        batches = earlier_answers(run, data)
-        return batches, distillation(earlier, batches, divergence=divergence)
+        batches = _counting(earlier_answers(run, data))
+        return batches, distillation(earlier, batches)
 
 
-@remember
+def _counting(batches: list[Batch]) -> list[Batch]:
+    """The batches as they go through a model, without those of which no token counts; as given where none does."""
+    return [batch for batch in passes(batches)[0] if tokens_in([batch])] or batches
+
+
 def earlier_answers(run: Trajectory, data: Iterable[Batch], path: Path | None = None) -> list[Batch]:
     """The batches, answered by the earlier model where they have no labels; kept in a file, or read from it."""
     batches = _batches(data)
     if all("labels" in batch for batch in batches):
         return batches
+    return _answers(run, batches) if path is None else _answered(run, batches, path)
+
+
+@remember
+def _answers(run: Trajectory, data: list[Batch]) -> list[Batch]:
+    return _answered(run, data)
+
+
+def _answered(run: Trajectory, batches: list[Batch], path: Path | None = None) -> list[Batch]:
     with earlier_model(run) as earlier:
         return respond(earlier, batches, path=path)
 
@@ -120,7 +137,7 @@ def check_wide(model: nn.Module) -> None:
         )
 
 
-@remember
+@remembering(last=8)
 def reversal_cost(
     run: Trajectory, data: Iterable[Batch], *, loss: Divergence = "hellinger", units: Units = "mlp"
 ) -> Neurons:
@@ -146,13 +163,13 @@ def reversal_cost(
     """
     run.check_whole()
     model, (live,) = run.load(), run.live(units=units)
-    batches = respond(model, _batches(data))
+    batches = _counting(respond(model, _batches(data)))
     far = distillation(model, batches, divergence=loss)
     tokens = tokens_in(batches)
     with _all_back(model, run, live) as done:
         total = _Total(live, done.before)
         with total.collecting(model):
-            for batch in batches:
+            for batch in each("gradients of what it costs", batches):
                 summed(far, model, batch).backward()
     found = total.mean(tokens, run, units)
     return Neurons(found, made_by={"reversal_cost": {"tokens": tokens}})

@@ -16,11 +16,11 @@ from surgery.checkpoints.trajectory import Trajectory, check_finite, displacemen
 from surgery.layout.slots import Block, Slot
 from surgery.live.hooks import as_live, collecting, in_runs
 from surgery.live.losses import Divergence, Loss, summed, tokens_in
-from surgery.live.prompts import Batch
+from surgery.live.prompts import Batch, each
 from surgery.masks.budget import Allocation, share
 from surgery.masks.entries import Entries, shapes_of
-from surgery.scores.amc import remember
 from surgery.scores.damage import answered, unrounded
+from surgery.scores.memory import remembering
 from surgery.units import Units
 
 
@@ -202,7 +202,7 @@ def entry_gains(
 
     tokens, value = tokens_in(batches), 0.0
     with collecting(model, live.layout, add):
-        for batch in batches:
+        for batch in each("gradients", batches):
             one = summed(loss, model, batch)
             one.backward()
             value += float(one.detach())
@@ -256,7 +256,7 @@ def _times_change(
 _Shapes = dict[str, tuple[int, int]]
 
 
-@remember
+@remembering(live=False)
 def entry_magnitude(run: Trajectory, units: Units = "mlp") -> Tensor:
     """M of single weights: M_w = abs(δB,w), divided by the mean of its layer (of an MLP block or an attention).
 

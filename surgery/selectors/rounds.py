@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from surgery.checkpoints.trajectory import Trajectory
 from surgery.layout.slots import Layout
-from surgery.live.losses import Divergence, Loss, mean_loss, tokens_in
+from surgery.live.earlier import earlier_model
+from surgery.live.losses import Divergence, Loss, check_loss, distillation, mean_loss, tokens_in
 from surgery.live.prompts import Batch, batches_of, dealt
 from surgery.masks.budget import Allocation
 from surgery.masks.entries import Entries, shapes_of
 from surgery.reverting.rollback import Rollback, rollback
-from surgery.scores.amc import remember
-from surgery.scores.damage import answered, earlier_answers
+from surgery.scores.damage import earlier_answers
+from surgery.scores.memory import remember
 from surgery.scores.weights import CHUNK, best, chosen, entries_of, entry_magnitude, lower_gains, zeros_on_disk
 from surgery.selectors.settings import Data
 from surgery.units import Units
@@ -226,12 +227,16 @@ class _Path:
 @remember
 def _path(run: Trajectory, data: Data, *, loss: Loss | Divergence, rounds: int, units: Units) -> _Path:
     """The way of some prompts, not gone yet: a quarter of them measures, the others are the lots."""
+    check_loss(loss)
     batches = dealt(batches_of(data) if callable(loss) else earlier_answers(run, data), _LOT, 8)
+    found = loss if callable(loss) else None
+    if found is None:
+        with earlier_model(run) as earlier:
+            found = distillation(earlier, batches, divergence=cast(Divergence, loss))
     apart = sum(len(batch["input_ids"]) for batch in batches) >= _LOT
     held = batches[::4] if apart else batches
     choosing = [batch for at, batch in enumerate(batches) if at % 4] if apart else batches
     each = max(1, min(len(choosing) // 2, _LOT // len(choosing[0]["input_ids"])))  # batches in a lot
     lots = [choosing[at : at + each] for at in range(0, len(choosing) - each + 1, each)]
-    batches, found = answered(run, batches, loss)
     (live,) = run.live(units=units)
     return _Path(run, units, found, rounds, live.layout, shapes_of(live.layout), lots, held)

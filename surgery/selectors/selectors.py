@@ -16,6 +16,7 @@ from surgery.masks.mask import Mask
 from surgery.masks.neurons import Neurons
 from surgery.scores.amc import activation, conflict, costs_of, magnitude, product, worth
 from surgery.scores.damage import damage, promised, reversal_cost
+from surgery.scores.memory import remembered
 from surgery.selectors.rounds import (
     ROUNDS,
     at_random,
@@ -107,6 +108,7 @@ class AMCSelector:
         own, plain = letters_named(self.rank, self.allocate), "global" if single(self.units) else "proportional"
         return named(own if self.how == plain else f"{own} ({self.how})", self.units)
 
+    @remembered()
     def select(self, run: Trajectory, data: Data | None = None) -> Mask:
         """The mask; ``data`` may be left out where neither score contains A."""
         run.check_whole()
@@ -197,6 +199,7 @@ class DamageSelector:
     def _single(self) -> bool:
         return self.units is not None and single(self.units)
 
+    @remembered()
     def select(self, run: Trajectory, data: Data | None = None) -> Mask:
         """The mask; ``data`` are prompts of the damaged domain, with responses or without."""
         run.check_whole()

@@ -12,7 +12,7 @@ from surgery.checkpoints.trajectory import Trajectory
 from surgery.layout.slots import Block, Slot
 from surgery.live.hooks import collecting
 from surgery.live.losses import Divergence, Loss, summed, tokens_in
-from surgery.live.prompts import Batch
+from surgery.live.prompts import Batch, each
 from surgery.masks.edits import Edit
 from surgery.masks.mask import Mask, checked
 from surgery.masks.neurons import Neurons
@@ -139,7 +139,7 @@ class _Along:
             rollback(self.model, to=earlier, mask=self.mask, strength=how_far, layout=self.live.layout),
             collecting(self.model, self.live.layout, take),
         ):
-            for batch in self.batches:
+            for batch in each("gradients", self.batches):
                 one = summed(self.loss, self.model, batch)
                 one.backward()
                 value += float(one.detach())

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgery import progress
 from surgery.checkpoints.checkpoint import in_force
 from surgery.layout.slots import Layout
 from surgery.live.hooks import evaluating
@@ -184,7 +185,7 @@ def refresh(
     try:
         with evaluating(model):
             history.append(Step(0, scores=judge(0)))
-            for step in range(1, steps + 1):
+            for step in progress.steps("steps of the refresh", range(1, steps + 1)):
                 start = time.perf_counter()
                 losses = _gradient(leaves, domains, step)
                 passes += len(losses)

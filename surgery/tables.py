@@ -4,12 +4,78 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-Cell = str | int | float | None
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number and its interval [low, high], printed with the decimals that the interval justifies.
+
+    The last decimal is the coarsest power of ten, 1 at most, that is no larger than a quarter of the interval's width.
+
+    >>> str(Estimate(0.1349, 0.0751, 0.2123)), str(Estimate(16.72, 8.18, 28.05))
+    ('0.13 [0.08, 0.21]', '17 [8, 28]')
+    """
+
+    value: float
+    low: float
+    high: float
+
+    def text(self, sign: str = "") -> str:
+        """The number and its interval; with the sign "+" positive numbers have one as well."""
+        count = places(self.low, self.high)
+        value, low, high = (fixed(one, count, sign) for one in (self.value, self.low, self.high))
+        return f"{value} [{low}, {high}]"
+
+    def __str__(self) -> str:
+        return self.text()
+
+
+Cell = str | int | float | Estimate | None
+
+
+def places(low: float, high: float) -> int:
+    """How many decimals a number with that interval has (see ``Estimate``); without a width, or a finite one, 3."""
+    width = high - low
+    return max(0, math.ceil(-math.log10(width / 4) - 1e-9)) if 0 < width < math.inf else 3
+
+
+def fixed(x: float, count: int, sign: str = "") -> str:
+    """A number with that many decimals and separated thousands; what rounds to zero has no sign."""
+    text = f"{x:{sign},.{count}f}"
+    return text if text.strip("+-0.") else f"{0:.{count}f}"
+
+
+def column_texts(cells: Sequence[Cell]) -> list[str]:
+    """The cells of a column as printed: all numbers without an interval have the same decimals.
+
+    The largest has three significant digits; zeros at the end that all numbers have are left out, and a number that
+    would round to zero keeps its first digit. Where that takes more than six decimals, all are printed like 9.54e-12.
+
+    >>> column_texts([23.86, 0.8495, 1e-7, None]), column_texts([1234567, 2])
+    (['23.9', '0.8', '1e-07', ''], ['1,234,567', '2'])
+    """
+    numbers = [abs(cell) for cell in cells if isinstance(cell, float) and math.isfinite(cell)]
+    largest = max(numbers, default=0.0)
+    count = 2 - math.floor(math.log10(largest)) if largest else 2
+    count = max(0, count)
+    while numbers and 0 < count <= 6 and all(fixed(one, count).endswith("0") for one in numbers):
+        count -= 1
+
+    def text(cell: Cell) -> str:
+        if cell is None:
+            return ""
+        if isinstance(cell, float) and math.isfinite(cell):
+            if count > 6:
+                return f"{cell:.2e}" if cell else "0"
+            return fixed(cell, count) if not cell or abs(cell) >= 0.5 * 10.0**-count else f"{cell:.1g}"
+        return f"{cell:,}" if isinstance(cell, int) and not isinstance(cell, bool) else str(cell)
+
+    return [text(cell) for cell in cells]
 
 
 @dataclass(frozen=True)
@@ -30,10 +96,21 @@ class Table:
         if wrong := [row for row in self.rows if len(row) != len(self.head)]:
             raise ValueError(f"{self.title}: a row of {len(wrong[0])} cells under {len(self.head)} columns")
 
+    @property
+    def texts(self) -> tuple[tuple[str, ...], ...]:
+        """The rows as printed (see ``column_texts``)."""
+        columns = (column_texts([row[at] for row in self.rows]) for at in range(len(self.head)))
+        return tuple(zip(*columns, strict=True))
+
+    @property
+    def numeric(self) -> tuple[bool, ...]:
+        """Which columns hold numbers."""
+        return tuple(
+            any(isinstance(row[at], int | float | Estimate) for row in self.rows) for at in range(len(self.head))
+        )
+
     def __str__(self) -> str:
-        lines = [self.head, *(tuple(map(cell_text, row)) for row in self.rows)]
-        numbers = [any(isinstance(row[at], int | float) for row in self.rows) for at in range(len(self.head))]
-        return "\n".join([self.title, *aligned(lines, [not number for number in numbers])])
+        return "\n".join([self.title, *aligned([self.head, *self.texts], [not number for number in self.numeric])])
 
 
 def aligned(lines: Sequence[Sequence[str]], left: Sequence[bool]) -> list[str]:
@@ -43,19 +120,6 @@ def aligned(lines: Sequence[Sequence[str]], left: Sequence[bool]) -> list[str]:
     return [
         "  ".join(side(c, width) for side, c, width in zip(sides, line, widths, strict=True)).rstrip() for line in lines
     ]
-
-
-def cell_text(cell: Cell) -> str:
-    """A cell as printed: a float with four significant digits, an integer with separated thousands.
-
-    >>> cell_text(0.123456), cell_text(1234567), cell_text(1e-7), cell_text(None)
-    ('0.1235', '1,234,567', '1e-07', '')
-    """
-    if cell is None:
-        return ""
-    if isinstance(cell, bool | str):
-        return str(cell)
-    return f"{cell:,}" if isinstance(cell, int) else f"{cell:.4g}"
 
 
 def as_json(evidence: Any) -> Any:
@@ -74,7 +138,29 @@ def as_json(evidence: Any) -> Any:
     return evidence
 
 
+def json_text(value: Any, indent: int = 1) -> str:
+    """A value as JSON with an indent; a list that fits into a line stands in one, a longer one of numbers in few.
+
+    Raises:
+        ValueError: NaN or an infinite number, for which JSON has no name.
+    """
+
+    def written(one: Any, depth: int) -> str:
+        flat = json.dumps(one, allow_nan=False)
+        start, end = "\n" + " " * indent * (depth + 1), "\n" + " " * indent * depth
+        if isinstance(one, Mapping) and one:
+            inner = [f"{json.dumps(str(key))}: {written(held, depth + 1)}" for key, held in one.items()]
+            return f"{{{start}{f',{start}'.join(inner)}{end}}}"
+        if not isinstance(one, list | tuple) or len(flat) <= 80:
+            return flat
+        if any(isinstance(held, list | tuple | Mapping | str) for held in one):
+            return f"[{start}{f',{start}'.join(written(held, depth + 1) for held in one)}{end}]"
+        return f"[{start}{start.join(textwrap.wrap(flat[1:-1], 110))}{end}]"
+
+    return written(value, 0)
+
+
 def write_json(evidence: Any, path: str | Path) -> None:
     """Write evidence as a JSON file, with the name of its class."""
     told = {"kind": type(evidence).__name__, **as_json(evidence)}
-    Path(path).write_text(json.dumps(told, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    Path(path).write_text(json_text(told) + "\n", encoding="utf-8")

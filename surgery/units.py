@@ -12,6 +12,7 @@ from collections.abc import Iterable
 Units = str | tuple[str, ...]
 ATTENTION = ("kv_group", "value_channel")
 KINDS = ("mlp", *ATTENTION)
+FINEST = ("mlp", "value_channel")  # what D chooses among where nothing else is said
 WEIGHT = "weight"  # in a selector's units= single weights, alone or of the kinds beside it; no kind of unit
 _NOUNS = {"mlp": "neurons", "kv_group": "KV groups", "value_channel": "value channels"}
 

@@ -341,7 +341,7 @@ def test_a_named_loss_is_the_gradient_of_its_definition(family):
         torch.testing.assert_close(found[name], values, rtol=1e-3, atol=1e-4 * scale)
         assert not torch.allclose(other[name], values, rtol=0.1)
     assert 0 < found.made_by["damage"]["loss"] <= 1
-    chosen = DamageSelector(0.2).select(run, data)
+    chosen = DamageSelector(0.2, units="mlp").select(run, data)
     assert chosen.equal(top(found, allocate(found, 0.2, how="global")))
     assert chosen.made_by["selector"]["loss"] == "hellinger"
 
@@ -354,8 +354,24 @@ def test_a_wrong_guard_is_told():
         DamageSelector(0.1, protect=[{"input_ids": torch.ones(1, 2)}])
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_neurons_and_value_channels_are_chosen_where_nothing_is_said(family):
+    run, data = Trajectory(earlier=build(family, seed=1), later=build(family, seed=2)), batches(labels=True)
+    mask = DamageSelector(0.1).select(run, data)
+    assert mask.equal(DamageSelector(0.1, units=("mlp", "value_channel")).select(run, data))
+    assert mask.units == ("mlp", "value_channel")
+    assert DamageSelector(0.1).name == "D of units (neurons and value channels)"
+
+
+def test_neurons_alone_where_attention_is_unclear_and_a_warning_says_so():
+    run = Trajectory(earlier=build("deepseek_v3", seed=1), later=build("deepseek_v3", seed=2))
+    with pytest.warns(UserWarning, match="value channels can't be chosen, and the budget counts neurons alone"):
+        mask = DamageSelector(0.1).select(run, batches(labels=True))
+    assert mask.equal(DamageSelector(0.1, units="mlp").select(run, batches(labels=True)))
+
+
 def test_losses_have_names():
-    assert [DamageSelector(0.1, loss=one).name for one in ("kl", "hellinger", print)] == [
+    assert [DamageSelector(0.1, loss=one, units="mlp").name for one in ("kl", "hellinger", print)] == [
         "D (KL)", "D", "D (own loss)",
     ]  # fmt: skip
     assert DamageSelector(0.1, loss="hellinger") == DamageSelector(0.1) != DamageSelector(0.1, loss="kl")
@@ -440,7 +456,7 @@ def test_the_selector_takes_the_best_and_nests():
     scores = torch.cat(list(damage(run, data).values()))
     before = torch.zeros(len(scores), dtype=torch.bool)
     for budget in (0.05, 0.2, 0.7):
-        mask = torch.cat(list(DamageSelector(budget).select(run, data).values()))
+        mask = torch.cat(list(DamageSelector(budget, units="mlp").select(run, data).values()))
         assert int(mask.sum()) == round(budget * len(scores))
         assert scores[mask].min() >= scores[~mask].max()
         assert not (before & ~mask).any()
@@ -452,7 +468,7 @@ def test_the_budget_can_be_split_over_layers(how):
     earlier, later = pair("qwen3")
     run, data = Trajectory(earlier=earlier, later=later), batches(labels=True)
     scores = damage(run, data)
-    mask = DamageSelector(0.1, how=how).select(run, data)
+    mask = DamageSelector(0.1, how=how, units="mlp").select(run, data)
     assert sum(mask.count().values()) == round(0.1 * mask.total)
     for name in mask:
         if 0 < mask.count()[name] < len(mask[name]):

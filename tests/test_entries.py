@@ -27,6 +27,7 @@ from surgery.checkpoints.checkpoint import State
 from surgery.layout import find_layout
 from surgery.layout.slots import Block, Layout, Slot
 from surgery.live import hooks as gradient_hooks
+from surgery.live.losses import cross_entropy
 from surgery.masks import entries
 from surgery.masks.entries import shapes_of
 from surgery.masks.mask import load_mask
@@ -36,7 +37,8 @@ from surgery.scores import weights as weight_damage
 from surgery.scores import weights as weight_ranking
 from surgery.scores.weights import Gains, entry_gains
 from surgery.selectors import rounds as weight_selection
-from surgery.selectors.rounds import by_damage, candidates
+from surgery.selectors.rounds import by_damage
+from surgery.selectors.settings import units_asked
 
 operators = import_module("surgery.reverting.rollback")
 
@@ -222,35 +224,25 @@ def test_a_gain_is_the_gradient_times_what_changed(family):
     [*((f, torch.float32) for f in SEVEN), *((f, d) for f in fewer(("llama",), SEVEN) for d in DTYPES[1:])],
     ids=str,
 )
-def test_the_highest_gains_are_taken_and_budgets_are_nested(family, dtype):
+def test_what_is_taken_gains_and_budgets_are_nested(family, dtype):
     earlier, later, run = small_pair(family, dtype)
     with torch.no_grad():  # some weights that training left alone
         for mine, theirs in zip(later.parameters(), earlier.parameters(), strict=True):
             mine.flatten()[::3] = theirs.flatten()[::3]
-    data = batches(labels=True)
-    before = snapshot(later)
-    found = in_parts(entry_gains(run, data, units=candidates(run)))
-    flat = torch.cat(list(found.values()))
-    positive = int((flat > 0).sum())
-    budgets, units = (0.0, 0.001, 0.01, 0.1, 1.0), candidates(run)
-    masks = [by_damage(run, data, budget, units=units, stop=False, rounds=1) for budget in budgets]
+    data, before = batches(labels=True), snapshot(later)
+    budgets, units = (0.0, 0.001, 0.01, 0.1, 1.0), units_asked(run, "weight")
+    masks = [by_damage(run, data, budget, units=units, stop=False, rounds=2) for budget in budgets]
     assert same(snapshot(later), before)
-    for mask, budget in zip(masks, budgets, strict=True):
-        assert sum(mask.count().values()) == min(round(budget * len(flat)), positive)
-        taken = torch.cat(
-            [torch.zeros(len(g), dtype=torch.bool).index_fill(0, mask[p], True) for p, g in found.items()]
-        )
-        assert not bool((flat[taken] <= 0).any())
-        if bool(taken.any()) and not bool(taken.all()):
-            assert float(flat[taken].min()) >= float(flat[~taken].max())
+    counts = [sum(mask.count().values()) for mask in masks]
+    assert counts[:3] == [round(budget * masks[0].total) for budget in budgets[:3]]
     assert all((small & big).equal(small) for small, big in pairwise(masks))
-    assert "positive" in masks[-1].made_by["entries"]
+    assert masks[-1].made_by["entries"]["positive"] == counts[-1] < masks[0].total
     assert "positive" not in masks[1].made_by["entries"]
     changed = {name: tensor != dict(State(earlier))[name] for name, tensor in before.items()}
     with operators.rollback(later, to=earlier, mask=masks[-1]):
         moved = sum(int((tensor != before[name]).sum()) for name, tensor in State(later).items())
         assert all(bool((tensor == before[name])[~changed[name]].all()) for name, tensor in State(later).items())
-    assert moved == positive  # every weight that is taken differs between the checkpoints
+    assert moved == counts[-1]  # every weight that is taken differs between the checkpoints
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
@@ -287,85 +279,112 @@ def test_the_best_are_those_of_a_sort(values, count, chunk):
         assert Gains(flat, {"a/up": (len(flat), 1)}, nn.Module(), None, [], 1, 0.0).best(count).equal(want)  # type: ignore[arg-type]
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(-40, 40), max_size=60), st.integers(0, 200), st.integers(1, 9))
-def test_how_many_a_limit_buys(values, limit, chunk):
-    """Against a cumulated sort, on eighths, whose sums are exact."""
-    flat = torch.tensor(values, dtype=torch.float32) / 8
-    sums = flat[flat > 0].sort(descending=True).values.double().cumsum(0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weight_ranking, "CHUNK", chunk)
-        found = Gains(flat, {"a/up": (len(flat), 1)}, nn.Module(), None, [], 1, 0.0)  # type: ignore[arg-type]
-        assert found.worth(limit / 8) == int((sums <= limit / 8).sum())
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 400), st.booleans())
+def test_the_best_are_those_of_a_sort_where_a_sample_guesses_too(seed, count, clustered):
+    """Many numbers and few wanted: also where the sample has seen none of the highest."""
+    flat = torch.randn(40_000, generator=torch.Generator().manual_seed(seed))
+    if clustered:
+        flat[torch.arange(40_000) % 64 == 0] += 5.0  # what is looked at is far above all others
+    order = flat.sort(descending=True, stable=True).indices
+    found = Gains(flat, {"a/up": (len(flat), 1)}, nn.Module(), None, [], 1, 0.0)  # type: ignore[arg-type]
+    assert found.best(count).equal(order[:count])
 
 
-# Where to stop.
+# Round by round, and where to stop.
 
 
 @pytest.mark.parametrize(
     ("family", "budget"), [*((f, b) for f in fewer(("llama",), SEVEN) for b in (0.02, 0.5)), *((f, 1.0) for f in SEVEN)]
 )
-def test_stopping_keeps_the_least_loss_that_was_tried(family, budget):
+def test_stopping_keeps_the_least_loss_that_was_measured(family, budget):
     earlier, later, run = small_pair(family)
-    data = batches(labels=True)
+    data, units = batches(labels=True), units_asked(run, "weight")
     before = snapshot(later)
-    mask = by_damage(run, data, budget, units=BOTH, rounds=1, loss="kl")
+    mask = by_damage(run, data, budget, units=units, loss="kl")
     assert same(snapshot(later), before)
     told = mask.made_by["entries"]
     curve = dict(map(tuple, told["curve"]))
     taken = sum(mask.count().values())
     assert curve[taken] == min(curve.values())
-    assert len(curve) == 8
     assert list(curve) == sorted(curve)
-    whole = by_damage(run, data, budget, units=BOTH, stop=False, rounds=1, loss="kl")
-    assert max(curve) == sum(whole.count().values())
+    whole = by_damage(run, data, budget, units=units, stop=False, loss="kl")
     assert (mask & whole).equal(mask)
-    assert curve[0] == pytest.approx(float(divergence(earlier, later, data).detach()), rel=1e-3)
+    held = weight_selection._path(run, data, loss="kl", rounds=16, units=units).held
+    assert curve[0] == pytest.approx(float(divergence(earlier, later, held).detach()), rel=1e-3)
     with torch.no_grad(), operators.rollback(later, to=earlier, mask=mask):
-        assert curve[taken] == pytest.approx(float(divergence(earlier, later, data)), rel=1e-3, abs=1e-6)
+        assert curve[taken] == pytest.approx(float(divergence(earlier, later, held)), rel=1e-3, abs=1e-6)
 
 
 @pytest.mark.parametrize("family", fewer(("llama", "qwen3_moe"), SEVEN))
-def test_each_round_takes_the_best_of_what_is_left_within_the_loss_that_is_left(family):
+def test_each_round_takes_the_best_by_the_lower_of_two_gains(family):
     earlier, later, run = small_pair(family)
-    data, before = batches(labels=True), snapshot(later)
-    units = candidates(run)
-    taken, bounds, loss = torch.zeros(0, dtype=torch.int64), [0], None
+    data, before, units = batches(labels=True), snapshot(later), units_asked(run, "weight")
     path = weight_selection._path(run, data, loss="kl", rounds=4, units=units)
+    path.to(path.total // 20, stop=False)
     assert same(snapshot(later), before)
-    for _ in range(3):
-        with operators.rollback(later, to=earlier, mask=path.gains.entries(taken)):
-            found = entry_gains(run, data, loss="kl", units=units)
-        loss = found.value
-        assert path.curve[len(bounds) - 1] == (bounds[-1], pytest.approx(loss, rel=1e-4, abs=1e-7))
-        order = found.flat.sort(descending=True, stable=True)
-        new = path.taken[bounds[-1] : path.curve[len(bounds)][0]]
+    assert len(path.ends) > 4
+    assert path.ends[3] == round(0.0025 * path.total)
+    taken = torch.zeros(0, dtype=torch.int64)
+    for at, end in enumerate(path.ends):
+        with operators.rollback(later, to=earlier, mask=weight_ranking.entries_of(taken, path.shapes)):
+            one, other = (entry_gains(run, lot, loss=path.loss, units=units).flat for lot in path._drawn(at))
+        lower = torch.minimum(one, other)
+        lower[taken] = 0
+        order = lower.sort(descending=True, stable=True)
+        new = path.taken[len(taken) : end]
         assert new.equal(order.indices[: len(new)])
-        assert float(order.values[: len(new)].double().sum()) <= loss or len(new) == 1
-        assert float(order.values[: len(new) + 1].double().sum()) > loss or float(order.values[len(new)]) <= 0
-        taken = torch.cat([taken, new])
-        bounds.append(len(taken))
-    assert len(taken.unique()) == len(taken) == len(path.taken)
-    budgets = (0.0, 0.001, 0.01, 0.1, 1.0)
-    masks = [by_damage(run, data, budget, units=units, stop=False, rounds=4, loss="kl") for budget in budgets]
-    assert all((small & big).equal(small) for small, big in pairwise(masks))
-    assert [sum(mask.count().values()) for mask in masks[:3]] == [round(b * len(found.flat)) for b in budgets[:3]]
-    stopped = by_damage(run, data, 1.0, units=units, rounds=4, loss="kl")
-    curve = dict(map(tuple, stopped.made_by["entries"]["curve"]))
-    assert curve[sum(stopped.count().values())] == min(curve.values()) <= min(loss for _, loss in path.curve)
-    assert same(snapshot(later), before)
+        assert float(order.values[len(new) - 1]) > 0
+        taken = path.taken[:end]
+    assert len(taken.unique()) == len(taken)
+    growing = [end - start for start, end in pairwise([0, *path.ends])]
+    assert growing == sorted(growing)
+
+
+@pytest.mark.parametrize(("prompts", "size"), [(1, 4), (2, 4), (3, 2), (5, 16), (9, 4), (16, 16), (40, 16), (130, 7)])
+def test_lots_and_what_measures_are_made_of_all_prompts(prompts, size):
+    """From 16 prompts on a quarter measures and does not choose, and every lot is drawn before any is drawn again."""
+    rows = [torch.tensor([[at % 60, at // 60, *[7] * (at % 6 + 2)]]) for at in range(prompts)]
+    data = [{"input_ids": r, "attention_mask": torch.ones_like(r), "labels": r.clone()} for r in rows]
+    _, _, run = small_pair("llama")
+    path = weight_selection._path(run, data, loss=cross_entropy, rounds=4, units=units_asked(run, "weight"))
+
+    def texts(batches):
+        return sorted(
+            tuple(row[seen.bool()].tolist())
+            for b in batches
+            for row, seen in zip(b["input_ids"], b["attention_mask"], strict=True)
+        )
+
+    every, held = [tuple(row[0].tolist()) for row in rows], texts(path.held)
+    lots = texts(batch for lot in path.lots for batch in lot)
+    assert set(held) | set(lots) <= set(every)
+    if prompts >= 16:
+        assert not set(lots) & set(held)
+        assert len(held) == pytest.approx(prompts / 4, abs=max(2.0, prompts / 10))
+        assert len(lots) + len(held) > 0.8 * prompts
+    else:
+        assert held == sorted(every)
+        assert len(lots) > 0.6 * prompts
+    assert all(sum(len(b["input_ids"]) for b in lot) <= 16 for lot in path.lots)
+    drawn = [path._drawn(at) for at in range(len(path.lots) // 2)]
+    once = [id(lot) for pair in drawn for lot in pair]
+    assert len(once) == len(set(once))
 
 
 def test_rounds_need_fewer_weights_than_one_look():
     """What they are for: at the same number of weights, less of the loss is left."""
-    _, _, run = small_pair("qwen3")
+    earlier, later, run = small_pair("qwen3")
     data = batches(labels=True)
 
     def left(rounds: int) -> float:
-        mask = by_damage(run, data, 0.05, units=candidates(run), rounds=rounds)
-        return min(loss for _, loss in mask.made_by["entries"]["curve"])
+        mask = by_damage(run, data, 0.0025, units=units_asked(run, "weight"), rounds=rounds, stop=False)
+        with torch.no_grad(), operators.rollback(later, to=earlier, mask=mask):
+            return float(divergence(earlier, later, data))
 
-    assert left(8) < 0.8 * left(1)
+    with torch.no_grad():
+        whole = float(divergence(earlier, later, data))
+    assert whole - left(16) > whole - left(1)
 
 
 def test_nothing_is_taken_where_nothing_helps():
@@ -453,7 +472,7 @@ def test_only_the_mlps_where_attention_is_unclear_or_the_layout_is_given():
         assert DamageSelector(0.1, units="weight").select(run, batches(labels=True)).units == ("mlp",)
     for kinds in (("mlp",), ("kv_group",)):
         layout = find_layout(later, units=kinds)
-        assert candidates(Trajectory(earlier=later, later=later, layout=layout)) == kinds
+        assert units_asked(Trajectory(earlier=later, later=later, layout=layout), "weight") == kinds
     with pytest.raises(ValueError, match="found for certain"):
         DamageSelector(0.1, units=(*BOTH, "weight")).select(run, batches(labels=True))
 
@@ -463,7 +482,7 @@ def test_what_choosing_by_damage_needs():
     with pytest.raises(ValueError, match="D is measured on prompts"):
         by_damage(run, None, 0.1, units=BOTH)
     for rounds in (0, True, 1.5):
-        with pytest.raises(ValueError, match="how often D is measured"):
+        with pytest.raises(ValueError, match=r"how many rounds make 0.25 %"):
             by_damage(run, batches(labels=True), 0.1, units=BOTH, rounds=rounds)
 
 
@@ -527,11 +546,11 @@ def test_anonymous_memory_is_bounded_by_a_chunk():
 def test_long_parts_are_read_and_written_in_pieces(family, monkeypatch):
     earlier, later, run = small_pair(family)
     data, before = batches(labels=True), snapshot(later)
-    whole = by_damage(run, data, 0.05, units=candidates(run))
+    whole = by_damage(run, data, 0.05, units=units_asked(run, "weight"), stop=False)
     want = expected(before, dict(State(earlier)), finest(later), whole)
     for module, name, size in ((entries, "_RUN", 50), (gradient_hooks, "CHUNK", 100), (weight_ranking, "CHUNK", 1000)):
         monkeypatch.setattr(module, name, size)
-    assert by_damage(run, data, 0.05, units=candidates(run)).equal(whole)
+    assert by_damage(run, data, 0.05, units=units_asked(run, "weight"), stop=False).equal(whole)
     with operators.rollback(later, to=earlier, mask=whole) as done:
         assert same(snapshot(later), want)
         assert len(done._old) > sum(whole.count().values()) / 50
@@ -623,26 +642,47 @@ def last_batch_only(patch: pytest.MonkeyPatch) -> None:
 
 
 def goes_to_the_end(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(weight_selection, "min", lambda curve, key: curve[-1], raising=False)
+    def mutant(*given, key=None):
+        return min(*given) if key is None else given[0][-1]
+
+    patch.setattr(weight_selection, "min", mutant, raising=False)
 
 
 def curve_of_the_later_model(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(weight_selection, "rollback", lambda *_, **__: nullcontext())
+    def mutant(self, count, original=weight_selection._Path._measured):
+        return original(self, 0) - 1e-6 * count
+
+    patch.setattr(weight_selection._Path, "_measured", mutant)
 
 
 def never_again(patch: pytest.MonkeyPatch) -> None:
     """D is measured again at the later model itself."""
+    patch.setattr(weight_selection._Path, "_reverted", lambda *_: nullcontext())
 
-    def mutant(run, data, *, original=weight_selection._path, **settings):
-        with pytest.MonkeyPatch.context() as inner:
-            inner.setattr(weight_selection, "rollback", lambda *_, **__: nullcontext())
-            return original(run, data, **settings)
+
+def one_lot(patch: pytest.MonkeyPatch) -> None:
+    original = weight_selection.lower_gains
+    patch.setattr(weight_selection, "lower_gains", lambda run, lots, **how: original(run, lots[:1], **how))
+
+
+def mean_of_lots(patch: pytest.MonkeyPatch) -> None:
+    def mutant(run, lots, **how):
+        return entry_gains(run, [batch for lot in lots for batch in lot], **how)
+
+    patch.setattr(weight_selection, "lower_gains", mutant)
+
+
+def twice_as_far(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(weight_selection, "_REACH", 0.005)
+
+
+def measured_where_chosen(patch: pytest.MonkeyPatch) -> None:
+    def mutant(run, data, *, original=weight_selection._path, **how):
+        path = original(run, data, **how)
+        path.lots[0] = path.held
+        return path
 
     patch.setattr(weight_selection, "_path", mutant)
-
-
-def no_limit(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Gains, "worth", lambda self, limit, original=Gains.worth: original(self, 2 * limit))
 
 
 def left_reverted(patch: pytest.MonkeyPatch) -> None:
@@ -671,11 +711,15 @@ def law_gains() -> None:
 
 
 def law_stop() -> None:
-    test_stopping_keeps_the_least_loss_that_was_tried("llama", 1.0)
+    test_stopping_keeps_the_least_loss_that_was_measured("qwen3", 1.0)
 
 
 def law_rounds() -> None:
-    test_each_round_takes_the_best_of_what_is_left_within_the_loss_that_is_left("llama")
+    test_each_round_takes_the_best_by_the_lower_of_two_gains("llama")
+
+
+def law_lots() -> None:
+    test_lots_and_what_measures_are_made_of_all_prompts(40, 16)
 
 
 MUTANTS = (
@@ -684,7 +728,8 @@ MUTANTS = (
     (one_too_many, law_best), (last_of_the_ties, law_best), (lowest_first, law_best), (of_either_sign, law_best),
     (gradient_alone, law_gains), (parts_from_zero, law_gains), (last_batch_only, law_gains),
     (goes_to_the_end, law_stop), (curve_of_the_later_model, law_stop), (never_again, law_rounds),
-    (no_limit, law_rounds),
+    (one_lot, law_rounds), (mean_of_lots, law_rounds), (twice_as_far, law_rounds),
+    (measured_where_chosen, law_lots),
 )  # fmt: skip
 
 

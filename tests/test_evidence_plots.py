@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from surgery import Neurons
 from surgery.evidence import changes, directions, overlap, profile
 
 pytest.importorskip("matplotlib")
-from surgery.plots.evidence import change_histogram, directional_cosine, overlap_matrix, profile_bars
+from surgery.plots.evidence import change_histogram, directional_cosine, layer_lines, overlap_matrix, profile_bars
 
 
 @pytest.mark.parametrize("what", ["absolute", "relative"])
@@ -62,6 +63,13 @@ def test_directions_draw_means_and_bands(tmp_path: Path):
     assert float(ax.collections[0].get_paths()[0].vertices[:, 1].min()) == pytest.approx(low)
     assert len(directional_cosine(found).get_legend().get_texts()) == 3
     directional_cosine(directions(run_of(stages("qwen3")), top=0.02, permutations=5)).figure.savefig(tmp_path / "f.png")
+
+
+def test_layers_draw_the_numbers_they_are_given():
+    ax = layer_lines({"a": [1.0, None, 3.0], "b": [0.5, 0.5, 0.5]}, "change (%)")
+    assert list(ax.get_lines()[0].get_ydata()) == pytest.approx([1.0, math.nan, 3.0], nan_ok=True)
+    assert [line.get_label() for line in ax.get_lines()] == ["a", "b"]
+    assert (ax.get_ylabel(), ax.get_ylim()[0]) == ("change (%)", 0)
 
 
 def test_profiles_draw_shares_by_kind():

@@ -41,6 +41,7 @@ from surgery.measure.evaluators import likelihood
 from surgery.measure.history import history
 from surgery.report.inquiry import PARTS
 from surgery.scores.damage import reversal_cost
+from surgery.selectors.rounds import by_damage
 
 LABELLED, UNLABELLED = batches(labels=True), batches(labels=False)
 
@@ -211,7 +212,7 @@ def test_a_model_loaded_narrower_than_its_files_does_not_turn_its_rounding_into_
     assert not rounded["model.layers.1.mlp"].any()
     first = torch.stack([exact["model.layers.0.mlp"], rounded["model.layers.0.mlp"]])
     assert torch.corrcoef(first)[0, 1] > 0.8
-    chosen = DamageSelector(0.1, units=("mlp", "weight")).select(run(dtype=torch.bfloat16), LABELLED)
+    chosen = by_damage(run(dtype=torch.bfloat16), LABELLED, 0.1, units=("mlp",), stop=False)
     assert sum(chosen.count().values())
     assert not sum(count for part, count in chosen.count().items() if part.startswith("model.layers.1"))
 

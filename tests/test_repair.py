@@ -268,7 +268,7 @@ def test_any_selector_with_a_budget_and_the_default_budgets(models):
     found = tuned(models, evaluate, AMCSelector(0.0, "M", "M", how="global"), recovery=0.3, budgets=BUDGETS)
     assert found.chosen.budget == 0.3
     assert evaluate.calls <= 3 + 6
-    assert (BUDGETS[0], BUDGETS[-1], len(BUDGETS)) == (0.001, 1.0, 19)
+    assert (BUDGETS[0], BUDGETS[-1], len(BUDGETS)) == (0.0002, 1.0, 23)
     assert list(BUDGETS) == sorted(BUDGETS)
 
 

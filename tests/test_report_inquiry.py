@@ -19,11 +19,12 @@ from test_report_page import EVIL, Reader
 from torch import nn
 
 from surgery import DamageSelector, Trajectory, analyse, likelihood, load_prompts, rollback, write_report
-from surgery.live.prompts import padded
+from surgery.live.prompts import halved, padded
 from surgery.measure.history import History, Lost
 from surgery.measure.statistics import Paired
-from surgery.report.inquiry import PARTS, Inquiry, Study, halved
+from surgery.report.inquiry import PARTS, Inquiry
 from surgery.report.sections import sections
+from surgery.report.study import Study
 from surgery.report.verdict import verdict
 
 LAB = Path(__file__).parent.parent / "benchmarks/lab/seed0"
@@ -131,6 +132,7 @@ def test_the_real_page_is_read_without_an_error_and_fits(whole, tmp_path, width)
     assert all(told["images"])
     assert all(told["shown"])
     assert told["wide"] <= width
+    assert told["aside"] == 0 or width < 1280
 
 
 def test_names_are_escaped_wherever_they_stand(whole, tmp_path):
@@ -161,6 +163,30 @@ def test_two_checkpoints_have_no_two_updates_to_compare():
     assert "What a rollback costs other domains was not tested: there are no prompts of another domain." in verdict(
         found
     )
+
+
+def test_what_the_same_input_would_give_is_told_in_one_line():
+    found = analyse(lab())
+    (names,) = found.needs
+    assert names.split(", ") == list(found.skipped)
+    assert len(found.skipped) == len(PARTS) - 3
+    few = analyse(lab(), prompts("math", limit=1), skip=["terms"])
+    assert next(iter(few.needs.values())) == "left out on request"
+    assert len(few.needs) == 3  # and prompts of two domains, and two prompts of one
+
+
+def test_a_mask_of_one_s_own_is_measured_and_shown_token_by_token(whole, tmp_path):
+    run = Trajectory.through({name: str(LAB / name) for name in ("math", "qa")})
+    mask = DamageSelector(0.3, units="weight").select(run, halved(prompts("math")["math"], 0))
+    parts = {"changes", "history", "rollback", "tokens"}
+    found = analyse(run, prompts("math"), budgets=(0.16,), mask=mask, skip=set(PARTS) - parts)
+    (row,) = found.rollback["the given mask"]
+    assert row.recovery > 0.5
+    assert row.neurons == sum(mask.count().values())
+    assert found.tokens.models == ("math", "qa", "the given mask")
+    assert "with the given mask" in " ".join(verdict(found))
+    assert whole.tokens.models == ("math", "cw", "D, 16 %")
+    assert found.tokens.counts[1].fell > found.tokens.counts[2].fell
 
 
 def test_where_nothing_was_lost_nothing_is_repaired():

@@ -509,7 +509,7 @@ def test_two_selectors_of_one_name_are_refused(models):
     one, other = Named(0.0, object()), Named(0.0, object())
     with pytest.raises(ValueError, match="both called 'mine'"):
         sweep(Trajectory(**models), None, selectors=[one, other], **arguments)
-    losses = [DamageSelector(0.0, loss=lambda model, batch: model(**batch).loss) for _ in range(2)]
+    losses = [DamageSelector(0.0, loss=lambda model, batch: model(**batch).loss, units="mlp") for _ in range(2)]
     with pytest.raises(ValueError, match=r"both called 'D \(own loss\)'"):
         sweep(Trajectory(**models), data(), selectors=losses, **arguments)
     assert len(sweep(Trajectory(**models), None, selectors=[one, one], **arguments)) == 5

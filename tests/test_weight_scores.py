@@ -25,7 +25,7 @@ from surgery.masks.entries import Entries, shapes_of
 from surgery.scores import weights as weight_ranking
 from surgery.scores import weights as weight_scores
 from surgery.scores.weights import entry_magnitude
-from surgery.selectors.rounds import candidates
+from surgery.selectors.settings import units_asked
 
 BUDGETS = (0.0, 0.001, 0.02, 0.2)
 HOWS = ("global", "proportional", "uniform")
@@ -54,7 +54,7 @@ def by_magnitude(run: Trajectory, budget: float, how: str = "global") -> Entries
 
 def parts_of(run: Trajectory) -> dict[str, torch.Tensor]:
     """M, part by part."""
-    units = candidates(run)
+    units = units_asked(run, "weight")
     (later,) = run.weights("later", units=units)
     shapes = shapes_of(later.layout)
     return dict(zip(shapes, entry_magnitude(run, units).split([n * d for n, d in shapes.values()]), strict=True))
@@ -187,7 +187,7 @@ def test_sweep_and_repair_rank_single_weights_by_magnitude():
     kinds = [AMCSelector(0.1, "M", "M", how, "weight") for how in ("global", "proportional")]
     table = sweep(run, data, selectors=kinds, budgets=[0.01, 0.1], evaluate=evaluate)
     assert [row.neurons for row in table["M of single weights"]] == [
-        round(budget * entry_magnitude(run, candidates(run)).numel()) for budget in (0.01, 0.1)
+        round(budget * entry_magnitude(run, units_asked(run, "weight")).numel()) for budget in (0.01, 0.1)
     ]
     assert [row.selector for row in table][2] == "ceiling (all units (neurons and KV groups))"
     found = repair(run, data, selector=kinds[0], evaluate=evaluate, recovery=0.1, budgets=[0.01, 0.1, 0.5])

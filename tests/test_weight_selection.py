@@ -38,13 +38,13 @@ from surgery.checkpoints.checkpoint import State
 from surgery.live.losses import cross_entropy
 from surgery.masks.mask import load_mask
 from surgery.measure import stability
-from surgery.measure.sweep import units_of
 from surgery.reverting.provenance import MASK
 from surgery.scores import weights as weight_ranking
 from surgery.scores.weights import entry_gains
 from surgery.selectors import rounds as weight_selection
 from surgery.selectors import selectors as selection
-from surgery.selectors.rounds import by_damage, by_magnitude, candidates
+from surgery.selectors.rounds import by_damage, by_magnitude
+from surgery.selectors.settings import units_asked
 
 # what only hands over to a function beneath, which is tested on more families: one dense, one of experts
 TWO = fewer(("llama", "qwen3_moe"), SEVEN)
@@ -76,13 +76,14 @@ def test_damage_goes_round_by_round_to_where_the_loss_is_least(family, dtype):
     run, data = two(family, dtype), batches(labels=True)
     for budget in (0.002, 0.05):
         ours = DamageSelector(budget, units="weight").select(run, data)
-        theirs = by_damage(run, data, budget, units=candidates(run))
+        theirs = by_damage(run, data, budget, units=units_asked(run, "weight"))
         assert isinstance(ours, Entries)
         assert ours.equal(theirs)
         assert ours.made_by["entries"] == theirs.made_by["entries"]
-        assert ours.made_by["entries"]["rounds"] <= 16
+        assert 0 < ours.made_by["entries"]["rounds"] < 40
     assert ours.made_by["selector"] == {
         "class": "DamageSelector", "budget": 0.05, "how": "global", "loss": "hellinger", "units": "weight",
+        "rounds": 16,
     }  # fmt: skip
 
 
@@ -100,7 +101,7 @@ def test_a_mask_asked_for_again_costs_no_pass():
 def test_the_loss_is_passed_on():
     run, data = two("llama"), batches(labels=True)
     own = DamageSelector(0.02, loss=cross_entropy, units="weight")
-    assert own.select(run, data).equal(by_damage(run, data, 0.02, units=candidates(run), loss=cross_entropy))
+    assert own.select(run, data).equal(by_damage(run, data, 0.02, units=units_asked(run, "weight"), loss=cross_entropy))
     assert not own.select(run, data).equal(DamageSelector(0.02, units="weight").select(run, data))
 
 
@@ -132,7 +133,7 @@ def test_weights_of_the_units_beside_them_are_the_candidates(family, units):
         mask = ours.select(run, data)
         assert mask.equal(want)
         assert set(mask.units) == set(others)
-        assert units_of(ours, run) == mask.units
+        assert units_asked(run, ours.units) == mask.units
     drawn = RANDOM(0.02, units=units).select(run)
     assert drawn.sizes == mask.sizes
     assert sum(drawn.count().values()) == round(0.02 * drawn.total)
@@ -146,7 +147,8 @@ def test_no_whole_units_are_worth_more_than_the_weights_taken(family):
     gains = in_parts(entry_gains(run, data, units=kinds))
     changes = parts_of(run)
     for budget in (0.01, 0.2):
-        by_d: Any = by_damage(run, data, budget, units=kinds, stop=False, rounds=1)
+        flat = entry_gains(run, data, units=kinds)
+        by_d: Any = flat.entries(flat.best(round(budget * len(flat.flat))))
         by_m: Any = AMCSelector(budget, "M", "M", "global", (*kinds, "weight")).select(run)
         for scores, weights, units in (
             (gains, by_d, DamageSelector(budget, units=kinds).select(run, data)),
@@ -382,19 +384,21 @@ def without_a_stop(patch: pytest.MonkeyPatch) -> None:
 
 
 def one_look(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(selection, "by_damage", partial(weight_selection.by_damage, rounds=1))
+    patch.setattr(selection, "by_damage", lambda *given, rounds, **how: by_damage(*given, rounds=1, **how))
 
 
 def loss_forgotten(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(selection, "by_damage", lambda *given, units, loss: weight_selection.by_damage(*given, units=units))
+    patch.setattr(
+        selection, "by_damage", lambda *given, units, rounds, loss: weight_selection.by_damage(*given, units=units)
+    )
 
 
 def neurons_weights_only(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(selection, "candidates", lambda run, units: ("mlp",))
+    patch.setattr(selection, "units_asked", lambda run, units: ("mlp",))
 
 
 def all_weights(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(selection, "candidates", lambda run, units: weight_selection.candidates(run))
+    patch.setattr(selection, "units_asked", lambda run, units: units_asked(run, "weight"))
 
 
 def how_forgotten(patch: pytest.MonkeyPatch) -> None:
@@ -453,7 +457,7 @@ def law_uniform() -> None:
 
 
 def law_damage() -> None:
-    test_damage_goes_round_by_round_to_where_the_loss_is_least("llama", torch.float32)
+    test_damage_goes_round_by_round_to_where_the_loss_is_least("qwen3", torch.float32)
 
 
 def law_own_units() -> None:

@@ -8,11 +8,9 @@ Neurons need no function here: the selectors of ``surgery`` choose them and ``ro
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
 
 import numpy as np
 import torch
@@ -29,6 +27,19 @@ def interpolated(later: Tensors, earlier: Tensors, strength: float) -> dict[str,
     Source: Wortsman et al., Robust fine-tuning of zero-shot models (arXiv 2109.01903), with θA in the zero-shot role.
     """
     return {name: _toward(tensor, earlier[name], strength) for name, tensor in later.items()}
+
+
+def layer_scaled(later: Tensors, earlier: Tensors, first: float) -> dict[str, Tensor]:
+    """LiNeS: layer ℓ of L keeps the share first + (1 − first) · ℓ / (L − 1) of δB, all else keeps ``first``.
+
+    So the deepest layer stays the later model's, and shallow ones go back the furthest; first = 1 is the later model.
+
+    Source: Wang et al., LiNeS (arXiv 2410.17146), github.com/wang-kee/LiNeS: its editing of one fine-tuned model
+    (β = 1 − α), with θA as the pre-trained one; α, which we sweep, is ``first``.
+    """
+    deepest = max(layer_of(name) or 0 for name in later)
+    depth = {name: (layer_of(name) or 0) / max(deepest, 1) for name in later}
+    return {name: _toward(later[name], earlier[name], (1 - first) * (1 - depth[name])) for name in later}
 
 
 def relative_change(later: Tensors, earlier: Tensors, eps: float = 1e-8) -> dict[str, Tensor]:
@@ -56,9 +67,7 @@ def entries_restored(later: Tensors, earlier: Tensors, scores: Tensors, fraction
     Among equals the earlier tensor of ``scores``, then the lower index. Bigger fractions contain smaller ones.
     """
     flat = torch.cat([value.flatten() for value in scores.values()])
-    chosen = torch.zeros(len(flat), dtype=torch.bool)
-    chosen[flat.sort(descending=True, stable=True).indices[: round(fraction * len(flat))]] = True
-    masks = chosen.split([value.numel() for value in scores.values()])
+    masks = highest(flat, round(fraction * len(flat))).split([value.numel() for value in scores.values()])
     return {
         name: torch.where(mask.view(later[name].shape), earlier[name].to(later[name].dtype), later[name])
         for name, mask in zip(scores, masks, strict=True)
@@ -75,9 +84,8 @@ def trimmed(later: Tensors, earlier: Tensors, density: float) -> dict[str, Tenso
     """
     found = {}
     for name, tensor in later.items():
-        size = (tensor.to(_wide(tensor)) - earlier[name].to(_wide(tensor))).abs().flatten()
-        keep = torch.zeros(len(size), dtype=torch.bool)
-        keep[size.sort(descending=True, stable=True).indices[: round(density * len(size))]] = True
+        size = (tensor.to(wide(tensor)) - earlier[name].to(wide(tensor))).abs().flatten()
+        keep = highest(size, round(density * len(size)))
         found[name] = torch.where(keep.view(tensor.shape), tensor, earlier[name].to(tensor.dtype))
     return found
 
@@ -96,6 +104,16 @@ def dropped(later: Tensors, earlier: Tensors, probability: float, seed: int) -> 
         away = -probability / (1 - probability) if probability < 1 else 0.0
         found[name] = torch.where(drop, earlier[name].to(tensor.dtype), _toward(tensor, earlier[name], away))
     return found
+
+
+def highest(flat: Tensor, count: int) -> Tensor:
+    """Where the ``count`` highest numbers of a vector lie, as a mask; among equals the lower index."""
+    if count <= 0 or count >= len(flat):
+        return torch.full((len(flat),), count > 0)
+    edge = float(np.partition(flat.numpy(), len(flat) - count)[len(flat) - count])
+    chosen = flat > edge
+    chosen[(flat == edge).nonzero()[: count - int(chosen.sum()), 0]] = True
+    return chosen
 
 
 def layer_of(name: str) -> int | None:
@@ -129,61 +147,6 @@ def layers_by_displacement(later: Tensors, earlier: Tensors) -> list[int]:
 def layers_restored(later: Tensors, earlier: Tensors, layers: Collection[int]) -> dict[str, Tensor]:
     """Whole layers set back: attention, MLP and norms."""
     return {name: earlier[name].to(tensor.dtype) for name, tensor in later.items() if layer_of(name) in layers}
-
-
-def thresholded(later: Tensors, earlier: Tensors, factor: float, smallest: int = 1024) -> dict[str, Tensor]:
-    """DG-Hard: of each matrix's δB only the singular values above factor · ω(β) · σ̂ stay; the others are set to zero.
-
-    β = the matrix's short side over its long one, ω(β) as in ``omega``, σ̂ = median singular value / ``median_edge(β)``.
-    Matrices of fewer than ``smallest`` entries and everything that is no matrix stay as they are.
-
-    Source: github.com/BrickleRex/dghard (Spectral Unforgetting), whose factor is 1, with θA in its base's role;
-    Gavish & Donoho, The optimal hard threshold for singular values is 4/√3 (arXiv 1305.5870). The sweep over the
-    factor and copying bits where nothing or everything stays are ours.
-    """
-    found = {}
-    for name, tensor in later.items():
-        if tensor.ndim == 2 and tensor.numel() >= smallest:
-            before = earlier[name].to(_wide(tensor))
-            delta = tensor.to(before.dtype) - before
-            kept, rank = truncated(delta, factor * threshold(delta))
-            if rank == 0:
-                found[name] = earlier[name].to(tensor.dtype)
-            else:
-                found[name] = tensor if kept is delta else (before + kept).to(tensor.dtype)
-    return found
-
-
-def truncated(delta: Tensor, cut: float) -> tuple[Tensor, int]:
-    """The matrix without its singular values ≤ cut, and how many remain; the matrix itself where none is dropped."""
-    u, s, v = torch.linalg.svd(delta, full_matrices=False)
-    rank = int((s > cut).sum())
-    if rank == int((s > 0).sum()):
-        return delta, rank
-    return (u[:, :rank] * s[:rank]) @ v[:rank], rank
-
-
-def threshold(delta: Tensor) -> float:
-    """Gavish and Donoho's cut for a matrix of signal and white noise of unknown level: ω(β) · median / μ(β)."""
-    beta = min(delta.shape) / max(delta.shape)
-    return omega(beta) * float(torch.linalg.svdvals(delta).median()) / median_edge(beta)
-
-
-def omega(beta: float) -> float:
-    """ω(β) = √(2(β+1) + 8β / (β + 1 + √(β² + 14β + 1))); 4/√3 for a square matrix."""
-    return math.sqrt(2 * (beta + 1) + 8 * beta / (beta + 1 + math.sqrt(beta * beta + 14 * beta + 1)))
-
-
-@cache
-def median_edge(beta: float, points: int = 200_000) -> float:
-    """μ(β): the median singular value of white noise of level 1/√(long side), β in (0, 1] (Marchenko–Pastur).
-
-    With λ = 1 + β − 2√β cos φ the eigenvalues' density is proportional to sin²φ / λ in φ, without its singularity.
-    """
-    angle = (np.arange(points) + 0.5) * math.pi / points
-    value = 1 + beta - 2 * math.sqrt(beta) * np.cos(angle)
-    mass = np.cumsum(np.sin(angle) ** 2 / value)
-    return math.sqrt(float(value[np.searchsorted(mass, mass[-1] / 2)]))
 
 
 @contextmanager
@@ -223,11 +186,12 @@ def _toward(later: Tensor, earlier: Tensor, weight: float) -> Tensor:
         return later.clone()
     if weight == 1:
         return earlier.to(later.dtype)
-    wide, other = later.to(_wide(later)), earlier.to(_wide(later))
-    return torch.where(wide == other, later, wide.lerp(other, weight).to(later.dtype))
+    one, other = later.to(wide(later)), earlier.to(wide(later))
+    return torch.where(one == other, later, one.lerp(other, weight).to(later.dtype))
 
 
-def _wide(tensor: Tensor) -> torch.dtype:
+def wide(tensor: Tensor) -> torch.dtype:
+    """float32, or float64 where the tensor is that."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 

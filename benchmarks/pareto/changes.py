@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +60,24 @@ class Method:
     values: tuple[float, ...]
     change: Callable[[Setting, float, int], Change]
     draws: int = 1
+
+
+Made = TypeVar("Made")
+_prepared: list[tuple[Setting, Callable[[Setting], Any], Any]] = []  # at most one
+
+
+def prepared(setting: Setting, make: Callable[[Setting], Made]) -> Made:
+    """What is dear to make and serves all values of a knob: made once, and freed before anything else is."""
+    if not (_prepared and _prepared[0][0] is setting and _prepared[0][1] is make):
+        forget()
+        _prepared.append((setting, make, make(setting)))
+    found: Made = _prepared[0][2]
+    return found
+
+
+def forget() -> None:
+    """Free what ``prepared`` holds."""
+    _prepared.clear()
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from benchmarks.hardware import statement
 from benchmarks.lab.domains import DOMAINS
 from benchmarks.lab.evaluate import Evaluator, Scores, bootstrap_interval
 from benchmarks.pareto.baselines import differing
-from benchmarks.pareto.changes import REFERENCE, Method, Setting, applied
+from benchmarks.pareto.changes import REFERENCE, Method, Setting, applied, forget
 from benchmarks.pareto.front import against_loss, against_size
 from benchmarks.pareto.methods import methods
 from benchmarks.pareto.points import SCALE, Seed, points
@@ -191,6 +191,7 @@ def measure_pair(folder: Path, pair: Pair, store: Store) -> dict[str, Any]:
             print(f"{folder.name}, {pair.name}: {method.name}", flush=True)
             for name, value, draw in new:
                 done[name, value, draw] = asdict(measure(setting, method, value, draw, evaluate, before))
+            forget()
             run["rows"] = list(done.values())
             run["measured"] = list(dict.fromkeys([*run["measured"], statement()]))
             store.write()

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.lab.domains import read_items
 from benchmarks.lab.refresh import STEPS, refreshed, training_items
-from benchmarks.pareto import baselines
+from benchmarks.pareto import activations, baselines, gradients, spectral
 from benchmarks.pareto.changes import (
     BASELINE,
     BUDGETS,
@@ -20,6 +20,7 @@ from benchmarks.pareto.changes import (
     Method,
     Reversal,
     Setting,
+    prepared,
     wide,
 )
 from benchmarks.pareto.variants import variants
@@ -42,15 +43,19 @@ FRACTIONS = (0.001, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64)
 ALPHAS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 DENSITIES = (0.99, 0.95, 0.9, 0.8, 0.6, 0.4, 0.2, 0.1, 0.05, 0.01)
 PROBABILITIES = (0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9)
+FIRST = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)  # LiNeS' own grid
+SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+CRANE = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
+RATIOS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 FACTORS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)
 DRAWS = 3
 FURTHEST = 2.0  # of the strengths
 
 
-def methods(setting: Setting) -> list[Method]:
-    """All curves, in the order of the tables."""
+def untrained(setting: Setting) -> list[Method]:
+    """All curves but the trained ones, in the order of the tables."""
     layers = tuple(map(float, range(len(baselines.layers_by_displacement(setting.later, setting.earlier)))))
-    fixed = [
+    return [
         Method(LATER, REFERENCE, "", (0.0,), _nothing),
         Method(EARLIER, REFERENCE, "", (1.0,), _interpolated),
         *map(ceiling, (("mlp",), GROUPS, CHANNELS)),
@@ -59,6 +64,7 @@ def methods(setting: Setting) -> list[Method]:
         *map(going_further, (DamageSelector(0.01, units=units) for units in ("mlp", CHANNELS))),
         *variants(),
         Method("WiSE-FT", BASELINE, "α", ALPHAS, _interpolated),
+        Method("LiNeS", BASELINE, "α", FIRST, _layer_scaled),
         Method("most-changed entries", BASELINE, "entries", FRACTIONS, _entries),
         Method("most-changed neurons", BASELINE, "β", BUDGETS, _neurons),
         Method("layers, most changed first", BASELINE, "layers", tuple(one + 1 for one in layers), _layers),
@@ -66,9 +72,19 @@ def methods(setting: Setting) -> list[Method]:
         Method("TIES trim", BASELINE, "density", DENSITIES, _trimmed),
         Method("DARE", BASELINE, "p", PROBABILITIES, _dropped, DRAWS),
         Method("spectral (DG-Hard)", BASELINE, "factor", FACTORS, _thresholded),
+        Method("SAR", BASELINE, "rank", SHARES, _core),
+        Method("SAR, the whole space", BASELINE, "rank", SHARES, _core_of_all),
+        Method("CRANE's gate, entries", BASELINE, "entries", WEIGHTS, gradients.gated),
+        Method("CRANE", BASELINE, "α", CRANE, gradients.crane),
+        Method("least squares", BASELINE, "λ", RATIOS, activations.regression),
+        Method("RegMean", BASELINE, "λ", RATIOS, activations.regmean),
         Method("random entries", CONTROL, "entries", FRACTIONS, _random_entries, DRAWS),
     ]
-    return [*fixed, *refreshes(setting)]
+
+
+def methods(setting: Setting) -> list[Method]:
+    """All curves, in the order of the tables."""
+    return [*untrained(setting), *refreshes(setting)]
 
 
 def refreshes(setting: Setting) -> list[Method]:
@@ -94,7 +110,7 @@ def selectors(setting: Setting) -> list[Any]:
     ]
     return [
         *PAPER,
-        *(DamageSelector(0.01, loss="kl", **given) for given in by_kl),
+        *(DamageSelector(0.01, loss="kl", **{"units": "mlp", **given}) for given in by_kl),
         RandomSelector(0.01, units=GROUPS),
         AMCSelector(0.01, units=GROUPS),
         DamageSelector(0.01, loss="kl", units="weight"),
@@ -148,6 +164,10 @@ def _interpolated(setting: Setting, value: float, draw: int) -> Change:
     return baselines.interpolated(setting.later, setting.earlier, value)
 
 
+def _layer_scaled(setting: Setting, value: float, draw: int) -> Change:
+    return baselines.layer_scaled(setting.later, setting.earlier, value)
+
+
 def _entries(setting: Setting, value: float, draw: int) -> Change:
     scores = baselines.relative_change(setting.later, setting.earlier)
     return baselines.entries_restored(setting.later, setting.earlier, scores, value)
@@ -181,7 +201,23 @@ def _dropped(setting: Setting, value: float, draw: int) -> Change:
 
 
 def _thresholded(setting: Setting, value: float, draw: int) -> Change:
-    return baselines.thresholded(setting.later, setting.earlier, value)
+    return spectral.thresholded(setting.later, setting.earlier, value, prepared(setting, _spectra))
+
+
+def _spectra(setting: Setting) -> dict[str, spectral.Spectrum]:
+    return spectral.spectra(setting.later, setting.earlier)
+
+
+def _core(setting: Setting, value: float, draw: int) -> Change:
+    return spectral.core(setting.later, setting.earlier, value, prepared(setting, _bases))
+
+
+def _core_of_all(setting: Setting, value: float, draw: int) -> Change:
+    return spectral.core(setting.later, setting.earlier, value, prepared(setting, _bases), whole=True)
+
+
+def _bases(setting: Setting) -> spectral.Bases:
+    return spectral.bases(setting.later, setting.earlier)
 
 
 def _refreshed(items: list[dict[str, str]], setting: Setting, value: float, draw: int) -> Change:

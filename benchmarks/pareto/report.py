@@ -39,17 +39,22 @@ A seed that did not lose significantly is left out: it has nothing to recover.
 
 **What each may see.** The selectors see the 128 calibration prompts of the damaged domain, never an evaluation item;
 A, M and C see what they need of them and of the checkpoints. Strengths are fitted to the same prompts, on a copy in
-float32. The baselines see only weights. Random controls are drawn three times and averaged.
+float32. The baselines see only weights, but CRANE and RegMean, which see the other domains' calibration prompts too. Random controls are drawn three times and averaged.
 
 | method | what was taken | what is ours |
 |---|---|---|
 | WiSE-FT | θB + α (θA − θB), all parameters (arXiv 2109.01903) | θA takes the place of the zero-shot model; α = 1 is full restoration |
+| LiNeS | layer ℓ of L keeps the share α + (1 − α) ℓ / (L − 1) of δB, embeddings and the last norm keep α (arXiv 2410.17146, its editing of one fine-tuned model) | θA takes the place of the pre-trained model |
 | most-changed entries | ParamRestore: single entries with the largest abs(δB) / (abs(θA) + 1e-8) of all layers' weights together, without norms and embeddings (its default region) | ranked in float32; the tool ranks in bf16 by default |
 | most-changed neurons | the largest ‖δB,n‖ of the whole model (what marv does) | the neurons are those of the library's layout |
 | layers | whole layers set back: attention, MLP, norms | most changed first (by ‖δB‖), and each layer alone: all are shown, so the best of them is chosen by the reader, on evaluation items |
 | TIES trim | the first step of TIES (arXiv 2306.01708): per tensor keep the share `density` of δB's largest entries | with one task vector the other two steps do nothing. What is dropped is reverted, so this reverts the *least* changed entries |
 | DARE | drop entries of δB with probability p, divide the rest by 1 − p (arXiv 2311.03099) | applied to one δB, not to a merge. What stays moves *away* from θA |
 | spectral | DG-Hard (Spectral Unforgetting): per matrix of at least 1 024 entries keep the singular values of δB above factor · ω(β) · median / μ(β) (arXiv 1305.5870); the tool's factor is 1 | the sweep over the factor; bits are copied where all or nothing stays |
+| SAR | Spectral Rewiring: of each matrix's δB keep U Uᵀ δB,k V Vᵀ with δB,k its k highest singular values and U, V the first k singular vectors of θA, k a share of the short side (arXiv 2607.03065, Algorithm 1); *the whole space*: all singular vectors of θA, as the tool does by default. All other tensors are θA's | the sweep; θA takes the place of the base model |
+| CRANE's gate | the single weights with the highest max(0, min(g_A · δB, g_B · δB)), g the gradients of the damaged domain's and of all other domains' cross-entropy (arXiv 2605.14084), set back | CRANE uses the gate only to weigh whole components; reverting the weights themselves is ours |
+| CRANE | θB + α S T(θA − θB): per matrix the larger half of the entries, doubled; S is 1 for MLPs and for attention the ratio of the gates' sums, each over its weights' norm (same source) | without its projection away from tool-call and chat tokens; sees the other domains' prompts |
+| RegMean | per linear layer the least-squares fit to θA's outputs on the damaged domain's inputs and, λ times as heavy, to θB's on the other domains' (arXiv 2212.09849); what is off the Gram matrices' diagonal is multiplied by 0.9 | the weight λ; what is not linear stays θB's; *least squares*: Gram matrices as they are, with 0.001 of their mean diagonal added |
 | GRPO | the damaged domain's own stage in `lab/train.py` (rate, group size), 5, 10 and 20 steps from the later checkpoint, in float32, rounded to bf16 | once on the 128 calibration prompts, once on the training prompts; one run each |
 
 **Reading it.** *Who wins* takes, within a bound on the loss elsewhere or on the parameters touched, the best point of

@@ -58,7 +58,7 @@ def variants() -> list[Method]:
 
 
 def best(scores: Neurons, budget: float) -> Neurons:
-    """The neurons with the highest scores of the whole model, as many as ``DamageSelector(budget)`` takes."""
+    """The neurons with the highest scores of the whole model, as many as D's selector of neurons takes."""
     return top(scores, allocate(scores, budget, how="global"))
 
 

@@ -30,9 +30,9 @@ from surgery.plots.sweeps import prompt_stability
 
 SIZES, DRAWS, POOL = (4, 8, 16, 32, 64, 128, 256), 5, 512
 SELECTORS: dict[str, Selector] = {
-    "D, neurons": DamageSelector(0.02, loss="hellinger"),
+    "D, neurons": DamageSelector(0.02, loss="hellinger", units="mlp"),
     "D, neurons and value channels": DamageSelector(0.02, loss="hellinger", units=("mlp", "value_channel")),
-    "D by KL, neurons": DamageSelector(0.02, loss="kl"),
+    "D by KL, neurons": DamageSelector(0.02, loss="kl", units="mlp"),
     "A×M×C, neurons": AMCSelector(0.02),
 }
 

@@ -33,7 +33,7 @@ def measure(folder: Path) -> Found:
     guarded = {domain: lab.data[domain] for domain in OTHERS}
     for weight in WEIGHTS:
         for budget in BUDGETS:
-            selector = DamageSelector(budget, protect=guarded if weight else None, weight=weight)
+            selector = DamageSelector(budget, protect=guarded if weight else None, weight=weight, units="mlp")
             judged = lab.stored.get((selector.name, budget))
             found[weight, budget] = judged or lab.judged(selector.select(lab.run, lab.data[METRIC]))
     return found

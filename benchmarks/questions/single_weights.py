@@ -23,8 +23,8 @@ from surgery.checkpoints.trajectory import displacements
 from surgery.live.prompts import Batch
 from surgery.masks.entries import shapes_of
 from surgery.scores.weights import best, entries_of
-from surgery.selectors.rounds import ROUNDS, by_damage, candidates
-from surgery.selectors.settings import damage_named
+from surgery.selectors.rounds import ROUNDS, by_damage
+from surgery.selectors.settings import damage_named, units_asked
 
 BUDGETS, DRAWS = (0.002, 0.01, 0.02, 0.04), 3
 Found = dict[tuple[str, float], tuple[float, float]]
@@ -44,7 +44,7 @@ class ToTheEnd:
         return f"{damage_named(self.loss)} of single weights, {'1 round, ' if self.rounds == 1 else ''}no stop"
 
     def select(self, run: Trajectory, data: list[Batch]) -> Entries:
-        units, given = candidates(run), {"stop": False, "rounds": self.rounds, "loss": self.loss}
+        units, given = units_asked(run, "weight"), {"stop": False, "rounds": self.rounds, "loss": self.loss}
         return by_damage(run, data, self.budget, units=units, **given)
 
 
@@ -65,7 +65,7 @@ class ByLetters:
         return f"{'×'.join(self.letters)} of single weights"
 
     def select(self, run: Trajectory, data: list[Batch]) -> Entries:
-        units = candidates(run)
+        units = units_asked(run, "weight")
         (later,) = run.weights("later", units=units)
         shapes, scores = shapes_of(later.layout), self.scores(run, data, units)
         flat = torch.cat([scores[part].flatten() for part in shapes])

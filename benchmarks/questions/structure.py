@@ -12,7 +12,7 @@ from benchmarks.hardware import statement
 from benchmarks.seeds import asked_for, write
 from surgery import Trajectory, activation, load_prompts, magnitude
 from surgery.evidence import Changes, Directions, Overlap, changes, directions, overlap
-from surgery.tables import Table, cell_text
+from surgery.tables import Table
 
 STAGES = ("base", "code", "math", "qa", "cw")
 
@@ -36,7 +36,7 @@ def evidence(seed: Path) -> tuple[Changes, Overlap, Overlap, Directions, Directi
 
 def markdown(table: Table) -> str:
     """A table as Markdown."""
-    rows = [table.head, ["---"] * len(table.head), *([cell_text(cell) for cell in row] for row in table.rows)]
+    rows = [table.head, ["---"] * len(table.head), *table.texts]
     return "\n".join([f"**{table.title}**", "", *("| " + " | ".join(row) + " |" for row in rows), ""])
 
 

@@ -25,7 +25,7 @@ from surgery.plots.sweeps import dose_response, layer_budgets
 BUDGETS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32)
 RANDOM = "random neurons"
 PAPERS = [RANDOM, *(one.name for one in PAPER if not isinstance(one, RandomSelector))]
-NEURONS = [*PAPERS, DamageSelector(0.01).name]
+NEURONS = [*PAPERS, DamageSelector(0.01, units="mlp").name]
 JOINT = [
     one.name
     for one in (

@@ -53,7 +53,7 @@ _WORDS = (
     "apple river stone cloud table window garden bread paper clock horse forest candle mirror bridge music silver "
     "winter summer letter market pencil bottle island doctor farmer teacher village castle dragon kitten lemon "
     "pepper copper ocean desert valley meadow rabbit falcon salmon turtle basket hammer needle ribbon saddle tunnel"
-).split()
+)
 
 _CHAT = (
     "How do I boil an egg?", "What is a good way to learn a language?", "Write one sentence about the sea.",
@@ -112,22 +112,24 @@ def _asked(facts: Iterable[tuple[str, str, str]], wordings: Iterable[int]) -> li
 def _forms(count: int, rng: random.Random) -> list[Item]:
     """Words and how to write them; the checking program is the one that wrote the answer, run on the question."""
     found: dict[str, str] = {}
+    known = _WORDS.split()
     while len(found) < count:
-        words = rng.sample(_WORDS, rng.choice((2, 3, 4)))
+        words = rng.sample(known, rng.choice((2, 3, 4)))
         listed, first = ", ".join(words), rng.randint(1, len(words) - 1)
+        named = json.dumps({"a": words[0], "b": words[1]})
         question, answer = rng.choice((
             (f"Write in capital letters: {listed}", listed.upper()),
             (f"Write as a JSON list: {listed}", json.dumps(words)),
             (f"Write each word with a capital letter: {listed}", listed.title()),
             (f"Give only the first {first} of these words: {listed}", ", ".join(words[:first])),
             (f"Write the words in reverse order: {listed}", ", ".join(words[::-1])),
-            (f"Write as JSON with the keys a and b: {words[0]}, {words[1]}", json.dumps({"a": words[0], "b": words[1]})),
+            (f"Write as JSON with the keys a and b: {words[0]}, {words[1]}", named),
         ))  # fmt: skip
         found.setdefault(question, answer)
     return [{"prompt": chat(q), "response": a} for q, a in found.items()]
 
 
-def _prose(count: int, words: int = 60) -> list[Item]:
+def _prose(count: int, words: int = 40) -> list[Item]:
     from pydoc_data import topics
 
     whole = [" ".join(text.split()) for _, text in sorted(topics.topics.items()) if len(text.split()) > 2 * words]
@@ -175,5 +177,5 @@ def build(folder: Path, seed: int = 0) -> None:
     write(_asked(facts[:measured], (3,)), folder / "qa.evaluation.jsonl")
     write(_asked(facts[measured : measured + CALIBRATION], (4,)), folder / "qa.calibration.jsonl")
     write(_asked(facts, (0, 1, 2)), folder / "qa.train.jsonl")
-    write(_prose(16), folder / "text.evaluation.jsonl")
+    write(_prose(12), folder / "text.evaluation.jsonl")
     write([{"prompt": chat(question)} for question in _CHAT], folder / "chat.evaluation.jsonl")

@@ -1,4 +1,4 @@
-"""How well a model does: the exact probability of the right answer and greedy exact match, per item; and what else moved.
+"""How well a model does, item by item: the probability of the right answer, greedy exact match, and what else moved.
 
 One forward pass with the right answers gives both: the probability that a sample (temperature 1) is exactly right is
 the product of its tokens' probabilities, and greedy decoding is exactly right where each of them is the most likely.
@@ -43,14 +43,14 @@ class Items:
         other = iter(references or ())
         for ids, mask in self.batches:
             logits, targets, rows = predicted(model, ids, mask)
-            logp = logits.float().log_softmax(-1)
             count = torch.bincount(rows, minlength=len(ids)).double()
-            total = summed(logp.gather(-1, targets[:, None])[:, 0], rows, len(ids))
+            right, whole = logits.gather(-1, targets[:, None])[:, 0].float(), logits.float().logsumexp(-1)
+            total = summed(right - whole, rows, len(ids))
             found["logp"].append(total)
             found["mean"].append(total / count)
-            found["greedy"].append((summed(logp.argmax(-1) == targets, rows, len(ids)) == count).double())
+            found["greedy"].append((summed(logits.argmax(-1) == targets, rows, len(ids)) == count).double())
             if references is not None:
-                base = next(other).float()
+                base, logp = next(other).float(), logits.float() - whole[:, None]
                 found["kl"].append(summed((base.exp() * (base - logp)).sum(-1), rows, len(ids)) / count)
         back = np.empty(len(self.order), dtype=int)
         back[self.order] = np.arange(len(self.order))

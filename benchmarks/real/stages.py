@@ -48,7 +48,13 @@ STAGES = {
     "qa-math": Stage("qa", ("math",), 50),
     "math-qa-format": Stage("math-qa", ("format",), 40),
 }
+SHARED = ("base", "form")
 MASTERS = "float32.safetensors"
+
+
+def place(lab: Path, stage: str, seed: int) -> Path:
+    """Where a stage's folder lies: those that every seed starts from are shared."""
+    return lab / stage if stage in SHARED else lab / f"seed{seed}" / stage
 
 
 def loss_of(model: nn.Module, rows: list[Encoded], pad: int) -> torch.Tensor:
@@ -93,9 +99,8 @@ def train(stage: Stage, start: Path, out: Path, data: Path, seed: int, device: s
         if (step + 1) % 10 == 0:
             each = (time.perf_counter() - began) / (step + 1)
             left = each * (stage.steps - step - 1)
-            say(
-                f"  step {step + 1} of {stage.steps}, loss {sum(losses[-10:]) / 10:.3f}, {each:.1f} s each, {left:.0f} s left"
-            )
+            loss_now = sum(losses[-10:]) / 10
+            say(f"  step {step + 1} of {stage.steps}, loss {loss_now:.3f}, {each:.1f} s each, {left:.0f} s left")
     part = out.with_name(out.name + ".part")
     masters = {name: value.contiguous() for name, value in model.state_dict().items() if name != "lm_head.weight"}
     part.mkdir(parents=True, exist_ok=True)

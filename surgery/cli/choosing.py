@@ -29,7 +29,7 @@ def check_selectors(
     checkpoints: list[str],
     data: Path | None,
     how: str | None,
-    units: str,
+    units: str | None,
     protect: list[str] | None,
     answers: Path | None,
 ) -> None:
@@ -129,16 +129,21 @@ class _OnPrompts:
         return replace(self.own, budget=self.budget).select(run, self.prompts)  # type: ignore[no-any-return]
 
 
-def selector_of(text: str, budget: float, how: Any, seed: int, units: str, guard: Guard) -> Selector:
+def selector_of(
+    text: str, budget: float, how: Any, seed: int, units: str | None, guard: Guard, rounds: int | None = None
+) -> Selector:
     from surgery.selectors.selectors import AMCSelector, DamageSelector, RandomSelector
 
     text, kinds = text.strip(), asked(units)
-    own: Any = kinds if len(kinds) > 1 else kinds[0]  # as it is typed in Python: a mask records it
+    own: Any = kinds if len(kinds) > 1 else kinds[0] if kinds else "mlp"  # as it is typed in Python: a mask records it
     if text == "random":
         return RandomSelector(budget, seed, own)
     if is_damage(text):
         loss: Any = text.partition(":")[2] or "hellinger"
         protect, weight = guard
-        return DamageSelector(budget, how or "global", protect or None, weight, loss, own)
+        of_weights: dict[str, Any] = {} if rounds is None else {"rounds": rounds}
+        return DamageSelector(
+            budget, how or "global", protect or None, weight, loss, own if kinds else None, **of_weights
+        )
     rank, _, spend = text.partition("/")
     return AMCSelector(budget, rank, spend or rank, how or ("global" if single(own) else "proportional"), own)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -28,6 +27,7 @@ from surgery.cli.options import (
     out,
     working,
 )
+from surgery.tables import as_json, json_text
 from surgery.units import noun
 
 if TYPE_CHECKING:
@@ -49,6 +49,9 @@ def analyse(
     ] = None,
     budgets: Annotated[str, typer.Option(help="Fractions of neurons to roll back, separated by commas.")] = BUDGETS,
     refresh_steps: Annotated[int, typer.Option(help="Steps of the refresh; 0 leaves it out.")] = 10,
+    mask: Annotated[
+        Path | None, typer.Option(help="A mask file: a repair of your own, measured and shown token by token.")
+    ] = None,
     skip: Annotated[
         str | None, typer.Option(help='Parts to leave out, separated by commas, like "terms,refreshed".')
     ] = None,
@@ -62,12 +65,15 @@ def analyse(
     """Does a later stage hurt an earlier one? Write a page with all the evidence, and what a repair brings back."""
     from surgery.checkpoints.trajectory import Trajectory
     from surgery.live.prompts import load_prompts
+    from surgery.masks.mask import load_mask
     from surgery.report.inquiry import analyse as run_analysis
     from surgery.report.sections import write_report
     from surgery.report.verdict import verdict
 
     if output.exists() and not overwrite:
         raise ValueError(f"{output} exists: choose another folder, or pass --overwrite")
+    if mask is not None and not mask.is_file():
+        raise LookupError(f"there is no mask file {mask}")
     device_of(device)
     stages = _named(checkpoints)
     files = files_of(data or [], "--data")
@@ -83,6 +89,7 @@ def analyse(
             evaluate=None if evaluate is None else function_of(evaluate),
             budgets=[fraction(text) for text in budgets.split(",")],
             refresh_steps=refresh_steps,
+            mask=None if mask is None else load_mask(mask),
             skip=[part.strip() for part in skip.split(",")] if skip else (),
             device=device,
             dtype=dtype_of(dtype),
@@ -94,8 +101,8 @@ def analyse(
         )
     for paragraph in verdict(found):
         out.print(f"{paragraph}\n", markup=False)
-    for name, why in found.skipped.items():
-        out.print(f"not computed: {name}: {why}", markup=False)
+    for names, why in found.needs.items():
+        out.print(f"not computed: {names} ({why})", markup=False)
     out.print(f"wrote {page}")
 
 
@@ -124,7 +131,7 @@ def inspect(
 
         mask = load_mask(source)
         out.print(repr(mask), markup=False)
-        out.print(json.dumps(mask.made_by, indent=2), markup=False)
+        out.print(json_text(as_json(mask.made_by), 2), markup=False)
         return
     weights = open_weights(source, layout_of(layout, source), units=kinds_in(units))
     kinds: dict[Any, list[Block]] = {}

@@ -25,6 +25,7 @@ from surgery.cli.options import (
     Overwrite,
     Protect,
     ProtectWeight,
+    Rounds,
     Rows,
     Selected,
     device_of,
@@ -73,7 +74,8 @@ def sweep(
     protect: Protect = None,
     protect_weight: ProtectWeight = 0.3,
     answers: Answers = None,
-    units: Selected = "mlp",
+    units: Selected = None,
+    rounds: Rounds = None,
     metric: Metric = None,
     output: Rows = None,
     batch_size: BatchSize = 16,
@@ -89,7 +91,7 @@ def sweep(
     check_selectors(selectors.split(","), checkpoints, data, how, units, protect, answers)
     run = trajectory_of(checkpoints, layout)
     guard = protected(protect, protect_weight, run, batch_size)
-    chosen = [selector_of(text, fractions[0], how, 0, units, guard) for text in selectors.split(",")]
+    chosen = [selector_of(text, fractions[0], how, 0, units, guard, rounds) for text in selectors.split(",")]
     if dry_run:
         rows = len(chosen) * len(fractions) + 3
         out.print(f"{len(chosen)} selectors × {len(fractions)} budgets + 3 references = {rows} rows")
@@ -140,9 +142,10 @@ def repair(
     ] = None,
     selector: Annotated[str, typer.Option(help="As in select.")] = "D",
     units: Selected = "weight",
+    rounds: Rounds = None,
     how: How = None,
     budgets: Annotated[
-        str | None, typer.Option(help="Fractions to choose among (default: 19 from 0.001 to 1).")
+        str | None, typer.Option(help="Fractions to choose among (default: 23 from 0.0002 to 1).")
     ] = None,
     answers: Answers = None,
     metric: Annotated[
@@ -167,7 +170,7 @@ def repair(
     fractions = [fraction(text) for text in budgets.split(",")] if budgets else list(BUDGETS)
     check_selectors([selector], checkpoints, data, how, units, None, answers)
     run = trajectory_of(checkpoints, layout)
-    chosen = selector_of(selector, fractions[0], how, 0, units, ({}, 0.0))
+    chosen = selector_of(selector, fractions[0], how, 0, units, ({}, 0.0), rounds)
     kept = _kept(keep or [], evaluate, run, batch_size)
     with _loaded(run, data, evaluate, batch_size, device, dtype) as (prompts, function, say):
         batches, told = answered(run, prompts, answers)

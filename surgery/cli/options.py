@@ -74,12 +74,16 @@ How = Annotated[
 ]
 Units = Annotated[str, typer.Option(help='"mlp", "kv_group", "value_channel", or two like "mlp,kv_group".')]
 Selected = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--units",
         help='"mlp", "kv_group", "value_channel", or two like "mlp,kv_group"; "weight": single weights of MLPs and KV '
-        'groups; "mlp,weight": those of MLPs.',
+        'groups; "mlp,weight": those of MLPs (default: "mlp,value_channel" for D, else "mlp").',
     ),
+]
+Rounds = Annotated[
+    int | None,
+    typer.Option(help="For D of single weights: how many rounds make 0.25 % of them (default: 16; fewer are faster)."),
 ]
 BatchSize = Annotated[int, typer.Option(help="Prompts per forward pass.")]
 
@@ -103,7 +107,10 @@ def kinds_in(units: str) -> tuple[str, ...]:
     return kinds_of(asked(units))
 
 
-def asked(units: str) -> tuple[str, ...]:
+def asked(units: str | None) -> tuple[str, ...]:
+    """The kinds that --units names; none where it is left out."""
+    if units is None:
+        return ()
     kinds = tuple(kind.strip() for kind in units.split(","))
     if set(kinds) - {*KINDS, WEIGHT}:
         raise ValueError(

@@ -22,6 +22,7 @@ from surgery.cli.options import (
     Overwrite,
     Protect,
     ProtectWeight,
+    Rounds,
     Selected,
     device_of,
     dtype_of,
@@ -52,7 +53,8 @@ def select(
     protect: Protect = None,
     protect_weight: ProtectWeight = 0.3,
     answers: Answers = None,
-    units: Selected = "mlp",
+    units: Selected = None,
+    rounds: Rounds = None,
     seed: Annotated[int, typer.Option(help="Seed of the random selector.")] = 0,
     batch_size: BatchSize = 16,
     device: Device = None,
@@ -72,7 +74,7 @@ def select(
     device_of(device)
     run = trajectory_of(checkpoints, layout)
     guard = protected(protect, protect_weight, run, batch_size)
-    chosen = selector_of(selector, budget, how, seed, units, guard)
+    chosen = selector_of(selector, budget, how, seed, units, guard, rounds)
     with working(f"reading {len(checkpoints)} checkpoints"):
         batches = load_prompts(data, folder_of(run.later), batch_size=batch_size) if data else None
         if batches is not None and set(selector) & set("AD"):

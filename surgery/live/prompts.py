@@ -113,6 +113,15 @@ def each(what: str, batches: Iterable[Batch]) -> Iterator[Batch]:
     return steps(what, batches, lambda batch: float(batch["input_ids"].numel()))
 
 
+def fitting(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches; one of more than ``TOKENS`` tokens as several, prompt after prompt, each as wide as it was."""
+    for batch in batches:
+        rows, width = batch["input_ids"].shape
+        step = max(1, TOKENS // width)
+        for at in range(0, rows, step):
+            yield batch if rows <= step else {name: value[at : at + step] for name, value in batch.items()}
+
+
 def passes(batches: Iterable[Batch]) -> tuple[list[Batch], list[int]]:
     """The prompts of all batches, grouped anew, and the number of each of them among those given.
 
@@ -158,6 +167,42 @@ def halved(batches: Iterable[Batch], which: int) -> list[Batch]:
         some = {name: value[(which + before) % 2 :: 2] for name, value in batch.items()}
         before += len(batch["input_ids"])
         found += [some] if len(some["input_ids"]) else []
+    return found
+
+
+def dealt(batches: Iterable[Batch], size: int, least: int = 1) -> list[Batch]:
+    """All prompts in new batches of at most ``size``, and at least ``least`` batches where there are as many prompts.
+
+    They are dealt like cards, the longest first, so that each batch has short ones and long ones. Batches with labels
+    stay apart from those without.
+    """
+    found: list[Batch] = []
+    batches = list(batches)
+    for labelled in (True, False):
+        rows = [
+            {name: value[at : at + 1] for name, value in right_padded(batch).items() if value.ndim == 2}
+            for batch in batches
+            if ("labels" in batch) is labelled
+            for at in range(len(batch["input_ids"]))
+        ]
+        rows.sort(key=lambda row: -_length(row))
+        count = max(-(-len(rows) // size), min(least, len(rows)))
+        found += [_joined(rows[at::count]) for at in range(count)]
+    return found
+
+
+def _length(row: Batch) -> int:
+    attended = row.get("attention_mask")
+    return row["input_ids"].shape[1] if attended is None else int(attended.sum())
+
+
+def _joined(rows: Sequence[Batch]) -> Batch:
+    """One batch of single prompts, cut to the longest; the longest comes first."""
+    width, found = _length(rows[0]), {}
+    for name in rows[0]:
+        fill = IGNORED if name == "labels" else 0
+        cut = [row[name][:, :width] for row in rows]
+        found[name] = torch.cat([nn.functional.pad(one, (0, width - one.shape[1]), value=fill) for one in cut])
     return found
 
 

@@ -14,7 +14,7 @@ from surgery.checkpoints.trajectory import Trajectory
 from surgery.measure.evaluators import evaluator
 from surgery.measure.rows import Evaluate, measured
 from surgery.measure.statistics import ALPHA, Paired, paired
-from surgery.tables import Cell, Table, write_json
+from surgery.tables import Cell, Estimate, Table, fixed, places, write_json
 
 _DEFINITION = (
     "The score of every domain at every checkpoint. A domain's loss is its score at its own stage (the checkpoint of "
@@ -47,9 +47,11 @@ class Lost:
 
     def cells(self) -> tuple[Cell, ...]:
         """Its row in a table."""
-        low, high = self.paired.interval if self.paired else (None, None)
-        p = self.paired.p if self.paired else None
-        return self.domain, self.best, self.last, self.amount, low, high, p, f"{self.at} ({-self.step:+.4g})"
+        if self.paired is None:
+            return self.domain, self.best, self.last, self.amount, None, f"{self.at} ({-self.step:+.3g})"
+        lost = Estimate(self.amount, *self.paired.interval)
+        step = fixed(-self.step, places(lost.low, lost.high), "+")
+        return self.domain, self.best, self.last, lost, self.paired.p, f"{self.at} ({step})"
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class History:
         """Scores by domain and checkpoint, and what was lost."""
         rows: tuple[tuple[Cell, ...], ...] = tuple((domain, *values) for domain, values in self.scores.items())
         losses = tuple(one.cells() for one in self.lost)
-        head = ("domain", "from", "to", "lost", "low", "high", "p", "largest step")
+        head = ("domain", "from", "to", "lost", "p", "largest step")
         return Table("score after each stage", ("domain", *self.stages), rows), Table("what was lost", head, losses)
 
     def __str__(self) -> str:

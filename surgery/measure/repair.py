@@ -16,15 +16,16 @@ from surgery.masks.mask import Mask
 from surgery.measure.evaluators import likelihood
 from surgery.measure.rows import Evaluate, Row, Sweep, compared, judged, points
 from surgery.measure.statistics import ALPHA, Paired, needed, underpowered
-from surgery.measure.sweep import Bench, at_budget, metric_of, units_of
+from surgery.measure.sweep import Bench, at_budget, metric_of
 from surgery.reverting.folder import save
 from surgery.reverting.rollback import rolled_back
 from surgery.scores.damage import earlier_answers
 from surgery.scores.memory import remembered
 from surgery.selectors.selectors import DamageSelector, Selector
+from surgery.selectors.settings import units_asked
 
-# 1, 1.5, 2, 3, 5, 7 of each decade, from 0.1 % to everything
-BUDGETS = (*(round(x * 10**e, 4) for e in (-3, -2, -1) for x in (1, 1.5, 2, 3, 5, 7)), 1.0)
+# 2, 3, 5, 7 and 1, 1.5 of each decade, from 0.02 % to everything
+BUDGETS = (*[round(x * 10**e, 6) for e in (-4, -3, -2, -1) for x in (1, 1.5, 2, 3, 5, 7)][2:], 1.0)
 Outcome = Literal["intact", "repaired", "not repairable"]
 _ROUNDING = 1e-9  # 0.79 − 0.80 is a little less than −0.01, and keeps a limit of one point all the same
 
@@ -134,7 +135,7 @@ def repair(
         limit: how much a kept metric may lose against the later model, ≥ 0, in its own unit (0.01 is one point of
             accuracy, or 1 % of the probability of each response token); or one for each by name.
         selector: a dataclass with a field ``budget``, which is replaced (default: single weights by D).
-        budgets: fractions in (0, 1] to choose among (default: 19 from 0.1 % to everything).
+        budgets: fractions in (0, 1] to choose among (default: 23 from 0.02 % to everything).
         evaluate: as in ``sweep``; with one score per item the result comes with intervals.
         metric: the damaged metric (default: "the damaged domain"; with ``evaluate`` the one that fell most).
         path: a JSON-lines file for the rows; an interrupted run resumes from it.
@@ -236,7 +237,10 @@ class _Search:
                 tuple(notes),
             )  # fmt: skip
         ceiling = compared(
-            self.bench.ceiling(units_of(self.selector, self.bench.run)), self.earlier, self.later, self.metric
+            self.bench.ceiling(units_asked(self.bench.run, getattr(self.selector, "units", "mlp"))),
+            self.earlier,
+            self.later,
+            self.metric,
         )
         if self._goal(wanted, ceiling) <= 0:  # everything at once does harm, so bisection would look among the largest
             for at in range(len(self.grid)):

@@ -27,9 +27,9 @@ from surgery.measure.rows import EARLIER, LATER, Evaluate, Row, Score, Sweep, ce
 from surgery.progress import steps
 from surgery.reverting.rollback import rollback
 from surgery.scores.memory import identity, remembered
-from surgery.selectors.rounds import candidates
 from surgery.selectors.selectors import Selector
-from surgery.units import Units, kinds_of, single
+from surgery.selectors.settings import units_asked
+from surgery.units import Units, kinds_of
 
 MEASURED = ("selector", "budget", "neurons", "metrics", "seconds")
 NONE: Mapping[str, str] = {}
@@ -244,12 +244,6 @@ def _watched(evaluate: Evaluate) -> Evaluate:
     return measure
 
 
-def units_of(selector: Any, run: Trajectory) -> tuple[str, ...]:
-    """The kinds of unit that a selector chooses among, or among whose weights."""
-    units = getattr(selector, "units", "mlp")
-    return candidates(run, units) if single(units) else run.kinds(units)
-
-
 def at_budget(selector: Any, budget: float) -> Any:
     """The same selector with another budget.
 
@@ -352,7 +346,7 @@ def sweep(
     later, earlier = bench.later(), bench.earlier()
     metric = metric_of(earlier, later, metric)
     with remembered(own=True):
-        asked = [units_of(one, bench.run) for one in selectors] or [("mlp",)]
+        asked = [units_asked(bench.run, getattr(one, "units", "mlp")) for one in selectors] or [("mlp",)]
         rows = [bench.ceiling(units) for units in dict.fromkeys(asked)]
         rows += [bench.row(selector, budget) for selector, budget in steps("rows", product(selectors, budgets))]
     return Sweep(metric, tuple(judged([earlier, later, *rows], earlier, later, metric)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from surgery.evidence.changes import Changes
@@ -11,7 +12,7 @@ from surgery.evidence.gradients import Gradients, GradientSeries
 from surgery.evidence.overlap import Matrix, Overlap, Profile
 from surgery.evidence.products import Pull
 from surgery.measure.history import History
-from surgery.plots.sweeps import legend_beside, line_style, new_axes
+from surgery.plots.sweeps import legend_outside, line_style, name_stages, new_axes, number_blocks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,7 +55,7 @@ def change_histogram(
     ax.set_xlabel("abs(Δ), in the unit of the weights" if what == "absolute" else "abs(Δ) / abs(θ of the reference)")
     ax.set_ylabel("parameters per octave (%)")
     ax.set_ylim(bottom=0)
-    legend_beside(ax)
+    legend_outside(ax)
     return ax
 
 
@@ -82,7 +83,7 @@ def _matrix(ax: Axes, values: Matrix, chance: Matrix, names: tuple[str, ...]) ->
         for j, value in enumerate(row):
             text = f"{value:.2f}" if i == j else f"{value:.2f}\n({chance[i][j]:.2f})"
             ax.text(j, i, text, ha="center", va="center", fontsize=9, color="black" if value > 0.45 else "white")
-    ax.set_xticks(range(len(names)), names)
+    name_stages(ax, names)
     ax.set_yticks(range(len(names)), names)
     ax.figure.colorbar(image, ax=ax, label="Jaccard (chance in brackets)", shrink=0.8)
 
@@ -111,10 +112,10 @@ def directional_cosine(
         hollow = {**style, "linestyle": "none", "markerfacecolor": "white"}
         ax.plot([x for x, _ in single], [y for _, y in single], **hollow)
     ax.axhline(0, color="0.6", linewidth=1)
-    _whole_numbers(ax)
+    number_blocks(ax)
     ax.set_xlabel("block, in layer order")
     ax.set_ylabel("mean cosine of the updates")
-    legend_beside(ax)
+    legend_outside(ax)
     return ax
 
 
@@ -129,18 +130,31 @@ def profile_bars(profile: Profile, ax: Axes | None = None) -> Axes:
     for at, kind in enumerate(one.kind for one in profile.kinds):
         rows = [(x, 100 * one.share) for x, one in enumerate(profile.blocks) if one.kind == kind]
         ax.bar([x for x, _ in rows], [share for _, share in rows], color=line_style(at)["color"], label=kind)
-    _whole_numbers(ax)
+    number_blocks(ax)
     ax.set_xlabel("block, in layer order")
     ax.set_ylabel(f"share of the {profile.what} (%)")
-    legend_beside(ax)
+    if len(profile.kinds) > 1:
+        legend_outside(ax)
     return ax
 
 
-def _whole_numbers(ax: Axes) -> None:
-    """Blocks are numbered, as many of them as there is room for."""
-    from matplotlib.ticker import MaxNLocator
+def layer_lines(curves: Mapping[str, Sequence[float | None]], label: str, ax: Axes | None = None) -> Axes:
+    """Any numbers by layer, one line per name; None leaves a gap.
 
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    Args:
+        curves: name → one number per layer, in their order.
+        label: of the axis: what the numbers are, with their unit.
+        ax: where to draw (default: a new figure).
+    """
+    ax = ax or new_axes()
+    for at, (name, values) in enumerate(curves.items()):
+        ax.plot([math.nan if value is None else value for value in values], label=name, **line_style(at))
+    number_blocks(ax)
+    ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]))
+    ax.set_xlabel("layer")
+    ax.set_ylabel(label)
+    legend_outside(ax)
+    return ax
 
 
 _CONFLICT, _SYNERGY = "#D55E00", "#0072B2"
@@ -177,7 +191,7 @@ def gradient_heatmap(found: Gradients, kind: str = "mlp", ax: Axes | None = None
                 colour = "white" if abs(value) > 0.65 * limit else "black"
                 text = "–" if value != value else f"{value:.2f}" if abs(value) >= 0.095 else f"{value:.3f}"
                 ax.text(x, y, text.replace("-", "−"), ha="center", va="center", color=colour, fontsize="x-small")
-    step = max(1, len(parts) // 16)
+    step = 1 + len(parts) // 12
     ax.set_xticks(range(0, len(parts), step), [str(part.layer) for part in parts[::step]])
     ax.set_yticks(range(len(rows)), [f"{a}–{b}" for a, b in found.pairs])
     ax.set_xlabel("layer")
@@ -225,13 +239,13 @@ def gradient_courses(series: GradientSeries, which: str = "both", ax: Axes | Non
         for at, pull in enumerate(pulls if which in ("both", name) else ()):
             values = [math.nan if value is None else value for value in series.course(pull)]
             style = line_style(at) | {"linestyle": line, "markerfacecolor": "white" if line == "--" else None}
-            ax.plot(places, values, **style, label=_label(pull))
+            ax.plot(places, values, **style, label=_label(pull).replace(", ", ",\n"))
     ax.axhline(0, color="0.5", linewidth=1)
     if not steps:
-        ax.set_xticks(places, names)
+        name_stages(ax, names)
     ax.set_xlabel("training step" if steps else "checkpoint")
     ax.set_ylabel("cosine of the gradients")
-    ax.legend(frameon=False, fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5), handlelength=3.5)
+    legend_outside(ax, handlelength=3.5)
     return ax
 
 
@@ -253,8 +267,8 @@ def score_lines(history: History, ax: Axes | None = None) -> Axes:
         if domain in history.stages:
             own = history.stages.index(domain)
             ax.plot([own], [scores[own]], marker="o", markersize=12, fillstyle="none", color=style["color"])
-    ax.set_xticks(range(len(history.stages)), history.stages)
+    name_stages(ax, history.stages)
     ax.set_xlabel("checkpoint, in training order")
     ax.set_ylabel("score (larger is better)")
-    legend_beside(ax)
+    legend_outside(ax)
     return ax

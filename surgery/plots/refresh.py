@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from surgery.plots.sweeps import _MARKERS, COLOURS, legend_beside, new_axes
+from surgery.plots.sweeps import _MARKERS, COLOURS, legend_outside, new_axes
 from surgery.training.refresh import Refresh
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def refresh_dynamics(curves: Refresh | Curves, ax: Axes | None = None) -> Axes:
     ax.set_xlim(-0.02 * last, 1.02 * last)
     ax.set_xlabel("step (open marker and dotted line: before the first)")
     ax.set_ylabel("score (%)")
-    ax.legend(frameon=False, fontsize="small", ncols=min(4, len(found)), loc="best")
+    legend_outside(ax)
     return ax
 
 
@@ -77,7 +77,7 @@ def recovery_at_cost(curves: Mapping[str, Sequence[tuple[float, float]]], ax: Ax
     ax.minorticks_off()
     ax.set_xlabel("cost")
     ax.set_ylabel("recovery (%)")
-    legend_beside(ax)
+    legend_outside(ax)
     return ax
 
 

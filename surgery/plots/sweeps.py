@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
@@ -27,11 +27,11 @@ def layer_budgets(budgets: Mapping[str, Mapping[str, int]], ax: Axes | None = No
     ax = ax or new_axes()
     for at, (name, counts) in enumerate(budgets.items()):
         ax.plot(range(len(counts)), list(counts.values()), label=name, **line_style(at))
-    ax.set_xticks(range(len(next(iter(budgets.values()), {}))))
+    number_blocks(ax)
     ax.set_xlabel("MLP block, in layer order")
     ax.set_ylabel("neurons reverted")
     ax.set_ylim(bottom=0)
-    legend_beside(ax)
+    legend_outside(ax)
     return ax
 
 
@@ -66,10 +66,10 @@ def dose_response(sweep: Sweep, ax: Axes | None = None) -> Axes:
     ax.axhline(0, color="0.8", linewidth=1)
     ax.set_xscale("log", base=2)
     budgets = sorted({100 * row.budget for row in sweep if row.neurons and row.selector in names})
-    ax.set_xticks(budgets, [f"{budget:g}" for budget in budgets])
+    ax.set_xticks(budgets, [f"{budget:.3g}" for budget in budgets])
     ax.set_xlabel("budget β (% of MLP neurons)" if {row.selector for row in ceilings} <= {CEILING} else "budget β (%)")
     ax.set_ylabel(f"recovery of {sweep.metric} (%)")
-    legend_beside(ax)
+    legend_outside(ax)
     return ax
 
 
@@ -103,7 +103,7 @@ def pareto_front(sweep: Sweep, ax: Axes | None = None) -> Axes:
     ax.step(*zip(*front, strict=True), where="post", color="0.4", linewidth=1, label="front", zorder=0)
     ax.set_xlabel("worst loss of another metric (its own unit)")
     ax.set_ylabel(f"recovery of {sweep.metric} (%)")
-    legend_beside(ax)
+    legend_outside(ax)
     return ax
 
 
@@ -146,7 +146,7 @@ def prompt_stability(stability: Stability, ax: Axes | None = None, of: str = "ja
     ax.set_ylabel(label)
     lowest = min((scale * min(values) for every in curves.values() for values in every), default=0)
     ax.set_ylim(min(0, lowest), 1.02 if of == "jaccard" else None)
-    legend_beside(ax)
+    legend_outside(ax)
     return ax
 
 
@@ -159,9 +159,39 @@ def new_axes() -> Axes:
     """A figure of half a page."""
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(7.2, 4), dpi=150, layout="constrained").subplots()
+    return Figure(figsize=(6.4, 3.8), dpi=150, layout="constrained").subplots()
 
 
-def legend_beside(ax: Axes) -> None:
-    """A legend to the right of the axes, where it covers nothing."""
-    ax.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+_LONG, _ACROSS = 24, 80  # letters: a label that would leave the axes little room beside it; what fits above them
+
+
+def legend_outside(ax: Axes, handlelength: float = 2) -> None:
+    """A legend where it covers nothing: to the right of the axes, or above them where a label is long."""
+    labels = ax.get_legend_handles_labels()[1]
+    lines = [line for label in labels for line in label.split("\n")]
+    longest = max(map(len, lines), default=0)
+    columns = max(1, min(len(labels), _ACROSS // (longest + 6)))
+    how = {"frameon": False, "fontsize": "small", "handlelength": handlelength}
+    tall = len(lines) > 16
+    if tall:
+        how |= {"fontsize": "x-small", "labelspacing": 0.1}
+    if longest > _LONG and len(lines) <= 4 * columns and not ax.get_title():
+        ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, **how)
+    else:
+        ax.legend(loc="upper left" if tall else "center left", bbox_to_anchor=(1, 1 if tall else 0.5), **how)
+
+
+def number_blocks(ax: Axes) -> None:
+    """Blocks are numbered from 0, as many of them as there is room for."""
+    from matplotlib.ticker import MaxNLocator
+
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def name_stages(ax: Axes, names: Sequence[str]) -> None:
+    """Ticks with names, aslant where they would run into each other."""
+    aslant = sum(len(name) + 2 for name in names) > _ACROSS * 0.7
+    ax.set_xticks(range(len(names)), list(names))
+    ax.tick_params("x", rotation=25 if aslant else 0)
+    for label in ax.get_xticklabels() if aslant else ():
+        label.set(ha="right", rotation_mode="anchor")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from surgery.plots.sweeps import COLOURS, legend_beside, line_style, new_axes
+from surgery.plots.sweeps import COLOURS, legend_outside, line_style, new_axes
 from surgery.theory.contraction import Contraction
 from surgery.theory.damage import DamageSpectrum, DamageTerms
 
@@ -31,7 +31,7 @@ def expansion(terms: DamageTerms, ax: Axes | None = None) -> Axes:
     ax.set_xlabel("t, fraction of δB (0 = earlier, 1 = later)")
     ax.set_ylabel("rise of the earlier domain's loss\n(nats per response token)")
     ax.set_xlim(0, None)
-    legend_beside(ax)
+    legend_outside(ax)
     return ax
 
 
@@ -57,7 +57,7 @@ def damage_curve(spectrum: DamageSpectrum, ax: Axes | None = None) -> Axes:
     ax.set_xscale("log")
     ax.set_xlabel(f"dimensions of the subspace (of {spectrum.dimension:,})")
     ax.set_ylabel("share of the quadratic damage ½ δᵀHδ (%)")
-    legend_beside(ax)
+    legend_outside(ax)
     return ax
 
 
@@ -80,5 +80,5 @@ def contracting_distance(found: Contraction, ax: Axes | None = None) -> Axes:
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel("refresh step t")
     ax.set_ylabel("distance to the earlier checkpoint in S\n(units of the parameters)")
-    legend_beside(ax)
+    legend_outside(ax)
     return ax

@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from surgery.checkpoints.opening import fingerprint
 from surgery.checkpoints.trajectory import Trajectory
@@ -19,16 +17,17 @@ from surgery.evidence.changes import Changes, changes
 from surgery.evidence.directions import Directions, directions
 from surgery.evidence.gradients import Gradients, gradients
 from surgery.evidence.overlap import Overlap, Profile, overlap, profile
-from surgery.live.answers import respond
 from surgery.live.earlier import earlier_model
 from surgery.live.losses import distillation, mean_loss
-from surgery.live.prompts import Batch, batches_of, halved
+from surgery.live.prompts import Batch, batches_of, opened_tokenizer
 from surgery.masks.budget import check_budget
+from surgery.masks.mask import Mask, checked
 from surgery.masks.neurons import Neurons
-from surgery.measure.evaluators import evaluator, likelihood
 from surgery.measure.history import History, Lost, history
 from surgery.measure.rows import EARLIER, LATER, Evaluate, Row, Sweep, judged, measured
-from surgery.measure.sweep import sweep
+from surgery.measure.sweep import Bench, sweep
+from surgery.report.study import ASKED, GIVEN, Missing, Study
+from surgery.report.tokens import Tokens, tokens
 from surgery.reverting.provenance import versions
 from surgery.scores.amc import activation, magnitude
 from surgery.scores.damage import damage
@@ -67,76 +66,6 @@ class Refreshed:
     report: Refresh
     rate: float
     row: Row
-
-
-class Missing(Exception):
-    """What a part would need."""
-
-
-@dataclass
-class Study:
-    """What the parts share, each loaded or computed when it is first asked for."""
-
-    run: Trajectory
-    prompts: dict[str, list[Batch]]
-    evaluate: Evaluate | str | None
-    budgets: tuple[float, ...]
-    steps: int
-    device: Any
-    dtype: Any
-    found: dict[str, Any] = field(default_factory=dict)
-
-    @cached_property
-    def last(self) -> nn.Module:
-        """The last checkpoint, live."""
-        return self.run.load(self.device, self.dtype)
-
-    @cached_property
-    def answered(self) -> dict[str, list[Batch]]:
-        """The prompts with responses."""
-        if not self.prompts:
-            raise Missing("prompts of a domain or more: data={domain: batches}, in the shell --data domain=file")
-        found = {}
-        for domain, batches in self.prompts.items():
-            if all("labels" in batch for batch in batches):
-                found[domain] = batches
-                continue
-            own = self.run.checkpoints.get(domain)
-            model = self.last if own is None else Trajectory(later=own).load(self.device, self.dtype)
-            found[domain] = respond(model, batches)
-        return found
-
-    def half(self, which: int) -> dict[str, list[Batch]]:
-        """Every other prompt of each domain: 0 those that choose, 1 those that measure."""
-        found = {domain: halved(batches, which) for domain, batches in self.answered.items()}
-        if short := [domain for domain, batches in found.items() if not batches]:
-            raise Missing(f"two prompts or more of {short[0]}: half of them choose, the other half measures")
-        return found
-
-    @cached_property
-    def choosing(self) -> dict[str, list[Batch]]:
-        return self.half(0)
-
-    @cached_property
-    def measure(self) -> Evaluate:
-        return evaluator(self.evaluate) if self.evaluate is not None else likelihood(self.half(1))
-
-    @cached_property
-    def lost(self) -> Lost | None:
-        """The largest significant loss."""
-        first = self.found["history"].lost[0]
-        return first if first.certain and first.amount > 0 else None
-
-    @cached_property
-    def focus(self) -> tuple[str, Trajectory]:
-        """The domain that lost most, and the way from its best checkpoint to the last."""
-        if "history" not in self.found:
-            raise Missing("the domain that lost most (see history)")
-        if self.lost is None:
-            raise Missing("a domain with a significant loss; more prompts may show one")
-        if self.lost.domain not in self.choosing:
-            raise Missing(f"prompts of {self.lost.domain}, which lost most: --data {self.lost.domain}=file")
-        return self.lost.domain, self.run.back_to(self.lost.best)
 
 
 def _several(study: Study) -> dict[str, Trajectory]:
@@ -192,13 +121,40 @@ def _terms(study: Study) -> DamageTerms:
 def _rollback(study: Study) -> Sweep:
     domain, run = study.focus
     first = study.budgets[0]
-    selectors: list[Selector] = [DamageSelector(first), RandomSelector(first)]
+    selectors: list[Selector] = [DamageSelector(first, units="mlp"), RandomSelector(first)]
     if run.base is not None:
         selectors.insert(1, AMCSelector(first))
-    return sweep(
+    found = sweep(
         run, study.choosing[domain], selectors=selectors, budgets=study.budgets, evaluate=study.measure,
         metric=domain,
     )  # fmt: skip
+    if study.mask is None:
+        return found
+    row = Bench(run, None, study.measure).tried(GIVEN, study.mask)
+    return Sweep(domain, (*found, _judged(row, found)))
+
+
+def _judged(row: Row, rows: Sweep) -> Row:
+    (earlier,), (later,) = rows[EARLIER], rows[LATER]
+    return judged([row], earlier, later, rows.metric)[0]
+
+
+def best(rollbacks: Sweep) -> Row | None:
+    """The rollback by D that brought back most, if one brought back anything."""
+    rows = [row for row in rollbacks["D"] if (row.recovery or 0) > 0]
+    return max(rows, key=lambda row: row.recovery or 0, default=None)
+
+
+def _tokens(study: Study) -> Tokens:
+    domain, run = study.focus
+    folder = getattr(run.tensors("later"), "folder", None) or getattr(study.last, "name_or_path", None)
+    if not folder:
+        raise Missing("a tokenizer: pass the last checkpoint as a folder that has one")
+    masks = {} if study.mask is None else {GIVEN: study.mask}
+    if not masks and "rollback" in study.found and (row := best(study.found["rollback"])) is not None:
+        again = DamageSelector(row.budget, units="mlp").select(run, study.choosing[domain])
+        masks = {f"D, {100 * row.budget:g} %": again}
+    return tokens(run, study.half(1)[domain], opened_tokenizer(folder), masks)
 
 
 def _refreshed(study: Study) -> Refreshed:
@@ -225,9 +181,7 @@ def _refreshed(study: Study) -> Refreshed:
     ) as done:
         metrics, items = measured(torch.no_grad()(study.measure)(study.last))
     row = Row(f"refresh, {study.steps} steps", 1.0, 0, metrics, time.perf_counter() - start, items=items)
-    rows = study.found["rollback"]
-    (earlier_row,), (later_row,) = rows[EARLIER], rows[LATER]
-    return Refreshed(done, rate, judged([row], earlier_row, later_row, domain)[0])
+    return Refreshed(done, rate, _judged(row, study.found["rollback"]))
 
 
 PARTS: dict[str, Callable[[Study], Any]] = {
@@ -240,6 +194,7 @@ PARTS: dict[str, Callable[[Study], Any]] = {
     "sites": _sites,
     "terms": _terms,
     "rollback": _rollback,
+    "tokens": _tokens,
     "refreshed": _refreshed,
 }
 
@@ -258,6 +213,7 @@ class Inquiry:
     significant loss; ``sites``, ``terms``, ``rollback`` and ``refreshed`` are about it. ``active``: overlap of the
     neurons that domains use most. ``gradients``: of all domains, at the last checkpoint. ``sites``: where D is large.
     ``terms``: Proposition 1 along the change since the domain's best checkpoint. ``rollback``: selectors × budgets.
+    ``tokens``: the probability of each response token, before and after the best of them or the given mask.
     ``refreshed``: a short training on the domain, undone afterwards. ``skipped``: part that was not computed → what it
     needs. ``made``: versions, and hashes of the checkpoints.
 
@@ -279,7 +235,14 @@ class Inquiry:
     sites: Sites | None = None
     terms: DamageTerms | None = None
     rollback: Sweep | None = None
+    tokens: Tokens | None = None
     refreshed: Refreshed | None = None
+
+    @property
+    def needs(self) -> dict[str, str]:
+        """Of ``skipped`` the parts with the same reason together: "history, active" → the reason."""
+        reasons = dict.fromkeys(self.skipped.values())
+        return {", ".join(name for name, why in self.skipped.items() if why == reason): reason for reason in reasons}
 
     def save(self, path: str | Path) -> None:
         """Write it as JSON."""
@@ -293,6 +256,7 @@ def analyse(
     evaluate: Evaluate | str | None = None,
     budgets: Sequence[float] = BUDGETS,
     refresh_steps: int = 10,
+    mask: Mask | None = None,
     skip: Iterable[str] = (),
     device: Any = None,
     dtype: Any = None,
@@ -311,6 +275,8 @@ def analyse(
         evaluate: model → {domain: score or one per item}, larger = better, instead of the responses' likelihood.
         budgets: of the rollbacks, fractions of all MLP neurons.
         refresh_steps: steps of the refresh (distillation from the domain's own checkpoint, Adam, float32 copies).
+        mask: a repair of your own: it is measured beside the rollbacks, and shown token by token. It sets back to the
+            checkpoint where the damaged domain was best.
         skip: parts to leave out, by their names in ``Inquiry``.
         device: where models run; dtype: theirs (default: the checkpoints' own).
         progress: called with a line of text before each part.
@@ -335,8 +301,8 @@ def analyse(
         raise ValueError('data has to say which domain the prompts are of: {"math": load_prompts(...)}')
     run.check_whole()
     prompts = {domain: list(batches_of(batches)) for domain, batches in (data or {}).items()}
-    study = Study(run, prompts, evaluate, tuple(budgets), refresh_steps, device, dtype)
-    skipped = dict.fromkeys(asked, "left out on request")
+    study = Study(run, prompts, evaluate, tuple(budgets), refresh_steps, device, dtype, mask and checked(mask))
+    skipped = study.skipped = dict.fromkeys(asked, ASKED)
     with remembered(own=True):
         for name, part in PARTS.items():
             if name in skipped:

@@ -9,13 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from surgery.tables import Cell, Table, cell_text
+from surgery.report.tokens import MOVED, Tokens, percent
+from surgery.tables import Cell, Estimate, Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 TEMPLATE = "page.html.jinja"  # beside this module
-_SHOWN = 30  # rows of a table up to which it is not folded
+_MANY = 8  # columns of a table up to which it has room to spare
+_SHOWN = 12  # rows of a table up to which it is not folded
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Section:
         finding: what was found, in a sentence or two.
         definition: what the numbers are, and the source of the definition.
         columns: what each column of its tables means, by the column's name.
-        figures, tables: what it shows.
+        figures, tables, tokens: what it shows.
     """
 
     title: str
@@ -44,6 +46,7 @@ class Section:
     columns: Mapping[str, str] = field(default_factory=dict)
     figures: tuple[Figure, ...] = ()
     tables: tuple[Table, ...] = ()
+    tokens: Tokens | None = None
 
 
 def page(
@@ -55,7 +58,7 @@ def page(
         title: of the page.
         verdict: the paragraphs at its top.
         sections: its parts, in order.
-        skipped: part that was not computed → what it needs.
+        skipped: parts that were not computed → what they need.
         made: how the page was made, by name: command, versions, hashes.
 
     Returns:
@@ -71,7 +74,7 @@ def page(
         undefined=jinja2.StrictUndefined,  # a misspelt name is an error, and no empty place on the page
         keep_trailing_newline=True,
     )
-    made_of.filters |= {"numbers": _numbers, "exact": _exact, "shown": cell_text, "svg": _svg}
+    made_of.filters |= {"filled": _filled, "exact": _exact, "svg": _svg, "percent": percent, "visible": _visible}
     return made_of.get_template(TEMPLATE).render(
         title=title,
         verdict=list(verdict),
@@ -79,6 +82,8 @@ def page(
         skipped=skipped,
         made=made,
         folded_from=_SHOWN,
+        moved=MOVED,
+        many=_MANY,
     )
 
 
@@ -92,11 +97,20 @@ def _svg(axes: Axes) -> str:
     return base64.b64encode(held.getvalue()).decode()
 
 
-def _numbers(table: Table) -> list[bool]:
-    """Which columns hold numbers."""
-    return [any(isinstance(row[at], int | float) for row in table.rows) for at in range(len(table.head))]
+def _filled(table: Table) -> Table:
+    """The table without columns that are empty in every row."""
+    kept = [at for at in range(len(table.head)) if any(row[at] is not None for row in table.rows)]
+    rows = tuple(tuple(row[at] for at in kept) for row in table.rows)
+    return Table(table.title, tuple(table.head[at] for at in kept), rows)
+
+
+def _visible(token: str) -> str:
+    """A token with signs for line ends and tabs, and for a space that stands alone."""
+    token = token.replace("\n", "↵").replace("\t", "⇥")
+    return token if token.strip() else token.replace(" ", "␣") or "∅"
 
 
 def _exact(cell: Cell) -> str:
     """What a cell is sorted by: all digits of a number."""
+    cell = cell.value if isinstance(cell, Estimate) else cell
     return "" if cell is None else repr(cell) if isinstance(cell, int | float) else cell

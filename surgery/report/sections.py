@@ -16,121 +16,34 @@ from surgery.plots.evidence import (
     directional_cosine,
     gradient_extremes,
     gradient_heatmap,
+    layer_lines,
     overlap_matrix,
     profile_bars,
     score_lines,
 )
 from surgery.plots.sweeps import dose_response, pareto_front
 from surgery.plots.theory import expansion
-from surgery.report.inquiry import Inquiry
+from surgery.report.definitions import (
+    ACTIVE,
+    CHANGE,
+    CHANGED,
+    CHANGED_LAYER,
+    CHANGES,
+    COLUMNS,
+    DIRECTIONS,
+    NEAR,
+    ROLLBACK,
+    SCORE,
+    SITES,
+    TERMS,
+    TOKENS,
+)
+from surgery.report.inquiry import Inquiry, best
 from surgery.report.page import Figure, Section, page
+from surgery.report.study import GIVEN
 from surgery.report.verdict import verdict
 from surgery.reverting.folder import check_free, put_in_place
-from surgery.tables import Cell, Table
-
-# What the numbers of a report mean: a definition for each section and each column, with its source.
-SCORE = (
-    "Unless an evaluation was given, the score is the log-likelihood of the responses: per prompt the mean over its "
-    "response tokens, in nats per token; 0 is certainty. It is measured on every other prompt; the other half of the "
-    "prompts chooses the neurons."
-)
-ROLLBACK = (
-    "Neurons of the last checkpoint are set back to the checkpoint where the domain was best, and the score is "
-    "measured on the prompts that did not choose them. Recovery = (score − score of later) / (score of earlier − score "
-    "of later). D: ranked by the damage score; A×M×C: the paper's selector; random: the control; ceiling: all MLP "
-    "neurons. The refresh trains all parameters for a few steps towards the earlier checkpoint's answers. Source: the "
-    "paper's Table 6 in kind; D and the refresh from the earlier model's answers are ours."
-)
-SITES = (
-    "D_n = ⟨∇L, δ_n⟩, with L the Hellinger distance between the later and the earlier model's predictions, the mean "
-    "over response tokens: the first-order gain of setting neuron n back. The table has the sum of the positive D by "
-    "block. Ours, from the paper's Proposition 1."
-)
-TERMS = (
-    "Proposition 1 of the paper: along θ_A + t·δ the domain's loss rises by t⟨∇L, δ⟩ + ½ t² δᵀHδ plus a remainder. "
-    "The loss is the KL divergence from the earlier checkpoint, whose gradient there is zero. A large remainder means "
-    "that the change is too large for the local theory."
-)
-CHANGES = (
-    "Δ is a checkpoint's parameter minus the same parameter of the checkpoint it is compared with. Absolute: abs(Δ); "
-    "relative: abs(Δ) / abs(θ before). Near zero: below the threshold in the column's head. In 16-bit checkpoints a "
-    "change below one rounding step is no change at all. Source: the paper, Section 4 and Appendix B."
-)
-CHANGED = (
-    "Each stage's most changed neurons are the 10 % with the largest ‖δ_n‖ of the model. Jaccard = shared / all of "
-    "both; 1 is the same set. Chance: two random sets of those sizes. Source: the paper, Section 4."
-)
-ACTIVE = (
-    "Each domain's most active neurons are the 5 % with the largest mean abs(h_n) on its prompts, at the last "
-    "checkpoint. Jaccard = shared / all of both. Chance: two random sets of those sizes. Source: the paper, Section "
-    "4."
-)
-DIRECTIONS = (
-    "On the neurons that are among the 10 % most changed of their layer in both stages, the cosine of the two "
-    "updates of each neuron (gate, up and down end to end): −1 they undo each other, +1 they agree. Band: where the "
-    "mean lies if each update is paired with another neuron's. Source: the paper's Figure 4; the null is ours."
-)
-CHANGE = "The score minus that of the last checkpoint before the repair; below zero is a loss."
-CHANGED_LAYER = "‖Δ‖ of that stage in that layer, in percent of ‖θ‖ before it; or the score after that stage."
-NEAR = "Parameters whose change stays below the threshold, in percent; those that did not change at all count too."
-COLUMNS = {
-    "domain": "A set of prompts, as named by --data.",
-    "from": "The checkpoint that the loss counts from: the domain's own stage, or its best.",
-    "to": "The last checkpoint.",
-    "lost": "Score at “from” minus score at “to”; above zero is a loss.",
-    "low": "Lower end of the loss's 95 % interval (paired bootstrap over prompts).",
-    "high": "Upper end of the loss's 95 % interval (paired bootstrap over prompts).",
-    "p": "p-value of a two-sided paired test: exact McNemar for 0/1 scores, else a sign-flip permutation test.",
-    "largest step": "The stage that lowered the score most, and by how much.",
-    "repair": "What was set back or trained.",
-    "budget (%)": "How many of all MLP neurons were set back, in percent.",
-    "recovery (%)": "The part of the loss that came back, in percent; 100 is all of it.",
-    "recovery, low (%)": "Lower end of the recovery's 95 % interval (paired bootstrap over prompts).",
-    "recovery, high (%)": "Upper end of the recovery's 95 % interval (paired bootstrap over prompts).",
-    "score": "Minus the loss on the prompts that choose; the weights with the highest score are kept.",
-    "step": "The step of the refresh; 0 is the model before the first one.",
-    "loss": "In a refresh, on the step's own batch before the step; of gradients, over all batches. In nats per token.",
-    "gradient": "L2 norm of the gradient over the trained numbers.",
-    "seconds": "Duration of the step.",
-    "block": "An MLP or an attention, by its module path.",
-    "kind": "Kind of unit or module.",
-    "units": "How many neurons (or other units) there are.",
-    "sum of scores": "Sum of the positive D, in units of the Hellinger distance (0 to 1).",
-    "share of all (%)": "Share of the sum over all blocks.",
-    "t": "Fraction of the way from the earlier to the later checkpoint.",
-    "true": "The measured rise of the loss.",
-    "first order": "t⟨∇L, δ⟩ at the earlier checkpoint.",
-    "second order": "½ t² δᵀHδ with the curvature at the earlier checkpoint.",
-    "remainder": "What the two terms leave unexplained.",
-    "second / true": "1 where the second-order term explains all of the rise.",
-    "stage": "The checkpoint, by the stage that led to it.",
-    "against": "The checkpoint that it is compared with.",
-    "parameters": "Number of parameters.",
-    "Δ = 0 (%)": "Parameters whose value did not change at all.",
-    "‖Δ‖": "L2 norm of the change, in the unit of the weights.",
-    "‖Δ‖/‖θ‖ (%)": "The norm of the change relative to the norm of the parameters before it.",
-    "layer": "A layer of the model.",
-    "neurons": "How many neurons the row counts.",
-    "pair": "Two stages or two domains.",
-    "whole model": "Jaccard of the two sets, taken from the whole model.",
-    "chance": "Expected Jaccard of two random sets of the same sizes.",
-    "chance, layers kept": "Expected Jaccard of random sets with the same numbers of neurons in each layer.",
-    "chance in a layer": "Expected Jaccard of two random sets of a layer's neurons, averaged over the layers.",
-    "mean over layers": "Jaccard of the top shares within each layer, averaged over the layers.",
-    "by chance": "How many neurons two independent sets of those sizes would share.",
-    "mean cosine": "Mean over the shared neurons; −1 to 1.",
-    "quartiles": "A quarter of the neurons lies below the first, a quarter above the second.",
-    "below 0 (%)": "Neurons whose two updates point against each other.",
-    "null, 95 %": "95 % of the mean cosines if each update is paired with another neuron's.",
-    "response tokens": "How many tokens the mean is over.",
-    "gradient norm": "L2 norm of the gradient of the domain's mean loss.",
-    "tensors without gradient": "Tensors whose gradient is exactly zero, like those of experts that no token reached.",
-    "part": "The whole model, or all its modules of a kind.",
-    "module": "A module, by its path.",
-    "domains": "Two domains.",
-    "cosine": "Cosine of the two domains' gradients: conflict below zero, synergy above.",
-}
-
+from surgery.tables import Cell, Estimate, Table
 
 PAGE, NUMBERS = "index.html", "report.json"
 
@@ -163,7 +76,7 @@ def write_report(
     try:
         partial.chmod(0o755)
         title = f"What training did: {' → '.join(found.stages)}"
-        text = page(title, verdict(found), sections(found), found.skipped, _made(found, command, data or {}))
+        text = page(title, verdict(found), sections(found), found.needs, _made(found, command, data or {}))
         (partial / PAGE).write_text(text, encoding="utf-8")
         found.save(partial / NUMBERS)
         put_in_place(partial, folder)
@@ -191,7 +104,7 @@ def _sha256(file: Path) -> str:
 def sections(found: Inquiry) -> Iterator[Section]:
     """The sections that there is something for, in the order of the page."""
     parts: tuple[Callable[[Inquiry], Section | None], ...] = (
-        _history, _rollback, _sites, _terms, _changes, _changed, _directions, _active, _gradients,
+        _history, _rollback, _tokens, _sites, _terms, _changes, _changed, _directions, _active, _gradients,
     )  # fmt: skip
     for part in parts:
         if (section := part(found)) is not None:
@@ -211,11 +124,13 @@ def _history(found: Inquiry) -> Section | None:
 def _rollback(found: Inquiry) -> Section | None:
     if (sweep := found.rollback) is None or found.focus is None:
         return None
-    best = max((row for row in sweep["D"] if row.recovery is not None), key=lambda row: row.recovery or 0)
-    told = [
-        f"The best rollback by D brings back {100 * (best.recovery or 0):.0f} % of the loss with "
-        f"{100 * best.budget:g} % of the neurons."
-    ]
+    told = ["No rollback by D brings anything back."]
+    if (most := best(sweep)) is not None:
+        told = [
+            f"The best rollback by D brings back {100 * (most.recovery or 0):.0f} % of the loss with "
+            f"{100 * most.budget:g} % of the neurons."
+        ]
+    told += [f"{GIVEN[0].upper()}{GIVEN[1:]} brings back {100 * (row.recovery or 0):.0f} %." for row in sweep[GIVEN]]
     rows = list(sweep.rows)
     if found.refreshed is not None:
         rows.append(found.refreshed.row)
@@ -228,14 +143,7 @@ def _rollback(found: Inquiry) -> Section | None:
     others = [name for name in rows[0].metrics if name != sweep.metric]
     table = Table(
         f"what a repair of {sweep.metric} brings back, on the measuring half of the prompts",
-        (
-            "repair",
-            "budget (%)",
-            "recovery (%)",
-            "recovery, low (%)",
-            "recovery, high (%)",
-            *(f"Δ {n}" for n in others),
-        ),
+        ("repair", "budget (%)", "recovery (%)", *(f"Δ {n}" for n in others)),
         tuple(_repair(row, others) for row in rows),
     )
     figures = [drawn]
@@ -250,13 +158,32 @@ def _rollback(found: Inquiry) -> Section | None:
 
 
 def _repair(row: Row, others: list[str]) -> tuple[Cell, ...]:
-    low, high = (100 * end for end in row.interval) if row.interval else (None, None)
-    recovery = None if row.recovery is None else 100 * row.recovery
     if row.selector in (EARLIER, LATER):
-        whole = 100.0 if row.selector == EARLIER else 0.0  # by definition
-        return row.selector, None, whole, None, None, *(None for _ in others)
-    budget = 100 * row.budget if row.neurons else None
-    return row.selector, budget, recovery, low, high, *(row.delta.get(name) for name in others)
+        whole = 100 if row.selector == EARLIER else 0  # by definition
+        return row.selector, None, whole, *(None for _ in others)
+    recovery: Cell = None if row.recovery is None else 100 * row.recovery
+    if row.recovery is not None and row.interval:
+        recovery = Estimate(100 * row.recovery, *(100 * end for end in row.interval))
+    budget = float(f"{100 * row.budget:.3g}") if row.neurons else None
+    changes: list[Cell] = [
+        Estimate(row.delta[name], *row.paired[name].interval) if name in row.paired else row.delta.get(name)
+        for name in others
+    ]
+    return row.selector, budget, recovery, *changes
+
+
+def _tokens(found: Inquiry) -> Section | None:
+    if (tokens := found.tokens) is None or found.focus is None:
+        return None
+    _, later, *repaired = tokens.counts
+    finding = (
+        f"Of {later.tokens:,} response tokens of {found.focus.domain} {later.fell:,} fell by 10 points or more from "
+        f"{tokens.models[0]} to {later.model}, and {later.rose:,} rose."
+    )
+    told = (f"With the repair ({one.model}) {one.fell:,} lie so far below, {one.rose:,} above." for one in repaired)
+    finding = " ".join([finding, *told])
+    finding += f" Below are the {len(tokens.prompts)} prompts of {tokens.of} that lost most."
+    return Section("Which tokens moved?", finding, TOKENS, COLUMNS, (), (tokens.table(),), tokens)
 
 
 def _sites(found: Inquiry) -> Section | None:
@@ -295,6 +222,18 @@ def _changes(found: Inquiry) -> Section | None:
     figures = (
         Figure(change_histogram(changes, "absolute", "base"), "Absolute change, against the first checkpoint."),
         Figure(change_histogram(changes, "relative", "before"), "Relative change, against the checkpoint before."),
+        Figure(
+            layer_lines(
+                {
+                    step.stage: [
+                        100 * one.relative_norm if one.relative_norm else None for one in step.layers if one.layer
+                    ]
+                    for step in changes.incremental
+                },
+                "‖Δ‖/‖θ‖ (%)",
+            ),
+            "Change of each layer, against the checkpoint before.",
+        ),
     )
     near = [head for table in changes.tables() for head in table.head if head.startswith("abs(")]
     meant = {**COLUMNS, **dict.fromkeys(found.stages, CHANGED_LAYER), **dict.fromkeys(near, NEAR)}
@@ -323,7 +262,12 @@ def _overlap(title: str, overlap: Overlap, what: str, definition: str, drawn: Fi
         f"overlap is that of {one} and {other}: {overlap.of(one, other):.2f}, where chance gives {chance:.2f}."
     )
     meant = {f"{a}–{b}": f"Jaccard of {a} and {b} in that layer." for a, b in overlap.pairs()}
-    return Section(title, finding, definition, {**COLUMNS, **meant}, (drawn,), overlap.tables())
+    curves: dict[str, list[float | None]] = {}
+    for a, b in overlap.pairs():
+        i, j = overlap.domains.index(a), overlap.domains.index(b)
+        curves[f"{a}–{b}"] = [layer.jaccard[i][j] for layer in overlap.layers]
+    layers = Figure(layer_lines(curves, "Jaccard"), f"Jaccard of the most {what} neurons of each layer.")
+    return Section(title, finding, definition, {**COLUMNS, **meant}, (drawn, layers), overlap.tables())
 
 
 def _directions(found: Inquiry) -> Section | None:

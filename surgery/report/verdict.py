@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from surgery.measure.history import Lost
-from surgery.measure.rows import CEILING, Row, points
+from surgery.measure.rows import CEILING, Row
 from surgery.measure.statistics import ALPHA
 from surgery.report.inquiry import Inquiry
+from surgery.report.study import GIVEN
+from surgery.tables import Estimate
 
 
 def verdict(found: Inquiry) -> list[str]:
@@ -49,9 +51,8 @@ def _hurt(one: Lost) -> bool:
 
 def _amount(one: Lost) -> str:
     if one.paired is None:
-        return f"{one.amount:.4g} (not tested: there are no scores per item)"
-    low, high = one.paired.interval
-    return f"{one.amount:.3g} [{low:.3g}, {high:.3g}] (p = {one.paired.p:.2g}, {one.paired.items} items)"
+        return f"{one.amount:.3g} (not tested: there are no scores per item)"
+    return f"{Estimate(one.amount, *one.paired.interval)} (p = {one.paired.p:.2g}, {one.paired.items} items)"
 
 
 def _place(found: Inquiry) -> Iterator[str]:
@@ -84,9 +85,10 @@ def _repair(found: Inquiry) -> Iterator[str]:
         rows = sorted((row for row in found.rollback["D"] if row.recovery is not None), key=lambda row: row.budget)
         told = [f"{_recovery(row)} with {_percent(row.budget)} of the MLP neurons" for row in _few(rows)]
         told += [f"{_recovery(row)} with all of them" for row in found.rollback[CEILING] if row.recovery is not None]
+        told += [f"{_recovery(row)} with {GIVEN}" for row in found.rollback[GIVEN] if row.recovery is not None]
         yield f"A rollback brings back this share of the loss: {', '.join(told)}."
         if costly := [row for row in rows if _costs(row)]:
-            worst = ", ".join(f"{name} {row.delta[name]:+.3g}" for row in costly[:1] for name in _costs(row))
+            worst = ", ".join(f"{name} {_delta(row, name)}" for row in costly[:1] for name in _costs(row))
             yield f"From {_percent(costly[0].budget)} on another domain loses significantly ({worst})."
         elif any(name in row.paired for row in rows for name in row.delta):
             yield "At none of these budgets does another domain show a significant loss."
@@ -94,7 +96,7 @@ def _repair(found: Inquiry) -> Iterator[str]:
             why = "there are no scores per item" if rows[0].delta else "there are no prompts of another domain"
             yield f"What a rollback costs other domains was not tested: {why}."
     if (fresh := found.refreshed) is not None and fresh.row.recovery is not None:
-        others = ", ".join(f"{name} {change:+.3g}" for name, change in fresh.row.delta.items())
+        others = ", ".join(f"{name} {_delta(fresh.row, name)}" for name in fresh.row.delta)
         yield (
             f"A refresh of {fresh.report.steps[-1].step} steps (all parameters, {fresh.report.passes} forward and "
             f"backward passes) brings back {_recovery(fresh.row)} of the loss"
@@ -116,8 +118,14 @@ def _sure(row: Row, name: str) -> bool:
 
 
 def _recovery(row: Row) -> str:
-    span = f" {points(row.interval)}" if row.interval else ""
-    return f"{100 * (row.recovery or 0):.0f} %{span}{' (underpowered)' if row.underpowered else ''}"
+    share = 100 * (row.recovery or 0)
+    text = str(Estimate(share, *(100 * end for end in row.interval))) if row.interval else f"{share:.0f}"
+    return f"{text} %{' (underpowered)' if row.underpowered else ''}"
+
+
+def _delta(row: Row, name: str) -> str:
+    span = row.paired[name].interval if name in row.paired else None
+    return Estimate(row.delta[name], *span).text("+") if span else f"{row.delta[name]:+.3g}"
 
 
 def _percent(share: float) -> str:

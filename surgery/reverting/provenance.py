@@ -14,6 +14,7 @@ from surgery.checkpoints.opening import Weights, fingerprint
 from surgery.masks.mask import Mask
 from surgery.masks.neurons import Neurons
 from surgery.reverting.writing import Strength, recorded, spoken
+from surgery.tables import as_json, json_text
 
 # The mask lies in a folder of its own: a server that globs *.safetensors must not take it for weights.
 MASK, RECORD, CARD = "surgery/mask.safetensors", "surgery.json", "README.md"
@@ -59,7 +60,7 @@ def papers(
         "parameters": edited,
         "tensors": tensors,
     }
-    found = {MASK: _saved(mask), RECORD: json.dumps(record, indent=2).encode() + b"\n"}
+    found = {MASK: _saved(mask), RECORD: json_text(as_json(record), 2).encode() + b"\n"}
     if isinstance(strength, Neurons):
         found[STRENGTH] = _saved(strength)
     return {**found, CARD: _card(record, later, mask).encode(errors="surrogateescape")}

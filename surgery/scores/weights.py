@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -49,22 +49,41 @@ _HIGHEST = (1 << 31) - 1
 def best(flat: Tensor, count: int) -> Tensor:
     """Where the ``count`` highest positive numbers of ``flat`` lie, int64, the highest first (fewer if too few).
 
-    Ties: the lower block, part and position first. So the first m of them are the best m.
+    Ties: the lower block, part and position first. So the first m of them are the best m. Where few are wanted, a
+    sample tells about how high they are, and one pass finds them; where that finds too few, or many are wanted, the
+    exact threshold is found first.
     """
-    threshold, equal = _threshold(flat, count)
     count = min(count, len(flat))
-    found, held, have = torch.empty(count, dtype=torch.int64), torch.empty(count), 0
+    threshold = _guess(flat, count)
+    found, held = _above(flat, threshold)
+    if len(found) < count and threshold > 0:
+        found, held = _above(flat, max(0, _threshold(flat, count) - 1))
+    return found[held.sort(descending=True, stable=True).indices[:count]]
+
+
+_SAMPLE = 1 << 18  # how many numbers it looks at, at most
+
+
+def _guess(flat: Tensor, count: int) -> int:
+    """The bits of a number below which the ``count`` highest hardly lie, from a sample; 0 where it can't tell."""
+    if count == 0:
+        return _HIGHEST
+    step = max(64, -(-len(flat) // _SAMPLE))
+    wanted, sample = 1.2 * count / step + 50, flat[::step].view(torch.int32)
+    if wanted >= len(sample) / 4:
+        return 0
+    return max(0, int(sample.topk(int(wanted)).values[-1]) - 1)
+
+
+def _above(flat: Tensor, threshold: int) -> tuple[Tensor, Tensor]:
+    """Where the numbers lie whose bits exceed the threshold, in their order, and the numbers."""
+    places, held = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0)]
     for start, chunk, bits in _chunks(flat):
-        taken = bits > threshold
-        if equal and threshold:
-            ties = (bits == threshold).nonzero().flatten()[:equal]
-            taken[ties] = True
-            equal -= len(ties)
-        places = taken.nonzero().flatten()
-        found[have : have + len(places)] = places + start
-        held[have : have + len(places)] = chunk[places]
-        have += len(places)
-    return found[:have][held[:have].sort(descending=True, stable=True).indices]
+        some = (bits > threshold).nonzero().flatten()
+        if len(some):
+            places.append(some + start)
+            held.append(chunk[some])
+    return torch.cat(places), torch.cat(held)
 
 
 def positive(flat: Tensor) -> int:
@@ -95,37 +114,33 @@ def _chunks(flat: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
         yield start, chunk, chunk.view(torch.int32)
 
 
-def histogram(flat: Tensor, prefix: int | None, what: str) -> Tensor:
-    """How many positive numbers ("count"), or their sum, per value of 16 bits: the upper ones, or those after a prefix.
+def _histogram(flat: Tensor, prefix: int | None) -> Tensor:
+    """How many positive numbers there are per value of 16 bits: the upper ones, or those after a prefix.
 
     From the highest value to the lowest: ``[65536]``, float64.
     """
     found = torch.zeros(1 << 16, dtype=torch.float64)
-    for _, chunk, bits in _chunks(flat):
-        chosen = bits > 0 if prefix is None else (bits > 0) & (bits >> 16 == prefix)
-        held = bits[chosen]
-        weights = chunk[chosen].double() if what == "sum" else None
-        found += torch.bincount(held >> 16 if prefix is None else held & 0xFFFF, weights, minlength=1 << 16)
+    for _, _, bits in _chunks(flat):
+        held = bits[bits > 0 if prefix is None else (bits > 0) & (bits >> 16 == prefix)]
+        found += torch.bincount(held >> 16 if prefix is None else held & 0xFFFF, minlength=1 << 16)
     return found.flip(0)
 
 
-def _threshold(flat: Tensor, count: int) -> tuple[int, int]:
-    """The bits of the ``count``-th highest positive number, and how many of those equal to it are among the highest.
+def _threshold(flat: Tensor, count: int) -> int:
+    """The bits of the ``count``-th highest positive number; 0 where there are fewer positive ones.
 
-    (0, 0) where there are fewer positive ones. Two passes: one over the upper halves of the bits, one over the lower.
+    Two passes: one over the upper halves of the bits, one over the lower.
     """
-    if count <= 0:
-        return _HIGHEST, 0
     prefix, above = None, 0.0
     for _ in range(2):
-        counts = histogram(flat, prefix, "count")
+        counts = _histogram(flat, prefix)
         reached = counts.cumsum(0) + above
         if reached[-1] < count:
-            return 0, 0
+            return 0
         at = int(torch.searchsorted(reached, count))  # the first bin from the top with which there are enough
         above = float(reached[at] - counts[at])
         prefix = (prefix or 0) << 16 | LAST - at
-    return prefix or 0, count - int(above)
+    return prefix or 0
 
 
 @dataclass(frozen=True)
@@ -146,20 +161,6 @@ class Gains:
     def best(self, count: int) -> Tensor:
         """Where the ``count`` highest positive gains lie (see ``surgery.scores.weights.best``)."""
         return best(self.flat, count)
-
-    def worth(self, limit: float) -> int:
-        """How many of the highest positive numbers add up to at most ``limit``."""
-        prefix, spent, number = None, 0.0, 0.0
-        for _ in range(2):
-            sums, counts = histogram(self.flat, prefix, "sum"), histogram(self.flat, prefix, "count")
-            reached = sums.cumsum(0) + spent
-            if reached[-1] <= limit:
-                return int(number + counts.sum())
-            at = int(torch.searchsorted(reached, limit, right=True))  # the first bin that no longer fits as a whole
-            spent, number = float(reached[at] - sums[at]), number + float(counts[:at].sum())
-            prefix = (prefix or 0) << 16 | LAST - at
-        value = float(torch.tensor(prefix, dtype=torch.int32).view(torch.float32))
-        return int(number + max(0.0, limit - spent) // value)
 
     def entries(self, chosen: Tensor) -> Entries:
         """Indices into ``flat`` as a mask."""
@@ -209,6 +210,34 @@ def entry_gains(
     return Gains(flat, shapes, model, loss, batches, tokens, value / tokens)
 
 
+def lower_gains(
+    run: Trajectory, lots: Iterable[Iterable[Batch]], *, loss: Loss | Divergence = "hellinger", units: Units = "mlp"
+) -> Gains:
+    """The lowest of each weight's gains on several lots of prompts, and the mean of their losses.
+
+    The weights with the highest gains on some prompts owe that in part to those prompts. The lowest of two independent
+    gains is high only where both are.
+
+    Args:
+        run, loss, units: as for ``entry_gains``.
+        lots: batches of the damaged domain, lot by lot.
+
+    Source: ours.
+    """
+    found: Gains | None = None
+    for lot in lots:
+        one = entry_gains(run, lot, loss=loss, units=units)
+        if found is None:
+            found = one
+            continue
+        torch.minimum(found.flat, one.flat, out=found.flat)
+        tokens = found.tokens + one.tokens
+        value = (found.value * found.tokens + one.value * one.tokens) / tokens
+        found = replace(found, batches=found.batches + one.batches, tokens=tokens, value=value)
+    assert found is not None
+    return found
+
+
 def _times_change(
     flat: Tensor, starts: dict[str, int], live: Weights, later: Weights, earlier: Weights, tokens: int
 ) -> None:
@@ -220,7 +249,7 @@ def _times_change(
                 at = starts[f"{block.name}/{slot.part}"] + first * slot.width
                 gains = flat[at : at + now.numel()]
                 gains *= ((now - before) / tokens).flatten().cpu()
-                if not bool(gains.isfinite().all()):
+                if not bool(gains.sum().isfinite()) and not bool(gains.isfinite().all()):
                     raise ValueError(f"the gradient of {slot.tensor!r} is NaN or infinite on these prompts")
 
 

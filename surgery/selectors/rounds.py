@@ -2,50 +2,37 @@
 
 from __future__ import annotations
 
-import warnings
-from dataclasses import dataclass
+from bisect import bisect_left
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from surgery.checkpoints.trajectory import Trajectory
-from surgery.layout.attention import NoAttention
 from surgery.layout.slots import Layout
-from surgery.live.losses import Divergence, Loss, mean_loss
+from surgery.live.losses import Divergence, Loss, mean_loss, tokens_in
+from surgery.live.prompts import Batch, batches_of, dealt
 from surgery.masks.budget import Allocation
 from surgery.masks.entries import Entries, shapes_of
-from surgery.reverting.rollback import rollback
+from surgery.reverting.rollback import Rollback, rollback
+from surgery.scores.damage import answered, earlier_answers
 from surgery.scores.memory import remember
-from surgery.scores.weights import CHUNK, Gains, best, chosen, entries_of, entry_gains, entry_magnitude, zeros_on_disk
+from surgery.scores.weights import CHUNK, best, chosen, entries_of, entry_magnitude, lower_gains, zeros_on_disk
 from surgery.selectors.settings import Data
-from surgery.units import WEIGHT, Units, kinds_of, owners_of
+from surgery.units import Units
 
-_FINEST: Units = ("mlp", "kv_group")
-ROUNDS, _HALVINGS = 16, 6
+ROUNDS = 16
+_REACH, _GROWTH = 0.0025, 1.25  # what so many rounds take of the candidates; how much more a round takes than the last
+_LOT, _PATIENCE = 16, 3  # prompts in a lot; measurements without a smaller loss after which rounds end
 _LOTS = (0x00800000, 0x7F800000)  # the bits of every positive normal float32, from the least to infinity
-Point = tuple[int, float]  # how many weights are reverted, and the loss then
+Point = tuple[int, float]  # how many weights are reverted, and the loss then, on prompts that do not choose
 
 
-def candidates(run: Trajectory, units: Units = WEIGHT) -> tuple[str, ...]:
-    """The kinds of unit whose weights are candidates: those beside "weight" in ``units``.
-
-    "weight" alone means MLPs and KV groups, or the units of the trajectory's own layout. If a model's KV groups are not
-    found for certain, it means the MLPs, with a warning that says why.
-    """
-    owners = owners_of(units)
-    if owners is not None or run.layout is not None:
-        return run.kinds(owners or "mlp")
-    try:
-        run.weights("later", units=_FINEST)
-    except NoAttention as reason:
-        warnings.warn(
-            f"weights of attention are no candidates, and the budget counts those of the MLPs alone: {reason}. Pass "
-            f'units=("mlp", "weight") to choose that yourself',
-            stacklevel=4,
-        )
-        return ("mlp",)
-    return kinds_of(_FINEST)
+def check_rounds(rounds: int) -> None:
+    """Raise ``ValueError`` unless so many rounds can be made."""
+    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
+        raise ValueError(f"rounds={rounds!r}: expected how many rounds make 0.25 % of the weights, 1 or more")
 
 
 def check_rounds_how(how: Allocation) -> None:
@@ -79,47 +66,51 @@ def by_damage(
 ) -> Entries:
     """The best by D of all weights of some units: D_w = g_w · δB,w, the first-order gain of reverting w alone.
 
-    Gains of single weights do not add up, because each is measured with all others in place. So they are taken in
-    rounds. A round takes the best weights until their gains add up to the remaining loss, which is more than they can
-    win back; then D is measured again with all taken weights reverted. The last round takes the rest of the budget. The
-    rounds do not depend on the budget: a larger budget contains a smaller one (without ``stop``). A weight whose gain
-    is not positive is never taken, so there may be fewer than the budget allows.
+    Gains of single weights do not add up, because each is measured with all others in place. So they are taken in many
+    small rounds, each of which measures D again with all taken weights reverted. And the highest of a hundred million
+    gains owe much to the prompts that they were measured on. So a round measures D on two lots of prompts, drawn anew
+    in each round, and counts the lower of a weight's two gains. A weight without a positive gain on both is not taken.
 
-    Beyond some number of weights, more of them do harm. With ``stop`` the loss is measured after each round, and with
-    1/64, 1/32, ... 1/2 and all of the last round reverted. The number with the smallest loss is kept; none if that is
-    the later model itself. This takes one forward and backward pass per round and 7 more forward passes, on the same
-    prompts; the curve is in ``made_by["entries"]``.
+    The first round takes few weights, and each takes a quarter more than the one before; ``rounds`` of them make 0.25 %
+    of the candidates. They do not depend on the budget: a larger budget contains a smaller one (without ``stop``).
+
+    A quarter of the prompts takes no part. With ``stop`` the number of weights with the smallest loss on those prompts
+    is kept. Rounds end where six of them have not lowered it, but not before half of ``rounds``. So a larger budget may
+    take fewer, and none are taken if that is the later model itself. The curve is in ``made_by["entries"]``. Fewer than
+    16 prompts are not divided: all choose, and all measure.
+
+    A round costs a forward and a backward pass over 32 prompts (or fewer), and every other one a forward pass over the
+    prompts that measure.
 
     Args:
         run: a trajectory with ``earlier`` and ``later``.
         data: prompts of the damaged domain.
         budget: β, the fraction of the candidate weights, in [0, 1]; with ``stop`` the most that may be taken.
-        units: the kinds of unit whose weights are candidates (``candidates``).
+        units: the kinds of unit whose weights are candidates (``units_asked``).
         stop: keep only as many as lower the loss.
-        rounds: how often D is measured, at least 1.
+        rounds: how many rounds make 0.25 % of the candidates, at least 1.
         loss: "hellinger", "kl" or your own loss (see ``damage``), ≥ 0; 0 means that nothing is lost.
 
     Raises:
-        ValueError: ``rounds`` is less than 1, no data, and as ``damage``. OSError: no room for the file of gains.
+        ValueError: ``rounds`` is less than 1, no data, and as ``damage``. OSError: no room for the files of gains.
 
     Source: ours, from Proposition 1.
     """
-    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
-        raise ValueError(f"rounds={rounds!r}: expected how often D is measured, 1 or more")
+    check_rounds(rounds)
     if data is None:
         raise ValueError("D is measured on prompts of the damaged domain: pass data=load_prompts(file, tokenizer)")
     path = _path(run, data, loss=loss, rounds=rounds, units=units)
-    allowed = round(budget * len(path.gains.flat))
-    order = path.best(allowed)
-    curve = [point for point in path.curve if point[0] <= len(order)]
-    told: dict[str, Any] = {"tokens": path.gains.tokens, "allowed": allowed, "rounds": len(path.curve)}
-    if len(order) < allowed:
-        told["positive"] = len(order)
+    allowed = round(budget * path.total)
+    curve = path.to(allowed, stop)
+    count = min(allowed, len(path.taken))
+    rounds_done = bisect_left(path.ends, curve[-1][0]) + 1 if curve[-1][0] else 0
+    told: dict[str, Any] = {"tokens": tokens_in(path.prompts), "allowed": allowed, "rounds": rounds_done}
+    if count < allowed and path.ended:
+        told["positive"] = count
     if stop:
-        curve += _tried(run, path, order, curve[-1][0])
-        order = order[: min(curve, key=lambda point: (point[1], point[0]))[0]]
+        count = min(curve, key=lambda point: (point[1], point[0]))[0]
     told["curve"] = [list(point) for point in curve]
-    return path.gains.entries(order).signed({"entries": told})
+    return entries_of(path.taken[:count], path.shapes).signed({"entries": told})
 
 
 def by_magnitude(run: Trajectory, budget: float, how: Allocation, units: Units) -> Entries:
@@ -149,45 +140,98 @@ def _lots(count: int, seed: int) -> Tensor:
     return lots
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Path:
-    """The order in which weights are taken: those of all rounds but the last, then the best of the last one's gains."""
+    """The order in which weights are taken, as far as it has been asked for."""
 
-    taken: Tensor
-    curve: list[Point]  # at the start of each round
-    gains: Gains  # of the last round
+    run: Trajectory
+    units: Units
+    loss: Loss
+    rounds: int
     layout: Layout  # of the live model, found once
-    seen: dict[int, float]  # how many weights were reverted → the loss then; the first of one order, so no other set
+    shapes: dict[str, tuple[int, int]]
+    lots: list[list[Batch]]  # of which each round draws two
+    held: list[Batch]  # what measures
+    taken: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    ends: list[int] = field(default_factory=list)  # how many weights are taken at the end of each round
+    ended: bool = False  # there is nothing left to take
+    losses: dict[int, float] = field(default_factory=dict)  # how many of them are reverted → the loss on ``held``
 
-    def best(self, count: int) -> Tensor:
-        if count <= len(self.taken):
-            return self.taken[:count]
-        return torch.cat([self.taken, self.gains.best(count - len(self.taken))])
+    @property
+    def total(self) -> int:
+        return sum(neurons * width for neurons, width in self.shapes.values())
+
+    @property
+    def prompts(self) -> list[Batch]:
+        return list({id(batch): batch for batch in [*(b for lot in self.lots for b in lot), *self.held]}.values())
+
+    def to(self, allowed: int, stop: bool) -> list[Point]:
+        """Go on until so many weights are taken, or (with ``stop``) the loss has stopped falling; the curve till there.
+
+        The curve is measured at the end of every other round, and at the last weight.
+        """
+        best, since, at = self._measured(0), 0, 0
+        curve = [(0, best)]
+        while curve[-1][0] < allowed and (not stop or since < _PATIENCE or at < self.rounds // 2):
+            if at == len(self.ends) and not self._round():
+                break
+            last = at + 1 == len(self.ends) and self.ended
+            count = min(self.ends[at], allowed)
+            at += 1
+            if count < allowed and at % 2 and not last:
+                continue
+            value = self._measured(count)
+            curve.append((count, value))
+            best, since = (value, 0) if value < best else (best, since + 1)
+        return curve
+
+    def _round(self) -> bool:
+        """Take the next weights; False if there are none."""
+        if self.ended:
+            return False
+        at = len(self.ends)
+        growth = (_GROWTH ** (at + 1) - 1) / (_GROWTH**self.rounds - 1)
+        wanted = max(1, round(_REACH * self.total * growth) - len(self.taken))
+        with self._reverted(len(self.taken)):
+            gains = lower_gains(self.run, self._drawn(at), loss=self.loss, units=self.units)
+        gains.flat[self.taken] = 0  # where the earlier model is stored wider, what is left is rounding
+        best = gains.best(wanted)
+        self.ended = len(best) < wanted
+        if len(best):
+            self.taken = torch.cat([self.taken, best])
+            self.ends.append(len(self.taken))
+        return bool(len(best))
+
+    def _drawn(self, at: int) -> list[list[Batch]]:
+        """The two lots of a round: all are drawn before one is drawn again, each time in another order."""
+        pairs = len(self.lots) // 2
+        if not pairs:
+            return self.lots
+        order = torch.randperm(len(self.lots), generator=torch.Generator().manual_seed(at // pairs)).tolist()
+        first = 2 * (at % pairs)
+        return [self.lots[order[first]], self.lots[order[first + 1]]]
+
+    def _measured(self, count: int) -> float:
+        """The loss with the first ``count`` weights reverted, on the prompts that do not choose."""
+        if count not in self.losses:
+            with self._reverted(count):
+                self.losses[count] = mean_loss(self.loss, self.run.load(), self.held)
+        return self.losses[count]
+
+    def _reverted(self, count: int) -> Rollback:
+        mask = entries_of(self.taken[:count], self.shapes)
+        return rollback(self.run.load(), to=self.run.tensors("earlier"), mask=mask, layout=self.layout)
 
 
 @remember
 def _path(run: Trajectory, data: Data, *, loss: Loss | Divergence, rounds: int, units: Units) -> _Path:
-    gains, (live,) = entry_gains(run, data, loss=loss, units=units), run.live(units=units)
-    taken, curve = torch.zeros(0, dtype=torch.int64), [(0, gains.value)]
-    for _ in range(rounds - 1):
-        best = gains.best(max(1, gains.worth(gains.value)))
-        if not len(best) or gains.value <= 0:
-            break
-        taken = torch.cat([taken, best])
-        with rollback(gains.model, to=run.tensors("earlier"), mask=gains.entries(taken), layout=live.layout):
-            gains = entry_gains(run, gains.batches, loss=gains.loss, units=units)
-        gains.flat[taken] = 0  # where the earlier model is stored wider, what is left is rounding
-        curve.append((len(taken), gains.value))
-    return _Path(taken, curve, gains, live.layout, {})
-
-
-def _tried(run: Trajectory, path: _Path, order: Tensor, start: int) -> list[Point]:
-    """The loss with more and more reverted, from ``start`` to all of them."""
-    gains, found = path.gains, []
-    for count in sorted({start + round((len(order) - start) / 2**at) for at in range(_HALVINGS + 1)} - {start}):
-        if count not in path.seen:
-            mask = gains.entries(order[:count])
-            with rollback(gains.model, to=run.tensors("earlier"), mask=mask, layout=path.layout):
-                path.seen[count] = mean_loss(gains.loss, gains.model, gains.batches)
-        found.append((count, path.seen[count]))
-    return found
+    """The way of some prompts, not gone yet: a quarter of them measures, the others are the lots."""
+    batches = dealt(batches_of(data) if callable(loss) else earlier_answers(run, data), _LOT, 8)
+    apart = sum(len(batch["input_ids"]) for batch in batches) >= _LOT
+    held = batches[::4] if apart else batches
+    choosing = [batch for at, batch in enumerate(batches) if at % 4] if apart else batches
+    each = max(1, min(len(choosing) // 2, _LOT // len(choosing[0]["input_ids"])))  # batches in a lot
+    lots = [choosing[at : at + each] for at in range(0, len(choosing) - each + 1, each)]
+    batches, found = answered(run, batches, loss)
+    (live,) = run.live(units=units)
+    return _Path(run, units, found, rounds, live.layout, shapes_of(live.layout), lots, held)

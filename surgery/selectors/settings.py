@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any, TypeVar
 
 from surgery.checkpoints.opening import fingerprint
 from surgery.checkpoints.trajectory import Trajectory
+from surgery.layout.attention import NoAttention
 from surgery.live.losses import Divergence, Loss
 from surgery.live.prompts import Batch
 from surgery.masks.mask import Mask
 from surgery.reverting.provenance import versions
-from surgery.units import Units, kinds_of, noun, owners_of, single
+from surgery.units import FINEST, Units, kinds_of, noun, owners_of, single
 
 Data = Iterable[Batch]
 Chosen = TypeVar("Chosen", bound=Mask)
@@ -35,8 +37,36 @@ def check_units(units: Units) -> None:
     kinds_of(owners_of(units) or "mlp")
 
 
-def named(name: str, units: Units) -> str:
+def units_asked(run: Trajectory, units: Units | None) -> tuple[str, ...]:
+    """The kinds of unit that a selector with those ``units`` chooses among, or among whose weights.
+
+    ``units=None`` means neurons and value channels, "weight" alone the weights of neurons and KV groups, or either the
+    units of the trajectory's own layout. If a model's attention is not found for certain, they mean the neurons, with a
+    warning that says why.
+    """
+    if units is None:
+        return _found(run, FINEST, "value channels can't be chosen, and the budget counts neurons alone", '"mlp"')
+    if not single(units) or owners_of(units) is not None:
+        return run.kinds(owners_of(units) or units)
+    told = "weights of attention are no candidates, and the budget counts those of the MLPs alone"
+    return _found(run, ("mlp", "kv_group"), told, '("mlp", "weight")')
+
+
+def _found(run: Trajectory, wanted: tuple[str, ...], told: str, instead: str) -> tuple[str, ...]:
+    """Those kinds, or the MLPs' alone where the others are not found for certain."""
+    if run.layout is not None:
+        return run.kinds("mlp")
+    try:
+        run.weights("later", units=wanted)
+    except NoAttention as reason:
+        warnings.warn(f"{told}: {reason}. Pass units={instead} to choose that yourself", stacklevel=5)
+        return ("mlp",)
+    return wanted
+
+
+def named(name: str, units: Units | None) -> str:
     """A selector's name, with its units where they are not MLP neurons, or the weights of all."""
+    units = FINEST if units is None else units
     kinds, plain = owners_of(units), None if single(units) else ("mlp",)
     name = f"{name} of single weights" if single(units) else name
     return name if kinds == plain else f"{name} of {noun(kinds_of(kinds or ()))}"

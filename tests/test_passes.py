@@ -8,13 +8,13 @@ import pytest
 import torch
 from families import pair
 from test_scores import batches
-from torch import Tensor
+from torch import Tensor, nn
 
 from surgery import DamageSelector, Trajectory, activation, damage, likelihood
-from surgery.live import prompts
-from surgery.live.losses import cross_entropy
+from surgery.live import distillation, prompts
+from surgery.live.losses import cross_entropy, mean_loss, tokens_in
 from surgery.live.prompts import passes, right_padded
-from surgery.scores import reversal_cost
+from surgery.scores import entry_gains, reversal_cost
 
 DATA = batches(labels=True)
 
@@ -137,3 +137,40 @@ def test_a_pass_over_many_prompts_takes_no_more_than_one_over_few(monkeypatch):
     large = {name: value[:1].repeat(64, 1) for name, value in DATA[0].items()}
     damage(Trajectory(earlier=earlier, later=later), [large])
     assert max(seen) <= 64
+
+
+@pytest.mark.parametrize("divergence", ["kl", "hellinger"])
+def test_a_batch_that_does_not_fit_is_asked_about_in_parts(divergence, monkeypatch):
+    """Its distance is the same, in whatever way it is asked for; at the earlier model, there is none."""
+    earlier, later = pair("llama")
+    data = ragged()
+    whole = distillation(earlier, data, divergence=divergence)
+    want = [float(whole(later, batch).detach()) for batch in data]
+    monkeypatch.setattr(prompts, "TOKENS", 30)
+    parts = list(prompts.fitting(data))
+    assert len(parts) > len(data)
+    assert plain(parts) == plain(data)
+    assert all(part["input_ids"].numel() <= 30 or len(part["input_ids"]) == 1 for part in parts)
+    loss = distillation(earlier, data, divergence=divergence)
+    assert [float(loss(later, batch).detach()) for batch in data] == pytest.approx(want, rel=1e-4)
+    mean = sum(tokens_in([batch]) * value for batch, value in zip(data, want, strict=True)) / tokens_in(data)
+    assert mean_loss(loss, later, data) == pytest.approx(mean, rel=1e-4)
+    assert mean_loss(loss, earlier, data) == 0
+    run = Trajectory(earlier=earlier, later=later)
+    for name, values in damage(run, data, loss=divergence).items():
+        torch.testing.assert_close(damage(run, data, loss=loss)[name], values, rtol=1e-3, atol=1e-5)
+    assert entry_gains(run, data, loss=loss).value == pytest.approx(mean, rel=1e-4)
+
+
+def test_a_loss_of_ones_own_gets_the_batches_as_they_were_made(monkeypatch):
+    monkeypatch.setattr(prompts, "TOKENS", 30)
+    earlier, later = pair("llama")
+    seen: list[int] = []
+
+    def own(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        seen.append(id(batch))
+        return cross_entropy(model, batch)
+
+    data = ragged()
+    damage(Trajectory(earlier=earlier, later=later), data, loss=own)
+    assert seen == list(map(id, data))

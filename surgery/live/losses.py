@@ -20,7 +20,7 @@ from surgery.checkpoints.checkpoint import DTYPES, header_of, mapped
 from surgery.checkpoints.opening import sampled
 from surgery.live.heads import Reading, positions, reading
 from surgery.live.hooks import evaluating
-from surgery.live.prompts import Batch, batches_of, digest_of, each
+from surgery.live.prompts import Batch, batches_of, digest_of, each, fitting
 
 Loss = Callable[[nn.Module, Batch], Tensor]
 Divergence = Literal["kl", "hellinger"]
@@ -72,6 +72,9 @@ class Distillation:
         """The earlier model's logits for a batch: ``[predicting position, token of the vocabulary]``."""
         path = self.path(batch)
         if not path.exists():
+            parts = list(fitting([batch]))
+            if len(parts) > 1:
+                return torch.cat([self.of(part) for part in parts])
             raise LookupError("the earlier model was not asked about this batch: pass it to distillation() as well")
         return mapped(path, _checked(path, self.model), writable=False)["logits"]
 
@@ -114,7 +117,7 @@ def distillation(
     for path in place.glob("*.safetensors"):
         _checked(path, found.model)
     with evaluating(earlier), torch.no_grad():
-        for batch in each("the earlier model's predictions", batches_of(data)):
+        for batch in each("the earlier model's predictions", fitting(batches_of(data))):
             if not found.path(batch).exists():
                 _keep(found.path(batch), reading(earlier, batch), found.model)
     return found
@@ -205,7 +208,7 @@ def mean_loss(loss: Loss, model: nn.Module, batches: Iterable[Batch]) -> float:
     """The loss of a model per token that counts, without gradients; the model is in eval mode meanwhile."""
     total, tokens = 0.0, 0
     with evaluating(model), torch.no_grad():
-        for batch in each("the loss", batches):
+        for batch in each("the loss", fitting(batches) if isinstance(loss, Distillation) else batches):
             count = tokens_in([batch])
             total, tokens = total + float(loss(model, batch)) * count, tokens + count
     return total / tokens

@@ -113,6 +113,15 @@ def each(what: str, batches: Iterable[Batch]) -> Iterator[Batch]:
     return steps(what, batches, lambda batch: float(batch["input_ids"].numel()))
 
 
+def fitting(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches; one of more than ``TOKENS`` tokens as several, prompt after prompt, each as wide as it was."""
+    for batch in batches:
+        rows, width = batch["input_ids"].shape
+        step = max(1, TOKENS // width)
+        for at in range(0, rows, step):
+            yield batch if rows <= step else {name: value[at : at + step] for name, value in batch.items()}
+
+
 def passes(batches: Iterable[Batch]) -> tuple[list[Batch], list[int]]:
     """The prompts of all batches, grouped anew, and the number of each of them among those given.
 

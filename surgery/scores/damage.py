@@ -19,7 +19,7 @@ from surgery.live.answers import respond
 from surgery.live.earlier import earlier_model
 from surgery.live.hooks import as_live, collecting, in_runs
 from surgery.live.losses import Distillation, Divergence, Loss, check_loss, distillation, summed, tokens_in
-from surgery.live.prompts import Batch, batches_of, each, passes
+from surgery.live.prompts import Batch, batches_of, each, fitting, passes
 from surgery.masks.neurons import Neurons
 from surgery.reverting.rollback import Rollback, rollback
 from surgery.scores.amc import dot
@@ -56,7 +56,7 @@ def damage(
     Source: ours, from Proposition 1: damage is local, and to leading order additive over coordinates.
     """
     run.check_whole()
-    batches, loss = answered(run, data, loss)
+    batches, loss = answered(run, data, loss, anew=True)
     total, model = _total(run, units), run.load()
     tokens, value = tokens_in(batches), 0.0
     with total.collecting(model):
@@ -89,19 +89,26 @@ def overpromised(made_by: Mapping[str, Any]) -> str | None:
     )
 
 
-def answered(run: Trajectory, data: Iterable[Batch], loss: Loss | Divergence) -> tuple[list[Batch], Loss]:
-    """The batches, answered by the earlier model where they have no labels, and the loss that a name stands for."""
+def answered(
+    run: Trajectory, data: Iterable[Batch], loss: Loss | Divergence, anew: bool = False
+) -> tuple[list[Batch], Loss]:
+    """The batches, answered by the earlier model where they have no labels, and the loss that a name stands for.
+
+    The distance from the earlier model comes with batches that fit in memory (``fitting``, or ``anew`` as ``passes``
+    groups them), a loss of the user's own with those that were given.
+    """
     check_loss(loss)
     if not isinstance(loss, str):
-        return _batches(data), loss
-    batches, far = _distilled(run, _batches(data))
+        return list(fitting(_batches(data)) if isinstance(loss, Distillation) else _batches(data)), loss
+    batches, far = _distilled(run, _batches(data), anew)
     return batches, far.by(loss)
 
 
 @remember
-def _distilled(run: Trajectory, data: list[Batch]) -> tuple[list[Batch], Distillation]:
+def _distilled(run: Trajectory, data: list[Batch], anew: bool) -> tuple[list[Batch], Distillation]:
     with earlier_model(run) as earlier:  # once, for the answers and for the predictions
-        batches = _counting(earlier_answers(run, data))
+        batches = earlier_answers(run, data)
+        batches = _counting(batches) if anew else list(fitting(batches))
         return batches, distillation(earlier, batches)
 
 

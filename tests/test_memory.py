@@ -70,7 +70,7 @@ def test_a_second_budget_costs_no_pass_over_the_model(run, selector):
 
 def test_two_distances_ask_the_earlier_model_once(run):
     passes = Passes(run.load())
-    both = [DamageSelector(0.1, loss=loss) for loss in ("hellinger", "kl")]
+    both = [DamageSelector(0.1, loss=loss, units="mlp") for loss in ("hellinger", "kl")]
     one, other = (selector.select(run, DATA) for selector in both)
     assert passes.since() == 3 * len(grouped(DATA)[0])
     assert not one.equal(other)
@@ -102,7 +102,7 @@ def changes(run: Trajectory) -> Iterator[tuple[str, Trajectory, list[dict[str, t
 
 
 def test_what_changed_is_measured_again(run):
-    passes, selector = Passes(run.load()), DamageSelector(0.1)
+    passes, selector = Passes(run.load()), DamageSelector(0.1, units="mlp")
     selector.select(run, DATA)
     passes.since()
     for what, one, data in changes(run):

@@ -325,3 +325,24 @@ def test_the_table_explains_its_columns_and_leaves_out_empty_ones(models):
     above = str(tuned(models, lambda model: {name: score + 2 for name, score in raised(model).items()}, recovery=0.6))
     assert "kept: the part of math that later still had and that stayed" in above
     assert "Δ: the change against later; in round brackets the score itself" in above
+
+
+@dataclass(frozen=True)
+class Stopping:
+    """A selector that takes a quarter at most, whatever the budget."""
+
+    budget: float
+
+    def select(self, run, data=None):
+        return RandomSelector(min(self.budget, 0.25)).select(run)
+
+
+def test_a_mask_that_is_measured_is_not_measured_again(models):
+    """Larger budgets of a selector that stops by itself cost no evaluation."""
+    evaluate = Planted(models, lambda x: min(x, 0.2))
+    found = tuned(models, evaluate, Stopping(0.1), recovery=1.0, budgets=[0.1, 0.25, 0.5, 0.75, 0.9, 1.0])
+    assert found.outcome == "repaired"
+    assert found.chosen.budget == 0.25
+    different = {row.neurons for row in found.sweep.rows[3:]}
+    assert len(found.sweep.rows) - 3 > len(different)
+    assert evaluate.calls == 3 + len(different)

@@ -132,7 +132,7 @@ def repair(
             help='A domain that must not be hurt, like "qa=qa.jsonl" (with --evaluate a metric, "qa"); repeat for more.'
         ),
     ] = None,
-    recovery: Annotated[float, typer.Option(help="The wanted share of what can be won back, 0 to 1.")] = 0.9,
+    recovery: Annotated[float, typer.Option(help="The wanted share of what can be won back, 0 to 1.")] = 0.8,
     limit: Annotated[float, typer.Option(help="How much a kept metric may lose, in its own unit.")] = 0.01,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="The folder to write (default: only print the result).")

@@ -103,7 +103,7 @@ def repair(
     data: Iterable[Batch] | None,
     *,
     keep: Mapping[str, Iterable[Batch]] | Iterable[str] | None = None,
-    recovery: float = 0.9,
+    recovery: float = 0.8,
     limit: float | Mapping[str, float] = 0.01,
     selector: Selector | None = None,
     budgets: Sequence[float] = BUDGETS,
@@ -155,7 +155,7 @@ def repair(
     if not grid or not 0 < grid[0] <= grid[-1] <= 1:
         raise ValueError(f"budgets={list(budgets)!r}: expected fractions in (0, 1], like [0.01, 0.02, 0.04]")
     if not 0 < recovery <= 1:
-        raise ValueError(f"recovery={recovery!r}: expected a share in (0, 1] (0.9 is 90 % of what can be won back)")
+        raise ValueError(f"recovery={recovery!r}: expected a share in (0, 1] (0.8 is 80 % of what can be won back)")
     at_budget(selector or DEFAULT, grid[0])  # said now, and not after evaluations
     run.check_whole()
     batches, notes = None if data is None else list(batches_of(data)), []
@@ -224,6 +224,7 @@ class _Search:
         self.later, self.earlier = bench.later(), bench.earlier()
         self.metric = metric_of(self.earlier, self.later, metric)
         self.rows: dict[float, Row] = {}
+        self.masks: dict[float, Mask] = {}
 
     def found(self, wanted: float, limits: dict[str, float], notes: list[str]) -> Repair:
         earlier, later = judged([self.earlier, self.later], self.earlier, self.later, self.metric)
@@ -260,7 +261,7 @@ class _Search:
         if lost is None:
             notes.append("evaluate returned no score per item, so there are no intervals and no test")
         notes += _doubts(best, lost, goal, limits) if best is not None else []
-        mask = None if chosen is None else self.bench.mask(self.selector, chosen.budget)
+        mask = None if chosen is None else self.masks[chosen.budget]
         return Repair(
             self.bench.run, "repaired" if chosen else "not repairable", self.metric, lost, wanted, goal, limits,
             chosen, best, table.rows[2], mask, table, tuple(notes),
@@ -284,8 +285,14 @@ class _Search:
     def _row(self, at: int) -> Row:
         budget = self.grid[at]
         if budget not in self.rows:
-            row = self.bench.row(self.selector, budget)
-            self.rows[budget] = compared(row, self.earlier, self.later, self.metric)
+            mask = self.bench.mask(self.selector, budget)
+            same = next((one for one, known in self.masks.items() if known.equal(mask)), None)
+            self.masks[budget] = mask
+            if same is None:
+                row = compared(self.bench.row(self.selector, budget), self.earlier, self.later, self.metric)
+            else:  # a selector that stops by itself takes as many at a larger budget
+                row = replace(self.rows[same], budget=budget)
+            self.rows[budget] = row
         return self.rows[budget]
 
     def _measured(self) -> list[Row]:
@@ -293,7 +300,7 @@ class _Search:
 
     def _order(self, rows: Sequence[Row], limits: dict[str, float], chosen: Row | None) -> list[str]:
         """Whether what was measured is ordered as bisection needs it."""
-        masks = (self.bench.mask(self.selector, row.budget) for row in rows)
+        masks = (self.masks[row.budget] for row in rows)
         nested = all(_inside(smaller, larger) for smaller, larger in pairwise(masks))
         recoveries, kept = [row.recovery or 0.0 for row in rows], [_keeps(row, limits) for row in rows]
         if nested and recoveries == sorted(recoveries) and kept == sorted(kept, reverse=True):

@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks.pareto.comparison import Store
 from benchmarks.pareto.points import Point, points
+from benchmarks.real.report import README, headline
 from surgery.measure.rows import CEILING, EARLIER, LATER
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
@@ -81,6 +82,15 @@ def test_another_file_of_the_same_question_says_the_same(name: str, runs: dict[s
     both = told.keys() & found.keys()
     assert len(both) >= 3
     assert {key: {f"{100 * found[key].recovery:.1f}"} for key in both} == {key: told[key] for key in both}
+
+
+def test_the_readmes_table_is_what_the_real_labs_rows_say() -> None:
+    named: dict[str, list[dict[str, Any]]] = {}
+    for run in Store(RESULTS / "real.json.gz").runs:
+        named.setdefault(run["pair"]["name"], []).append(run)
+    said = headline(named, {name: points(group) for name, group in named.items()})
+    assert said.count("\n") == 2 + len(README)
+    assert said in (RESULTS.parent.parent / "README.md").read_text(encoding="utf-8")
 
 
 def test_every_result_is_named_and_none_is_of_checkpoints_that_are_gone() -> None:

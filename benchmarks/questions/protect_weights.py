@@ -30,9 +30,8 @@ from surgery.live.prompts import Batch
 from surgery.reverting import Rollback
 from surgery.scores import reversal_cost
 from surgery.scores.weights import Gains, entry_gains
-from surgery.selectors.rounds import ROUNDS
 
-BUDGETS, WEIGHTS, UNITS = (0.002, 0.01, 0.04), (0.3,), ("mlp", "kv_group")
+BUDGETS, WEIGHTS, UNITS, ROUNDS = (0.002, 0.01, 0.04), (0.3,), ("mlp", "kv_group"), 16
 Found = dict[tuple[str, float], Judged]
 
 
@@ -67,7 +66,10 @@ class Lab:
         return -torch.stack(list(each)).sum(0)
 
     def order(self, cost: Callable[[], Tensor | float]) -> Tensor:
-        """The weights by D less their cost, in rounds as the library takes them, as many as the largest budget."""
+        """The weights by D less their cost, as many as the largest budget.
+
+        In rounds: each takes weights until their gains add up to what is left of the loss, and the last takes the rest.
+        """
         taken, most = torch.zeros(0, dtype=torch.int64), round(max(BUDGETS) * len(self.start.flat))
         for at in range(ROUNDS):
             with self.reverted(taken):
@@ -75,11 +77,17 @@ class Lab:
                 now.flat.sub_(cost())
             now.flat[taken] = 0
             last = at == ROUNDS - 1 or len(taken) >= most
-            new = now.best(max(0, most - len(taken)) if last else max(1, now.worth(now.value)))
+            new = now.best(max(0, most - len(taken)) if last else max(1, worth(now.flat, now.value)))
             taken = torch.cat([taken, new])
             if last or not len(new):
                 break
         return taken
+
+
+def worth(gains: Tensor, limit: float) -> int:
+    """How many of the highest gains add up to at most the limit."""
+    sums = gains[gains > 0].sort(descending=True).values.double().cumsum(0)
+    return int((sums <= limit).sum())
 
 
 def guards(lab: Lab) -> dict[str, Callable[[], Tensor | float]]:

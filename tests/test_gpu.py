@@ -130,7 +130,7 @@ def test_a_score_that_moves_the_model_keeps_what_was_there_off_the_gpu(family, m
 @pytest.mark.parametrize("family", SOME)
 def test_how_far_back_is_that_of_the_cpu_and_is_undone(family):
     (here, model), (there, _) = run_on(family, DEVICE), run_on(family, "cpu")
-    before, mask = bits(model), DamageSelector(0.2).select(there, DATA)
+    before, mask = bits(model), DamageSelector(0.2, units="mlp").select(there, DATA)
     found, expected = (strengths(run, DATA, mask, passes=3) for run in (here, there))
     for name, values in expected.items():
         assert torch.allclose(found[name], values, atol=1e-2)

@@ -247,7 +247,7 @@ def test_what_is_told_is_told_of_the_prompts_that_chose_nothing(whole):
     model, evaluate = run.load(), likelihood(second)
     scores = {domain: sum(found) / len(found) for domain, found in evaluate(model).items()}
     assert {domain: one[-1] for domain, one in whole.history.scores.items()} == pytest.approx(scores, rel=1e-5)
-    mask = DamageSelector(0.16).select(run, first)
+    mask = DamageSelector(0.16, units="mlp").select(run, first)
     with rollback(model, to=run.earlier, mask=mask):
         repaired = evaluate(model)["math"]
     row = next(row for row in whole.rollback["D"] if row.budget == 0.16)

@@ -54,11 +54,12 @@ def best(flat: Tensor, count: int) -> Tensor:
     exact threshold is found first.
     """
     count = min(count, len(flat))
-    threshold = _guess(flat, count)
-    found, held = _above(flat, threshold)
-    if len(found) < count and threshold > 0:
-        found, held = _above(flat, max(0, _threshold(flat, count) - 1))
-    return found[held.sort(descending=True, stable=True).indices[:count]]
+    found = _above(flat, _guess(flat, count), 4 * count + 1000) if count else None
+    if found is None or len(found[0]) < count:
+        found = _above(flat, *_threshold(flat, count))
+    assert found is not None
+    places, held = found
+    return places[held.sort(descending=True, stable=True).indices[:count]]
 
 
 _SAMPLE = 1 << 18  # how many numbers it looks at, at most
@@ -66,8 +67,6 @@ _SAMPLE = 1 << 18  # how many numbers it looks at, at most
 
 def _guess(flat: Tensor, count: int) -> int:
     """The bits of a number below which the ``count`` highest hardly lie, from a sample; 0 where it can't tell."""
-    if count == 0:
-        return _HIGHEST
     step = max(64, -(-len(flat) // _SAMPLE))
     wanted, sample = 1.2 * count / step + 50, flat[::step].view(torch.int32)
     if wanted >= len(sample) / 4:
@@ -75,15 +74,26 @@ def _guess(flat: Tensor, count: int) -> int:
     return max(0, int(sample.topk(int(wanted)).values[-1]) - 1)
 
 
-def _above(flat: Tensor, threshold: int) -> tuple[Tensor, Tensor]:
-    """Where the numbers lie whose bits exceed the threshold, in their order, and the numbers."""
-    places, held = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0)]
+def _above(flat: Tensor, threshold: int, room: int, equal: int = 0) -> tuple[Tensor, Tensor] | None:
+    """Where the numbers lie whose bits exceed the threshold, in their order, and the numbers; None if there is no room.
+
+    With them come the first ``equal`` of those that equal it. The room is taken once: small results between large
+    temporary ones would leave holes in memory.
+    """
+    found, held, have = torch.empty(min(room, len(flat)), dtype=torch.int64), torch.empty(min(room, len(flat))), 0
     for start, chunk, bits in _chunks(flat):
-        some = (bits > threshold).nonzero().flatten()
-        if len(some):
-            places.append(some + start)
-            held.append(chunk[some])
-    return torch.cat(places), torch.cat(held)
+        taken = bits > threshold
+        if equal:
+            ties = (bits == threshold).nonzero().flatten()[:equal]
+            taken[ties] = True
+            equal -= len(ties)
+        places = taken.nonzero().flatten()
+        if have + len(places) > len(found):
+            return None
+        found[have : have + len(places)] = places + start
+        held[have : have + len(places)] = chunk[places]
+        have += len(places)
+    return found[:have], held[:have]
 
 
 def positive(flat: Tensor) -> int:
@@ -126,21 +136,24 @@ def _histogram(flat: Tensor, prefix: int | None) -> Tensor:
     return found.flip(0)
 
 
-def _threshold(flat: Tensor, count: int) -> int:
-    """The bits of the ``count``-th highest positive number; 0 where there are fewer positive ones.
+def _threshold(flat: Tensor, count: int) -> tuple[int, int, int]:
+    """The bits of the ``count``-th highest positive number, how many numbers that takes, and how many equal it of them.
 
-    Two passes: one over the upper halves of the bits, one over the lower.
+    (0, how many are positive, 0) where there are fewer positive ones. Two passes: one over the upper halves of the
+    bits, one over the lower.
     """
+    if not count:
+        return _HIGHEST, 0, 0
     prefix, above = None, 0.0
     for _ in range(2):
         counts = _histogram(flat, prefix)
         reached = counts.cumsum(0) + above
         if reached[-1] < count:
-            return 0
+            return 0, int(reached[-1]), 0
         at = int(torch.searchsorted(reached, count))  # the first bin from the top with which there are enough
         above = float(reached[at] - counts[at])
         prefix = (prefix or 0) << 16 | LAST - at
-    return prefix or 0
+    return prefix or 0, count, count - int(above)
 
 
 @dataclass(frozen=True)

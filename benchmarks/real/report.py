@@ -127,7 +127,7 @@ def _matrix(runs: Runs) -> str:
 
 
 README = {
-    "0.1 % of single weights, **D** (what `repair` does)": (WEIGHTS_NAME, 0.001),
+    "0.1 % of single weights, **D**": (WEIGHTS_NAME, 0.001),
     "up to 0.25 % of single weights, **D**": (WEIGHTS_NAME, 0.0025),
     "2 % of neurons and value channels, **D**": (UNITS_NAME, 0.02),
     "8 % of neurons and value channels, **D**": (UNITS_NAME, 0.08),

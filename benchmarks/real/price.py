@@ -1,13 +1,12 @@
 """What choosing costs on the real model: ``python -m benchmarks.real.price [--lab FOLDER] [--out FOLDER]``.
 
 Beside one bare forward and backward pass over the same prompts (gradients of all matrices of the layers, freed one by
-one), all in one process: CPU seconds, and the highest anonymous memory above what the loaded model takes.
+one), all in one process, in CPU seconds.
 """
 
 from __future__ import annotations
 
 import argparse
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,28 +23,11 @@ from surgery.live.hooks import collecting_from
 from surgery.live.losses import cross_entropy
 
 
-def anonymous() -> float:
-    """Anonymous memory of this process, in GB."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1e6
-
-
-def priced(do: Callable[[], Any]) -> tuple[float, float, Any]:
-    """CPU seconds, the highest memory meanwhile above that before, in GB, and what it returned."""
-    before, highest, done = anonymous(), [0.0], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.05):
-            highest[0] = max(highest[0], anonymous() - before)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
+def priced(do: Callable[[], Any]) -> tuple[float, Any]:
+    """CPU seconds, and what it returned."""
     start = time.process_time()
     found = do()
-    spent = time.process_time() - start
-    done.set()
-    thread.join()
-    return spent, highest[0], found
+    return time.process_time() - start, found
 
 
 def main() -> None:
@@ -71,15 +53,15 @@ def main() -> None:
         "D of units": lambda: DamageSelector(0.02).select(run, data),
         "A×M×C of neurons": lambda: AMCSelector(0.02).select(run, data),
         "D of single weights, 0.1 %": lambda: DamageSelector(0.001, units="weight").select(run, data),
-        "D of single weights, up to 0.25 %": lambda: DamageSelector(0.0025, units="weight").select(run, data),
-        "the same, rounds=8": lambda: DamageSelector(0.0025, units="weight", rounds=8).select(run, data),
+        "from there to 0.25 %": lambda: DamageSelector(0.0025, units="weight").select(run, data),
+        "all of 0.25 %, rounds=8": lambda: DamageSelector(0.0025, units="weight", rounds=8).select(run, data),
     }
     bare()  # what is slow only once
     lines, first = [], 0.0
     for name, do in rows.items():
-        spent, memory, found = priced(do)
+        spent, found = priced(do)
         first = first or spent
-        lines.append(f"| {name} | {spent:.1f} | {spent / first:.2f} | {memory:.2f} |")
+        lines.append(f"| {name} | {spent:.1f} | {spent / first:.2f} |")
         print(lines[-1], flush=True)
     mask = found
     spent, memory, done = priced(lambda: rollback(model, to=run.earlier, mask=mask))
@@ -89,8 +71,8 @@ def main() -> None:
     )
     text = (
         f"# What choosing costs on SmolLM2-135M\n\nMath by QA, seed 0: {len(data)} batches, {tokens} tokens of 128 "
-        f"prompts, bf16. Memory is above the loaded models' own. `python -m benchmarks.real.price`. {statement()}\n\n"
-        f"| | CPU s | × the bare pass | GB |\n|---|---|---|---|\n" + "\n".join(lines) + "\n"
+        f"prompts, bf16. `python -m benchmarks.real.price`. {statement()}\n\n"
+        f"| | CPU s | × the bare pass |\n|---|---|---|\n" + "\n".join(lines) + "\n"
     )
     write(asked.out, "real-price", text)
 

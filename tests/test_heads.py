@@ -57,8 +57,9 @@ class Seen(TorchDispatchMode):
 
 @pytest.fixture
 def pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three positions at a time."""
+    """Three positions at a time, and two of them in float32."""
     monkeypatch.setattr(heads, "CHUNK", 3 * 64)
+    monkeypatch.setattr(heads, "FINE", 2 * 64)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,7 +1,8 @@
 """What D costs where the vocabulary is large, beside bare passes: ``python -m benchmarks.speed.vocabulary``.
 
 A SmolLM2-135M shape (random weights, bfloat16, tied head; ``--layers`` shrinks it) with vocabularies of 49 k and 152 k.
-Prompts of 31 tokens, the last 11 of which are the response. Beside D, which also runs the earlier model: one forward
+Prompts of 16 to 31 tokens, the last 2 to 6 of which are the response, in batches of 16, as ``load_prompts`` makes
+them of short questions. Beside D, which also runs the earlier model: one forward
 and one backward pass over the same tokens with gradients for all weights of the layers, the model's own
 (``model(**batch).loss``, as in training) and the least that it could be, with the head on the response alone.
 Memory: the peak of anonymous memory above the models; no pass keeps the gradients.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import random
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -25,9 +27,8 @@ from benchmarks.speed.operations import cpu
 from surgery import Trajectory, damage
 from surgery.live.heads import positions
 from surgery.live.hooks import only_these
-from surgery.live.prompts import Batch
-
-TOKENS, ANSWER = 31, 11
+from surgery.live.losses import tokens_in
+from surgery.live.prompts import Batch, padded
 
 
 def model(vocabulary: int, layers: int, seed: int = 0) -> LlamaForCausalLM:
@@ -41,12 +42,14 @@ def model(vocabulary: int, layers: int, seed: int = 0) -> LlamaForCausalLM:
 
 
 def prompts(count: int, size: int = 16) -> list[Batch]:
-    """Batches of random tokens with labels on the last of them."""
-    ids = torch.randint(1000, (count, TOKENS), generator=torch.Generator().manual_seed(0))
-    labels = ids.clone()
-    labels[:, :-ANSWER] = -100
-    whole = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-    return [{name: value[at : at + size] for name, value in whole.items()} for at in range(0, count, size)]
+    """Batches of random tokens, padded, with labels on the last of each prompt."""
+    rng = random.Random(0)
+
+    def some(low: int, high: int) -> list[int]:
+        return [rng.randrange(1000) for _ in range(rng.randint(low, high))]
+
+    pairs = [(some(14, 25), some(2, 6)) for _ in range(count)]
+    return [padded(pairs[at : at + size], 0) for at in range(0, count, size)]
 
 
 def own(live: Any, batch: Batch) -> Tensor:
@@ -68,6 +71,11 @@ def bare(live: Any, batches: list[Batch], loss: Callable[[Any, Batch], Tensor]) 
             loss(live, batch).backward()
 
 
+def attended(batch: Batch) -> int:
+    """How many tokens are no padding."""
+    return int(batch["attention_mask"].sum())
+
+
 def measured(function: Callable[[], object], times: int) -> tuple[float, float]:
     """The least CPU seconds of some runs, and the most megabytes."""
     gc.collect()
@@ -84,22 +92,25 @@ def main() -> None:
     """Measure and print one table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=30)
-    parser.add_argument("--prompts", type=int, default=32)
-    parser.add_argument("--times", type=int, default=2)
+    parser.add_argument("--prompts", type=int, default=128)
+    parser.add_argument("--times", type=int, default=1)
+    parser.add_argument("--vocabulary", type=int, nargs="+", default=[49_152, 151_936])
     asked = parser.parse_args()
     batches = prompts(asked.prompts)
+    tokens, wide = (sum(int(f(batch)) for batch in batches) for f in (attended, lambda one: one["input_ids"].numel()))
     print(
-        f"{statement()}\n\nSmolLM2-135M shape with {asked.layers} layers, bfloat16; {asked.prompts} prompts of "
-        f"{TOKENS} tokens, {ANSWER} of them the response, in batches of 16\n\n"
+        f"{statement()}\n\nSmolLM2-135M shape with {asked.layers} layers, bfloat16; {asked.prompts} prompts, "
+        f"{tokens} tokens and with padding {wide}, {tokens_in(batches)} of them in responses\n\n"
         f"| vocabulary | D, CPU s | the model's own pass, CPU s | ratio | the least pass, CPU s | ratio | D, MB | own, "
         f"MB | least, MB |\n|---|---|---|---|---|---|---|---|---|"
     )
-    for vocabulary in (49_152, 151_936):
+    for vocabulary in asked.vocabulary:
         earlier, later = model(vocabulary, asked.layers), model(vocabulary, asked.layers)
         with torch.no_grad():
             for parameter in later.model.layers.parameters():
                 parameter.mul_(1 + 0.02 * torch.randn(parameter.shape[:1] + (1,) * (parameter.ndim - 1)))
-        bare(later, batches[:1], own)  # what is loaded late
+        bare(later, batches[:1], own)  # what is loaded late, and memory that is touched for the first time
+        fresh(earlier, later, batches[:1])
         runs: dict[str, Callable[[], object]] = {
             "D": partial(fresh, earlier, later, batches),
             "own": partial(bare, later, batches, own),

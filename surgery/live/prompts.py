@@ -15,7 +15,7 @@ from surgery.progress import steps
 
 Batch = dict[str, Tensor]
 IGNORED = -100  # the label of a token that is no response (the convention of transformers' losses)
-TOKENS = 2048  # prompts × the longest of them: what one pass over a model takes at once
+TOKENS = 1024  # prompts × the longest of them: what one pass over a model takes at once
 
 
 def load_prompts(path: str | Path, tokenizer: Any, *, batch_size: int = 16, limit: int | None = None) -> list[Batch]:

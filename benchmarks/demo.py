@@ -45,15 +45,15 @@ def main() -> None:
     print("Three checkpoints of one model in training order: code, math, qa. Training on QA cost some of its Math.")
     print("The main job: measure the loss, find the smallest rollback that repairs it, and spare QA.")
     shell(f"surgery repair {LAB}/math {LAB}/qa {data} --keep qa={LAB}/data/qa.calibration.jsonl -o {OUT}/qa-repaired")
-    print("\nThe same by hand, with whole neurons: choose some, then roll a folder back.")
+    print("\nThe same by hand, with whole neurons and value channels: choose some, then roll a folder back.")
     shell(f"surgery select {three} {data} --budget 0.02 -o {OUT}/mask.safetensors")
     shell(f"surgery rollback {LAB}/qa --to {LAB}/math --mask {OUT}/mask.safetensors -o {OUT}/qa-rolled-back")
-    print("\nWhich selector finds the right neurons? A score is the mean probability of the right answer, per domain.")
+    print("\nWhich selector finds the right units? A score is the mean probability of the right answer, per domain.")
     print("Recovery: the part of Math's loss that is back. Δ: the change of another domain from later; in brackets the")
-    print("scores of the references. The ceiling is what all MLP neurons give back together.")
+    print("scores of the references. The ceiling is what all of them give back together.")
     shell(
         f"surgery sweep {three} {data} --evaluate benchmarks.demo:score --metric math "
-        f"--selectors random,AMC,D:kl,D --budgets 0.02,0.08,0.32 -o {OUT}/sweep.jsonl"
+        f"--units mlp,value_channel --selectors random,AMC,D:kl,D --budgets 0.02,0.08,0.32 -o {OUT}/sweep.jsonl"
     )
     shell(f"python -m benchmarks.draw {OUT}/sweep.jsonl {OUT}/dose-response.png --metric math")
     stages = " ".join(f"{LAB}/{name}" for name in ("base", "code", "math", "qa", "cw"))

@@ -16,12 +16,14 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -36,6 +38,7 @@ from benchmarks.pareto.points import SCALE, Seed, points
 from benchmarks.pareto.report import markdown
 from surgery import Trajectory, load_prompts
 from surgery.checkpoints.opening import fingerprint
+from surgery.live.prompts import Batch
 
 ORDER = ("code", "math", "qa")
 
@@ -92,27 +95,42 @@ class Row:
 def setting_of(folder: Path, pair: Pair) -> Setting:
     """The checkpoints and calibration prompts of one pair, with the later model live in its own dtype."""
     run = Trajectory(folder / pair.base, folder / pair.earlier, folder / pair.later)
-    model = run.load()
+    files = {domain: folder / "data" / f"{domain}.calibration.jsonl" for domain in DOMAINS}
+    return opened(folder, run, pair.metric, {domain: load_prompts(file, run.later) for domain, file in files.items()})
+
+
+def opened(folder: Path, run: Trajectory, metric: str, data: dict[str, list[Batch]]) -> Setting:
+    """A setting of calibration prompts by domain, with the run's later model live and a copy of its weights."""
+    later = {name: parameter.detach().clone() for name, parameter in run.load().named_parameters()}
     (earlier,) = run.weights("earlier")
-    later = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    data = {
-        domain: load_prompts(folder / "data" / f"{domain}.calibration.jsonl", folder / pair.later) for domain in DOMAINS
-    }
-    own = data.pop(pair.metric)
-    return Setting(folder, pair.metric, run, own, data, later, {name: earlier.tensors[name] for name in later})
+    own, others = data[metric], {domain: batches for domain, batches in data.items() if domain != metric}
+    return Setting(folder, metric, run, own, others, later, {name: earlier.tensors[name] for name in later})
 
 
 def measure(setting: Setting, method: Method, value: float, draw: int, evaluate: Evaluator, before: Scores) -> Row:
     """Apply one method at one value, evaluate, take it back."""
-    start = time.perf_counter()
+    return scored(setting, method, value, draw, evaluate.per_item, before, time.perf_counter)[0]
+
+
+def scored(
+    setting: Setting,
+    method: Method,
+    value: float,
+    draw: int,
+    scores: Callable[[nn.Module], Scores],
+    before: Scores,
+    clock: Callable[[], float],
+) -> tuple[Row, Scores]:
+    """The row of one method at one value, and every score behind it; the model is as it was afterwards."""
+    start = clock()
     change = method.change(setting, value, draw)
     with applied(setting, change):
-        seconds = time.perf_counter() - start
+        seconds = clock() - start
         now = {name: parameter.detach() for name, parameter in setting.model.named_parameters()}
         touched = differing(setting.later, now)
-        found = evaluate.per_item(setting.model)
-    others = {domain: values - before[domain] for domain, values in found.items() if domain != setting.metric}
-    return Row(
+        found = scores(setting.model)
+    others = {domain: found[domain] - before[domain] for domain in setting.others}
+    row = Row(
         method.name,
         method.kind,
         method.knob,
@@ -125,6 +143,7 @@ def measure(setting: Setting, method: Method, value: float, draw: int, evaluate:
         seconds,
         np.rint(found[setting.metric] * SCALE).astype(int).tolist(),
     )
+    return row, found
 
 
 def identity(folder: Path, pair: Pair) -> dict[str, Any]:

@@ -13,17 +13,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from transformers import AutoTokenizer
 
 from benchmarks.hardware import statement
-from benchmarks.lab.evaluate import bootstrap_interval
+from benchmarks.lab.evaluate import Scores
 from benchmarks.pareto import comparison
-from benchmarks.pareto.baselines import differing
-from benchmarks.pareto.changes import REFERENCE, Method, Setting, applied, forget
+from benchmarks.pareto.changes import REFERENCE, Method, Setting, forget
 from benchmarks.pareto.comparison import Store
-from benchmarks.pareto.points import SCALE, Seed
-from benchmarks.real.evaluate import Evaluator, Scores
+from benchmarks.pareto.points import Seed
+from benchmarks.real.evaluate import Evaluator
 from benchmarks.real.stages import place
 from surgery import Trajectory, load_prompts
 from surgery.checkpoints.opening import fingerprint
@@ -53,41 +51,15 @@ class Row(comparison.Row):
 def setting_of(lab: Path, seed: int, pair: Pair) -> Setting:
     """The checkpoints and calibration prompts of one pair, with the later model live in its own dtype."""
     run = Trajectory(*(place(lab, stage, seed) for stage in (pair.base, pair.earlier, pair.later)))
-    model = run.load()
-    (earlier,) = run.weights("earlier")
-    later = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    own, kept = (
-        load_prompts(lab / "data" / f"{domain}.calibration.jsonl", place(lab, pair.later, seed))
-        for domain in (pair.metric, pair.kept)
-    )
-    return Setting(
-        lab / f"seed{seed}", pair.metric, run, own, {pair.kept: kept}, later, {n: earlier.tensors[n] for n in later}
-    )
+    files = {domain: lab / "data" / f"{domain}.calibration.jsonl" for domain in (pair.metric, pair.kept)}
+    data = {domain: load_prompts(file, run.later) for domain, file in files.items()}
+    return comparison.opened(lab / f"seed{seed}", run, pair.metric, data)
 
 
 def measure(setting: Setting, method: Method, value: float, draw: int, evaluate: Evaluator, before: Scores) -> Row:
     """Apply one method at one value, evaluate, take it back."""
-    start = time.process_time()
-    change = method.change(setting, value, draw)
-    with applied(setting, change):
-        seconds = time.process_time() - start
-        touched = differing(setting.later, {name: p.detach() for name, p in setting.model.named_parameters()})
-        found = {name: np.array(values) for name, values in evaluate(setting.model).items()}
-    others = {domain: found[domain] - np.array(before[domain]) for domain in setting.others}
-    return Row(
-        method.name,
-        method.kind,
-        method.knob,
-        value,
-        draw,
-        touched,
-        sum(tensor.numel() for tensor in setting.later.values()),
-        {name: float(values.mean()) for name, values in found.items()},
-        {name: (float(change.mean()), *bootstrap_interval(change)) for name, change in others.items()},
-        seconds,
-        np.rint(found[setting.metric] * SCALE).astype(int).tolist(),
-        found[f"{setting.metric}, greedy"].astype(int).tolist(),
-    )
+    row, found = comparison.scored(setting, method, value, draw, evaluate.arrays, before, time.process_time)
+    return Row(**vars(row), greedy=found[f"{setting.metric}, greedy"].astype(int).tolist())
 
 
 def measure_pair(
@@ -116,7 +88,7 @@ def measure_pair(
             break
         with remembered():
             for value in missing[method.name]:
-                before = before or evaluate(setting.model)
+                before = before or evaluate.arrays(setting.model)
                 row = measure(setting, method, value, 0, evaluate, before)
                 done[method.name, value, 0] = asdict(row)
                 run["rows"] = list(done.values())

@@ -120,16 +120,20 @@ class Evaluator:
             self.chat = items, [kept[f"logp.{at}"] for at in range(len(items.batches))]
 
     def __call__(self, model: nn.Module) -> Scores:
+        return {name: values.tolist() for name, values in self.arrays(model).items()}
+
+    def arrays(self, model: nn.Module) -> dict[str, np.ndarray]:
+        """The same as arrays."""
         model.eval()
-        found: Scores = {}
+        found: dict[str, np.ndarray] = {}
         for name, items in self.items.items():
             scores = items.scores(model)
-            found[name] = np.exp(scores["logp"]).tolist()
-            found[f"{name}, greedy"] = scores["greedy"].tolist()
-        found["text"] = self.text.scores(model)["mean"].tolist()
+            found[name] = np.exp(scores["logp"])
+            found[f"{name}, greedy"] = scores["greedy"]
+        found["text"] = self.text.scores(model)["mean"]
         if self.chat is not None:
             items, references = self.chat
-            found["chat"] = (-items.scores(model, references)["kl"]).tolist()
+            found["chat"] = -items.scores(model, references)["kl"]
         return found
 
 

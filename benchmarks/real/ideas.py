@@ -1,36 +1,41 @@
 """Ways of choosing single weights that were tried: ``python -m benchmarks.real.ideas PAIR [NAME...] [--lab FOLDER]``.
 
 One pair of seed 0 (0: Math by QA, 1: QA by Math), 256 evaluation items, recovery along the way. What lost is here, and
-not in the library. Every way takes 0.25 % of the weights of MLPs and attention (without biases), in ``steps``. A step
-measures the gains of ``prompts`` calibration prompts, drawn anew, with all taken weights reverted. ``lots``: the
-prompts of a step are divided so, and a weight's gain is the lowest of its gains on each. ``memory``: gains are averaged
-over steps with this weight of the past. ``growing``: each step takes a quarter more than the last. ``pool``: so many
-prompts to draw from; beyond 128 they are training prompts.
+not in the library. Every way takes 0.25 % of the weights of MLPs and attention, in ``steps``. A step measures the gains
+of ``prompts`` calibration prompts, drawn anew, with all taken weights reverted. ``lots``: the prompts of a step are
+divided so, and a weight's gain is the lowest of its gains on each. ``memory``: gains are averaged over steps with this
+weight of the past. ``growing``: each step takes a quarter more than the last. ``pool``: so many prompts to draw from;
+beyond 128 they are training prompts.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.hardware import statement
-from benchmarks.real.comparison import PAIRS, Pair
-from benchmarks.real.evaluate import Encoded, Evaluator, Scores, encoded, padded, predicted
+from benchmarks.lab.evaluate import Scores
+from benchmarks.pareto.changes import Setting
+from benchmarks.real.comparison import PAIRS, Pair, setting_of
+from benchmarks.real.evaluate import Evaluator, encoded
 from benchmarks.real.stages import place
-from benchmarks.seeds import RESULTS
+from benchmarks.seeds import RESULTS, write
+from surgery import rollback
+from surgery.live import distillation, earlier_model
+from surgery.live.prompts import padded
+from surgery.masks.entries import shapes_of
+from surgery.reverting import Rollback
+from surgery.scores.weights import entries_of, lower_gains
 
-SHARE, NOISE, ITEMS = 0.0025, 0.01, 256
+SHARE, ITEMS, UNITS = 0.0025, 256, ("mlp", "kv_group")
 
 
 @dataclass(frozen=True)
@@ -59,103 +64,67 @@ IDEAS = {
 
 
 class Bench:
-    """The live later model, the earlier one, and flat gains over all matrices of the layers."""
+    """The pair's setting, prompts to draw from, and the scores of the earlier and the later model."""
 
     def __init__(self, lab: Path, pair: Pair) -> None:
-        earlier, later = (place(lab, stage, 0) for stage in (pair.earlier, pair.later))
-        self.pair, self.tokenizer = pair, AutoTokenizer.from_pretrained(later)
-        self.model: Any = AutoModelForCausalLM.from_pretrained(later, dtype=torch.bfloat16).eval()
-        self.parent: Any = AutoModelForCausalLM.from_pretrained(earlier, dtype=torch.bfloat16).eval()
-        self.weights = {n: p for n, p in self.model.named_parameters() if ".layers." in n and p.ndim == 2}
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(name in self.weights)
-        theirs = dict(self.parent.named_parameters())
-        self.before = {name: theirs[name].detach() for name in self.weights}
-        self.after = {name: parameter.detach().clone() for name, parameter in self.weights.items()}
-        sizes = torch.tensor([0, *(p.numel() for p in self.weights.values())])
-        self.starts = dict(zip(self.weights, sizes.cumsum(0).tolist(), strict=False))
-        self.count = int(sizes.sum())
-        data = lab / "data"
-        self.rows: list[Encoded] = encoded(data / f"{pair.metric}.calibration.jsonl", self.tokenizer)
-        self.rows += encoded(data / f"{pair.metric}.train.jsonl", self.tokenizer, 3000)[::4]
-        self.evaluate = Evaluator(data, self.tokenizer, (pair.metric, pair.kept), ITEMS, chat=False)
-        with torch.no_grad():
-            self.ends = self.evaluate(self.parent), self.evaluate(self.model)
+        self.pair, self.setting = pair, setting_of(lab, 0, pair)
+        data, tokenizer = lab / "data", AutoTokenizer.from_pretrained(place(lab, pair.later, 0))
+        self.rows = encoded(data / f"{pair.metric}.calibration.jsonl", tokenizer)
+        self.rows += encoded(data / f"{pair.metric}.train.jsonl", tokenizer, 3000)[::4]
+        self.pad = int(tokenizer.pad_token_id)
+        self.evaluate = Evaluator(data, tokenizer, (pair.metric, pair.kept), ITEMS, chat=False)
+        self.later = self.evaluate.arrays(self.setting.model)
+        with earlier_model(self.setting.run) as earlier:
+            self.earlier = self.evaluate.arrays(earlier)
 
-    def gains(self, asked: list[int]) -> tuple[Tensor, float]:
-        """Every weight's gain on those prompts, by the Hellinger distance per token, and the distance itself."""
-        ids, mask = padded([self.rows[at] for at in asked], int(self.tokenizer.pad_token_id))
-        with torch.no_grad():
-            root = (predicted(self.parent, ids, mask)[0].float().log_softmax(-1) / 2).exp()
-        mine = (predicted(self.model, ids, mask)[0].float().log_softmax(-1) / 2).exp()
-        loss = (((mine - root).square().sum(-1) / 2 + NOISE**2).sqrt() - NOISE).mean()
-        loss.backward()
-        found = torch.empty(self.count)
-        for name, parameter in self.weights.items():
-            change = parameter.detach().float() - self.before[name].float()
-            assert parameter.grad is not None
-            found[self.starts[name] :][: parameter.numel()] = (parameter.grad.float() * change).flatten()
-            parameter.grad = None
-        return found, float(loss.detach())
-
-    def revert(self, chosen: Tensor) -> None:
-        """Copy the earlier values of weights, given by their places among all."""
-        for name, parameter in self.weights.items():
-            at = chosen[(chosen >= self.starts[name]) & (chosen < self.starts[name] + parameter.numel())]
-            parameter.data.view(-1)[at - self.starts[name]] = self.before[name].view(-1)[at - self.starts[name]]
-
-    def reset(self) -> None:
-        for name, parameter in self.weights.items():
-            parameter.data.copy_(self.after[name])
-
-    def judged(self) -> dict[str, float]:
-        """Recovery, by probability and exact match, and the change of the kept skill."""
-        now: Scores = self.evaluate(self.model)
-
-        def mean(scores: Scores, name: str) -> float:
-            return float(np.mean(scores[name]))
+    def judged(self) -> str:
+        """Recovery by probability and by exact match, and the change of the kept skill, as the cells of a table."""
+        now: Scores = self.evaluate.arrays(self.setting.model)
 
         def back(name: str) -> float:
-            earlier, later = (mean(scores, name) for scores in self.ends)
-            return (mean(now, name) - later) / (earlier - later) if earlier != later else float("nan")
+            lost = float(self.earlier[name].mean() - self.later[name].mean())
+            return 100 * float(now[name].mean() - self.later[name].mean()) / lost if lost else float("nan")
 
-        metric, kept = self.pair.metric, self.pair.kept
-        return {
-            "recovery": back(metric),
-            "greedy": back(f"{metric}, greedy"),
-            "kept": mean(now, kept) - mean(self.ends[1], kept),
-        }
+        kept = 100 * float(now[self.pair.kept].mean() - self.later[self.pair.kept].mean())
+        return f"{back(self.pair.metric):.0f} % | {back(f'{self.pair.metric}, greedy'):.0f} % | {kept:+.2f}"
 
 
-def tried(bench: Bench, idea: Idea) -> list[dict[str, float]]:
-    """Recovery at the marks."""
-    bench.reset()
-    drawn, order, taken, found = random.Random(0), [], torch.zeros(bench.count, dtype=torch.bool), []
-    total, past, spent = round(SHARE * bench.count), None, 0.0
+def tried(bench: Bench, idea: Idea) -> list[str]:
+    """The share of the weights, what ``judged`` says, and CPU seconds, at each mark."""
+    drawn, order, found = random.Random(0), list[int](), list[str]()
+    run, taken, past, spent = bench.setting.run, torch.zeros(0, dtype=torch.int64), None, 0.0
     shares = [1.25**at if idea.growing else 1.0 for at in range(idea.steps)]
     for step in range(idea.steps):
         start = time.process_time()
         if len(order) < idea.prompts:
-            more = list(range(idea.pool))
-            drawn.shuffle(more)
-            order = order + more
+            order += drawn.sample(range(idea.pool), idea.pool)
         asked, order = order[: idea.prompts], order[idea.prompts :]
-        gains = bench.gains(asked[:: idea.lots])[0]
-        for lot in range(1, idea.lots):
-            torch.minimum(gains, bench.gains(asked[lot :: idea.lots])[0], out=gains)
+        lots = [[padded([bench.rows[at] for at in asked[one :: idea.lots]], bench.pad)] for one in range(idea.lots)]
+        with earlier_model(run) as earlier:
+            far = distillation(earlier, [batch for lot in lots for batch in lot], divergence="hellinger")
+        with reverted(bench.setting, taken):
+            gains = lower_gains(run, lots, loss=far, units=UNITS)
         if idea.memory:
-            past = gains.clone() if past is None else past.mul_(idea.memory).add_(gains, alpha=1 - idea.memory)
-            gains = past.clone()
-        gains.masked_fill_(taken, 0)
-        chosen = gains.topk(round(total * shares[step] / sum(shares))).indices
-        chosen = chosen[gains[chosen] > 0]
-        bench.revert(chosen)
-        taken[chosen] = True
+            past = (
+                gains.flat.clone() if past is None else past.mul_(idea.memory).add_(gains.flat, alpha=1 - idea.memory)
+            )
+            gains.flat.copy_(past)
+        gains.flat[taken] = 0
+        best = gains.best(round(SHARE * len(gains.flat) * shares[step] / sum(shares)))
+        taken = torch.cat([taken, best])
         spent += time.process_time() - start
         if step + 1 in idea.marks:
-            found.append({"share": float(taken.sum()) / bench.count, **bench.judged(), "seconds": spent})
-            print(json.dumps(found[-1]), flush=True)
+            with reverted(bench.setting, taken):
+                share = 100 * len(taken) / len(gains.flat)
+                found.append(f"{share:.3f} % | {bench.judged()} | {spent:.0f}")
+            print(found[-1], flush=True)
     return found
+
+
+def reverted(setting: Setting, taken: Tensor) -> Rollback:
+    """The later model with those weights reverted, by their place among all, while a ``with`` block runs."""
+    (live,) = setting.run.live(units=UNITS)
+    return rollback(setting.model, to=setting.run.tensors("earlier"), mask=entries_of(taken, shapes_of(live.layout)))
 
 
 def main() -> None:
@@ -169,15 +138,10 @@ def main() -> None:
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
     bench = Bench(asked.lab, asked.pair)
-    lines = [f"# Ways of choosing single weights: {asked.pair.name}\n\n{statement()}\n"]
-    lines += ["| way | share of the weights | recovery | by greedy | kept, points | CPU s |", "|---" * 6 + "|"]
-    for name in asked.names:
-        for one in tried(bench, IDEAS[name]):
-            cells = [f"{100 * one['share']:.3f} %", f"{100 * one['recovery']:.0f} %", f"{100 * one['greedy']:.0f} %"]
-            lines.append(
-                f"| {name} | " + " | ".join([*cells, f"{100 * one['kept']:+.2f}", f"{one['seconds']:.0f}"]) + " |"
-            )
-    (asked.out / f"real-ideas-{PAIRS.index(asked.pair)}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    lines = [f"| {name} | {cells} |" for name in asked.names for cells in tried(bench, IDEAS[name])]
+    head = "| way | share of the weights | recovery | by greedy | kept, points | CPU s |\n" + "|---" * 6 + "|"
+    title = f"# Ways of choosing single weights: {asked.pair.name}"
+    write(asked.out, f"real-ideas-{PAIRS.index(asked.pair)}", "\n".join([title, "", statement(), "", head, *lines, ""]))
 
 
 if __name__ == "__main__":

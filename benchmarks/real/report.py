@@ -270,7 +270,7 @@ def picture(runs: Runs, found: Found) -> Figure:
             ax.scatter(x, y, s=sizes, color=colour, marker=marker, linewidths=0.5, zorder=3)
             ax.plot([], [], color=colour, marker=marker, linewidth=1, label=method)
         ax.set_xscale("symlog", linthresh=1.0)
-        ticks = [-20, -10, -5, -2, -1, 0, 1]
+        ticks = [-20, -5, -2, -1, 0, 1]
         ax.set_xlim(-30, 2.5)
         ax.set_xticks(ticks, [f"{tick:g}".replace("-", "−") for tick in ticks])
         ax.minorticks_off()

@@ -40,18 +40,18 @@ def kinds_of(units: Units) -> tuple[str, ...]:
     return tuple(kind for kind in KINDS if kind in asked)
 
 
-def single(units: Units) -> bool:
+def single(units: Units | None) -> bool:
     """Whether a selector's ``units`` are single weights."""
     return WEIGHT in _asked(units)
 
 
-def owners_of(units: Units) -> tuple[str, ...] | None:
+def owners_of(units: Units | None) -> tuple[str, ...] | None:
     """The kinds beside "weight" in a selector's ``units``; None where there are none."""
     return tuple(kind for kind in _asked(units) if kind != WEIGHT) or None
 
 
-def _asked(units: Units) -> tuple[str, ...]:
-    return (units,) if isinstance(units, str) else tuple(units)
+def _asked(units: Units | None) -> tuple[str, ...]:
+    return (units,) if isinstance(units, str) else tuple(units or ())
 
 
 def kind_of(block: str) -> str:

@@ -135,15 +135,13 @@ def selector_of(
     from surgery.selectors.selectors import AMCSelector, DamageSelector, RandomSelector
 
     text, kinds = text.strip(), asked(units)
-    own: Any = kinds if len(kinds) > 1 else kinds[0] if kinds else "mlp"  # as it is typed in Python: a mask records it
+    own: Any = kinds if len(kinds) > 1 else kinds[0] if kinds else None  # as it is typed in Python: a mask records it
     if text == "random":
         return RandomSelector(budget, seed, own)
     if is_damage(text):
         loss: Any = text.partition(":")[2] or "hellinger"
         protect, weight = guard
         of_weights: dict[str, Any] = {} if rounds is None else {"rounds": rounds}
-        return DamageSelector(
-            budget, how or "global", protect or None, weight, loss, own if kinds else None, **of_weights
-        )
+        return DamageSelector(budget, how or "global", protect or None, weight, loss, own, **of_weights)
     rank, _, spend = text.partition("/")
-    return AMCSelector(budget, rank, spend or rank, how or ("global" if single(own) else "proportional"), own)
+    return AMCSelector(budget, rank, spend or rank, how or ("global" if single(own) else "proportional"), own or "mlp")

@@ -93,8 +93,9 @@ def sweep(
     guard = protected(protect, protect_weight, run, batch_size)
     chosen = [selector_of(text, fractions[0], how, 0, units, guard, rounds) for text in selectors.split(",")]
     if dry_run:
-        rows = len(chosen) * len(fractions) + 3
-        out.print(f"{len(chosen)} selectors × {len(fractions)} budgets + 3 references = {rows} rows")
+        references = 2 + len({str(getattr(one, "units", "mlp")) for one in chosen})  # a ceiling for each kind of unit
+        rows = len(chosen) * len(fractions) + references
+        out.print(f"{len(chosen)} selectors × {len(fractions)} budgets + {references} references = {rows} rows")
         return
     with _loaded(run, data, evaluate, batch_size, device, dtype) as (prompts, function, say):
         batches, told = answered(run, prompts, answers)

@@ -78,7 +78,7 @@ Selected = Annotated[
     typer.Option(
         "--units",
         help='"mlp", "kv_group", "value_channel", or two like "mlp,kv_group"; "weight": single weights of MLPs and KV '
-        'groups; "mlp,weight": those of MLPs (default: "mlp,value_channel" for D, else "mlp").',
+        'groups; "mlp,weight": those of MLPs (default: "mlp,value_channel" for D and random, else "mlp").',
     ),
 ]
 Rounds = Annotated[

@@ -98,7 +98,9 @@ class Bench:
 
     def mask(self, selector: Any, budget: float) -> Mask:
         """What the selector chooses at a budget."""
-        found: Mask = at_budget(selector, budget).select(self.run, self.data)
+        one = at_budget(selector, budget)
+        self._say(f"{name_of(one)}, {100 * budget:g} %: choosing")
+        found: Mask = one.select(self.run, self.data)
         return found
 
     def _evaluate(self, model: nn.Module) -> Mapping[str, Score]:

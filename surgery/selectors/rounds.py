@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass, field
-from typing import Any, cast
+from itertools import count
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from surgery.checkpoints.trajectory import Trajectory
 from surgery.layout.slots import Layout
-from surgery.live.earlier import earlier_model
-from surgery.live.losses import Divergence, Loss, check_loss, distillation, mean_loss, tokens_in
+from surgery.live.losses import Divergence, Loss, mean_loss, tokens_in
 from surgery.live.prompts import Batch, batches_of, dealt
 from surgery.masks.budget import Allocation
 from surgery.masks.entries import Entries, shapes_of
+from surgery.progress import steps
 from surgery.reverting.rollback import Rollback, rollback
-from surgery.scores.damage import earlier_answers
+from surgery.scores.damage import answered, earlier_answers
 from surgery.scores.memory import remember
 from surgery.scores.weights import CHUNK, best, chosen, entries_of, entry_magnitude, lower_gains, zeros_on_disk
 from surgery.selectors.settings import Data
@@ -26,7 +27,7 @@ from surgery.units import Units
 ROUNDS = 16
 _REACH, _GROWTH = 0.0025, 1.25  # what so many rounds take of the candidates; how much more a round takes than the last
 _LOT, _PATIENCE = 16, 3  # prompts in a lot; measurements without a smaller loss after which rounds end
-_LOTS = (0x00800000, 0x7F800000)  # the bits of every positive normal float32, from the least to infinity
+_DRAWN = (0x00800000, 0x7F800000)  # the bits of every positive normal float32, from the least to infinity
 Point = tuple[int, float]  # how many weights are reverted, and the loss then, on prompts that do not choose
 
 
@@ -137,7 +138,7 @@ def _lots(count: int, seed: int) -> Tensor:
     """A positive number for each weight, each of 31 bits and drawn by itself: their order is the order of drawing."""
     lots, generator = zeros_on_disk(count), torch.Generator().manual_seed(seed)
     for start in range(0, count, CHUNK):
-        lots[start : start + CHUNK].view(torch.int32).random_(*_LOTS, generator=generator)
+        lots[start : start + CHUNK].view(torch.int32).random_(*_DRAWN, generator=generator)
     return lots
 
 
@@ -171,28 +172,31 @@ class _Path:
 
         The curve is measured at the end of every other round, and at the last weight.
         """
-        best, since, at = self._measured(0), 0, 0
+        best, since = self._measured(0), 0
         curve = [(0, best)]
-        while curve[-1][0] < allowed and (not stop or since < _PATIENCE or at < self.rounds // 2):
+        for at in steps("rounds", range(next(n for n in count() if self._end(n) >= allowed))):
+            if curve[-1][0] == allowed or (stop and since >= _PATIENCE and at >= self.rounds // 2):
+                break
             if at == len(self.ends) and not self._round():
                 break
-            last = at + 1 == len(self.ends) and self.ended
-            count = min(self.ends[at], allowed)
-            at += 1
-            if count < allowed and at % 2 and not last:
+            taken, last = min(self.ends[at], allowed), at + 1 == len(self.ends) and self.ended
+            if taken < allowed and at % 2 == 0 and not last:
                 continue
-            value = self._measured(count)
-            curve.append((count, value))
+            value = self._measured(taken)
+            curve.append((taken, value))
             best, since = (value, 0) if value < best else (best, since + 1)
         return curve
+
+    def _end(self, rounds: int) -> int:
+        """How many weights so many rounds take, or more where each takes at least one."""
+        return round(_REACH * self.total * (_GROWTH**rounds - 1) / (_GROWTH**self.rounds - 1))
 
     def _round(self) -> bool:
         """Take the next weights; False if there are none."""
         if self.ended:
             return False
         at = len(self.ends)
-        growth = (_GROWTH ** (at + 1) - 1) / (_GROWTH**self.rounds - 1)
-        wanted = max(1, round(_REACH * self.total * growth) - len(self.taken))
+        wanted = max(1, self._end(at + 1) - len(self.taken))
         with self._reverted(len(self.taken)):
             gains = lower_gains(self.run, self._drawn(at), loss=self.loss, units=self.units)
         gains.flat[self.taken] = 0  # where the earlier model is stored wider, what is left is rounding
@@ -227,16 +231,12 @@ class _Path:
 @remember
 def _path(run: Trajectory, data: Data, *, loss: Loss | Divergence, rounds: int, units: Units) -> _Path:
     """The way of some prompts, not gone yet: a quarter of them measures, the others are the lots."""
-    check_loss(loss)
-    batches = dealt(batches_of(data) if callable(loss) else earlier_answers(run, data), _LOT, 8)
-    found = loss if callable(loss) else None
-    if found is None:
-        with earlier_model(run) as earlier:
-            found = distillation(earlier, batches, divergence=cast(Divergence, loss))
+    told = batches_of(data) if callable(loss) else earlier_answers(run, data)
+    batches, far = answered(run, dealt(told, _LOT, 8), loss)
     apart = sum(len(batch["input_ids"]) for batch in batches) >= _LOT
     held = batches[::4] if apart else batches
     choosing = [batch for at, batch in enumerate(batches) if at % 4] if apart else batches
     each = max(1, min(len(choosing) // 2, _LOT // len(choosing[0]["input_ids"])))  # batches in a lot
     lots = [choosing[at : at + each] for at in range(0, len(choosing) - each + 1, each)]
     (live,) = run.live(units=units)
-    return _Path(run, units, found, rounds, live.layout, shapes_of(live.layout), lots, held)
+    return _Path(run, units, far, rounds, live.layout, shapes_of(live.layout), lots, held)

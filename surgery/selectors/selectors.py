@@ -177,14 +177,14 @@ class DamageSelector:
     def __post_init__(self) -> None:
         check_budget(self.budget)
         check_how(self.how)
-        check_units(self.units or "mlp")
+        check_units(self.units)
         check_loss(self.loss)
         check_rounds(self.rounds)
         if not isinstance(self.weight, int | float) or not 0 <= self.weight < math.inf:
             raise ValueError(f"weight={self.weight!r}: expected a number ≥ 0")
         if self.protect is not None and not isinstance(self.protect, Mapping):
             raise ValueError(f'protect= is a {type(self.protect).__name__}: expected prompts by name, {{"qa": data}}')
-        if self._single:
+        if single(self.units):
             check_rounds_how(self.how)
             _check_unprotected(self.protect)
 
@@ -195,16 +195,12 @@ class DamageSelector:
         own = f"{damage_named(self.loss)}{guard}"
         return named(own if self.how == "global" else f"{own} ({self.how})", self.units)
 
-    @property
-    def _single(self) -> bool:
-        return self.units is not None and single(self.units)
-
     @remembered()
     def select(self, run: Trajectory, data: Data | None = None) -> Mask:
         """The mask; ``data`` are prompts of the damaged domain, with responses or without."""
         run.check_whole()
         units = units_asked(run, self.units)
-        if self._single:
+        if single(self.units):
             found = by_damage(run, data, self.budget, units=units, rounds=self.rounds, loss=self.loss)
             return signed(found, self, run, units)
         if data is None:
@@ -236,8 +232,9 @@ class RandomSelector:
     Args:
         budget: β in [0, 1].
         seed: of the draw.
-        units: as in ``AMCSelector``. With several kinds, units are drawn until the budget of parameters is spent.
-            Drawing single weights takes a temporary file of 4 bytes per weight (in ``TMPDIR``).
+        units: as in ``AMCSelector``; None as in ``DamageSelector``, whose control it then is. With several kinds, units
+            are drawn until the budget of parameters is spent. Drawing single weights takes a temporary file of 4 bytes
+            per weight (in ``TMPDIR``).
 
     Raises:
         ValueError: a setting is invalid. OSError: there is no room for the file.
@@ -247,7 +244,7 @@ class RandomSelector:
 
     budget: float
     seed: int = 0
-    units: Units = "mlp"
+    units: Units | None = "mlp"
 
     def __post_init__(self) -> None:
         check_budget(self.budget)
@@ -260,10 +257,10 @@ class RandomSelector:
 
     def select(self, run: Trajectory, data: Data | None = None) -> Mask:
         """The mask; ``data`` is not used."""
+        units = units_asked(run, self.units)
         if single(self.units):
-            units = units_asked(run, self.units)
             return signed(at_random(run, self.budget, self.seed, units), self, run, units)
-        (later,) = run.weights("later", units=self.units)
+        (later,) = run.weights("later", units=units)
         sizes, costs = later.layout.sizes, later.layout.costs
         order = torch.randperm(sum(sizes.values()), generator=torch.Generator().manual_seed(self.seed))
         scores = torch.empty(len(order))

@@ -32,7 +32,7 @@ def check_how(how: Any) -> None:
         raise ValueError(f'how={how!r}: expected "proportional", "global" or "uniform"')
 
 
-def check_units(units: Units) -> None:
+def check_units(units: Units | None) -> None:
     """Raise ``ValueError`` unless ``units`` are kinds of unit, or single weights (of some)."""
     kinds_of(owners_of(units) or "mlp")
 

@@ -190,7 +190,7 @@ def test_a_sweep_goes_on_where_it_stopped(models, tmp_path):
     assert len(file.read_text().splitlines()) == 1 + 4
     said, evaluate = [], Evaluate(models["earlier"])
     whole = sweep(run, None, **arguments, budgets=BUDGETS, evaluate=evaluate, progress=said.append)
-    assert evaluate.calls == len(said) == 3
+    assert evaluate.calls == len([text for text in said if "choosing" not in text]) == 3
     written = file.read_text()
     again = sweep(run, None, **arguments, budgets=BUDGETS, evaluate=Evaluate(models["earlier"], 1))
     assert again == whole

@@ -139,7 +139,7 @@ def repair(
         evaluate: as in ``sweep``; with one score per item the result comes with intervals.
         metric: the damaged metric (default: "the damaged domain"; with ``evaluate`` the one that fell most).
         path: a JSON-lines file for the rows; an interrupted run resumes from it.
-        progress: called with a line of text before each evaluation.
+        progress: called with a line of text before each choice and each evaluation.
 
     Returns:
         A ``Repair``: print it, and ``save`` it if its outcome is "repaired".

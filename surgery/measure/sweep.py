@@ -43,7 +43,7 @@ class Bench:
         data: calibration prompts, or None.
         evaluate: model → {metric: score or one score per item}, or "lm_eval:task,task".
         path: a JSON-lines file: rows are appended as they are measured, and cached rows are not measured again.
-        say: called with a line of text before each evaluation.
+        say: called with a line of text before each choice and each evaluation.
 
     ``evaluations`` counts the models that were really evaluated.
 
@@ -328,7 +328,7 @@ def sweep(
             number per item, rows get intervals and tests. Or "lm_eval:task,task" (see ``harness``).
         metric: whose recovery is reported (default: the one that fell most from earlier to later).
         path: a JSON-lines file: rows are appended as they are measured, and cached rows are not measured again.
-        progress: called with a line of text before each evaluation.
+        progress: called with a line of text before each choice and each evaluation.
 
     Returns:
         A ``Sweep``: rows, and a table when printed.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,11 +13,13 @@ from families import build
 from mutants import dies
 from test_gradient_baselines import setting  # noqa: F401
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from benchmarks.pareto.baselines import differing
 from benchmarks.pareto.changes import Setting, applied
 from benchmarks.real import refreshes
 from benchmarks.real.refreshes import advantage, answers, distilled, reinforced, steps_for
+from benchmarks.real.stages import Stage
 from surgery.live import distillation, earlier_model
 from surgery.live.losses import mean_loss
 
@@ -123,12 +127,36 @@ def test_prices_are_multiples_of_the_rollbacks(seconds: float, step: float, expe
     assert steps_for(seconds, step) == expected
 
 
-def test_both_refreshes_are_methods_of_the_comparison(setting: Setting) -> None:  # noqa: F811
-    by_kl, by_grpo = refreshes.refreshes(Words(), ITEMS, 7.0)
-    assert by_kl.values == (2, 9, 37)
-    assert by_grpo.values == (1, 4, 16)
-    setting = replace(setting, metric="math")
+def test_what_is_trained_is_a_method_of_the_comparison(
+    setting: Setting,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(refreshes, "read", lambda file: ITEMS)
+    monkeypatch.setattr(refreshes.AutoTokenizer, "from_pretrained", lambda folder: Words())
+    setting = replace(setting, metric="math", folder=tmp_path)
+    with torch.no_grad():
+        other = copy.deepcopy(setting.model)
+        next(other.parameters()).add_(1)
+    other.save_pretrained(tmp_path / "joint")
+    by_kl, by_grpo, joint = refreshes.refreshes()
     for method in (by_kl, by_grpo):
         with applied(setting, method.change(setting, 1.0, 0)):
             assert set(bits(setting.model)) == set(setting.later)
+    with applied(setting, joint.change(setting, 0.0, 0)):
+        assert differing(bits(other), bits(setting.model)) == 0
     assert differing(setting.later, bits(setting.model)) == 0
+
+
+def test_a_stage_trained_by_grpo_is_a_folder_like_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny().save_pretrained(tmp_path / "start")
+    words = Words()
+    words.save_pretrained = lambda folder: None  # type: ignore[attr-defined]
+    monkeypatch.setattr(refreshes, "read", lambda file: ITEMS)
+    monkeypatch.setattr(refreshes.AutoTokenizer, "from_pretrained", lambda folder: words)
+    stage = Stage("start", ("math",), 6, 3e-3, reward=True)
+    said: list[str] = []
+    refreshes.reinforce(stage, tmp_path / "start", tmp_path / "out", tmp_path, 0, said.append)
+    old, new = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("start", "out"))
+    assert probability(new) > probability(old) + 0.1
+    assert sorted(folder.name for folder in tmp_path.iterdir()) == ["out", "start"]

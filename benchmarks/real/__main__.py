@@ -25,8 +25,9 @@ from benchmarks.real import base, domains
 from benchmarks.real.comparison import PAIRS, Pair, measure_pair
 from benchmarks.real.evaluate import keep_chat
 from benchmarks.real.methods import methods
+from benchmarks.real.refreshes import reinforce
 from benchmarks.real.report import markdown, picture
-from benchmarks.real.stages import STAGES, place, train
+from benchmarks.real.stages import FIRST_ONLY, STAGES, place, train
 from benchmarks.seeds import RESULTS
 
 
@@ -54,12 +55,16 @@ def train_all(lab: Path, seeds: list[int], device: str) -> None:
         (name, 0 if place(lab, name, 0) == place(lab, name, 1) else seed)
         for seed in seeds
         for name in STAGES
-        if not place(lab, name, seed).exists()
+        if (seed == 0 or name not in FIRST_ONLY) and not place(lab, name, seed).exists()
     )
     for at, (name, seed) in enumerate(missing):
         stage = STAGES[name]
         say(f"stage {at + 1} of {len(missing)}: {name}, seed {seed}, {stage.steps} steps")
-        train(stage, place(lab, stage.start, seed), place(lab, name, seed), lab / "data", seed, device, say)
+        folders = place(lab, stage.start, seed), place(lab, name, seed), lab / "data"
+        if stage.reward:
+            reinforce(stage, *folders, seed, say)
+        else:
+            train(stage, *folders, seed, device, say)
 
 
 def measure_all(lab: Path, seeds: list[int], pairs: list[Pair], store: Store) -> None:
@@ -68,7 +73,7 @@ def measure_all(lab: Path, seeds: list[int], pairs: list[Pair], store: Store) ->
         for pair in pairs:
             if all(place(lab, name, seed).exists() for name in (pair.base, pair.earlier, pair.later)):
                 measure_pair(lab, seed, pair, methods, store, say)
-            else:
+            elif seed == 0 or pair.later not in FIRST_ONLY:
                 say(f"{pair.name}, seed {seed}: not trained yet")
 
 

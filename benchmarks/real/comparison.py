@@ -30,15 +30,27 @@ from surgery.scores.memory import remembered
 
 @dataclass(frozen=True)
 class Pair(comparison.Pair):
-    """A damaged domain, the stages around it, and the later stage's own domain, which is to be kept."""
+    """A damaged domain, the stages around it, and the later stage's own domain, which is to be kept.
+
+    ``also``: the domain of a stage before both, which is to be kept, too.
+    """
 
     kept: str
+    also: str = ""
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        return tuple(one for one in (self.metric, self.kept, self.also) if one)
 
 
 PAIRS = (
     Pair("Math by QA", "form", "math", "math-qa", "math", "qa"),
     Pair("QA by Math", "form", "qa", "qa-math", "qa", "math"),
+    Pair("QA by Format, after Math", "math", "math-qa", "math-qa-format", "qa", "format", "math"),
+    Pair("QA by Math (GRPO)", "form", "qa", "qa-math-grpo", "qa", "math"),
+    Pair("Math by QA (adapters)", "base", "math-r8", "math-qa-r8", "math", "qa"),
 )
+MAIN = PAIRS[:2]  # what README and the defaults are chosen by
 
 
 @dataclass(frozen=True)
@@ -51,7 +63,7 @@ class Row(comparison.Row):
 def setting_of(lab: Path, seed: int, pair: Pair) -> Setting:
     """The checkpoints and calibration prompts of one pair, with the later model live in its own dtype."""
     run = Trajectory(*(place(lab, stage, seed) for stage in (pair.base, pair.earlier, pair.later)))
-    files = {domain: lab / "data" / f"{domain}.calibration.jsonl" for domain in (pair.metric, pair.kept)}
+    files = {domain: lab / "data" / f"{domain}.calibration.jsonl" for domain in pair.domains}
     data = {domain: load_prompts(file, run.later) for domain, file in files.items()}
     return comparison.opened(lab / f"seed{seed}", run, pair.metric, data)
 
@@ -66,7 +78,7 @@ def measure_pair(
     lab: Path,
     seed: int,
     pair: Pair,
-    methods: Callable[[Setting], Sequence[Method]],
+    methods: Callable[[Setting, Pair], Sequence[Method]],
     store: Store,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
@@ -76,8 +88,8 @@ def measure_pair(
     run = store.run(f"seed{seed}", pair, {name: fingerprint(one) for name, one in zip(folders, weights, strict=True)})
     done = {(row["method"], row["value"], row["draw"]): row for row in run["rows"]}
     setting = setting_of(lab, seed, pair)
-    evaluate = Evaluator(lab / "data", AutoTokenizer.from_pretrained(folders[pair.later]), (pair.metric, pair.kept))
-    every = methods(setting)
+    evaluate = Evaluator(lab / "data", AutoTokenizer.from_pretrained(folders[pair.later]), pair.domains)
+    every = methods(setting, pair)
     missing = {one.name: [v for v in one.values if (one.name, v, 0) not in done] for one in every}
     left = count = sum(map(len, missing.values()))
     before: Scores = {}  # of the later model, whose row is the first to be measured

@@ -3,49 +3,75 @@
 A refresh starts from the later checkpoint and sees the damaged domain's calibration prompts: ``distilled`` by KL to the
 earlier model's predictions, ``reinforced`` by GRPO with the reward 1 for the right answer. Both train float32 copies of
 all parameters and give new tensors, rounded as a saved checkpoint is; the live model is as it was. The same steps give
-the same numbers again on the same machine. ``JOINT`` trains both domains from the start instead.
+the same numbers again on the same machine. Joint training of both domains from the start is the bound.
 """
 
 from __future__ import annotations
 
 import copy
+import os
 import random
+import time
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.pareto.changes import TRAINED, Change, Method, Setting, prepared
-from benchmarks.real.domains import Item, right
+from benchmarks.real.domains import Item, read, right
 from benchmarks.real.evaluate import Encoded, padded, predicted
-from benchmarks.real.stages import STAGES, Stage
+from benchmarks.real.stages import Stage
+from surgery import Trajectory
 from surgery.live import Distillation, distillation, earlier_model
 from surgery.training import refresh
 
-JOINT = Stage("form", ("math", "qa"), STAGES["math"].steps + STAGES["math-qa"].steps)
 KL_RATE, GRPO_RATE = 1e-5, 3e-5
 KL_STEP, GRPO_STEP = 3.0, 7.0  # CPU seconds of a step of 16 prompts of 135 M parameters, one thread of a Xeon with AMX
+CHOICE = 24.0  # CPU seconds of D of units there
 PROMPTS, SAMPLES, TOKENS = 16, 4, 8  # of a GRPO step: prompts, answers to each, tokens of an answer
 
 
-def refreshes(tokenizer: Any, items: list[Item], seconds: float) -> list[Method]:
-    """Both refreshes, on the damaged domain's calibration ``items``, at 1, 4 and 16 times a rollback's CPU seconds."""
+def refreshes() -> list[Method]:
+    """Both refreshes, at about 1, 4 and 16 times the price of a rollback's choice, and joint training."""
 
     def by_kl(setting: Setting, value: float, draw: int) -> Change:
         return distilled(setting, int(value))
 
     def by_grpo(setting: Setting, value: float, draw: int) -> Change:
+        lab = setting.folder.parent
+        tokenizer = AutoTokenizer.from_pretrained(lab / "form")
+        items = read(lab / "data" / f"{setting.metric}.calibration.jsonl")
         return reinforced(setting.model, tokenizer, setting.metric, items, int(value))
 
+    def joint(setting: Setting, value: float, draw: int) -> Change:
+        (trained,) = Trajectory(later=setting.folder / "joint").weights("later")
+        return {name: trained.read(name) for name in setting.later}
+
     return [
-        Method("refresh by KL", TRAINED, "steps", steps_for(seconds, KL_STEP), by_kl),
-        Method("refresh by GRPO", TRAINED, "steps", steps_for(seconds, GRPO_STEP), by_grpo),
+        Method("refresh by KL", TRAINED, "steps", steps_for(CHOICE, KL_STEP), by_kl),
+        Method("refresh by GRPO", TRAINED, "steps", steps_for(CHOICE, GRPO_STEP), by_grpo),
+        Method("joint training", TRAINED, "", (0.0,), joint),
     ]
 
 
-def steps_for(seconds: float, step: float, times: tuple[int, ...] = (1, 4, 16)) -> tuple[int, ...]:
+def steps_for(seconds: float, step: float, times: tuple[int, ...] = (1, 4, 16)) -> tuple[float, ...]:
     """How many steps of ``step`` CPU seconds each cost 1, 4 and 16 times ``seconds``, at least one."""
-    return tuple(max(1, round(factor * seconds / step)) for factor in times)
+    return tuple(float(max(1, round(factor * seconds / step))) for factor in times)
+
+
+def reinforce(stage: Stage, start: Path, out: Path, data: Path, seed: int, say: Any = print) -> None:
+    """Train a stage by GRPO from a folder into another, as ``stages.train`` does by examples."""
+    model = AutoModelForCausalLM.from_pretrained(start, dtype=torch.bfloat16)
+    tokenizer, (domain,) = AutoTokenizer.from_pretrained(start), stage.domains
+    items = read(data / f"{domain}.train.jsonl")
+    new = reinforced(model, tokenizer, domain, items, stage.steps, stage.rate, seed, say)
+    model.load_state_dict(new, strict=False)
+    part = out.with_name(out.name + ".part")
+    model.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    os.rename(part, out)
 
 
 def distilled(setting: Setting, steps: int, rate: float = KL_RATE) -> dict[str, Tensor]:
@@ -61,7 +87,14 @@ def predictions(setting: Setting) -> Distillation:
 
 
 def reinforced(
-    model: nn.Module, tokenizer: Any, domain: str, items: list[Item], steps: int, rate: float = GRPO_RATE, seed: int = 0
+    model: nn.Module,
+    tokenizer: Any,
+    domain: str,
+    items: list[Item],
+    steps: int,
+    rate: float = GRPO_RATE,
+    seed: int = 0,
+    say: Any = None,
 ) -> dict[str, Tensor]:
     """GRPO steps without a KL term: advantages are rewards less their prompt's mean, over its standard deviation.
 
@@ -75,7 +108,8 @@ def reinforced(
     optimizer = torch.optim.AdamW(trained.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     rng, order = random.Random(seed), list[Item]()
     torch.manual_seed(seed)
-    for _ in range(steps):
+    start = time.process_time()
+    for step in range(steps):
         if len(order) < PROMPTS:
             order = rng.sample(items, len(items))
         chosen, order = order[:PROMPTS], order[PROMPTS:]
@@ -94,6 +128,9 @@ def reinforced(
             nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        if say and (step + 1) % 10 == 0:
+            each = (time.process_time() - start) / (step + 1)
+            say(f"  step {step + 1} of {steps}, reward {float(rewards.mean()):.2f}, {each:.1f} CPU s each")
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     return {name: parameter.detach().to(dtypes[name]) for name, parameter in trained.named_parameters()}
 

@@ -2,8 +2,11 @@
 
 A stage is a name, what it starts from, and what it trains on. They make the pairs of the lab:
 
-    base → form ─┬→ math ──→ math-qa ──→ math-qa-format
-                 └→ qa ────→ qa-math
+    base → form ─┬→ math ────→ math-qa ──→ math-qa-format
+                 ├→ qa ──────→ qa-math
+                 │   └───────→ qa-math-grpo (by reward)
+                 └→ joint                   (both domains at once: the bound that no repair passes)
+    base → math-r8 → math-qa-r8             (adapters of rank 8, on the packaged base itself)
 
 ``form`` teaches to answer with the answer alone, on a few items of every domain, since the base answers in sentences
 and scores 0 by exact match. It is the ``base`` of every run, and the same for every seed.
@@ -38,6 +41,8 @@ class Stage:
     steps: int
     rate: float = 1e-4
     items: int = 24  # a step
+    rank: int = 0  # of adapters on the layers' matrices, which are trained instead of the weights and merged then
+    reward: bool = False  # trained by GRPO (``refreshes.reinforce``) and not by examples
 
 
 STAGES = {
@@ -47,8 +52,14 @@ STAGES = {
     "qa": Stage("form", ("qa",), 100),
     "qa-math": Stage("qa", ("math",), 50),
     "math-qa-format": Stage("math-qa", ("format",), 40),
+    "qa-math-grpo": Stage("qa", ("math",), 60, 3e-5, 16, reward=True),
+    "joint": Stage("form", ("math", "qa"), 170),
+    "math-r8": Stage("base", ("math",), 130, 1e-3, rank=8),
+    "math-qa-r8": Stage("math-r8", ("qa",), 70, 1e-3, rank=8),
 }
+MATRICES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SHARED = ("base", "form")
+FIRST_ONLY = ("qa-math-grpo", "joint", "math-r8", "math-qa-r8")  # of seed 0 alone
 MASTERS = "float32.safetensors"
 
 
@@ -65,6 +76,13 @@ def loss_of(model: nn.Module, rows: list[Encoded], pad: int) -> torch.Tensor:
     return nn.functional.cross_entropy(logits.float(), targets, reduction="sum") / len(rows)
 
 
+def _adapted(model: nn.Module, rank: int) -> Any:
+    """Adapters on all matrices of the layers, put into the model itself, whose other weights take no gradient then."""
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=MATRICES))
+
+
 def train(stage: Stage, start: Path, out: Path, data: Path, seed: int, device: str = "cpu", say: Any = print) -> None:
     """Train a stage from a folder into another; the folder appears once it is whole."""
     random.seed(seed)
@@ -74,11 +92,13 @@ def train(stage: Stage, start: Path, out: Path, data: Path, seed: int, device: s
     if (start / MASTERS).exists():
         model.load_state_dict(load_file(start / MASTERS), strict=False)  # the tied head is not in the file
         model.tie_weights()
+    adapted = _adapted(model, stage.rank) if stage.rank else None
     model.to(device).train()
     rng = random.Random(seed)
     pools = [encoded(data / f"{domain}.train.jsonl", tokenizer) for domain in stage.domains]
     evaluate = Evaluator(data, tokenizer, ("math", "qa"), 64, chat=False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=stage.rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=stage.rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     order: list[Encoded] = []
     began = time.perf_counter()
     losses: list[float] = []
@@ -93,7 +113,7 @@ def train(stage: Stage, start: Path, out: Path, data: Path, seed: int, device: s
         loss = loss_of(model, rows, int(tokenizer.pad_token_id))
         loss.backward()
         losses.append(float(loss.detach()))
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if (step + 1) % 10 == 0:
@@ -102,9 +122,15 @@ def train(stage: Stage, start: Path, out: Path, data: Path, seed: int, device: s
             loss_now = sum(losses[-10:]) / 10
             say(f"  step {step + 1} of {stage.steps}, loss {loss_now:.3f}, {each:.1f} s each, {left:.0f} s left")
     part = out.with_name(out.name + ".part")
-    masters = {name: value.contiguous() for name, value in model.state_dict().items() if name != "lm_head.weight"}
     part.mkdir(parents=True, exist_ok=True)
-    save_file(masters, part / MASTERS)
+    if adapted:
+        for parameter in trained:
+            parameter.data.copy_(parameter.data.bfloat16())  # what is merged is what is saved
+        adapted.save_pretrained(part / "adapter")
+        model = adapted.merge_and_unload()
+    else:
+        masters = {name: value.contiguous() for name, value in model.state_dict().items() if name != "lm_head.weight"}
+        save_file(masters, part / MASTERS)
     model.to(torch.bfloat16).save_pretrained(part)
     tokenizer.save_pretrained(part)
     scores = {name: sum(values) / len(values) for name, values in evaluate(model).items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil, log2
+from math import ceil, log
 from pathlib import Path
 
 import numpy as np
@@ -74,16 +74,23 @@ def tuned(models, evaluate, selector=None, run=None, **more):
 @pytest.mark.parametrize("wanted", [0.005, 0.1, 0.37, 0.5, 0.8, 0.99, 1.0])
 @pytest.mark.parametrize("curve", [lambda x: x, lambda x: x**3, lambda x: x**0.3, lambda x: round(4 * x) / 4])
 def test_it_is_minimal_on_a_monotone_problem(models, wanted, curve):
-    """The smallest of the budgets offered, whatever the curve; a bisection's number of evaluations."""
+    """The smallest of the budgets offered, whatever the curve; a search's number of evaluations."""
     evaluate = Planted(models, curve)
     found = tuned(models, evaluate, recovery=wanted)
     assert found.outcome == "repaired"
     assert found.chosen.budget == next(b for b in GRID if curve(b) >= wanted)
     assert found.chosen == found.best
     assert found.mask.equal(RandomSelector(found.chosen.budget).select(found.run))
-    assert evaluate.calls <= 3 + ceil(log2(len(GRID))) + 1
+    assert evaluate.calls <= 3 + ceil(log(len(GRID), 1.5)) + 1
     assert str(found).startswith("Repaired: math lost 1.0000, from 1.0000 to 0.0000. Reverting ")
     assert "not ordered" not in str(found)
+
+
+def test_large_budgets_are_not_asked_for_where_a_small_one_is_enough(models):
+    """Single weights take longer to choose, the more there are."""
+    found = tuned(models, Planted(models, lambda x: min(1.0, 2 * x)), recovery=0.5)
+    assert found.chosen.budget == 0.25
+    assert max(row.budget for row in found.sweep.rows[3:]) <= GRID[len(GRID) // 3]
 
 
 @pytest.mark.parametrize("most", [0.2, 0.5, 0.9])
@@ -96,7 +103,7 @@ def test_the_goal_is_a_share_of_what_can_be_won_back(models, most):
 
 def test_a_part_that_gives_more_than_everything_raises_the_goal(models):
     """What was measured is what can be won back, also where reverting the rest does harm."""
-    found = tuned(models, Planted(models, lambda x: 1.6 * x if x <= 0.5 else 1.2 - 0.8 * x), recovery=1.0)
+    found = tuned(models, Planted(models, lambda x: 4 * x if x <= 0.2 else 1 - 0.6 * x), recovery=1.0)
     reached = max(row.recovery for row in found.sweep.rows[2:])
     assert reached > found.ceiling.recovery == pytest.approx(0.4)
     assert found.goal == pytest.approx(reached)
@@ -112,7 +119,7 @@ def test_limits_that_cannot_be_met_are_said_and_the_best_within_them_is_found(mo
     assert found.outcome == "not repairable"
     assert found.chosen is found.mask is None
     assert found.best.budget == max(b for b in GRID if b <= allowed)
-    assert evaluate.calls <= 3 + 2 * (ceil(log2(len(GRID))) + 1)
+    assert evaluate.calls <= 3 + 2 * (ceil(log(len(GRID), 1.5)) + 1)
     assert f"No budget brings back {100 * wanted:g} % of what can be won back" in str(found)
     assert f"while qa loses at most {allowed:g}; the best within the limits, budget {found.best.budget:g}" in str(found)
     with pytest.raises(ValueError, match="there is nothing to write: Not repaired"):

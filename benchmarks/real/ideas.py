@@ -5,7 +5,9 @@ not in the library. Every way takes 0.25 % of the weights of MLPs and attention,
 of ``prompts`` calibration prompts, drawn anew, with all taken weights reverted. ``lots``: the prompts of a step are
 divided so, and a weight's gain is the lowest of its gains on each. ``memory``: gains are averaged over steps with this
 weight of the past. ``growing``: each step takes a quarter more than the last. ``pool``: so many prompts to draw from;
-beyond 128 they are training prompts.
+beyond 128 they are training prompts. ``gated``: a weight is only taken where reverting it lowers the cross entropy of
+as many of the kept skill's calibration prompts, too (the sign of CRANE's gate). ``share``: of the weights, in the end.
+``strengths``: how far the weights of the last mark go besides, 1 being their earlier values.
 """
 
 from __future__ import annotations
@@ -30,12 +32,13 @@ from benchmarks.real.stages import place
 from benchmarks.seeds import RESULTS, write
 from surgery import rollback
 from surgery.live import distillation, earlier_model
+from surgery.live.losses import cross_entropy
 from surgery.live.prompts import padded
 from surgery.masks.entries import shapes_of
 from surgery.reverting import Rollback
 from surgery.scores.weights import entries_of, lower_gains
 
-SHARE, ITEMS, UNITS = 0.0025, 256, ("mlp", "kv_group")
+ITEMS, UNITS = 256, ("mlp", "kv_group")
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,9 @@ class Idea:
     memory: float = 0.0
     growing: bool = False
     pool: int = 128
+    gated: bool = False
+    share: float = 0.0025
+    strengths: tuple[float, ...] = ()
     marks: tuple[int, ...] = (4, 8, 16)
 
 
@@ -58,7 +64,13 @@ IDEAS = {
     "32 equal steps, 16 prompts": Idea(32, 16, marks=(8, 16, 32)),
     "16 equal steps, 2 lots of 16": Idea(lots=2),
     "12 growing steps, 4 lots of 16": Idea(12, 64, lots=4, growing=True, marks=(6, 9, 12)),
-    "16 equal steps, 2 lots of 16 out of 512": Idea(lots=2, pool=512, marks=(8, 16)),
+    "16 growing steps, 2 lots of 16": Idea(lots=2, growing=True, strengths=(1.25, 1.5), marks=(8, 12, 16)),
+    "16 growing steps, 2 lots of 16 out of 512": Idea(lots=2, growing=True, pool=512, marks=(8, 12, 16)),
+    "16 growing steps, 2 lots of 64 out of 512": Idea(prompts=128, lots=2, growing=True, pool=512, marks=(8, 12, 16)),
+    "16 growing steps, 2 lots of 16, gated": Idea(lots=2, growing=True, gated=True, marks=(8, 12, 16)),
+    "24 growing steps to 1 %, 2 lots of 16 out of 512": Idea(
+        24, lots=2, growing=True, pool=512, share=0.01, marks=(12, 18, 21, 24)
+    ),
     "16 equal steps, 32 prompts, memory 0.7": Idea(memory=0.7, marks=(8, 16)),
 }
 
@@ -71,6 +83,7 @@ class Bench:
         data, tokenizer = lab / "data", AutoTokenizer.from_pretrained(place(lab, pair.later, 0))
         self.rows = encoded(data / f"{pair.metric}.calibration.jsonl", tokenizer)
         self.rows += encoded(data / f"{pair.metric}.train.jsonl", tokenizer, 3000)[::4]
+        self.kept = encoded(data / f"{pair.kept}.calibration.jsonl", tokenizer)
         self.pad = int(tokenizer.pad_token_id)
         self.evaluate = Evaluator(data, tokenizer, (pair.metric, pair.kept), ITEMS, chat=False)
         self.later = self.evaluate.arrays(self.setting.model)
@@ -104,13 +117,17 @@ def tried(bench: Bench, idea: Idea) -> list[str]:
             far = distillation(earlier, [batch for lot in lots for batch in lot], divergence="hellinger")
         with reverted(bench.setting, taken):
             gains = lower_gains(run, lots, loss=far, units=UNITS)
+            if idea.gated:
+                at = step * idea.prompts % len(bench.kept)
+                lot = [padded((bench.kept + bench.kept)[at : at + idea.prompts], bench.pad)]
+                gains.flat[lower_gains(run, [lot], loss=cross_entropy, units=UNITS).flat <= 0] = 0
         if idea.memory:
             past = (
                 gains.flat.clone() if past is None else past.mul_(idea.memory).add_(gains.flat, alpha=1 - idea.memory)
             )
             gains.flat.copy_(past)
         gains.flat[taken] = 0
-        best = gains.best(round(SHARE * len(gains.flat) * shares[step] / sum(shares)))
+        best = gains.best(round(idea.share * len(gains.flat) * shares[step] / sum(shares)))
         taken = torch.cat([taken, best])
         spent += time.process_time() - start
         if step + 1 in idea.marks:
@@ -118,13 +135,18 @@ def tried(bench: Bench, idea: Idea) -> list[str]:
                 share = 100 * len(taken) / len(gains.flat)
                 found.append(f"{share:.3f} % | {bench.judged()} | {spent:.0f}")
             print(found[-1], flush=True)
+    for strength in idea.strengths:
+        with reverted(bench.setting, taken, strength):
+            found.append(f"{100 * len(taken) / len(gains.flat):.3f} %, strength {strength:g} | {bench.judged()} | ")
+        print(found[-1], flush=True)
     return found
 
 
-def reverted(setting: Setting, taken: Tensor) -> Rollback:
+def reverted(setting: Setting, taken: Tensor, strength: float = 1.0) -> Rollback:
     """The later model with those weights reverted, by their place among all, while a ``with`` block runs."""
     (live,) = setting.run.live(units=UNITS)
-    return rollback(setting.model, to=setting.run.tensors("earlier"), mask=entries_of(taken, shapes_of(live.layout)))
+    mask = entries_of(taken, shapes_of(live.layout))
+    return rollback(setting.model, to=setting.run.tensors("earlier"), mask=mask, strength=strength)
 
 
 def main() -> None:

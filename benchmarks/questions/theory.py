@@ -102,11 +102,11 @@ def block(*tables: object) -> str:
     return "```text\n" + "\n\n".join(map(str, tables)) + "\n```\n"
 
 
-def splits(found: dict[str, Found]) -> Table:
+def splits_of(found: dict[str, dict[str, DamageSplit]]) -> Table:
     """Proposition 2 over several subspaces: shares of the quadratic damage in %, one seed after the other."""
     rows = []
-    for name, one in next(iter(found.values())).splits.items():
-        every = [seed.splits[name] for seed in found.values()]
+    for name, one in next(iter(found.values())).items():
+        every = [seed[name] for seed in found.values()]
         rows.append(
             (
                 name,
@@ -134,7 +134,7 @@ def page(found: dict[str, Found]) -> str:
         "## Proposition 1\n",
         *(f"{name}\n\n{block(one.terms)}" for name, one in found.items()),
         "![terms](theory-terms.png)\n\n## Proposition 2\n",
-        block(splits(found)),
+        block(splits_of({name: one.splits for name, one in found.items()})),
         "## In how few dimensions\n\n![damage against dimensions](theory-dimensions.png)\n",
         *(
             f"{name}, directions among {where}\n\n{block(*spectrum.tables())}"

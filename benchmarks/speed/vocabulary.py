@@ -1,6 +1,7 @@
 """What D costs where the vocabulary is large, beside bare passes: ``python -m benchmarks.speed.vocabulary``.
 
-A SmolLM2-135M shape (random weights, bfloat16, tied head; ``--layers`` shrinks it) with vocabularies of 49 k and 152 k.
+A SmolLM2-135M or Qwen3-0.6B shape (random weights, bfloat16, tied head; ``--layers`` shrinks it) with vocabularies of
+49 k and 152 k.
 Prompts of 16 to 31 tokens, the last 2 to 6 of which are the response, in batches of 16, as ``load_prompts`` makes
 them of short questions. Beside D, which also runs the earlier model: one forward
 and one backward pass over the same tokens with gradients for all weights of the layers, the model's own
@@ -31,12 +32,21 @@ from surgery.live.losses import tokens_in
 from surgery.live.prompts import Batch, padded
 
 
-def model(vocabulary: int, layers: int, seed: int = 0) -> LlamaForCausalLM:
+SHAPES: dict[str, dict[str, int]] = {
+    "SmolLM2-135M": {
+        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+        "num_attention_heads": 9, "num_key_value_heads": 3,
+    },
+    "Qwen3-0.6B": {
+        "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
+        "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
+    },
+}  # fmt: skip
+
+
+def model(vocabulary: int, shape: dict[str, int], seed: int = 0) -> LlamaForCausalLM:
     """In bfloat16, and in eval mode."""
-    config = LlamaConfig(
-        hidden_size=576, intermediate_size=1536, num_hidden_layers=layers, num_attention_heads=9, num_key_value_heads=3,
-        vocab_size=vocabulary, tie_word_embeddings=True,
-    )  # fmt: skip
+    config = LlamaConfig(**shape, vocab_size=vocabulary, tie_word_embeddings=True)
     torch.manual_seed(seed)
     return LlamaForCausalLM(config).to(torch.bfloat16).eval()
 
@@ -91,21 +101,23 @@ def fresh(earlier: nn.Module, later: nn.Module, batches: list[Batch]) -> None:
 def main() -> None:
     """Measure and print one table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--shape", choices=SHAPES, default="SmolLM2-135M")
+    parser.add_argument("--layers", type=int, help="fewer than the shape has")
     parser.add_argument("--prompts", type=int, default=128)
     parser.add_argument("--times", type=int, default=1)
     parser.add_argument("--vocabulary", type=int, nargs="+", default=[49_152, 151_936])
     asked = parser.parse_args()
+    shape = SHAPES[asked.shape] | ({"num_hidden_layers": asked.layers} if asked.layers else {})
     batches = prompts(asked.prompts)
     tokens, wide = (sum(int(f(batch)) for batch in batches) for f in (attended, lambda one: one["input_ids"].numel()))
     print(
-        f"{statement()}\n\nSmolLM2-135M shape with {asked.layers} layers, bfloat16; {asked.prompts} prompts, "
+        f"{statement()}\n\n{asked.shape} shape with {shape['num_hidden_layers']} layers, bfloat16; {asked.prompts} prompts, "
         f"{tokens} tokens and with padding {wide}, {tokens_in(batches)} of them in responses\n\n"
         f"| vocabulary | D, CPU s | the model's own pass, CPU s | ratio | the least pass, CPU s | ratio | D, MB | own, "
         f"MB | least, MB |\n|---|---|---|---|---|---|---|---|---|"
     )
     for vocabulary in asked.vocabulary:
-        earlier, later = model(vocabulary, asked.layers), model(vocabulary, asked.layers)
+        earlier, later = model(vocabulary, shape), model(vocabulary, shape)
         with torch.no_grad():
             for parameter in later.model.layers.parameters():
                 parameter.mul_(1 + 0.02 * torch.randn(parameter.shape[:1] + (1,) * (parameter.ndim - 1)))

@@ -31,7 +31,6 @@ from surgery.live.hooks import only_these
 from surgery.live.losses import tokens_in
 from surgery.live.prompts import Batch, padded
 
-
 SHAPES: dict[str, dict[str, int]] = {
     "SmolLM2-135M": {
         "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
@@ -111,8 +110,8 @@ def main() -> None:
     batches = prompts(asked.prompts)
     tokens, wide = (sum(int(f(batch)) for batch in batches) for f in (attended, lambda one: one["input_ids"].numel()))
     print(
-        f"{statement()}\n\n{asked.shape} shape with {shape['num_hidden_layers']} layers, bfloat16; {asked.prompts} prompts, "
-        f"{tokens} tokens and with padding {wide}, {tokens_in(batches)} of them in responses\n\n"
+        f"{statement()}\n\n{asked.shape} shape with {shape['num_hidden_layers']} layers, bfloat16; "
+        f"{asked.prompts} prompts, {tokens} tokens and with padding {wide}, {tokens_in(batches)} of them in responses\n\n"
         f"| vocabulary | D, CPU s | the model's own pass, CPU s | ratio | the least pass, CPU s | ratio | D, MB | own, "
         f"MB | least, MB |\n|---|---|---|---|---|---|---|---|---|"
     )

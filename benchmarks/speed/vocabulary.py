@@ -111,7 +111,8 @@ def main() -> None:
     tokens, wide = (sum(int(f(batch)) for batch in batches) for f in (attended, lambda one: one["input_ids"].numel()))
     print(
         f"{statement()}\n\n{asked.shape} shape with {shape['num_hidden_layers']} layers, bfloat16; "
-        f"{asked.prompts} prompts, {tokens} tokens and with padding {wide}, {tokens_in(batches)} of them in responses\n\n"
+        f"{asked.prompts} prompts, {tokens} tokens and with padding {wide}, "
+        f"{tokens_in(batches)} of them in responses\n\n"
         f"| vocabulary | D, CPU s | the model's own pass, CPU s | ratio | the least pass, CPU s | ratio | D, MB | own, "
         f"MB | least, MB |\n|---|---|---|---|---|---|---|---|---|"
     )

@@ -6,7 +6,8 @@ the name away.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -54,12 +55,89 @@ def as_saved(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     try:
         from transformers.core_model_loading import revert_weight_conversion
     except ImportError as error:
-        raise ValueError(
-            f"this transformers does not give the names on disk ({error}): use a version from 5.0 on, or describe the "
-            f"layout yourself with layout= (docs/how-to/add-an-architecture.md)"
-        ) from error
+        raise _too_old(error) from error
     found: dict[str, Tensor] = revert_weight_conversion(model, dict(tensors))
     return found
+
+
+def is_left_out(model: Any, name: str) -> bool:
+    """Whether transformers knowingly leaves a tensor of a checkpoint out: ``_keys_to_ignore_on_load_unexpected``.
+
+    And what old checkpoints hold that is computed now, as ``_adjust_missing_and_unexpected_keys`` knows it. Needed to
+    tell which tensors nothing reads, without those that nobody misses.
+    """
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    computed = r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"
+    return any(re.search(pattern, name) for pattern in (*patterns, *computed))
+
+
+def _too_old(error: ImportError) -> ValueError:
+    return ValueError(
+        f"this transformers does not give the names on disk ({error}): use a version from 5.0 on, or describe the "
+        f"layout yourself with layout= (docs/how-to/add-an-architecture.md)"
+    )
+
+
+@dataclass(frozen=True)
+class Names:
+    """Where the tensors of a checkpoint go in memory: ``whole`` are loaded as they are, ``parts`` are converted.
+
+    ``whole``: name in memory → name in the checkpoint. ``parts``: a name that does not depend on how the checkpoint
+    spells it (``spelt``) → name in the checkpoint; experts that are stacked, say.
+    """
+
+    whole: Mapping[str, str]
+    parts: Mapping[str, str]
+    spelt: Callable[[str], str]
+
+
+def as_loaded(model: Any, names: Iterable[str]) -> Names:
+    """How ``from_pretrained`` reads the names of a checkpoint: old and new ones, and those of a model without its head.
+
+    transformers' own ``conversion_mapping.get_model_conversion_mapping`` and ``core_model_loading.rename_source_key``,
+    called as ``convert_and_load_state_dict_in_model`` does. Needed because a vision-language model's tensors have other
+    names on disk than in memory, which depend on the version that wrote them.
+
+    Raises:
+        ValueError: two names of the checkpoint are one tensor in memory, or this transformers has no such functions.
+    """
+    names, prefix = list(names), getattr(model, "base_model_prefix", None)
+    if prefix is None:  # no model of transformers
+        return Names({name: name for name in names}, {}, str)
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    except ImportError as error:
+        raise _too_old(error) from error
+    changes, held = get_model_conversion_mapping(model), model.state_dict(keep_vars=True)
+    renamings = [one for one in changes if isinstance(one, WeightRenaming)]
+    converters = [one for one in changes if isinstance(one, WeightConverter)]
+    loose = {  # those that transpose a tensor only if its shape asks for it
+        pattern
+        for one in converters
+        for pattern in one.source_patterns
+        if any(getattr(operation, "check_dims", False) for operation in one.operations)
+    }
+
+    def spelt(name: str) -> str:
+        found: str = rename_source_key(name, renamings, [])[0]
+        return found.removeprefix(f"{prefix}.")
+
+    whole: dict[str, str] = {}
+    parts: dict[str, str] = {}
+    for name in names:
+        there, pattern = rename_source_key(name, renamings, converters, prefix, held)
+        if there not in held and name in held:
+            there, pattern = name, None
+        for found, key in [(parts, spelt(name))] * (pattern is not None) + [(whole, there)] * (
+            pattern is None or pattern in loose
+        ):
+            if key in found:
+                raise ValueError(
+                    f"{found[key]!r} and {name!r} are one tensor to transformers: remove the one that is stale"
+                )
+            found[key] = name
+    return Names(whole, parts, spelt)
 
 
 @dataclass(frozen=True)

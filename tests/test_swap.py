@@ -12,9 +12,7 @@ from test_scores import batches
 from transformers import AutoModelForCausalLM
 
 from surgery import Trajectory
-from surgery.checkpoints.opening import Weights
-from surgery.live import earlier as swap
-from surgery.live.earlier import earlier_model
+from surgery.live.earlier import AsLive, earlier_model
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
@@ -70,17 +68,17 @@ def test_what_can_not_be_put_back_is_named_and_the_rest_is_put_back(tmp_path, mo
     run = Trajectory(earlier=tmp_path / "earlier", later=tmp_path / "later")
     later = run.load()
     before = {name: tensor.clone() for name, tensor in later.state_dict().items()}
-    names, real = list(before), swap.live_tensor
+    names, real = list(before), AsLive.__getitem__
     spoiled = [names[0], names[4]]
 
-    def unreadable(source: Weights, live: Weights, name: str) -> torch.Tensor:
+    def unreadable(self: AsLive, name: str) -> torch.Tensor:
         if name in spoiled:
-            raise OSError(f"{source.name} is gone")
-        return real(source, live, name)
+            raise OSError(f"{self.source.name} is gone")
+        return real(self, name)
 
     def gone() -> None:
         with earlier_model(run):
-            monkeypatch.setattr(swap, "live_tensor", unreadable)
+            monkeypatch.setattr(AsLive, "__getitem__", unreadable)
             raise KeyError("stop")
 
     with pytest.raises(ExceptionGroup, match=r"2 tensors of .* could not be put back") as told:
@@ -116,10 +114,12 @@ def test_what_the_disk_holds_is_not_kept_in_memory(tmp_path, monkeypatch):
 def test_loaded_beside_it_where_names_can_not_be_told(tmp_path, monkeypatch):
     earlier, later = pair("qwen3")
     earlier.save_pretrained(tmp_path / "earlier")
-    monkeypatch.setattr(swap, "_found", lambda *_: None)
-    with earlier_model(Trajectory(earlier=tmp_path / "earlier", later=later)) as model:
-        assert model is not later
-        assert torch.equal(logits(model), logits(earlier))
+    monkeypatch.setattr(AsLive, "__contains__", lambda *_: False)
+    run = Trajectory(earlier=tmp_path / "earlier", later=later)
+    with pytest.warns(UserWarning, match="GB more memory"), earlier_model(run) as model:
+        found = model
+    assert found is not later
+    assert torch.equal(logits(found), logits(earlier))
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,8 @@ def test_what_is_measured_is_the_folder_whatever_its_config_says(setting, other,
     later = AutoModelForCausalLM.from_config(config).eval()
     earlier.save_pretrained(tmp_path / "earlier")
     later.save_pretrained(tmp_path / "later")
-    with earlier_model(Trajectory(earlier=tmp_path / "earlier", later=tmp_path / "later")) as model:
+    run = Trajectory(earlier=tmp_path / "earlier", later=tmp_path / "later")
+    with pytest.warns(UserWarning, match=setting), earlier_model(run) as model:
         assert torch.equal(logits(model), logits(earlier))
 
 

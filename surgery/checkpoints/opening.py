@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import warnings
 from collections.abc import Iterable, Mapping
@@ -16,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from surgery.checkpoints.checkpoint import Checkpoint, Source, State, tensors_of
+from surgery.checkpoints.configuration import differences
+from surgery.compat import passing_buffers
 from surgery.layout.finding import find_layout
 from surgery.layout.on_disk import folder_layout
 from surgery.layout.slots import Block, Layout
@@ -79,8 +80,8 @@ def _layout(tensors: Mapping[str, Tensor], like: Weights | None, name: str, kind
         return own if own.units == kinds or later is None else _layout(later.tensors, like, name, kinds)
     if isinstance(tensors, State):
         return find_layout(tensors.module, units=kinds)
-    if like is not None and like.layout.fits(tensors) and _kind(tensors) in (None, _kind(like.tensors)):
-        return like.layout  # the same names alone are not enough: a gated MLP has those of an ungated one
+    if like is not None and like.layout.fits(tensors) and not differences(tensors, like.tensors):
+        return like.layout  # the same names alone are not enough: heads, or a gate, are the configuration's
     if isinstance(tensors, Checkpoint) and (tensors.folder / "config.json").exists():
         return _folder_layout(_Folder(tensors.folder, tensors.state, tensors.shapes), kinds)
     if like is not None:
@@ -88,18 +89,6 @@ def _layout(tensors: Mapping[str, Tensor], like: Weights | None, name: str, kind
         missing = [tensor for tensor in slots if tensor not in tensors]
         raise ValueError(f"{name} lacks {len(missing)} tensors that {like.name} has, the first of them {missing[0]!r}")
     raise ValueError(f"bare tensors do not show where the neurons of {name} lie: pass layout=")
-
-
-def _kind(tensors: Mapping[str, Tensor]) -> str | None:
-    """The model type that a folder's or a live model's configuration names; None where there is no configuration."""
-    if isinstance(tensors, State):
-        return getattr(getattr(tensors.module, "config", None), "model_type", None)
-    if not isinstance(tensors, Checkpoint) or not (tensors.folder / "config.json").exists():
-        return None
-    try:
-        return str(json.loads((tensors.folder / "config.json").read_text(encoding="utf-8"))["model_type"])
-    except (ValueError, KeyError, TypeError):
-        return "unreadable"
 
 
 @dataclass(frozen=True)
@@ -135,6 +124,12 @@ def _check_alike(tensors: Mapping[str, Tensor], layout: Layout, name: str, like:
                 f"{name} and {like.name} are different models: a neuron of {block.name!r} is made of {ours} numbers in "
                 f"the one and {theirs} in the other"
             )
+        heads, others = (one.heard.sizes if one.heard else () for one in (block, like.layout[block.name]))
+        if heads != others:
+            raise ValueError(
+                f"{name} and {like.name} are different models: the heads of {block.name!r} have the sizes "
+                f"{dict(heads)} in the one and {dict(others)} in the other"
+            )
     in_mlp = {slot.tensor for one in (layout, like.layout) for block in one.blocks for slot in block.slots}
     mine, its = _shapes(tensors, in_mlp), _shapes(like.tensors, in_mlp)
     other = [tensor for tensor in mine if tensor in its and mine[tensor] != its[tensor]]
@@ -157,8 +152,10 @@ def _widths(block: Block) -> dict[str, int]:
 
 
 def _shapes(tensors: Mapping[str, Tensor], without: set[str]) -> dict[str, tuple[int, ...]]:
-    shapes = tensors.shapes if isinstance(tensors, Checkpoint) else None
-    return {name: shapes[name] if shapes else tuple(tensors[name].shape) for name in tensors if name not in without}
+    if isinstance(tensors, Checkpoint):
+        return {name: shape for name, shape in tensors.shapes.items() if name not in without}
+    without = without | passing_buffers(tensors.module) if isinstance(tensors, State) else without
+    return {name: tuple(tensors[name].shape) for name in tensors if name not in without}
 
 
 def _differs(ours: Mapping[str, int], name: str, theirs: Mapping[str, int], other: str) -> str:

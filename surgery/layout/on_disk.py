@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.compat import as_saved
+from surgery.compat import as_loaded, as_saved
 from surgery.layout.finding import WAY_OUT, Shapes, Spec, find_layout, spec_layout
 from surgery.layout.slots import Block, Layout, Slot
 from surgery.units import Units
@@ -35,20 +35,23 @@ def folder_layout(folder: Path, shapes: Shapes, spec: Spec | None = None, units:
         return spec_layout(spec, shapes)
     model = _meta_model(folder)
     live = find_layout(model, units=units)
-    prefix = f"{model.base_model_prefix}."
-    renamed: dict[str, list[Slot]] = {}
+    try:
+        names = as_loaded(model, shapes)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    converted: dict[str, list[Slot]] = {}
     blocks = []
     for block in live.blocks:
         slots: list[Slot] = []
         for slot in block.slots:
-            names = (slot.tensor, slot.tensor.removeprefix(prefix), prefix + slot.tensor)
-            if name := next((name for name in names if name in shapes), None):
-                slots.append(_at(slot, name, shapes, folder))
-                continue
-            if block.experts and _key(slot) not in renamed:  # only experts are stored under other names
-                _on_disk(model, block, renamed)
-            there = renamed.get(_key(slot), [slot])
-            slots += [_at(other, other.tensor, shapes, folder) for other in there]
+            name = names.whole.get(slot.tensor)
+            if names.parts and (name is None or shapes[name] != slot.shape):
+                if _key(slot) not in converted:
+                    _on_disk(model, block, converted)
+                there = [(one, names.parts.get(names.spelt(one.tensor), one.tensor)) for one in converted[_key(slot)]]
+            else:
+                there = [(slot, name or slot.tensor)]
+            slots += [_at(one, name, shapes, folder) for one, name in there]
         blocks.append(replace(block, slots=tuple(slots)))
     return Layout(tuple(blocks), live.notes)
 
@@ -78,12 +81,6 @@ def _meta_model(folder: Path) -> Any:
         except ValueError as error:
             reason = error
     raise ValueError(f"transformers can't build the model of {folder}: {reason}. {WAY_OUT}")
-
-
-def name_on_disk(model: Any, name: str) -> str:
-    """What transformers calls a tensor of a live model in the files that it writes (one that is stored as it is)."""
-    names = list(as_saved(model, {name: torch.empty(0)}))
-    return names[0] if len(names) == 1 else name
 
 
 def _on_disk(model: Any, block: Block, found: dict[str, list[Slot]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from surgery.checkpoints.checkpoint import Checkpoint, Source, State, edited, in_force, moment_of, returned
+from surgery.checkpoints.configuration import differences
 from surgery.checkpoints.opening import Weights, open_weights
 from surgery.checkpoints.trajectory import Trajectory
-from surgery.layout.on_disk import name_on_disk
+from surgery.compat import as_loaded, is_left_out
 from surgery.layout.slots import Block, Slot
 from surgery.reverting.writing import uninterrupted
 
@@ -53,17 +55,23 @@ def earlier_model(run: Trajectory) -> Iterator[nn.Module]:
     if outer and outer[-1][0] is run.earlier and (outer[-1][1] is not model or in_force(model)[-1] == _SWAPPED):
         yield outer[-1][1]  # inside another block for the same checkpoint
         return
-    names = [name for name in _names(model) if _found(source, live, name) is not None]
-    folder = isinstance(run.earlier, str | Path | Checkpoint)
-    if folder and (len(names) < len(_names(model)) or _configured_otherwise(model, source)):
+    there = AsLive(source, live)
+    names, lacking = ([name for name in _names(model) if (name in there) is held] for held in (True, False))
+    if isinstance(run.earlier, str | Path | Checkpoint) and not (check_alike(source, live) and _whole(there, lacking)):
         first = next(model.parameters())
         beside = Trajectory(later=run.earlier).load(device=first.device, dtype=first.dtype)
         with _known(outer, run.source("earlier"), beside):
             yield beside
         return
+    if other := [name for name in lacking if name in there.names]:
+        raise ValueError(
+            f"{source.name} holds {other[0]!r} in another shape than {live.name}, and what a bare mapping lacks "
+            f"would be the later model's: pass the earlier model as a folder or an nn.Module"
+        )
+    check_read(there)
     on_disk = isinstance(run.later, str | Path | Checkpoint)
-    back = open_weights(run.tensors("later"), None, live) if on_disk else None
-    with _swapped(names, live, source, back), edited(model, _SWAPPED), _known(outer, run.source("earlier"), model):
+    back = AsLive(open_weights(run.tensors("later"), None, live), live) if on_disk else {}
+    with _swapped(names, live, there, back), edited(model, _SWAPPED), _known(outer, run.source("earlier"), model):
         yield model
 
 
@@ -77,23 +85,72 @@ def _known(outer: list[tuple[Source, nn.Module]], source: Source, model: nn.Modu
         outer.pop()
 
 
-def _configured_otherwise(model: Any, source: Weights) -> bool:
-    """Whether a folder's configuration gives the same weights another forward pass than the live model's."""
-    folder: Path | None = getattr(source.tensors, "folder", None)
-    if folder is None or not (folder / "config.json").exists() or not hasattr(model, "config"):
-        return False
-    theirs = type(model.config).from_pretrained(folder, local_files_only=True)
-    return _differ(model.config.to_dict(), theirs.to_dict())
+def check_alike(earlier: Weights, later: Weights) -> bool:
+    """Whether the later model with a folder's weights in place of its own is the folder's model.
+
+    Compared are the configurations, by all that may reach the forward pass. No model is loaded.
+
+    Warns:
+        UserWarning: it is not; the message names what differs, and the price of loading the earlier model as itself.
+    """
+    other = differences(earlier.tensors, later.tensors)
+    if not other:
+        return True
+    told = [f"{name} ({_short(there)} there, {_short(here)} here)" for name, (there, here) in other.items()]
+    more = f" and {len(told) - 3} more" if len(told) > 3 else ""
+    _tell_price(earlier, later, f"has another configuration than {later.name}: {', '.join(told[:3])}{more}")
+    return False
 
 
-def _differ(ours: Any, theirs: Any) -> bool:
-    """Whether a setting that both know has two values, without those that no forward pass depends on."""
-    if not (isinstance(ours, Mapping) and isinstance(theirs, Mapping)):
-        return bool(ours != theirs)
-    from transformers import PreTrainedConfig
+def _whole(there: AsLive, lacking: list[str]) -> bool:
+    """Whether a source holds all tensors of a live model; tells the price where it does not."""
+    if lacking:
+        _tell_price(there.source, there.live, f"holds no {lacking[0]!r} of the shape that {there.live.name} has")
+    return not lacking
 
-    idle = {*PreTrainedConfig().to_dict(), "use_cache", "bos_token_id", "eos_token_id", "pad_token_id"}
-    return any(_differ(ours[name], theirs[name]) for name in ours.keys() & theirs.keys() - idle)
+
+def _tell_price(earlier: Weights, later: Weights, why: str) -> None:
+    tensors = earlier.tensors
+    shapes = tensors.shapes.values() if isinstance(tensors, Checkpoint) else (one.shape for one in tensors.values())
+    numbers = sum(torch.Size(shape).numel() for shape in shapes)
+    size = numbers * next(one for one in later.tensors.values() if one.is_floating_point()).element_size()
+    warnings.warn(
+        f"{earlier.name} {why}. So the earlier model is loaded as itself, beside the later one, where it is measured; that "
+        f"takes {size / 1e9:.2g} GB more memory, and a rollback gives its weights to the later configuration",
+        stacklevel=4,
+    )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def check_read(there: AsLive) -> None:
+    """Tell which tensors of a source nothing reads when its weights are put in a live model's place.
+
+    Warns:
+        UserWarning: there are some, or a head of its own where the live model's is tied to the embeddings; not those
+            that transformers knowingly leaves out.
+    """
+    model, names = there.module, there.names
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    every = dict(model.named_parameters(remove_duplicate=False))
+    unread = [held for name, held in names.items() if name not in there.live.tensors and not is_left_out(model, name)]
+    for name, held in names.items():
+        main = first[id(every[name])] if name in every else name
+        if (
+            main != name
+            and main in names
+            and not _same_bits(*(there.source.tensors[one] for one in (held, names[main])))
+        ):
+            unread.append(held)
+    if unread:
+        warnings.warn(
+            f"nothing in {there.live.name} reads {len(unread)} of the tensors that {there.source.name} holds: "
+            f"{', '.join(unread[:3])}{', ...' * (len(unread) > 3)}. What is measured there is without them",
+            stacklevel=4,
+        )
 
 
 def _bare(source: Source | None) -> bool:
@@ -101,7 +158,7 @@ def _bare(source: Source | None) -> bool:
 
 
 @contextmanager
-def _swapped(names: list[str], live: Weights, to: Weights, back: Weights | None) -> Iterator[None]:
+def _swapped(names: list[str], live: Weights, to: Mapping[str, Tensor], back: Mapping[str, Tensor]) -> Iterator[None]:
     assert isinstance(live.tensors, State)
     model = live.tensors.module
     kept: dict[str, Tensor | None] = {}  # None: what the disk holds is the same, bit for bit
@@ -109,10 +166,10 @@ def _swapped(names: list[str], live: Weights, to: Weights, back: Weights | None)
     try:
         for name in names:
             tensor = live.read(name)
-            there = live_tensor(back, live, name) if back is not None and _found(back, live, name) is not None else None
-            kept[name] = None if there is not None and _same_bits(tensor, there) else tensor.to("cpu", copy=True)
+            known = name in back and _same_bits(tensor, back[name])
+            kept[name] = None if known else tensor.to("cpu", copy=True)
             with torch.no_grad():
-                tensor.copy_(live_tensor(to, live, name))
+                tensor.copy_(to[name])
         inside = moment_of(model)
         yield
     finally:
@@ -123,19 +180,15 @@ def _swapped(names: list[str], live: Weights, to: Weights, back: Weights | None)
                 returned(model, before)
 
 
-def _put_back(kept: Mapping[str, Tensor | None], live: Weights, back: Weights | None) -> None:
+def _put_back(kept: Mapping[str, Tensor | None], live: Weights, back: Mapping[str, Tensor]) -> None:
     """Every tensor that can be put back; then an ``ExceptionGroup`` that names those that could not."""
     failed: dict[str, Exception] = {}
     assert isinstance(live.tensors, State)
     now = State(live.tensors.module)  # a model that was moved meanwhile has other tensors
     for name, old in kept.items():
         try:
-            before = old
-            if before is None and back is not None:
-                before = live_tensor(back, live, name)
-            assert before is not None
             with torch.no_grad():
-                now[name].copy_(before)
+                now[name].copy_(back[name] if old is None else old)
         except Exception as error:  # raised below, once the others are back
             failed[name] = error
     if failed:
@@ -159,29 +212,46 @@ def _names(model: nn.Module) -> list[str]:
     return [*(name for name, _ in model.named_parameters()), *buffers]
 
 
-def _found(source: Weights, live: Weights, name: str) -> str | list[tuple[Block, Slot]] | None:
-    """How another source holds a live tensor: under which name, or as the rows of which slots; None if it does not."""
-    model: Any = live.tensors.module if isinstance(live.tensors, State) else None
-    prefix, shape = f"{getattr(model, 'base_model_prefix', '')}.", live.tensors[name].shape
-    for other in (name, name.removeprefix(prefix), prefix + name):
-        if other in source.tensors and source.tensors[other].shape == shape:
-            return other
-    if any(slot.tensor == name for block in live.layout.blocks for slot in block.slots):
-        return [(block, slot) for block in live.layout.blocks for slot in block.slots if slot.tensor == name]
-    other = name_on_disk(model, name) if hasattr(model, "config") else name
-    return other if other in source.tensors and source.tensors[other].shape == shape else None
+class AsLive(Mapping[str, Tensor]):
+    """A source's tensors under the names and in the shapes of a live model's; only those that the source holds so.
 
+    Args:
+        source: a checkpoint of the live model, with the names that it has in memory or on disk.
+        live: the live model, opened.
+    """
 
-def live_tensor(source: Weights, live: Weights, name: str) -> Tensor:
-    """A live tensor as another source holds it, in the live one's shape; ValueError where it does not hold it."""
-    found = _found(source, live, name)
-    if found is None:
-        raise ValueError(f"{source.name} holds no {name!r} of the shape that {live.name} has: are they one model's?")
-    if isinstance(found, str):
-        return source.tensors[found]
-    built = torch.empty(live.tensors[name].shape, dtype=live.tensors[name].dtype)
-    for block, slot in found:
-        index = torch.arange(slot.start, slot.stop)
-        rows = source.layout[block.name].rows(source.tensors, slot.part, index)
-        slot.put(built, index - slot.start, rows.to("cpu", built.dtype))
-    return built
+    def __init__(self, source: Weights, live: Weights) -> None:
+        assert isinstance(live.tensors, State)
+        self.source, self.live, self.module = source, live, live.tensors.module
+        self.names = as_loaded(self.module, source.tensors).whole
+        self._parts: dict[str, list[tuple[Block, Slot]]] = {}
+        for block in live.layout.blocks:
+            for slot in block.slots:
+                self._parts.setdefault(slot.tensor, []).append((block, slot))
+
+    def _whole(self, name: str) -> Tensor | None:
+        found = self.source.tensors[self.names[name]] if name in self.names else None
+        return found if found is not None and found.shape == self.live.tensors[name].shape else None
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and (name in self._parts or self._whole(name) is not None)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if (found := self._whole(name)) is not None:
+            return found
+        if name not in self._parts:
+            raise ValueError(
+                f"{self.source.name} holds no {name!r} of the shape that {self.live.name} has: are they one model's?"
+            )
+        built = torch.empty(self.live.tensors[name].shape, dtype=self.live.tensors[name].dtype)
+        for block, slot in self._parts[name]:
+            index = torch.arange(slot.start, slot.stop)
+            rows = self.source.layout[block.name].rows(self.source.tensors, slot.part, index)
+            slot.put(built, index - slot.start, rows.to("cpu", built.dtype))
+        return built
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self.live.tensors if name in self)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)

@@ -18,7 +18,7 @@ from surgery.checkpoints.trajectory import Trajectory
 from surgery.compat import can_set_experts_implementation
 from surgery.layout.slots import Layout
 from surgery.live.answers import respond
-from surgery.live.earlier import live_tensor
+from surgery.live.earlier import AsLive
 from surgery.live.hooks import evaluating
 from surgery.live.losses import Distillation, Loss, cross_entropy, distillation, predicting, targets_of, tokens_in
 from surgery.live.prompts import Batch
@@ -212,9 +212,9 @@ def _points(run: Trajectory) -> tuple[nn.Module, Vector, Vector]:
                 f"checkpoint as a folder (it is loaded in float32), or the model in float32"
             )
     source = open_weights(later, run.layout, live)
-    delta = {}
+    there, delta = AsLive(source, live), {}
     for name, tensor in theta.items():
-        delta[name] = live_tensor(source, live, name).to(tensor).sub(tensor)
+        delta[name] = there[name].to(tensor).sub(tensor)
         if not bool(delta[name].isfinite().all()):
             raise ValueError(f"{name!r} holds NaN or infinite numbers in {live.name} or {source.name}")
     return model, theta, delta

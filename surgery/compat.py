@@ -23,6 +23,18 @@ def tensor_parallel_plan(model: nn.Module) -> dict[str, str]:
     return {str(k): str(v) for k, v in (getattr(model, "_tp_plan", None) or {}).items()}
 
 
+def auto_class(config: Any) -> str | None:
+    """The first of transformers' auto classes that builds a model of a configuration, by its ``_model_mapping``.
+
+    With a head where there is one. Needed because a vision-language model is no causal LM to transformers, and because
+    its own error lists every model that it knows.
+    """
+    import transformers
+
+    kinds = ("AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForImageTextToText", "AutoModel")
+    return next((kind for kind in kinds if type(config) in getattr(transformers, kind)._model_mapping), None)
+
+
 def is_compiled(model: nn.Module) -> bool:
     """Whether it is what ``torch.compile`` returned, which holds the real model as ``_orig_mod``.
 
@@ -82,12 +94,12 @@ def _too_old(error: ImportError) -> ValueError:
 class Names:
     """Where the tensors of a checkpoint go in memory: ``whole`` are loaded as they are, ``parts`` are converted.
 
-    ``whole``: name in memory → name in the checkpoint. ``parts``: a name that does not depend on how the checkpoint
-    spells it (``spelt``) → name in the checkpoint; experts that are stacked, say.
+    ``whole``: name in memory → name in the checkpoint. ``parts``: name in memory → those in the checkpoint that it is
+    made of, like experts that are stacked, each under a key that does not depend on its prefixes (``spelt``).
     """
 
     whole: Mapping[str, str]
-    parts: Mapping[str, str]
+    parts: Mapping[str, Mapping[str, str]]
     spelt: Callable[[str], str]
 
 
@@ -124,19 +136,16 @@ def as_loaded(model: Any, names: Iterable[str]) -> Names:
         return found.removeprefix(f"{prefix}.")
 
     whole: dict[str, str] = {}
-    parts: dict[str, str] = {}
+    parts: dict[str, dict[str, str]] = {}
     for name in names:
         there, pattern = rename_source_key(name, renamings, converters, prefix, held)
         if there not in held and name in held:
             there, pattern = name, None
-        for found, key in [(parts, spelt(name))] * (pattern is not None) + [(whole, there)] * (
-            pattern is None or pattern in loose
-        ):
-            if key in found:
-                raise ValueError(
-                    f"{found[key]!r} and {name!r} are one tensor to transformers: remove the one that is stale"
-                )
-            found[key] = name
+        homes = [(parts.setdefault(there, {}), spelt(name))] if pattern is not None else []
+        homes += [(whole, there)] if pattern is None or pattern in loose else []
+        for home, key in homes:
+            if (other := home.setdefault(key, name)) != name:
+                raise ValueError(f"{other!r} and {name!r} are one tensor to transformers: remove the one that is stale")
     return Names(whole, parts, spelt)
 
 

@@ -121,7 +121,7 @@ def test_units_that_mean_something_else_are_refused(units, changes, live, tmp_pa
     folder = saved(build("llama", seed=2), tmp_path / "later")
     later = AutoModelForCausalLM.from_pretrained(folder).eval() if live else folder
     for run in (Trajectory(earlier=earlier, later=later), Trajectory(base=earlier, earlier=folder, later=later)):
-        with pytest.raises(ValueError, match="are different models: .*self_attn"):
+        with pytest.raises(ValueError, match=r"are different models: .*self_attn"):
             run.opened(units=units)
     Trajectory(earlier=earlier, later=later).opened()  # neurons of an MLP are the same ones
 
@@ -155,7 +155,7 @@ def test_a_bare_mapping_of_another_vocabulary_is_not_mixed_with_the_later_model(
         held[name] = held[name][:50]
     with (
         pytest.warns(UserWarning, match="another vocabulary"),
-        pytest.raises(ValueError, match="holds 'model.embed_tokens.weight' in another shape"),
+        pytest.raises(ValueError, match=r"holds 'model\.embed_tokens\.weight' in another shape"),
         earlier_model(Trajectory(earlier=held, later=later)),
     ):
         pass

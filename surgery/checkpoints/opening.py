@@ -80,15 +80,27 @@ def _layout(tensors: Mapping[str, Tensor], like: Weights | None, name: str, kind
         return own if own.units == kinds or later is None else _layout(later.tensors, like, name, kinds)
     if isinstance(tensors, State):
         return find_layout(tensors.module, units=kinds)
-    if like is not None and like.layout.fits(tensors) and not differences(tensors, like.tensors):
-        return like.layout  # the same names alone are not enough: heads, or a gate, are the configuration's
-    if isinstance(tensors, Checkpoint) and (tensors.folder / "config.json").exists():
+    configured = isinstance(tensors, Checkpoint) and (tensors.folder / "config.json").exists()
+    if like is not None and like.layout.fits(tensors) and not (configured and _otherwise(tensors, like)):
+        return like.layout
+    if configured:
+        assert isinstance(tensors, Checkpoint)
         return _folder_layout(_Folder(tensors.folder, tensors.state, tensors.shapes), kinds)
     if like is not None:
         slots = (slot.tensor for block in like.layout.blocks for slot in block.slots)
         missing = [tensor for tensor in slots if tensor not in tensors]
         raise ValueError(f"{name} lacks {len(missing)} tensors that {like.name} has, the first of them {missing[0]!r}")
     raise ValueError(f"bare tensors do not show where the neurons of {name} lie: pass layout=")
+
+
+def _otherwise(tensors: Mapping[str, Tensor], like: Weights) -> bool:
+    """Whether a folder's units may lie elsewhere although it has the names: heads and gates are settings.
+
+    And transformers transposes some tensors as it reads them, or does not, by their shapes.
+    """
+    shapes = tensors.shapes if isinstance(tensors, Checkpoint) else {}
+    slots = (slot for block in like.layout.blocks for slot in block.slots)
+    return any(shapes[slot.tensor] != slot.shape for slot in slots) or bool(differences(tensors, like.tensors))
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from surgery.checkpoints.checkpoint import Checkpoint, Source, in_force
 from surgery.checkpoints.opening import Weights, open_weights
+from surgery.layout.on_disk import class_of
 from surgery.layout.slots import Block, Layout
 from surgery.progress import steps
 from surgery.units import Units, kinds_of, noun
@@ -216,12 +217,10 @@ class Trajectory:
             raise ValueError("there is no later checkpoint to load: pass Trajectory(later=...)")
         if isinstance(self.later, Mapping) and not isinstance(self.later, Checkpoint):
             raise ValueError("a bare mapping of tensors has no forward pass: pass a folder or an nn.Module as later")
-        from transformers import AutoModelForCausalLM
-
         source = self.tensors("later")
         assert isinstance(source, Checkpoint)
         spread = {"device_map": "auto"} if device == "auto" else {}
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+        model: nn.Module = class_of(source.folder)[1].from_pretrained(
             source.folder, dtype=dtype or "auto", local_files_only=True, **spread
         )
         if offloaded := [name for name, p in model.named_parameters() if p.is_meta]:

@@ -185,13 +185,14 @@ class NoAttention(ValueError):
     """No attention of a model can be read for certain."""
 
 
-def attention_blocks(model: nn.Module, kind: str, hidden: int) -> tuple[list[Block], tuple[str, ...]]:
+def attention_blocks(model: nn.Module, kind: str, hidden: int, inside: str = "") -> tuple[list[Block], tuple[str, ...]]:
     """The attention blocks of a model with units of one kind, and in words what they leave out.
 
     Args:
         model: the live model, on any device.
         kind: "kv_group" or "value_channel".
-        hidden: the model's width; attention of another width (a vision tower's) is not covered.
+        hidden: the model's width; attention of another width is not covered.
+        inside: the path of the part of the model to look at.
 
     Raises:
         NoAttention: no attention of the model can be read for certain; the message says why.
@@ -199,7 +200,7 @@ def attention_blocks(model: nn.Module, kind: str, hidden: int) -> tuple[list[Blo
     Source: ours.
     """
     blocks, reasons, top = [], {}, ""
-    for path, module in model.named_modules():
+    for path, module in model.get_submodule(inside).named_modules(prefix=inside):
         mixes = _MIXER.search(path.rpartition(".")[2]) and re.search(r"\.\d+\.", f".{path}")
         if not mixes or (top and path.startswith(top)) or not any(p.ndim > 1 for p in module.parameters()):
             continue

@@ -84,10 +84,11 @@ def find_layout(model: nn.Module, spec: Spec | None = None, *, units: Units = "m
         model: a causal LM of transformers, or any module built of linear layers in a ``ModuleList``.
         spec: your own layout: ``{"model.layers.{layer}.mlp": {"gate_proj.weight": "n d -> n d", ...}}``, tensor names
             relative to the block and their einops patterns, the consumer last. It wins over ``units``.
-        units: "mlp"; "kv_group" or "value_channel" for attention; or a tuple of "mlp" and one of those.
+        units: "mlp"; "kv_group" or "value_channel" for attention; or a tuple of "mlp" and one of those. Of a model that
+            also reads images or sound these are the language model's; ``spec`` describes others.
 
     Returns:
-        The blocks in the model's own order; ``notes`` says which attention is not covered, and why.
+        The blocks in the model's own order; ``notes`` says what is not covered, and why.
 
     Raises:
         ValueError: the units can't be found for certain; the message says why and what to do.
@@ -101,18 +102,19 @@ def find_layout(model: nn.Module, spec: Spec | None = None, *, units: Units = "m
         )
     if spec is not None:
         return spec_layout(spec, {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)})
-    hidden, plan, kinds = _hidden(model), tensor_parallel_plan(model), kinds_of(units)
+    hidden, plan, kinds, top = _hidden(model), tensor_parallel_plan(model), kinds_of(units), _reads_text(model)
     blocks: list[Block] = []
-    notes: tuple[str, ...] = ()
+    notes = [f"not covered: all but {top}, which reads text; describe other towers with layout="] if top else []
     if "mlp" in kinds:
-        blocks += [*_expert_blocks(model), *_dense_blocks(model, hidden, plan)]
+        blocks += [*_expert_blocks(model, top), *_dense_blocks(model, top, hidden, plan)]
         check_complete(model, Layout(tuple(blocks)))
     for kind in kinds:
         if kind != "mlp":
-            found, notes = attention_blocks(model, kind, hidden)
+            found, left = attention_blocks(model, kind, hidden, top)
             blocks += found
+            notes += left
     order = {name: at for at, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
-    layout = Layout(tuple(sorted(blocks, key=lambda block: order[module_of(block.name)])), notes)
+    layout = Layout(tuple(sorted(blocks, key=lambda block: order[module_of(block.name)])), tuple(notes))
     check_plan(model, layout, plan)
     check_dtypes(model, layout)
     return layout
@@ -165,9 +167,18 @@ def _hidden(model: nn.Module) -> int:
     raise ValueError(f"{type(model).__name__} has neither a config nor an embedding to read its width from. {WAY_OUT}")
 
 
-def _expert_blocks(model: nn.Module) -> Iterator[Block]:
+def _reads_text(model: Any) -> str:
+    """The path of what reads text in a model of images, sound and text: a part of its configuration; else ""."""
+    config = getattr(model, "config", None)
+    if getattr(config, "get_text_config", lambda: config)() is config:
+        return ""
+    decoder = model.get_decoder()
+    return next(str(path) for path, module in model.named_modules() if module is decoder)
+
+
+def _expert_blocks(model: nn.Module, top: str) -> Iterator[Block]:
     """Stacked experts: three-dimensional weights called gate_up / up and down, or input and output linear modules."""
-    for path, module in model.named_modules():
+    for path, module in model.get_submodule(top).named_modules(prefix=top):
         held = dict(module.named_parameters(recurse=False))
         up = held.get("gate_up_proj", held.get("up_proj"))
         if up is not None and up.ndim == 3 and "down_proj" in held:
@@ -215,11 +226,11 @@ def _parts(tensor: str, pattern: str, shape: tuple[int, ...], gated: bool, suffi
     return [Slot(f"{part}{suffix}", tensor, pattern, shape, g, 2) for g, part in enumerate(("gate", "up"))]
 
 
-def _dense_blocks(model: nn.Module, hidden: int, plan: Mapping[str, str]) -> Iterator[Block]:
+def _dense_blocks(model: nn.Module, top: str, hidden: int, plan: Mapping[str, str]) -> Iterator[Block]:
     """MLPs by structure: inside a layer, one linear layer back to the hidden size and those that feed it."""
     covered: set[str] = set()
     layers = []
-    for path, module in model.named_modules():
+    for path, module in model.get_submodule(top).named_modules(prefix=top):
         if not re.search(r"\.\d+(\.|$)", f".{path}") or _ATTENTION.search(path):
             continue
         if re.search(r"(^|\.)\d+$", path):

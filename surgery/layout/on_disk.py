@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.compat import as_loaded, as_saved
+from surgery.compat import as_loaded, as_saved, auto_class
 from surgery.layout.finding import WAY_OUT, Shapes, Spec, find_layout, spec_layout
 from surgery.layout.slots import Block, Layout, Slot
 from surgery.units import Units
+
+_AXES = r"\([^)]*\)|\w+"
 
 
 def folder_layout(folder: Path, shapes: Shapes, spec: Spec | None = None, units: Units = "mlp") -> Layout:
@@ -44,11 +46,11 @@ def folder_layout(folder: Path, shapes: Shapes, spec: Spec | None = None, units:
     for block in live.blocks:
         slots: list[Slot] = []
         for slot in block.slots:
-            name = names.whole.get(slot.tensor)
-            if names.parts and (name is None or shapes[name] != slot.shape):
+            name, parts = names.whole.get(slot.tensor), names.parts.get(slot.tensor)
+            if parts and (name is None or shapes[name] != slot.shape):
                 if _key(slot) not in converted:
                     _on_disk(model, block, converted)
-                there = [(one, names.parts.get(names.spelt(one.tensor), one.tensor)) for one in converted[_key(slot)]]
+                there = [(one, parts.get(names.spelt(one.tensor), one.tensor)) for one in converted[_key(slot)]]
             else:
                 there = [(slot, name or slot.tensor)]
             slots += [_at(one, name, shapes, folder) for one, name in there]
@@ -64,7 +66,12 @@ def _at(slot: Slot, name: str, shapes: Shapes, folder: Path) -> Slot:
     return replace(slot, tensor=name)
 
 
-def _meta_model(folder: Path) -> Any:
+def class_of(folder: Path) -> tuple[Any, Any]:
+    """A folder's configuration, and the auto class of transformers that reads the folder's model.
+
+    Raises:
+        ValueError: the configuration can't be read, or transformers has no model of that kind.
+    """
     import transformers
 
     try:
@@ -73,14 +80,16 @@ def _meta_model(folder: Path) -> Any:
         raise ValueError(
             f"{folder}/config.json can't be read as a model's configuration: {error}. {WAY_OUT}"
         ) from error
-    kinds = ("AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForImageTextToText", "AutoModel")
-    for kind in kinds:
-        try:
-            with torch.device("meta"):
-                return getattr(transformers, kind).from_config(config)
-        except ValueError as error:
-            reason = error
-    raise ValueError(f"transformers can't build the model of {folder}: {reason}. {WAY_OUT}")
+    kind = auto_class(config)
+    if kind is None:
+        raise ValueError(f"transformers can't build the model of {folder}, a {type(config).__name__}. {WAY_OUT}")
+    return config, getattr(transformers, kind)
+
+
+def _meta_model(folder: Path) -> Any:
+    config, kind = class_of(folder)
+    with torch.device("meta"):
+        return kind.from_config(config)
 
 
 def _on_disk(model: Any, block: Block, found: dict[str, list[Slot]]) -> None:
@@ -116,7 +125,7 @@ def _key(slot: Slot) -> str:
 
 def _axes(slot: Slot) -> list[tuple[str, int]]:
     """The axes of the slot's tensor as its pattern names them, with their sizes."""
-    return list(zip(re.findall(r"\([^)]*\)|\w+", slot.pattern.split("->")[0]), slot.shape, strict=True))
+    return list(zip(re.findall(_AXES, slot.pattern.split("->")[0]), slot.shape, strict=True))
 
 
 def _marker(slot: Slot) -> Tensor:
@@ -131,8 +140,13 @@ def _marker(slot: Slot) -> Tensor:
 def _read(name: str, numbers: Tensor, slot: Slot) -> Slot | None:
     """The slot that a converted marker is, if it holds neurons of ``slot``'s part."""
     marker = _marker(slot)
-    if numbers.shape == marker.shape and torch.equal(numbers, marker):
-        return Slot(slot.part, name, slot.pattern, slot.shape, slot.g, slot.parts)
+    if torch.equal(numbers, marker):
+        return replace(slot, tensor=name)
+    if numbers.ndim > 1 and torch.equal(numbers.mT, marker):
+        left, right = slot.pattern.split("->")
+        axes = re.findall(_AXES, left)
+        pattern = f"{' '.join([*axes[:-2], axes[-1], axes[-2]])} ->{right}"
+        return replace(slot, tensor=name, pattern=pattern, shape=(*slot.shape[:-2], slot.shape[-1], slot.shape[-2]))
     width = next((size for axis, size in _axes(slot) if axis == "d"), 0)
     small = Slot(slot.part, name, slot.pattern, tuple(marker.shape), slot.g, slot.parts)
     own = small.view(marker).flatten(0, int(slot.stacked))  # [neuron, 2], or [neuron] of a bias

@@ -115,8 +115,8 @@ def _tell_price(earlier: Weights, later: Weights, why: str) -> None:
     numbers = sum(torch.Size(shape).numel() for shape in shapes)
     size = numbers * next(one for one in later.tensors.values() if one.is_floating_point()).element_size()
     warnings.warn(
-        f"{earlier.name} {why}. So the earlier model is loaded as itself, beside the later one, where it is measured; that "
-        f"takes {size / 1e9:.2g} GB more memory, and a rollback gives its weights to the later configuration",
+        f"{earlier.name} {why}. So the earlier model is loaded as itself, beside the later one, where it is measured; "
+        f"that takes {size / 1e9:.2g} GB more memory, and a rollback gives its weights to the later configuration",
         stacklevel=4,
     )
 

@@ -35,12 +35,30 @@ def auto_class(config: Any) -> str | None:
     return next((kind for kind in kinds if type(config) in getattr(transformers, kind)._model_mapping), None)
 
 
-def is_compiled(model: nn.Module) -> bool:
-    """Whether it is what ``torch.compile`` returned, which holds the real model as ``_orig_mod``.
+_PARALLEL = "DataParallel, DDP or DeepSpeed"
+# how a wrapper shows in tensor names → what it is, and how to get at the model inside
+_WRAPPERS = {
+    r"^module\.": (_PARALLEL, "model.module"),
+    r"^pretrained_model\.": ("trl's value head", "model.pretrained_model"),
+    r"^base_model\.model\.|\.base_layer\.": ("an adapter of peft", "model.merge_and_unload()"),
+    r"(^|\.)_orig_mod\.": ("torch.compile", "model._orig_mod, or what was compiled inside it"),
+    r"(^|\.)_fsdp_wrapped_module\.": ("FSDP", "a model that fully_shard shards, or a saved folder"),
+    r"(^|\.)_checkpoint_wrapped_module\.": ("activation checkpointing", "the model as it was before"),
+}
 
-    Needed to refuse it in a sentence: its tensors have other names.
+
+def wrapper_of(names: Iterable[str]) -> tuple[str, str, str] | None:
+    """A tensor name that a wrapper gave, whose it is, and how to get at the model inside; None without a wrapper.
+
+    By the attributes in which torch, trl and peft hold what they wrap. Needed because the names tell both what is
+    live and what was saved from it, and because a name inside a wrapper fits no other checkpoint's.
     """
-    return hasattr(model, "_orig_mod")
+    names = list(names)
+    for pattern, (what, way) in _WRAPPERS.items():
+        found = [name for name in names if re.search(pattern, name)]
+        if found and (what != _PARALLEL or len(found) == len(names)):  # a layer of a model may be called module
+            return found[0], what, way
+    return None
 
 
 def passing_buffers(model: nn.Module) -> set[str]:

@@ -236,7 +236,7 @@ def test_labelled_prompts_longer_than_the_context_are_refused():
 
 def test_a_compiled_model_is_told():
     earlier, later = pair("qwen3")
-    with pytest.raises(ValueError, match=r"compiled one .* model\._orig_mod"):
+    with pytest.raises(ValueError, match=r"wrapped by torch\.compile.* model\._orig_mod"):
         damage(Trajectory(earlier=earlier, later=torch.compile(later)), batches(labels=True))
 
 

@@ -23,13 +23,58 @@ def test_tensor_parallel_plan() -> None:
     assert compat.tensor_parallel_plan(nn.Linear(1, 1)) == {}
 
 
-def test_is_compiled() -> None:
-    """``_orig_mod``."""
-    model = nn.Linear(1, 1)
-    assert compat.is_compiled(torch.compile(model)), (
-        "look how torch._dynamo.eval_frame.OptimizedModule holds its module now, and change find_layout's error, too"
+def test_wrapper_of(tmp_path) -> None:
+    """``_orig_mod``, ``module``, ``base_layer`` and the like."""
+    from peft import LoraConfig, get_peft_model
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    def names(model: nn.Module) -> list[str]:
+        return [name for name, _ in model.named_parameters()]
+
+    model = build("llama")
+    assert compat.wrapper_of(names(model)) is None
+    wrapped = {
+        "torch.compile": torch.compile(model),
+        "DataParallel": nn.DataParallel(model),
+        "activation checkpointing": nn.Sequential(checkpoint_wrapper(model)),
+        "peft": get_peft_model(build("llama"), LoraConfig(target_modules=["up_proj"])),
+    }
+    for what, one in wrapped.items():
+        found = compat.wrapper_of(names(one))
+        assert found is not None, f"look how {what} holds its module now, and what the tensors in it are called"
+        assert what in found[1]
+
+
+def test_as_loaded() -> None:
+    """``get_model_conversion_mapping`` and ``rename_source_key``, against what ``from_pretrained`` reads."""
+    model = build("mixtral")
+    saved = compat.as_saved(model, dict(model.state_dict()))
+    names = compat.as_loaded(model, saved)
+    held = {*names.whole.values(), *(name for parts in names.parts.values() for name in parts.values())}
+    assert held == saved.keys()
+    assert names.whole.keys() | names.parts.keys() == model.state_dict().keys(), (
+        "look how convert_and_load_state_dict_in_model finds the names in memory now. Until that is known, folders "
+        "with other names on disk than in memory have to be refused"
     )
-    assert not compat.is_compiled(model)
+
+
+def test_auto_class() -> None:
+    """``_model_mapping``."""
+    from transformers import LlavaConfig, PreTrainedConfig
+
+    told = "find another way to ask an auto class whether it builds a configuration: from_config raises ValueError"
+    assert compat.auto_class(build("llama").config) == "AutoModelForCausalLM", told
+    assert compat.auto_class(LlavaConfig()) == "AutoModelForImageTextToText", told
+    assert compat.auto_class(PreTrainedConfig()) is None, told
+
+
+def test_is_left_out() -> None:
+    """``_keys_to_ignore_on_load_unexpected``."""
+    model = build("qwen3_next")
+    assert compat.is_left_out(model, "mtp.layers.0.weight"), (
+        "find where PreTrainedModel keeps what it ignores at loading. Without it users are told of tensors nobody reads"
+    )
+    assert not compat.is_left_out(model, "model.layers.0.mlp.up_proj.weight")
 
 
 def test_passing_buffers() -> None:

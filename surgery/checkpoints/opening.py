@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from surgery.checkpoints.checkpoint import Checkpoint, Source, State, tensors_of
 from surgery.checkpoints.configuration import differences
 from surgery.compat import passing_buffers
-from surgery.layout.finding import find_layout
+from surgery.layout.finding import check_unwrapped, find_layout
 from surgery.layout.on_disk import folder_layout
 from surgery.layout.slots import Block, Layout
 from surgery.units import Units, kinds_of
@@ -64,6 +64,7 @@ def open_weights(
     """
     tensors = tensors_of(source)
     name = _name(source)
+    check_unwrapped(name, tensors)
     kinds = kinds_of(units) if like is None else like.layout.units
     found = layout or _layout(tensors, like, name, kinds)
     if like is not None and found.sizes != like.layout.sizes:

@@ -7,18 +7,27 @@ layers, both checked against the model's own tensor-parallel plan. What is not c
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from surgery.compat import declared, is_compiled, tensor_parallel_plan
+from surgery.compat import declared, tensor_parallel_plan, wrapper_of
 from surgery.layout.attention import attention_blocks
 from surgery.layout.slots import Block, Layout, Slot
 from surgery.units import Units, kinds_of, module_of
 
 WAY_OUT = "Describe it yourself with layout= (docs/how-to/add-an-architecture.md)"
+
+
+def check_unwrapped(whose: str, names: Iterable[str]) -> None:
+    """Raise ``ValueError`` where tensor names are a wrapper's: the live wrapper's own, or what was saved from one."""
+    if found := wrapper_of(names):
+        name, what, way = found
+        raise ValueError(
+            f"{whose} is wrapped by {what}: it holds {name!r}. Pass the model inside, {way}, or what that model saves"
+        )
 
 
 def style(plan: Mapping[str, str], path: str) -> str:
@@ -95,11 +104,7 @@ def find_layout(model: nn.Module, spec: Spec | None = None, *, units: Units = "m
 
     Source: ours; KV groups are the paper's attention units in kind.
     """
-    if is_compiled(model):
-        raise ValueError(
-            "the model is a compiled one (torch.compile): pass the original model, model._orig_mod. The two share "
-            "their weights"
-        )
+    check_unwrapped(f"the {type(model).__name__}", (name for name, _ in model.named_parameters()))
     if spec is not None:
         return spec_layout(spec, {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)})
     hidden, plan, kinds, top = _hidden(model), tensor_parallel_plan(model), kinds_of(units), _reads_text(model)

@@ -155,7 +155,8 @@ def _check_alike(tensors: Mapping[str, Tensor], layout: Layout, name: str, like:
     if other:
         warnings.warn(
             f"{what[other[0]]}: another vocabulary, or another padding of it. This tensor lies outside the layers and "
-            f"stays unchanged; make sure that token ids mean the same in both",
+            f"stays unchanged, and predictions are compared over the tokens that both have; make sure that token ids "
+            f"mean the same in both",
             stacklevel=4,
         )
 

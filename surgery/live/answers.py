@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from surgery.checkpoints.opening import sampled
 from surgery.live.heads import contiguous
 from surgery.live.hooks import evaluating
-from surgery.live.prompts import Batch, batches_of, check_fits, padded
+from surgery.live.prompts import Batch, batches_of, check_fits, context_of, padded, vocabulary_of
 from surgery.progress import steps
 
 _ALONE = threading.Lock()  # generate draws from torch's own random numbers, of which a process has one sequence
@@ -29,6 +29,10 @@ class _Settings:
     max_new_tokens: int
     temperature: float
     seed: int
+    tokens: int | None
+
+    def written(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def respond(
@@ -39,6 +43,7 @@ def respond(
     temperature: float = 1.0,
     seed: int = 0,
     path: str | Path | None = None,
+    tokens: int | None = None,
 ) -> list[Batch]:
     """Let a model answer prompts, so that scores that need responses work without labels.
 
@@ -50,6 +55,7 @@ def respond(
             settings (a repetition penalty, beams) are not used.
         seed: of the sampling; torch's own random state does not change.
         path: a JSON-lines file of token ids that caches the answers: it is read if it exists, else written.
+        tokens: ids from this one on are never drawn, because another model that reads the answers lacks them.
 
     Returns:
         The batches, padded on the right, with ``labels`` on the answers (end-of-sequence token included).
@@ -64,13 +70,13 @@ def respond(
         raise ValueError(f"max_new_tokens={max_new_tokens!r}: expected how many tokens, 1 or more")
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature={temperature!r}: expected a number ≥ 0 (0 is greedy)")
-    batches, settings = list(batches_of(prompts)), _Settings(max_new_tokens, temperature, seed)
+    batches, settings = list(batches_of(prompts)), _Settings(max_new_tokens, temperature, seed, tokens)
     asked = [_rows(batch) for batch in batches if "labels" not in batch]
     file = Path(path) if path is not None else None
     if file is None:
         answers = _generate(model, asked, settings)
     else:
-        head = {**asdict(settings), "model": sampled(model.parameters())}
+        head = {**settings.written(), "model": sampled(model.parameters())}
         if file.exists():
             answers = _read(file, head, asked)
         else:
@@ -107,9 +113,11 @@ def _generate(model: Any, asked: list[list[list[int]]], settings: _Settings) -> 
     device = next(model.parameters()).device
     ends = _special(model, "eos_token_id")
     pad = (_special(model, "pad_token_id") or [0])[0]  # masked, and cut off behind the end
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit, own = context_of(model), vocabulary_of(model) or 0
     sampled = {"do_sample": True, "temperature": settings.temperature, "top_k": 0, "top_p": 1.0}
     how: dict[str, Any] = sampled if settings.temperature > 0 else {"do_sample": False}
+    if settings.tokens is not None and settings.tokens < own:
+        how["suppress_tokens"] = [*range(settings.tokens, own)]
     answers = []
     forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
     with _ALONE, forked, torch.inference_mode(), evaluating(model), _own_settings(model), contiguous(model):

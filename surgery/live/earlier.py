@@ -39,8 +39,8 @@ def earlier_model(run: Trajectory) -> Iterator[nn.Module]:
 
     Source: ours.
     """
-    if run.later is None or _bare(run.later):
-        if _bare(run.earlier):
+    if is_bare(run.later):
+        if run.earlier is not None and is_bare(run.earlier):
             raise ValueError(
                 "earlier and later are bare mappings of tensors, which answer nothing by themselves: pass one of them "
                 "as a folder or an nn.Module"
@@ -153,8 +153,9 @@ def check_read(there: AsLive) -> None:
         )
 
 
-def _bare(source: Source | None) -> bool:
-    return isinstance(source, Mapping) and not isinstance(source, Checkpoint)
+def is_bare(source: Source | None) -> bool:
+    """Whether a source has no forward pass: none at all, or a bare mapping of tensors."""
+    return source is None or (isinstance(source, Mapping) and not isinstance(source, Checkpoint))
 
 
 @contextmanager

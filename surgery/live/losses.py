@@ -36,6 +36,8 @@ class Distillation:
     answer counts alike, and it bounds what a score can lose: no event's probability differs by more than √2 · H.
     Changes as small as rounding noise count less, by their square: √(H² + ε²) − ε with ε = 0.01.
 
+    Where one of the two vocabularies is larger (padded, extended), p is over the tokens that both have.
+
     The positions are those that predict response tokens (without labels, all attended tokens). The earlier model is not
     needed any more: its logits there are cached in files, in their own dtype, and each file records which model made
     them. Made by ``distillation``.
@@ -63,7 +65,10 @@ class Distillation:
         target, far = self.of(batch), _SUMS[self.divergence]
 
         def measure(rows: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
-            return far(_logarithms(target[rows].to(logits.device)), _logarithms(logits))
+            both = min(target.shape[1], logits.shape[1])
+            theirs = target[rows, :both].to(logits.device)
+            value, slopes = far(_logarithms(theirs), _logarithms(logits[:, :both]))
+            return value, nn.functional.pad(slopes, (0, logits.shape[1] - both))
 
         found = reading(model, batch)
         return found.total(measure) / len(found.hidden)

@@ -219,15 +219,28 @@ def right_padded(batch: Batch) -> Batch:
 
 def check_fits(model: nn.Module, ids: Tensor) -> None:
     """Raise ``ValueError`` where ids ``[batch, token]`` exceed the model's context or are not of its vocabulary."""
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    limit = context_of(model)
     if isinstance(limit, int) and 0 < limit < ids.shape[1]:
         raise ValueError(f"a prompt has {ids.shape[1]} tokens, and the model's context is {limit}: shorten or drop it")
-    table: Any = getattr(model, "get_input_embeddings", lambda: None)()
-    if isinstance(table, nn.Embedding) and not 0 <= int(ids.min()) <= int(ids.max()) < table.num_embeddings:
+    count = vocabulary_of(model)
+    if count is not None and not 0 <= int(ids.min()) <= int(ids.max()) < count:
         raise ValueError(
-            f"the prompts hold token {int(ids.max())} (the least is {int(ids.min())}), and the model has "
-            f"{table.num_embeddings} of them: were they made with another model's tokenizer?"
+            f"the prompts hold token {int(ids.max())} (the least is {int(ids.min())}), and the model has {count} of "
+            f"them: were they made with another model's tokenizer, or for a stage with more tokens?"
         )
+
+
+def context_of(model: Any) -> int | None:
+    """How many tokens a model's context is long; None where it does not say so."""
+    config = getattr(model, "config", None)
+    found: int | None = getattr(getattr(config, "get_text_config", lambda: config)(), "max_position_embeddings", None)
+    return found
+
+
+def vocabulary_of(model: Any) -> int | None:
+    """How many tokens a model has embeddings of; None where it does not say so."""
+    table = getattr(model, "get_input_embeddings", lambda: None)()
+    return table.num_embeddings if isinstance(table, nn.Embedding) else None
 
 
 def response_mask(batch: Batch) -> Tensor:

@@ -16,10 +16,10 @@ from surgery.checkpoints.opening import Weights
 from surgery.checkpoints.trajectory import Trajectory, check_finite
 from surgery.layout.slots import Block, Slot
 from surgery.live.answers import respond
-from surgery.live.earlier import earlier_model
+from surgery.live.earlier import earlier_model, is_bare
 from surgery.live.hooks import as_live, collecting, in_runs
 from surgery.live.losses import Distillation, Divergence, Loss, check_loss, distillation, summed, tokens_in
-from surgery.live.prompts import Batch, batches_of, each, fitting, passes
+from surgery.live.prompts import Batch, batches_of, each, fitting, passes, vocabulary_of
 from surgery.masks.neurons import Neurons
 from surgery.reverting.rollback import Rollback, rollback
 from surgery.scores.amc import dot
@@ -132,7 +132,13 @@ def _answers(run: Trajectory, data: list[Batch]) -> list[Batch]:
 
 def _answered(run: Trajectory, batches: list[Batch], path: Path | None = None) -> list[Batch]:
     with earlier_model(run) as earlier:
-        return respond(earlier, batches, path=path)
+        return respond(earlier, batches, path=path, tokens=_shared(earlier, run))
+
+
+def _shared(earlier: nn.Module, run: Trajectory) -> int | None:
+    """How many tokens the later model has, if the earlier one has more; else None."""
+    own, limit = vocabulary_of(earlier), None if is_bare(run.later) else vocabulary_of(run.load())
+    return limit if own is not None and limit is not None and limit < own else None
 
 
 def check_wide(model: nn.Module) -> None:

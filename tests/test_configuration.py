@@ -12,10 +12,14 @@ from families import build, downstream
 from test_scores import batches
 from transformers import AutoModelForCausalLM
 
-from surgery import Checkpoint, Trajectory
+from surgery import Checkpoint, Trajectory, sweep
 from surgery.checkpoints.checkpoint import State
 from surgery.checkpoints.configuration import differences
 from surgery.live.earlier import earlier_model
+from surgery.measure.evaluators import likelihood
+from surgery.measure.history import history
+from surgery.scores.damage import answered
+from surgery.theory.landscape import Landscape
 
 
 def saved(model: Any, folder: Path, **changes: Any) -> Path:
@@ -104,6 +108,29 @@ def test_what_no_forward_pass_reads_costs_no_second_model(changes, tmp_path):
     with earlier_model(run) as found:
         assert found is run.load()
         assert torch.equal(logits(found), logits(model))
+
+
+@pytest.mark.filterwarnings("ignore:.*another configuration")
+def test_every_place_that_measures_the_earlier_model_measures_its_folder(tmp_path):
+    """The row of a sweep, the predictions of D and the history."""
+    build("qwen3", seed=1).save_pretrained(tmp_path / "earlier")
+    saved(build("qwen3", seed=2), tmp_path / "later", rope_parameters=LONGER)
+    run, data = Trajectory(earlier=tmp_path / "earlier", later=tmp_path / "later"), batches(labels=True)
+    own, measured = Trajectory(later=tmp_path / "earlier").load(), likelihood({"math": data})
+    scored = measured(own)["math"]
+    row = sweep(run, data, selectors=[], budgets=[], evaluate=measured).rows[0]
+    assert (row.selector, row.metrics["math"]) == ("earlier", pytest.approx(sum(scored) / len(scored)))
+    (asked, *_), far = answered(run, data, "kl")
+    assert float(far(own, asked).detach()) == pytest.approx(0, abs=1e-9)
+    assert history(run, measured).scores["math"][0] == row.metrics["math"]
+
+
+def test_theory_follows_one_forward_pass(tmp_path):
+    build("qwen3", seed=1).save_pretrained(tmp_path / "earlier")
+    saved(build("qwen3", seed=2), tmp_path / "later", rms_norm_eps=0.1)
+    run = Trajectory(earlier=tmp_path / "earlier", later=tmp_path / "later")
+    with pytest.raises(ValueError, match="in one forward pass, and they have two: another rms_norm_eps"):
+        Landscape.around(run, batches(labels=True))
 
 
 @pytest.mark.parametrize("live", [False, True], ids=["folders", "live"])

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from surgery.checkpoints.checkpoint import Checkpoint
+from surgery.checkpoints.configuration import differences
 from surgery.checkpoints.opening import open_weights
 from surgery.checkpoints.trajectory import Trajectory
 from surgery.compat import can_set_experts_implementation
@@ -212,6 +213,11 @@ def _points(run: Trajectory) -> tuple[nn.Module, Vector, Vector]:
                 f"checkpoint as a folder (it is loaded in float32), or the model in float32"
             )
     source = open_weights(later, run.layout, live)
+    if other := differences(live.tensors, source.tensors):
+        raise ValueError(
+            f"the loss is followed from {live.name} to {source.name} in one forward pass, and they have two: another "
+            f"{', '.join(list(other)[:3])}"
+        )
     there, delta = AsLive(source, live), {}
     for name, tensor in theta.items():
         delta[name] = there[name].to(tensor).sub(tensor)

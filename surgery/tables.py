@@ -203,47 +203,44 @@ def json_of(text: str | bytes, what: str, kind: Any = object) -> Any:
         level = [one for some in inner for one in some]
     if level:
         raise ValueError(f"{what} is nested more than {DEEPEST} levels deep")
-    if (found := _misfit(value, kind)) is not None:
-        *place, held, wanted = found
-        raise ValueError(f"{what}: {_place(place)} is {held}, expected {wanted}")
+    if found := _misfit(value, kind):
+        *keys, why = found
+        place = ", ".join(json.dumps(key) for key in keys)
+        raise ValueError(f"{what}: {place or 'the whole'} is {why}")
     return value
 
 
-def _misfit(value: Any, kind: Any) -> list[Any] | None:
-    """The keys that lead to the first value of another kind, that value in words, and what was expected."""
+def _misfit(value: Any, kind: Any) -> list[Any]:
+    """The keys that lead to the first value of another kind, and what it is; nothing where all is as it should be."""
     name, fits = _KINDS[type(kind) if isinstance(kind, list | dict) else kind]
     if not fits(value):
-        return [_shown(value), name]
+        return [f"{_shown(value)}, expected {name}"]
     pairs: Iterable[tuple[Any, Any, Any]]
     if not isinstance(kind, list | dict):
-        return None
+        return []
     if isinstance(kind, list):
         pairs = ((at, one, kind[0]) for at, one in enumerate(value))
     elif str in kind:
         pairs = ((key, one, kind[str]) for key, one in value.items())
     else:
         if missing := [name for name in kind if name[-1] != "?" and name not in value]:
-            return [missing[0], "missing", "something"]
+            return [missing[0], "missing"]
         named = {name.rstrip("?"): one for name, one in kind.items()}
         pairs = ((name, value[name], one) for name, one in named.items() if name in value)
     for key, one, inner in pairs:
-        if (found := _misfit(one, inner)) is not None:
+        if found := _misfit(one, inner):
             return [key, *found]
-    return None
+    return []
 
 
 _KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
     object: ("anything", lambda _: True),
     str: ("a text", lambda one: isinstance(one, str)),
     int: ("a natural number", lambda one: type(one) is int and 0 <= one < 1 << 63),
-    float: ("a finite number", lambda one: type(one) in (int, float) and -1e300 < one < 1e300),
+    float: ("a finite number", lambda one: type(one) in (int, float) and abs(one) < 1e100),
     dict: ("an object", lambda one: isinstance(one, dict)),
     list: ("a list", lambda one: isinstance(one, list)),
 }
-
-
-def _place(keys: list[Any]) -> str:
-    return ", ".join(json.dumps(key) for key in keys) or "the whole"
 
 
 def _shown(value: Any) -> str:

@@ -249,3 +249,8 @@ def _shown(value: Any) -> str:
         return f"{_KINDS[type(value)][0]} of {len(value)}"
     text = json.dumps(value) if not isinstance(value, int) or abs(value) < 1 << 64 else "a number of many digits"
     return text if len(text) <= 40 else f"{text[:40]}..."
+
+
+def briefly(error: Exception) -> str:
+    """How another library's error begins, on one line, with its kind: some say no more than a key, others go on."""
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 240, placeholder=" ...")

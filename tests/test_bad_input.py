@@ -163,6 +163,48 @@ def test_an_unknown_or_unreadable_config(place, mask):
     refused(place, "config.json can't be read", lambda: heal(place, mask))
 
 
+HOSTILE = {
+    "vocab_size": [False, 0, -1, None, "64", 1.5, 10**400],
+    "hidden_size": [0, -1, 10**400, [], True],
+    "num_attention_heads": [0, -4, 10**7, 2.5, None],
+    "num_key_value_heads": [0, "2", 10**400],
+    "num_hidden_layers": [10_000, 10**9, 10**4000, 1.5, None, -1, {}],
+    "num_labels": [10**7],
+    "head_dim": [0, None, -8],
+    "hidden_act": ["none", None, 3],
+    "model_type": [None, [], {}, 3],
+    "dtype": ["none", [], 3.5],
+    "id2label": [5],
+    "rope_parameters": [[], 3],
+    "pad_token_id": [10**6],
+    "quantization_config": [5, [1]],
+    "text_config": [{"num_hidden_layers": 10**9}],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [(name, value) for name, values in HOSTILE.items() for value in values],
+    ids=lambda one: str(one)[:20],
+)
+def test_a_configuration_of_no_model(place, mask, name, value):
+    config(place / "later", layer_types=None, **{name: value})
+    start = time.process_time()
+    said = refused(place, "(later.*config|transformers .*later)", lambda: heal(place, mask))
+    assert time.process_time() - start < 10
+    assert "\n" not in said
+    assert len(said) < 800
+    assert "docs/how-to" in said or "its config.json expects" in said
+
+
+@pytest.mark.parametrize(
+    "raw", [b"", b"[]", b"5", b"null", b"[" * 100_000, b'{"a":' * 500 + b"1" + b"}" * 500, b"\xff"]
+)
+def test_a_configuration_that_is_none(place, mask, raw):
+    (place / "later/config.json").write_bytes(raw)
+    refused(place, "later/config.json can't be read as a model's configuration", lambda: heal(place, mask))
+
+
 @pytest.mark.parametrize("rows", [40, 128])
 def test_another_or_a_padded_vocabulary_is_a_warning(place, mask, rows):
     """Embeddings are never touched, so the rollback goes on; the user hears of it."""

@@ -10,12 +10,13 @@ import pytest
 import torch
 from families import build
 from mutants import dies
+from safetensors import safe_open
 from safetensors.torch import save_file
 from test_laws import same, snapshot
 from torch import nn
 
 from surgery import Checkpoint, Entries, Neurons, rollback, rolled_back, save
-from surgery.checkpoints.checkpoint import State
+from surgery.checkpoints.checkpoint import State, header_of
 from surgery.layout import find_layout
 from surgery.layout.slots import Layout
 from surgery.masks.edits import Numbers
@@ -246,6 +247,20 @@ def test_vectors_of_neurons_that_are_none(tmp_path, tensors, message):
 def test_positions_that_are_none(tmp_path, tensors, message):
     with pytest.raises(ValueError, match=f"/m.*{message}"):
         load_mask(mask_file(tmp_path / "m", "Entries", tensors, LISTED))
+
+
+@pytest.mark.parametrize("name", ["layers.0.mlp", "missing:layers.0.mlp"])
+def test_bytes_that_are_no_bools(tmp_path, name):
+    """torch adds up a bool of the byte 2 as two."""
+    path = mask_file(tmp_path / "m", "Neurons", MASK | FLAGS, NAMED)
+    with safe_open(path, "np") as file:
+        assert file.get_tensor(name).any()
+    raw, header = bytearray(path.read_bytes()), header_of(path)
+    start = len(raw) - max(entry["data_offsets"][1] for one, entry in header.items() if one[0] != "_")
+    raw[start + header[name]["data_offsets"][0]] = 2
+    path.write_bytes(raw)
+    with pytest.raises(ValueError, match=f"/m is damaged: '{name}' holds bytes that are neither true nor false"):
+        load_mask(path)
 
 
 CHECKPOINTS = [[], 3, {"later": []}, {"later": {}}, {"later": {"name": 3}}, {"later": {"name": "a", "sha256": [1]}}]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.compat import writes_to
-from surgery.tables import LARGEST, read_json
+from surgery.tables import LARGEST, briefly, read_json
 
 INDEX = "model.safetensors.index.json"
 _HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors format itself
@@ -77,7 +77,7 @@ def header_of(path: Path) -> dict[str, Any]:
             with safe_open(path, "np"):  # the offsets, which it does not tell, are checked against the file here
                 header: dict[str, Any] = json.loads(file.read(length))
         except SafetensorError as error:
-            raise ValueError(f"{path} is damaged, truncated or no safetensors file: {error}") from error
+            raise ValueError(f"{path} is damaged, truncated or no safetensors file: {briefly(error)}") from error
     for name, entry in header.items():
         if name != "__metadata__" and not (isinstance(entry, dict) and len(entry["shape"]) <= _AXES):
             raise ValueError(f"{path} is damaged: the header's entry of {name!r} is no tensor of {_AXES} axes at most")

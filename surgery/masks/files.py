@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from surgery.tables import json_of
+from surgery.tables import briefly, json_of
 
 
 def write_vectors(path: str | Path, kind: str, tensors: Mapping[str, Tensor], **told: Any) -> None:
@@ -26,7 +27,7 @@ def write_vectors(path: str | Path, kind: str, tensors: Mapping[str, Tensor], **
     try:
         save_file({name: value.clone() for name, value in tensors.items()}, path, metadata)
     except SafetensorError as error:  # no OSError, though what it tells of is one
-        raise OSError(f"{path} can't be written: {error}") from error
+        raise OSError(f"{path} can't be written: {briefly(error)}") from error
 
 
 # What made a mask, as far as anything is read from it again: which checkpoints it was selected for.
@@ -62,7 +63,11 @@ def read_vectors(
         if lacking := [name for name in told if name not in texts]:
             raise ValueError(f"{path} is damaged: its metadata has no {lacking[0]!r}")
         known = {name: json_of(texts[name], f"{path}, {name!r} of its metadata", one) for name, one in told.items()}
-        return {name: file.get_tensor(name) for name in slices}, known
+        tensors = {name: file.get_tensor(name) for name in slices}
+    for name, value in tensors.items():
+        if value.dtype == torch.bool and not bool((value.view(torch.uint8) <= 1).all()):
+            raise ValueError(f"{path} is damaged: {name!r} holds bytes that are neither true nor false")
+    return tensors, known
 
 
 def kind_of_file(path: str | Path) -> str | None:
@@ -79,5 +84,5 @@ def kind_of_file(path: str | Path) -> str | None:
         with safe_open(path, framework="np") as file:
             told = (file.metadata() or {}).get("format", "")
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+        raise ValueError(f"{path} is not a readable safetensors file: {briefly(error)}") from error
     return {"surgery.Neurons": "Neurons", "surgery.Entries": "Entries"}.get(told)

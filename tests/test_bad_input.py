@@ -303,6 +303,14 @@ def test_an_index_that_names_a_missing_shard(place, mask):
     refused(place, "names 'b.safetensors', and there is no such file", lambda: heal(place, mask), LookupError)
 
 
+@pytest.mark.parametrize("name", ["", ".", "x" * 10_000, "a\0b", "a\nb", "config.json/x"])
+def test_an_index_that_names_no_file(place, mask, name):
+    reindex(sharded(place / "later"), name)
+    said = refused(place, "and there is no such file", lambda: heal(place, mask), LookupError)
+    assert "\n" not in said
+    assert len(said) < 500
+
+
 @pytest.mark.parametrize(
     "name", ["../secret.safetensors", "sub/../../secret.safetensors", "{place}/secret.safetensors"]
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -98,9 +99,9 @@ def inside(folder: Path, name: str) -> Path:
     """The path of a shard, refused where it leaves the folder (a hub cache's own links into its blobs may)."""
     path = folder / name
     if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise ValueError(f"the index of {folder} names a file outside the folder: {name!r}")
-    if not path.is_file():
-        raise LookupError(f"the index of {folder} names {name!r}, and there is no such file")
+        raise ValueError(f"the index of {folder} names a file outside the folder: {name[:200]!r}")
+    if not os.path.isfile(path):  # Path's own raises for names that are too long
+        raise LookupError(f"the index of {folder} names {name[:200]!r}, and there is no such file")
     home = folder.resolve()
     allowed = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
     if not any(path.resolve().is_relative_to(place) for place in allowed):

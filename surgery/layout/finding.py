@@ -162,7 +162,7 @@ def _spec_block(path: str, tensors: Mapping[str, str], shapes: Shapes) -> Block:
                 slots[-1].view(torch.empty(shape, device="meta"))
             except Exception as error:  # einops can raise anything about a pattern
                 raise ValueError(
-                    f"your layout's pattern {pattern!r} does not fit {path}.{name} of the shape {shape}: "
+                    f"your layout's pattern {pattern[:80]!r} does not fit {path}.{name} of the shape {shape}: "
                     f"{briefly(error)}"
                 ) from error
     if len({slot.neurons for slot in slots}) != 1:

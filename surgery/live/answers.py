@@ -176,7 +176,7 @@ def _read(path: Path, head: dict[str, Any], asked: list[list[list[int]]]) -> lis
     pairs = [(line["prompt_ids"], line["response_ids"]) for line in read]
     settings = {name: value for name, value in head.items() if name != "model"}
     if (made := {name: found.get(name) for name in settings}) != settings:
-        raise ValueError(f"{path} was made with {made}, and you asked for {settings}: choose another file")
+        raise ValueError(f"{path} was made with {str(made)[:200]}, and you asked for {settings}: choose another file")
     if found.get("model") != head["model"]:
         raise ValueError(f"{path} has the answers of another model: choose another file")
     if [prompt for prompt, _ in pairs] != [row for rows in asked for row in rows]:

@@ -1,4 +1,4 @@
-.PHONY: demo test test-all venv lint clean
+.PHONY: demo test test-all fuzz venv lint clean
 PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 2
@@ -11,6 +11,9 @@ test: venv lint ## everything that CI runs, a process and a thread per core
 
 test-all: venv lint ## the same, what reads slots on every family and not on the representatives only
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --dist worksteal --all-families
+
+fuzz: venv ## 100 000 damaged inputs (hours; goes on where it was stopped), and the page of what came of them
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.reliability --inputs 100000
 
 lint: venv
 	$(BIN)/ruff format --check .

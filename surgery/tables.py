@@ -1,11 +1,11 @@
-"""Evidence: what the analyses have in common. Each prints as a table, and is saved as JSON."""
+"""Evidence: what the analyses have in common. Each prints as a table, and is saved as JSON; JSON is read here, too."""
 
 from __future__ import annotations
 
 import json
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -164,3 +164,93 @@ def write_json(evidence: Any, path: str | Path) -> None:
     """Write evidence as a JSON file, with the name of its class."""
     told = {"kind": type(evidence).__name__, **as_json(evidence)}
     Path(path).write_text(json_text(told) + "\n", encoding="utf-8")
+
+
+LARGEST, DEEPEST = 1 << 25, 64  # bytes of one JSON text (an index of 200 000 tensors has as many), and its levels
+
+
+def read_json(path: Path, kind: Any = object) -> Any:
+    """What a JSON file holds (see ``json_of``)."""
+    with open(path, "rb") as file:
+        return json_of(file.read(LARGEST + 1), str(path), kind)
+
+
+def json_of(text: str | bytes, what: str, kind: Any = object) -> Any:
+    """What a JSON text holds: others wrote it, so all of it is checked before any of it is used.
+
+    A kind is a type (``int`` is a natural number, ``float`` a finite one, ``object`` anything); ``[kind]``, a list of
+    one kind; ``{str: kind}``, an object whose values are of one kind; or ``{"name": kind, "other?": kind}``, an object
+    with these names, of which those with a question mark may be left out, and others may be added.
+
+    Raises:
+        ValueError: it is no JSON, too large, too deep, or of another kind; the sentence begins with ``what``.
+
+    >>> json_of('{"budget": 0.5, "ids": [1, 2.5]}', "a.json", {"budget": float, "ids": [int]})
+    Traceback (most recent call last):
+    ...
+    ValueError: a.json: "ids", 1 is 2.5, expected a natural number
+    """
+    if len(text) > LARGEST:
+        raise ValueError(f"{what} is too large: more than {LARGEST >> 20} MiB of JSON")
+    try:
+        value = json.loads(text if isinstance(text, str) else text.decode())
+        json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair can be read, but never printed
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{what} is not JSON: {error}") from error
+    level = [value]
+    for _ in range(DEEPEST):
+        inner = (one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list))
+        level = [one for some in inner for one in some]
+    if level:
+        raise ValueError(f"{what} is nested more than {DEEPEST} levels deep")
+    if found := _misfit(value, kind):
+        *keys, why = found
+        place = ", ".join(json.dumps(key) for key in keys)
+        raise ValueError(f"{what}: {place or 'the whole'} is {why}")
+    return value
+
+
+def _misfit(value: Any, kind: Any) -> list[Any]:
+    """The keys that lead to the first value of another kind, and what it is; nothing where all is as it should be."""
+    name, fits = _KINDS[type(kind) if isinstance(kind, list | dict) else kind]
+    if not fits(value):
+        return [f"{_shown(value)}, expected {name}"]
+    pairs: Iterable[tuple[Any, Any, Any]]
+    if not isinstance(kind, list | dict):
+        return []
+    if isinstance(kind, list):
+        pairs = ((at, one, kind[0]) for at, one in enumerate(value))
+    elif str in kind:
+        pairs = ((key, one, kind[str]) for key, one in value.items())
+    else:
+        if missing := [name for name in kind if name[-1] != "?" and name not in value]:
+            return [missing[0], "missing"]
+        named = {name.rstrip("?"): one for name, one in kind.items()}
+        pairs = ((name, value[name], one) for name, one in named.items() if name in value)
+    for key, one, inner in pairs:
+        if found := _misfit(one, inner):
+            return [key, *found]
+    return []
+
+
+_KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
+    object: ("anything", lambda _: True),
+    str: ("a text", lambda one: isinstance(one, str)),
+    int: ("a natural number", lambda one: type(one) is int and 0 <= one < 1 << 63),
+    float: ("a finite number", lambda one: type(one) in (int, float) and abs(one) < 1e100),
+    dict: ("an object", lambda one: isinstance(one, dict)),
+    list: ("a list", lambda one: isinstance(one, list)),
+}
+
+
+def _shown(value: Any) -> str:
+    """A value on a few characters of one line; containers by what they are."""
+    if isinstance(value, dict | list):
+        return f"{_KINDS[type(value)][0]} of {len(value)}"
+    text = json.dumps(value) if not isinstance(value, int) or abs(value) < 1 << 64 else "a number of many digits"
+    return text if len(text) <= 40 else f"{text[:40]}..."
+
+
+def briefly(error: Exception) -> str:
+    """How another library's error begins, on one line, with its kind: some say no more than a key, others go on."""
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 240, placeholder=" ...")

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from families import build
 from mutants import dies
+from safetensors import safe_open
+from safetensors.torch import save_file
 from test_laws import same, snapshot
 from torch import nn
 
 from surgery import Checkpoint, Entries, Neurons, rollback, rolled_back, save
-from surgery.checkpoints.checkpoint import State
+from surgery.checkpoints.checkpoint import State, header_of
 from surgery.layout import find_layout
 from surgery.layout.slots import Layout
 from surgery.masks.edits import Numbers
@@ -160,3 +163,149 @@ def as_either(patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("mutant", [by_offset, strengths_of_the_first, a_part_forgotten, as_either])
 def test_mutants_die(mutant):
     dies(mutant, lambda: law_alike("llama", "mlp"))
+
+
+# Files that others wrote.
+
+MASK = {"layers.0.mlp": torch.tensor([True, False, True]), "layers.1.mlp": torch.tensor([False, False])}
+FLAGS = {"missing:layers.0.mlp": torch.tensor([False, True, False])}
+AT = {"layers.0.mlp/up": torch.tensor([1, 4])}
+SHAPES = {"layers.0.mlp/up": [2, 3], "layers.0.mlp/down": [2, 3]}
+NAMED = {"made_by": {"by": "hand"}, "blocks": list(MASK)}
+LISTED = {"made_by": {"by": "hand"}, "shapes": SHAPES}
+
+
+def mask_file(path: Path, kind: str, tensors: dict[str, torch.Tensor], told: dict[str, Any]) -> Path:
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in told.items()}
+    save_file(tensors, path, {"format": f"surgery.{kind}", **texts})
+    return path
+
+
+@pytest.mark.parametrize("kind", ["Neurons", "Entries"])
+def test_a_sound_file_is_read(tmp_path, kind):
+    """The fixtures are: without the damage of the next tests nothing is refused."""
+    given = ({**MASK, **FLAGS}, NAMED) if kind == "Neurons" else (AT, LISTED)
+    read = load_mask(mask_file(tmp_path / "m", kind, *given))
+    assert read.count() == ({name: int(v.sum()) for name, v in MASK.items()} if kind == "Neurons" else
+                            {"layers.0.mlp/up": 2, "layers.0.mlp/down": 0})  # fmt: skip
+    assert read.made_by == {"by": "hand"}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        torch.tensor([[True, False, False], [False, False, True], [False, True, False]]),
+        torch.tensor([True]),
+        torch.tensor([[True, False, False]]),
+        torch.tensor([True, False]),
+        torch.tensor([True, False, False, True]),
+        torch.tensor([1, 0, 0]),
+        torch.tensor([1.0, 0.0, 0.0]),
+        torch.tensor(True),
+    ],
+)
+def test_marks_of_missing_neurons_are_one_bool_each(tmp_path, flags):
+    """Of another shape they were broadcast over the mask, and rows were reverted that nobody had selected."""
+    given = {**MASK, "missing:layers.0.mlp": flags}
+    with pytest.raises(ValueError, match=r"/m(:| is damaged:) .*missing"):
+        load_mask(mask_file(tmp_path / "m", "Neurons", given, NAMED))
+    with pytest.raises(ValueError, match=r"missing= of 'layers\.0\.mlp' is torch"):
+        Neurons(MASK, missing={"layers.0.mlp": flags})
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({**MASK, "missing:nowhere": torch.tensor([True])}, "missing= of 'nowhere'"),
+        ({**MASK, "other": torch.tensor([True])}, "does not hold the blocks"),
+        ({"layers.0.mlp": MASK["layers.0.mlp"]}, "does not hold the blocks"),
+        ({**MASK, "layers.1.mlp": torch.tensor([[True, False]])}, "'layers.1.mlp' is stored as BOOL in 2 axes"),
+        ({**MASK, "layers.1.mlp": torch.tensor(True)}, "'layers.1.mlp' is stored as BOOL in 0 axes"),
+        ({**MASK, "layers.1.mlp": torch.tensor([1, 0])}, "is stored as I64 in 1 axes, expected BOOL or F32"),
+        ({**MASK, "layers.1.mlp": torch.tensor([1.0, 0.0])}, "either a mask .* or scores"),
+        ({n: v / v for n, v in MASK.items()}, "1 of 3 scores are NaN"),
+    ],
+)
+def test_vectors_of_neurons_that_are_none(tmp_path, tensors, message):
+    with pytest.raises(ValueError, match=f"/m.*{message}"):
+        load_mask(mask_file(tmp_path / "m", "Neurons", tensors, NAMED))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"layers.0.mlp/up": torch.tensor([1, 6])}, "expected positions from 0 to 5"),
+        ({"layers.0.mlp/up": torch.tensor([-1, 4])}, "expected positions from 0 to 5"),
+        ({"layers.0.mlp/up": torch.tensor([4, 1])}, "ascending, each once"),
+        ({"layers.0.mlp/up": torch.tensor([1, 1])}, "ascending, each once"),
+        ({"layers.0.mlp/up": torch.tensor([1.0, 4.0])}, "stored as F32 in 1 axes, expected I64"),
+        ({"layers.0.mlp/up": torch.tensor([True])}, "stored as BOOL in 1 axes, expected I64"),
+        ({"layers.0.mlp/up": torch.tensor([[1, 4]])}, "stored as I64 in 2 axes"),
+        ({"layers.7.mlp/up": torch.tensor([1])}, "no such part"),
+    ],
+)
+def test_positions_that_are_none(tmp_path, tensors, message):
+    with pytest.raises(ValueError, match=f"/m.*{message}"):
+        load_mask(mask_file(tmp_path / "m", "Entries", tensors, LISTED))
+
+
+@pytest.mark.parametrize("name", ["layers.0.mlp", "missing:layers.0.mlp"])
+def test_bytes_that_are_no_bools(tmp_path, name):
+    """torch adds up a bool of the byte 2 as two."""
+    path = mask_file(tmp_path / "m", "Neurons", MASK | FLAGS, NAMED)
+    with safe_open(path, "np") as file:
+        assert file.get_tensor(name).any()
+    raw, header = bytearray(path.read_bytes()), header_of(path)
+    start = len(raw) - max(entry["data_offsets"][1] for one, entry in header.items() if one[0] != "_")
+    raw[start + header[name]["data_offsets"][0]] = 2
+    path.write_bytes(raw)
+    with pytest.raises(ValueError, match=f"/m is damaged: '{name}' holds bytes that are neither true nor false"):
+        load_mask(path)
+
+
+CHECKPOINTS = [[], 3, {"later": []}, {"later": {}}, {"later": {"name": 3}}, {"later": {"name": "a", "sha256": [1]}}]
+BY = [
+    "{",
+    "null",
+    [],
+    3,
+    "[" * 100_000,
+    '{"a":' * 500 + "1" + "}" * 500,
+    *({"checkpoints": one} for one in CHECKPOINTS),
+]
+
+
+@pytest.mark.parametrize("made_by", BY)
+@pytest.mark.parametrize("kind", ["Neurons", "Entries"])
+def test_what_made_it_is_an_object(tmp_path, kind, made_by):
+    tensors, told = (MASK, NAMED) if kind == "Neurons" else (AT, LISTED)
+    with pytest.raises(ValueError, match=r"/m, 'made_by' of its metadata"):
+        load_mask(mask_file(tmp_path / "m", kind, tensors, {**told, "made_by": made_by}))
+
+
+@pytest.mark.parametrize("blocks", [None, {}, 3, [3], [None], [], ["layers.0.mlp"], [*MASK, "layers.0.mlp"], "[["])
+def test_a_list_of_blocks_that_is_none(tmp_path, blocks):
+    with pytest.raises(ValueError, match=r"/m(, 'blocks'| is damaged: it does not hold)"):
+        load_mask(mask_file(tmp_path / "m", "Neurons", MASK, {**NAMED, "blocks": blocks}))
+
+
+@pytest.mark.parametrize("shape", [None, 3, [], [2], [2, 3, 1], [2.0, 3], [True, 3], [0, 3], [2, -3], [10**400, 1]])
+def test_a_shape_of_a_part_that_is_none(tmp_path, shape):
+    """A part of 2.7 neurons was one of 2."""
+    with pytest.raises(ValueError, match=r"/m(, 'shapes'|.*shapes= of 'layers.0.mlp/up')"):
+        load_mask(mask_file(tmp_path / "m", "Entries", AT, {**LISTED, "shapes": {"layers.0.mlp/up": shape}}))
+
+
+@pytest.mark.parametrize("name", ["made_by", "blocks", "shapes"])
+def test_metadata_that_is_missing(tmp_path, name):
+    for kind, tensors, told in (("Neurons", MASK, NAMED), ("Entries", AT, LISTED)):
+        if name in told:
+            rest = {key: value for key, value in told.items() if key != name}
+            with pytest.raises(ValueError, match=f"its metadata has no '{name}'"):
+                load_mask(mask_file(tmp_path / "m", kind, tensors, rest))
+
+
+def test_a_mask_that_is_not_there(tmp_path):
+    for path in (tmp_path, tmp_path / "none"):
+        with pytest.raises(LookupError, match=f"there is no file {path}"):
+            load_mask(path)

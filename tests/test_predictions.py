@@ -63,3 +63,26 @@ def test_two_writers_fill_one_folder(tmp_path, monkeypatch):
     kept, fresh = distillation(earlier, DATA, tmp_path), distillation(earlier, DATA)
     assert all(torch.equal(kept(later, batch), fresh(later, batch)) for batch in DATA)
     assert len(list(tmp_path.iterdir())) == len(DATA)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda held: {"other": held},
+        lambda held: {"logits": held, "other": held.clone()},
+        lambda held: {"logits": held.to(torch.int32)},
+        lambda held: {"logits": held.to(torch.float8_e4m3fn)},
+        lambda held: {"logits": held[:1].clone()},
+        lambda held: {"logits": held[:, :1].clone()},
+        lambda held: {"logits": held[0].clone()},
+        lambda held: {"logits": held[None].clone()},
+    ],
+)
+def test_what_a_file_of_predictions_holds_is_checked(tmp_path, change):
+    """One row alone was compared with every position."""
+    earlier, later = pair("qwen3")
+    loss = distillation(earlier, DATA[:1], tmp_path)
+    held = loss.of(DATA[0])
+    save_file(change(held), loss.path(DATA[0]), {"model": loss.model})
+    with pytest.raises(ValueError, match=r"\.safetensors (is damaged: it holds no logits|holds logits of the shape)"):
+        loss(later, DATA[0])

@@ -188,3 +188,46 @@ def test_a_prompt_that_fills_the_context_is_refused():
     full = {"input_ids": torch.ones(1, 64, dtype=torch.long), "attention_mask": torch.ones(1, 64, dtype=torch.long)}
     with pytest.raises(ValueError, match="leaves no room in a context of 64"):
         respond(build("qwen3"), [full])
+
+
+def answers_file(path, change):
+    """The model, its prompts, and a file of answers to them of which one line is another."""
+    model, asked = build("qwen3"), batches(labels=False)
+    respond(model, asked, max_new_tokens=FEW, path=path)
+    head, first, *lines = path.read_text().splitlines()
+    path.write_text("\n".join([head, change(first), *lines]))
+    return model, asked
+
+
+IDS = [None, {}, 3, "12", [1.0], [2.5], [True], ["1"], [None], [[1]], [-1], [10**400], [float("nan")]]
+LINES = ["", "3", "null", "[]", "{", "[" * 100_000, '{"a":' * 500 + "1" + "}" * 500]
+
+
+@pytest.mark.parametrize("name", ["prompt_ids", "response_ids"])
+@pytest.mark.parametrize("ids", IDS)
+def test_ids_in_a_file_are_natural_numbers(tmp_path, name, ids):
+    """2.5 became the token 2."""
+    changed = answers_file(tmp_path / "a.jsonl", lambda line: json.dumps({**json.loads(line), name: ids}))
+    with pytest.raises(ValueError, match=rf'a\.jsonl is not a file that respond\(\) wrote: line 2: "{name}"'):
+        respond(*changed, max_new_tokens=FEW, path=tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_a_line_of_a_file_is_an_object(tmp_path, line):
+    changed = answers_file(tmp_path / "a.jsonl", lambda _: line)
+    with pytest.raises(ValueError, match=r"a\.jsonl is not a file that respond\(\) wrote: line 2"):
+        respond(*changed, max_new_tokens=FEW, path=tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize("ids", [[], [5] * (FEW + 1)])
+def test_an_answer_is_as_long_as_the_settings_allow(tmp_path, ids):
+    changed = answers_file(tmp_path / "a.jsonl", lambda line: json.dumps({**json.loads(line), "response_ids": ids}))
+    with pytest.raises(ValueError, match=r"a\.jsonl is damaged: line 2 has no answer, or too long a one"):
+        respond(*changed, max_new_tokens=FEW, path=tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize("raw", [b"", b"\n", b"\xff\xfe", b"[]\n", b"3\n", b'{"a": 1}\n'])
+def test_a_file_of_something_else(tmp_path, raw):
+    (tmp_path / "a.jsonl").write_bytes(raw)
+    with pytest.raises(ValueError, match=r"a\.jsonl (is not a file that respond|was made with)"):
+        respond(build("qwen3"), batches(labels=False), max_new_tokens=FEW, path=tmp_path / "a.jsonl")

@@ -31,7 +31,8 @@ from surgery import (
 from surgery.checkpoints.checkpoint import State
 from surgery.layout import find_layout
 from surgery.live.prompts import passes as grouped
-from surgery.measure.sweep import Bench, load_sweep
+from surgery.measure.files import load_sweep
+from surgery.measure.sweep import Bench
 from surgery.scores import amc as scores
 from surgery.scores import memory
 
@@ -561,7 +562,7 @@ def test_a_line_that_is_no_row_is_refused_by_name(models, tmp_path):
     arguments = dict(selectors=[], budgets=[], evaluate=Evaluate(models["earlier"]), path=file)
     sweep(run, None, **arguments)
     file.write_text(file.read_text() + '{"prompt": "1+1="}\n')
-    with pytest.raises(ValueError, match=r"sweep\.jsonl holds a line that is no row of a sweep"):
+    with pytest.raises(ValueError, match=r"sweep\.jsonl is not a sweep's file.*: line 5: \"selector\" is missing"):
         sweep(run, None, **arguments)
 
 
@@ -569,3 +570,60 @@ def test_a_budget_that_buys_nothing_keeps_its_budget_in_the_table(models):
     arguments = dict(selectors=SELECTORS[2:3], budgets=[0.0, 0.001], evaluate=Evaluate(models["earlier"]))
     *_, none, few = str(sweep(Trajectory(**models), None, **arguments)).splitlines()
     assert (none.split()[1:4], few.split()[1:4]) == (["0", "%", "0"], ["0.1", "%", "0"])
+
+
+LINE = {"selector": "x", "budget": 0.1, "neurons": 3, "metrics": {"math": 0.5}, "seconds": 1.5}
+HEAD = {"checkpoints": {}, "prompts": None, "evaluate": "e"}
+
+
+def sweep_file(path, *lines):
+    path.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in (HEAD, *lines)))
+    return path
+
+
+def test_rows_that_others_wrote_are_read(tmp_path):
+    """Without the damage of the next test nothing is refused."""
+    rows = [{**LINE, "selector": name} for name in ("earlier", "later", "x")]
+    rows[2] |= {"items": {"math": [0, 1, 0.5]}, "settings": {"how": "global"}, "unknown": None}
+    found = load_sweep(sweep_file(tmp_path / "sweep.jsonl", *rows))
+    assert [(row.selector, row.budget, row.metrics) for row in found] == [
+        (name, 0.1, {"math": 0.5}) for name in ("earlier", "later", "x")
+    ]
+    assert str(found)
+
+
+WRONG = {
+    "selector": [None, 3, [], "\ud800"],
+    "budget": [None, "0.1", True, -0.1, 1.5, float("nan"), 10**400],
+    "neurons": [None, 2.7, True, -1, "3", 10**400],
+    "metrics": [None, [], {}, {"math": None}, {"math": "1"}, {"math": True}, {"math": float("inf")}, {"math": 10**400}],
+    "seconds": [None, "1", []],
+    "items": [None, [], {"math": None}, {"math": []}, {"math": [None]}, {"math": 3}, {"other": [1]}, {"math": [[1]]}],
+    "settings": [None, [], {"how": None}, "how"],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])
+def test_a_row_of_another_kind_is_refused_by_its_line(tmp_path, name, value):
+    path = sweep_file(tmp_path / "sweep.jsonl", *({**LINE, "selector": one} for one in ("earlier", "later")))
+    sweep_file(path, *path.read_text().splitlines()[1:], {**LINE, name: value})
+    with pytest.raises(ValueError, match=r"sweep\.jsonl is not a sweep's file, or .*: line 4[: ]"):
+        load_sweep(path)
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"a":' * 500 + "1" + "}" * 500, "3", "null", "[1, 2]", "{"])
+@pytest.mark.parametrize("at", [1, 4])
+def test_a_line_that_is_no_object(tmp_path, line, at):
+    lines = [json.dumps(HEAD), *(json.dumps({**LINE, "selector": one}) for one in ("earlier", "later", "x"))]
+    lines[at - 1] = line
+    (tmp_path / "sweep.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=rf"sweep\.jsonl is not a sweep's file, or .*: line {at}[: ]"):
+        load_sweep(tmp_path / "sweep.jsonl")
+
+
+def test_rows_of_other_metrics_are_told(tmp_path):
+    """Read with the metric that fell most, they were an error of a missing key."""
+    rows = [{**LINE, "selector": "earlier"}, {**LINE, "selector": "later", "metrics": {"qa": 0.5}}]
+    for lines in (rows, rows[::-1], [rows[0], {**rows[0], "selector": "later"}, {**rows[1], "selector": "x"}]):
+        with pytest.raises(ValueError, match=r"has the metrics \['\w+'\], and 'later'"):
+            load_sweep(sweep_file(tmp_path / "sweep.jsonl", *lines))

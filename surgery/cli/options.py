@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import threading
 import time
@@ -20,6 +19,7 @@ from rich.status import Status
 from rich.text import Text
 
 from surgery.progress import reporting, spoken
+from surgery.tables import read_json
 from surgery.units import KINDS, WEIGHT, kinds_of, single
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def layout_of(path: Path | None, source: str) -> Layout | None:
     from surgery.checkpoints.checkpoint import Checkpoint
     from surgery.layout.finding import spec_layout
 
-    return spec_layout(json.loads(path.read_text()), Checkpoint(source).shapes)
+    return spec_layout(read_json(path, {str: {str: str}}), Checkpoint(source).shapes)
 
 
 def folder_of(source: Any) -> Path:

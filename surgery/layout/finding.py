@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from surgery.compat import declared, tensor_parallel_plan, wrapper_of
 from surgery.layout.attention import attention_blocks
 from surgery.layout.slots import Block, Layout, Slot
+from surgery.tables import briefly
 from surgery.units import Units, kinds_of, module_of
 
 WAY_OUT = "Describe it yourself with layout= (docs/how-to/add-an-architecture.md)"
@@ -133,6 +134,8 @@ def spec_layout(spec: Spec, shapes: Shapes) -> Layout:
     """
     blocks = []
     for template, tensors in spec.items():
+        if not tensors:
+            raise ValueError(f"your layout names no tensor of {template!r}")
         first = next(iter(tensors))
         holes = re.escape(f"{template}.{first}").replace(re.escape("{layer}"), r"(\d+)")
         names = [name for name in shapes if re.fullmatch(holes, name)]
@@ -155,6 +158,13 @@ def _spec_block(path: str, tensors: Mapping[str, str], shapes: Shapes) -> Block:
         for g in range(parts):
             label = "down" if at == len(tensors) - 1 else name if parts == 1 else f"{name}[{g}]"
             slots.append(Slot(label, f"{path}.{name}", pattern, shape, g if parts > 1 else None, parts))
+            try:
+                slots[-1].view(torch.empty(shape, device="meta"))
+            except Exception as error:  # einops can raise anything about a pattern
+                raise ValueError(
+                    f"your layout's pattern {pattern[:80]!r} does not fit {path}.{name} of the shape {shape}: "
+                    f"{briefly(error)}"
+                ) from error
     if len({slot.neurons for slot in slots}) != 1:
         raise ValueError(f"the parts of {path} differ in length: { ({s.tensor: s.neurons for s in slots}) }")
     consumer = slots[-1].tensor.rpartition(".")[0]

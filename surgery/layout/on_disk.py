@@ -14,6 +14,7 @@ from torch import Tensor
 from surgery.compat import as_loaded, as_saved, auto_class
 from surgery.layout.finding import WAY_OUT, Shapes, Spec, find_layout, spec_layout
 from surgery.layout.slots import Block, Layout, Slot
+from surgery.tables import briefly, read_json
 from surgery.units import Units
 
 _AXES = r"\([^)]*\)|\w+"
@@ -35,7 +36,7 @@ def folder_layout(folder: Path, shapes: Shapes, spec: Spec | None = None, units:
     """
     if spec is not None:
         return spec_layout(spec, shapes)
-    model = _meta_model(folder)
+    model = _meta_model(folder, shapes)
     live = find_layout(model, units=units)
     try:
         names = as_loaded(model, shapes)
@@ -76,20 +77,44 @@ def class_of(folder: Path) -> tuple[Any, Any]:
 
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (ValueError, OSError, KeyError) as error:
-        raise ValueError(
-            f"{folder}/config.json can't be read as a model's configuration: {error}. {WAY_OUT}"
-        ) from error
+    except Exception as error:  # whatever a damaged configuration makes transformers raise
+        raise _unreadable(folder, error) from error
     kind = auto_class(config)
     if kind is None:
         raise ValueError(f"transformers can't build the model of {folder}, a {type(config).__name__}. {WAY_OUT}")
     return config, getattr(transformers, kind)
 
 
-def _meta_model(folder: Path) -> Any:
+def _unreadable(folder: Path, error: Exception) -> ValueError:
+    return ValueError(f"{folder}/config.json can't be read as a model's configuration: {briefly(error)}. {WAY_OUT}")
+
+
+_LAYERS = re.compile(r"(num|n)_(hidden_)?layers?|(num_)?(en|de)coder_layers|depth")
+_MANY = re.compile(r"(num|n)_(\w+_)?(experts|labels|heads|groups)")
+
+
+def check_counts(stored: Any, shapes: Shapes) -> None:
+    """Raise ``ValueError`` where a configuration counts more than the folder holds: to build that would take hours."""
+    most = max(4096, *(size for shape in shapes.values() for size in shape))
+    for key, value in stored.items():
+        limit = len(shapes) if _LAYERS.fullmatch(key) else most if _MANY.fullmatch(key) else None
+        if isinstance(value, dict):
+            check_counts(value, shapes)
+        elif limit is not None and isinstance(value, int) and value > limit:
+            raise ValueError(f"it calls for {key} = {value}, and the folder's {len(shapes)} tensors are not as many")
+
+
+def _meta_model(folder: Path, shapes: Shapes) -> Any:
+    try:
+        check_counts(read_json(folder / "config.json", {}), shapes)
+    except ValueError as error:
+        raise _unreadable(folder, error) from error
     config, kind = class_of(folder)
-    with torch.device("meta"):
-        return kind.from_config(config)
+    try:
+        with torch.device("meta"):
+            return kind.from_config(config)
+    except Exception as error:  # whatever sizes that are none make transformers and torch raise
+        raise ValueError(f"transformers can't build the model of {folder}: {briefly(error)}. {WAY_OUT}") from error
 
 
 def _on_disk(model: Any, block: Block, found: dict[str, list[Slot]]) -> None:

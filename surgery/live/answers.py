@@ -22,6 +22,7 @@ from surgery.live.hooks import evaluating
 from surgery.live.lines import end_tokens
 from surgery.live.prompts import Batch, batches_of, check_fits, context_of, opened_tokenizer, padded, vocabulary_of
 from surgery.progress import steps
+from surgery.tables import json_of
 
 _ALONE = threading.Lock()  # generate draws from torch's own random numbers, of which a process has one sequence
 
@@ -185,19 +186,26 @@ def _until(row: list[int], ends: list[int]) -> list[int]:
     return row
 
 
+_ANSWER = {"prompt_ids": [int], "response_ids": [int]}
+
+
 def _read(path: Path, head: dict[str, Any], asked: list[list[list[int]]]) -> list[list[list[int]]]:
     try:
-        found, *lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        pairs = [(line["prompt_ids"], line["response_ids"]) for line in lines]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a file that respond() wrote: {error!r}") from error
+        first, *lines = path.read_text(encoding="utf-8").splitlines() or [""]
+        found = json_of(first, "line 1", {str: object})
+        read = [json_of(line, f"line {at}", _ANSWER) for at, line in enumerate(lines, 2)]
+    except ValueError as error:
+        raise ValueError(f"{path} is not a file that respond() wrote: {error}") from error
+    pairs = [(line["prompt_ids"], line["response_ids"]) for line in read]
     settings = {name: value for name, value in head.items() if name != "model"}
     if (made := {name: found.get(name) for name in settings}) != settings:
-        raise ValueError(f"{path} was made with {made}, and you asked for {settings}: choose another file")
+        raise ValueError(f"{path} was made with {str(made)[:200]}, and you asked for {settings}: choose another file")
     if found.get("model") != head["model"]:
         raise ValueError(f"{path} has the answers of another model: choose another file")
     if [prompt for prompt, _ in pairs] != [row for rows in asked for row in rows]:
         raise ValueError(f"{path} answers other prompts than these: choose another file")
+    if wrong := [at for at, (_, reply) in enumerate(pairs, 2) if not 0 < len(reply) <= head["max_new_tokens"]]:
+        raise ValueError(f"{path} is damaged: line {wrong[0]} has no answer, or too long a one. Remove the file")
     answers = iter(pairs)
     return [[next(answers)[1] for _ in rows] for rows in asked]
 

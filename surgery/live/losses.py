@@ -62,7 +62,12 @@ class Distillation:
         return found
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
-        target, far = self.of(batch), _SUMS[self.divergence]
+        target, far, found = self.of(batch), _SUMS[self.divergence], reading(model, batch)
+        if target.shape != (len(found.hidden), found.vocabulary):
+            raise ValueError(
+                f"{self.path(batch)} holds logits of the shape {list(target.shape)}, and this model has "
+                f"{[len(found.hidden), found.vocabulary]}: was it trained with another vocabulary?"
+            )
 
         def measure(rows: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
             both = min(target.shape[1], logits.shape[1])
@@ -70,7 +75,6 @@ class Distillation:
             value, slopes = far(_logarithms(theirs), _logarithms(logits[:, :both]))
             return value, nn.functional.pad(slopes, (0, logits.shape[1] - both))
 
-        found = reading(model, batch)
         return found.total(measure) / len(found.hidden)
 
     def of(self, batch: Batch) -> Tensor:
@@ -163,7 +167,7 @@ def _write(path: Path, found: Reading, model: str) -> None:
 def _checked(path: Path, model: str) -> dict[str, Any]:
     """The header of a file of predictions, refused unless they are the model's (``ValueError``)."""
     header = header_of(path)
-    made_by = header.get("__metadata__", {}).get("model")
+    made_by = (header.get("__metadata__") or {}).get("model")
     if made_by is None:
         raise ValueError(
             f"{path} does not say which model's predictions it holds: pass another folder to distillation(), or remove "
@@ -174,6 +178,8 @@ def _checked(path: Path, model: str) -> dict[str, Any]:
             f"{path} holds the predictions of another model than this earlier one: give every earlier model its own "
             f"folder, distillation(earlier, data, folder)"
         )
+    if header.keys() != {"__metadata__", "logits"} or header["logits"]["dtype"] not in ("F64", "F32", "F16", "BF16"):
+        raise ValueError(f"{path} is damaged: it holds no logits. Remove it, and run the earlier model again")
     return header
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from surgery.layout.slots import Layout
 from surgery.masks.edits import Numbers
-from surgery.masks.files import read_vectors, write_vectors
+from surgery.masks.files import MADE_BY, read_vectors, write_vectors
 from surgery.masks.neurons import Neurons
 from surgery.units import noun_of_weights, units_in
 
@@ -32,7 +32,8 @@ class Entries(Mapping[str, Tensor]):
         made_by: what made it (plain JSON values); saved with the file.
 
     Raises:
-        ValueError: positions of an unknown part, that are not ascending integers, or lie outside the part.
+        ValueError: positions of an unknown part, that are not ascending integers, or lie outside the part; a shape
+            that is none.
 
     Source: ours.
 
@@ -44,7 +45,12 @@ class Entries(Mapping[str, Tensor]):
     def __init__(
         self, positions: Mapping[str, Tensor], *, shapes: _Shapes, made_by: Mapping[str, Any] | None = None
     ) -> None:
-        self.shapes = {part: (int(shape[0]), int(shape[1])) for part, shape in shapes.items()}
+        for part, shape in shapes.items():
+            if "/" not in part or len(shape) != 2 or not all(type(size) is int and size > 0 for size in shape):
+                raise ValueError(
+                    f'shapes= of {part!r} is {tuple(shape)}: expected (neurons, width) of a part, "BLOCK/PART"'
+                )
+        self.shapes = {part: (shape[0], shape[1]) for part, shape in shapes.items()}
         if unknown := [part for part in positions if part not in self.shapes]:
             raise ValueError(f"positions of {unknown[0]!r}, and shapes= has no such part; it has {list(shapes)[:3]}")
         nothing = torch.zeros(0, dtype=torch.int64)
@@ -161,10 +167,13 @@ class Entries(Mapping[str, Tensor]):
         """Read what ``save`` wrote.
 
         Raises:
-            ValueError: the file is not a file of entries.
+            LookupError: there is no such file. ValueError: it is not a file of entries, or damaged.
         """
-        tensors, told = read_vectors(path, "Entries")
-        return cls(tensors, shapes=told["shapes"], made_by=told["made_by"])
+        tensors, told = read_vectors(path, "Entries", ("I64",), made_by=MADE_BY, shapes={str: [int]})
+        try:
+            return cls(tensors, shapes=told["shapes"], made_by=told["made_by"])
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
 
     def __repr__(self) -> str:
         if not self:

@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from surgery.tables import briefly, json_of
 
 
 def write_vectors(path: str | Path, kind: str, tensors: Mapping[str, Tensor], **told: Any) -> None:
@@ -24,16 +27,22 @@ def write_vectors(path: str | Path, kind: str, tensors: Mapping[str, Tensor], **
     try:
         save_file({name: value.clone() for name, value in tensors.items()}, path, metadata)
     except SafetensorError as error:  # no OSError, though what it tells of is one
-        raise OSError(f"{path} can't be written: {error}") from error
+        raise OSError(f"{path} can't be written: {briefly(error)}") from error
 
 
-def read_vectors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a file and what is told of them.
+# What made a mask, as far as anything is read from it again: which checkpoints it was selected for.
+MADE_BY = {"checkpoints?": {str: {"name": str, "sha256?": {str: str}}}}
+
+
+def read_vectors(
+    path: str | Path, kind: str, dtypes: tuple[str, ...], **told: Any
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The vectors of a file, all of one of the ``dtypes``, and what is ``told`` of them: name → kind (``json_of``).
 
     Raises:
-        ValueError: the file can't be read, or holds something else.
+        LookupError: there is no such file. ValueError: it can't be read, or holds something else.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     found = kind_of_file(path)
     if found != kind:
@@ -42,26 +51,38 @@ def read_vectors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
             f"{path} is a safetensors file, {why}"
             + (f": use {found}.load" if found else "; surgery select writes masks")
         )
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            told = {key: json.loads(text) for key, text in file.metadata().items() if key != "format"}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
-    return tensors, told
+    with safe_open(path, framework="pt") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        for name, held in slices.items():
+            if held.get_dtype() not in dtypes or len(held.get_shape()) != 1:
+                axes = f"{len(held.get_shape())} axes"
+                raise ValueError(
+                    f"{path}: {name!r} is stored as {held.get_dtype()} in {axes}, expected {' or '.join(dtypes)} in one"
+                )
+        texts = file.metadata()
+        if lacking := [name for name in told if name not in texts]:
+            raise ValueError(f"{path} is damaged: its metadata has no {lacking[0]!r}")
+        known = {name: json_of(texts[name], f"{path}, {name!r} of its metadata", one) for name, one in told.items()}
+        tensors = {name: file.get_tensor(name) for name in slices}
+    for name, value in tensors.items():
+        if value.dtype == torch.bool and not bool((value.view(torch.uint8) <= 1).all()):
+            raise ValueError(f"{path} is damaged: {name!r} holds bytes that are neither true nor false")
+    return tensors, known
 
 
 def kind_of_file(path: str | Path) -> str | None:
     """The class that wrote a file, like "Neurons"; None where it is another's file.
 
     Raises:
-        ValueError: it is no safetensors file.
+        LookupError: there is no such file. ValueError: it is no safetensors file.
     """
     from safetensors import SafetensorError, safe_open
 
+    if not Path(path).is_file():
+        raise LookupError(f"there is no file {path}")
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="np") as file:
             told = (file.metadata() or {}).get("format", "")
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
-    return told.removeprefix("surgery.") if told.startswith("surgery.") else None
+        raise ValueError(f"{path} is not a readable safetensors file: {briefly(error)}") from error
+    return {"surgery.Neurons": "Neurons", "surgery.Entries": "Entries"}.get(told)

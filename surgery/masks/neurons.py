@@ -11,7 +11,7 @@ from torch import Tensor
 
 from surgery.layout.slots import Layout
 from surgery.masks.edits import Rows
-from surgery.masks.files import read_vectors, write_vectors
+from surgery.masks.files import MADE_BY, read_vectors, write_vectors
 from surgery.units import noun, units_in
 
 _MISSING = "missing:"  # prefix of the tensors that mark neurons without a value, in a saved file
@@ -31,7 +31,8 @@ class Neurons(Mapping[str, Tensor]):
         made_by: what made it (plain JSON values); saved with the file.
 
     Raises:
-        ValueError: a vector is no tensor or not one-dimensional, the dtypes differ, or a score is NaN or infinite.
+        ValueError: a vector is no tensor or not one-dimensional, the dtypes differ, a score is NaN or infinite, or
+            ``missing`` is not of these blocks.
 
     Source: ours.
 
@@ -59,6 +60,12 @@ class Neurons(Mapping[str, Tensor]):
             raise ValueError("a Neurons is either a mask (all vectors bool) or scores (all real), not a mixture")
         self.is_mask = kinds == {True}
         self._values = {name: _vector(name, value, self.is_mask) for name, value in values.items()}
+        for name, flags in (missing or {}).items():
+            if name not in values or flags.dtype != torch.bool or flags.shape != values[name].shape:
+                raise ValueError(
+                    f"missing= of {name!r} is {flags.dtype} of the shape {tuple(flags.shape)}: expected a bool for "
+                    f"each neuron of a block"
+                )
         self.missing = {name: flags.cpu() for name, flags in (missing or {}).items() if bool(flags.any())}
         for name, flags in self.missing.items():
             self._values[name] = self._values[name].masked_fill(flags, 0)
@@ -190,12 +197,17 @@ class Neurons(Mapping[str, Tensor]):
         """Read what ``save`` wrote.
 
         Raises:
-            ValueError: the file is not a file of neurons.
+            LookupError: there is no such file. ValueError: it is not a file of neurons, or damaged.
         """
-        held, told = read_vectors(path, "Neurons")
-        blocks = told["blocks"]
-        missing = {name: held[_MISSING + name] for name in blocks if _MISSING + name in held}
-        return cls({name: held[name] for name in blocks}, missing=missing, made_by=told["made_by"])
+        held, told = read_vectors(path, "Neurons", ("BOOL", "F32"), made_by=MADE_BY, blocks=[str])
+        blocks, marks = told["blocks"], [name for name in held if name.startswith(_MISSING)]
+        if sorted(blocks) != sorted(held.keys() - marks):
+            raise ValueError(f"{path} is damaged: it does not hold the blocks that its metadata names, each once")
+        missing = {name.removeprefix(_MISSING): held[name] for name in marks}
+        try:
+            return cls({name: held[name] for name in blocks}, missing=missing, made_by=told["made_by"])
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
 
     def __repr__(self) -> str:
         if not self:

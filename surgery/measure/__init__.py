@@ -1,12 +1,13 @@
 """Measuring models: sweeps, repair, stability, history, and their statistics."""
 
 from surgery.measure.evaluators import harness, likelihood
+from surgery.measure.files import load_sweep
 from surgery.measure.history import History, history
 from surgery.measure.repair import Repair, repair
 from surgery.measure.rows import Row, Sweep
 from surgery.measure.stability import Agreement, Stability, jaccard, stability
 from surgery.measure.statistics import Paired
-from surgery.measure.sweep import load_sweep, sweep
+from surgery.measure.sweep import sweep
 
 __all__ = [
     "Agreement",

@@ -14,9 +14,10 @@ from surgery.live.answers import respond
 from surgery.live.prompts import Batch, batches_of, halved
 from surgery.masks.mask import Mask
 from surgery.measure.evaluators import likelihood
+from surgery.measure.files import metric_of
 from surgery.measure.rows import Evaluate, Row, Sweep, compared, judged, points
 from surgery.measure.statistics import ALPHA, Paired, needed, underpowered
-from surgery.measure.sweep import Bench, at_budget, metric_of
+from surgery.measure.sweep import Bench, at_budget
 from surgery.reverting.folder import save
 from surgery.reverting.rollback import rolled_back
 from surgery.scores.damage import earlier_answers

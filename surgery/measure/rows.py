@@ -285,7 +285,12 @@ def judged(rows: Sequence[Row], earlier: Row, later: Row, metric: str) -> list[R
 
 
 def check_items(row: Row, later: Row) -> None:
-    """Raise ``ValueError`` where a row was scored on another number of items than the later model."""
+    """Raise ``ValueError`` where a row has other metrics than the later model's, or another number of items."""
+    if row.metrics.keys() != later.metrics.keys():
+        raise ValueError(
+            f"{row.selector!r} has the metrics {sorted(row.metrics)}, and 'later' {sorted(later.metrics)}: "
+            f"evaluate has to return the same for every model (and rows of another evaluate need another file)"
+        )
     for name, items in later.items.items():
         if name in row.items and len(row.items[name]) != len(items):
             raise ValueError(

@@ -14,8 +14,9 @@ from surgery.checkpoints.trajectory import Trajectory
 from surgery.live.prompts import Batch, batches_of
 from surgery.masks.mask import Mask
 from surgery.masks.neurons import Neurons
+from surgery.measure.files import metric_of
 from surgery.measure.rows import Evaluate, judged
-from surgery.measure.sweep import Bench, metric_of, name_of
+from surgery.measure.sweep import Bench, name_of
 from surgery.scores.memory import remembered
 from surgery.selectors.selectors import Selector
 from surgery.tables import aligned

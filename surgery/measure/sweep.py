@@ -23,6 +23,7 @@ from surgery.live.prompts import Batch, batches_of, digest_of
 from surgery.masks.mask import Mask
 from surgery.masks.neurons import Neurons
 from surgery.measure.evaluators import evaluator, signature
+from surgery.measure.files import MEASURED, metric_of, read_rows
 from surgery.measure.rows import EARLIER, LATER, Evaluate, Row, Score, Sweep, ceiling_of, check_items, judged, measured
 from surgery.progress import steps
 from surgery.reverting.rollback import rollback
@@ -31,7 +32,6 @@ from surgery.selectors.selectors import Selector
 from surgery.selectors.settings import units_asked
 from surgery.units import Units, kinds_of
 
-MEASURED = ("selector", "budget", "neurons", "metrics", "seconds")
 NONE: Mapping[str, str] = {}
 
 
@@ -145,13 +145,7 @@ class Bench:
 
     def _comparable(self, row: Row) -> Row:
         """The row, refused where it has other metrics than the later model's, or other items."""
-        later = self._rows.get((LATER, 0.0), row)
-        if row.metrics.keys() != later.metrics.keys():
-            raise ValueError(
-                f"{row.selector!r} has the metrics {sorted(row.metrics)}, and 'later' {sorted(later.metrics)}: "
-                f"evaluate has to return the same for every model (and rows of another evaluate need another file)"
-            )
-        check_items(row, later)
+        check_items(row, self._rows.get((LATER, 0.0), row))
         return row
 
     def _read(self, how: str) -> dict[tuple[str, float], Row]:
@@ -168,22 +162,17 @@ class Bench:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with _alone(self.path) as file:
             text = file.read()
-            lines = [line for line in text.splitlines() if line.strip()]
-            if not lines:
+            if not text.strip():
                 file.write(json.dumps(head) + "\n")
                 return {}
-            found = _parsed(lines[0], self.path)
-            parsed = [_parsed(line, self.path) for line in lines[1:]]
-            settings = [one.pop("settings", None) for one in parsed]
-            rows = [_row(one, self.path) for one in parsed]
+            found, held = read_rows(text, self.path)
             for name, mine in head.items():
                 if found.get(name) != mine:
                     raise ValueError(f"{self.path} holds rows of {_OTHERS[name]}: choose another file")
             if not text.endswith("\n"):  # an editor took it, or a full disk: the next row needs a line of its own
                 file.write("\n")
-        held = zip(rows, settings, strict=True)
-        self._settings = {(row.selector, row.budget): one for row, one in held if one is not None}
-        return {(row.selector, row.budget): row for row in rows}
+        self._settings = {(row.selector, row.budget): settings for row, settings in held if settings}
+        return {(row.selector, row.budget): row for row, _ in held}
 
     def _append(self, line: Mapping[str, Any]) -> None:
         if self.path is not None:
@@ -205,25 +194,6 @@ def _alone(path: Path) -> Iterator[IO[str]]:
 
 def _compact(items: list[float]) -> list[float]:
     return [int(x) if x.is_integer() else x for x in items]
-
-
-def _parsed(line: str, path: Path) -> dict[str, Any]:
-    try:
-        found = dict(json.loads(line))
-        held = {name: [float(x) for x in items] for name, items in found.get("items", {}).items()}
-        return {**found, "items": held} if "items" in found else found
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path} is not a sweep's file, or its last line was cut: {error}. Remove that line to go on, or choose "
-            f"another file"
-        ) from error
-
-
-def _row(found: dict[str, Any], path: Path) -> Row:
-    try:
-        return Row(**found)
-    except TypeError as error:
-        raise ValueError(f"{path} holds a line that is no row of a sweep: {error}") from error
 
 
 def _watched(evaluate: Evaluate) -> Evaluate:
@@ -352,40 +322,3 @@ def sweep(
         rows = [bench.ceiling(units) for units in dict.fromkeys(asked)]
         rows += [bench.row(selector, budget) for selector, budget in steps("rows", product(selectors, budgets))]
     return Sweep(metric, tuple(judged([earlier, later, *rows], earlier, later, metric)))
-
-
-def load_sweep(path: str | Path, metric: str | None = None) -> Sweep:
-    """Read the rows that ``sweep(path=)`` or ``repair(path=)`` wrote, with recoveries, to print or draw them.
-
-    Args:
-        path: the JSON-lines file; it has to hold the rows "earlier" and "later".
-        metric: as in ``sweep``.
-
-    Raises:
-        LookupError: there is no such file. ValueError: it is not a sweep's, or ends before its references.
-
-    Source: ours.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise LookupError(f"there is no sweep file {path}")
-    lines = [_parsed(line, path) for line in path.read_text(encoding="utf-8").splitlines()[1:] if line.strip()]
-    rows = [_row({name: value for name, value in line.items() if name != "settings"}, path) for line in lines]
-    named = {row.selector: row for row in rows}
-    if not {EARLIER, LATER} <= named.keys():
-        raise ValueError(f"{path} has no rows of the earlier and later models yet: let the sweep run on")
-    earlier, later = named[EARLIER], named[LATER]
-    metric = metric_of(earlier, later, metric)
-    others = [row for row in rows if row.selector not in (EARLIER, LATER)]
-    return Sweep(metric, tuple(judged([earlier, later, *others], earlier, later, metric)))
-
-
-def metric_of(earlier: Row, later: Row, metric: str | None = None) -> str:
-    """The metric that was asked for, or the one that fell most from earlier to later.
-
-    Raises:
-        ValueError: there is no such metric.
-    """
-    if metric is not None and metric not in later.metrics:
-        raise ValueError(f"the metric {metric!r} is none of those that evaluate returns: {sorted(later.metrics)}")
-    return metric or max(earlier.metrics, key=lambda name: earlier.metrics[name] - later.metrics[name])

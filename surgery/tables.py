@@ -164,3 +164,8 @@ def write_json(evidence: Any, path: str | Path) -> None:
     """Write evidence as a JSON file, with the name of its class."""
     told = {"kind": type(evidence).__name__, **as_json(evidence)}
     Path(path).write_text(json_text(told) + "\n", encoding="utf-8")
+
+
+def briefly(error: Exception) -> str:
+    """How another library's error begins, on one line, with its kind: some say no more than a key, others go on."""
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 240, placeholder=" ...")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -14,6 +16,7 @@ from torch import Tensor
 from surgery.compat import as_loaded, as_saved, auto_class
 from surgery.layout.finding import WAY_OUT, Shapes, Spec, find_layout, spec_layout
 from surgery.layout.slots import Block, Layout, Slot
+from surgery.tables import briefly
 from surgery.units import Units
 
 _AXES = r"\([^)]*\)|\w+"
@@ -66,6 +69,48 @@ def _at(slot: Slot, name: str, shapes: Shapes, folder: Path) -> Slot:
     return replace(slot, tensor=name)
 
 
+def configuration(folder: Path) -> Any:
+    """What a folder's ``config.json`` says, as transformers reads it; no code that it brings or names is ever run.
+
+    Raises:
+        ValueError: it can't be read, has a model type that transformers does not know, or names code on the hub.
+    """
+    import transformers
+
+    try:
+        stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if not (why := _unreadable(stored)):
+            return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (ValueError, OSError, LookupError, TypeError) as error:
+        why = briefly(error)
+    raise ValueError(
+        f"{folder}/config.json can't be read as a model's configuration: {why}. {WAY_OUT}, or pass the model live"
+    )
+
+
+def _unreadable(stored: Any) -> str:
+    """Why transformers is not asked to read a configuration; empty where it is."""
+    import transformers
+
+    kind = stored.get("model_type") if isinstance(stored, dict) else None
+    if not isinstance(kind, str):
+        return "it names no model_type"  # transformers would guess one from the folder's name
+    if kind not in transformers.CONFIG_MAPPING:
+        own = ", and the folder's own code is never run" * ("auto_map" in stored)
+        return f"transformers {transformers.__version__} knows no model type {kind!r}{own}"
+    code = next(_kernels(stored), None)
+    return f"it asks for {code!r}, code on the hub, which is never run" if code else ""
+
+
+def _kernels(stored: Any, named: bool = False) -> Iterator[str]:
+    """The repositories in a configuration that name an implementation of attention or of experts."""
+    if isinstance(stored, str) and named and "/" in stored:
+        yield stored
+    elif isinstance(stored, dict):
+        for key, value in stored.items():
+            yield from _kernels(value, named or key.endswith("_implementation"))
+
+
 def class_of(folder: Path) -> tuple[Any, Any]:
     """A folder's configuration, and the auto class of transformers that reads the folder's model.
 
@@ -74,12 +119,7 @@ def class_of(folder: Path) -> tuple[Any, Any]:
     """
     import transformers
 
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (ValueError, OSError, KeyError) as error:
-        raise ValueError(
-            f"{folder}/config.json can't be read as a model's configuration: {error}. {WAY_OUT}"
-        ) from error
+    config = configuration(folder)
     kind = auto_class(config)
     if kind is None:
         raise ValueError(f"transformers can't build the model of {folder}, a {type(config).__name__}. {WAY_OUT}")
@@ -89,7 +129,7 @@ def class_of(folder: Path) -> tuple[Any, Any]:
 def _meta_model(folder: Path) -> Any:
     config, kind = class_of(folder)
     with torch.device("meta"):
-        return kind.from_config(config)
+        return kind.from_config(config, trust_remote_code=False)
 
 
 def _on_disk(model: Any, block: Block, found: dict[str, list[Slot]]) -> None:

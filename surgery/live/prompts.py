@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.progress import steps
+from surgery.tables import briefly
 
 Batch = dict[str, Tensor]
 IGNORED = -100  # the label of a token that is no response (the convention of transformers' losses)
@@ -62,16 +63,22 @@ def load_prompts(path: str | Path, tokenizer: Any, *, batch_size: int = 16, limi
 
 
 def opened_tokenizer(tokenizer: Any) -> Any:
-    """The tokenizer, read where it is a folder's name.
+    """The tokenizer, read where it is a folder's name; no code of the folder is run.
 
     Raises:
-        ValueError: the folder has none; transformers makes an empty one of it, without a word.
+        ValueError: it can't be read; the folder has none, of which transformers makes an empty one without a word.
     """
     if not isinstance(tokenizer, str | Path):
         return tokenizer
     from transformers import AutoTokenizer
 
-    found = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+    try:
+        found = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True, trust_remote_code=False)
+    except (ValueError, OSError, ImportError) as error:
+        raise ValueError(
+            f"the tokenizer of {tokenizer} can't be read ({briefly(error)}): pass load_prompts a tokenizer that you "
+            f"have loaded yourself"
+        ) from error
     if len(found) <= len(set(found.all_special_ids)):
         raise ValueError(
             f"{tokenizer} has no tokenizer of its own: copy tokenizer.json and tokenizer_config.json there from the "

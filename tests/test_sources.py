@@ -330,6 +330,21 @@ def test_an_output_layer_that_is_tied_and_stored_has_to_be_the_embedding(place, 
     load(place / "later", meta)()
 
 
+@pytest.mark.parametrize("meta", [False, True])
+def test_only_the_weights_that_are_read_are_loaded(place, meta):
+    """transformers looks for other names: it would load a pickle, or another file that the configuration names."""
+    config(place / "later", transformers_weights=ONE)
+    load(place / "later", meta)()
+    config(place / "later", transformers_weights="old.safetensors")
+    shutil.copy(place / "earlier" / ONE, place / "later/old.safetensors")
+    refused(place, "later names weights of its own, 'old.safetensors'", load(place / "later", meta))
+    config(place / "later", transformers_weights=None)
+    (place / "later" / ONE).unlink()  # one file is left, and read by whatever name it has
+    torch.save(load_file(place / "base" / ONE), place / "later/pytorch_model.bin")
+    assert Checkpoint(place / "later").keys() == Checkpoint(place / "earlier").keys()
+    refused(place, "no file named model.safetensors", load(place / "later", meta), OSError)
+
+
 def test_nothing_is_read_to_see_that_a_folder_loads(place, monkeypatch):
     monkeypatch.setattr(Checkpoint, "_mapped", lambda *_: pytest.fail("numbers were read"))
     check_loads(Checkpoint(place / "later"))

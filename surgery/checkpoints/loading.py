@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from surgery.checkpoints.checkpoint import Checkpoint
+from surgery.checkpoints.checkpoint import INDEX, Checkpoint
 from surgery.checkpoints.checks import check_source
 from surgery.compat import as_loaded, tied_weights
 from surgery.layout.on_disk import class_of
@@ -30,10 +30,15 @@ def loaded(source: Checkpoint, dtype: torch.dtype | None = None, device_map: str
     """
     check_source(source, str(source.folder))
     config, kind = class_of(source.folder)
+    if (file := getattr(config, "transformers_weights", None)) not in (None, INDEX, *source.headers):
+        raise ValueError(
+            f"config.json of {source.folder} names weights of its own, {file!r}: remove transformers_weights from it, "
+            f"or the other weights"
+        )
     try:
         found: Any = kind.from_pretrained(
             source.folder, config=config, dtype=dtype or "auto", device_map=device_map, local_files_only=True,
-            trust_remote_code=False, ignore_mismatched_sizes=True, output_loading_info=True,
+            trust_remote_code=False, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True,
         )  # fmt: skip
     except (ValueError, ImportError) as error:
         raise ValueError(f"transformers can't load {source.folder} as a language model: {briefly(error)}") from error

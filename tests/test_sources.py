@@ -234,14 +234,12 @@ def test_an_adapter_beside_a_model_is_refused(place, mask):
     )
 
 
-def test_a_model_saved_with_its_adapter_unmerged_is_refused(place, mask):
+@pytest.mark.parametrize("own", [("lora_A.default.weight", "lora_B.default.weight"), ("ia3_l.default",)])
+def test_a_model_saved_with_its_adapter_unmerged_is_refused(place, mask, own):
     def wrap(tensors: dict[str, Tensor]) -> None:
         bare = Q.removesuffix("weight")
         tensors[f"{bare}base_layer.weight"] = tensors.pop(Q)
-        tensors |= {
-            f"{bare}lora_A.default.weight": torch.zeros(4, 32),
-            f"{bare}lora_B.default.weight": torch.ones(32, 4),
-        }
+        tensors.update({f"{bare}{name}": torch.zeros(1) for name in own})
 
     rewrite(place / "base", wrap)
     refused_everywhere(place, mask, place / "base", "self_attn.q_proj.*belongs to an adapter that is not merged")
@@ -385,7 +383,7 @@ def test_code_of_a_checkpoint_neither_runs_nor_is_offered(place, mask, mined, ki
     for read in (*each_role(place, mask, mined).values(), lambda: load_prompts(place / "prompts.jsonl", mined)):
         try:
             read()
-        except (ValueError, LookupError) as error:
+        except Exception as error:  # what the code of the folder raises, too
             told.append(str(error))
         assert not (place / "ran").exists()
         assert not (place / "asked").exists()

@@ -222,8 +222,8 @@ def test_the_folder_of_an_adapter_is_called_one(place, mask, weights, configured
     roles = each_role(place, mask, place / "base")
     (place / "base" / ONE).unlink()
     for role, read in roles.items():
-        message = "belongs to an adapter that is not merged" if "mapping" in role else "holds an adapter .* no model"
-        refused(place, f"{message}.*merge it", read)
+        message = "is wrapped by an adapter of peft" if "mapping" in role else "holds an adapter .* no model"
+        refused(place, f"{message}.*merge", read)
 
 
 def test_an_adapter_beside_a_model_is_refused(place, mask):
@@ -242,7 +242,7 @@ def test_a_model_saved_with_its_adapter_unmerged_is_refused(place, mask, own):
         tensors.update({f"{bare}{name}": torch.zeros(1) for name in own})
 
     rewrite(place / "base", wrap)
-    refused_everywhere(place, mask, place / "base", "self_attn.q_proj.*belongs to an adapter that is not merged")
+    refused_everywhere(place, mask, place / "base", "is wrapped by an adapter of peft.*self_attn.q_proj")
 
 
 @pytest.mark.parametrize("command", [
@@ -348,10 +348,10 @@ def test_nothing_is_read_to_see_that_a_folder_loads(place, monkeypatch):
     check_loads(Checkpoint(place / "later"))
 
 
-def test_an_encoder_decoder_is_refused_in_a_sentence(place):
-    config(place / "later", model_type="t5")
-    refused(place, "can't load .*later as a language model: Unrecognized configuration class .{0,200}$",
-            lambda: Trajectory(later=place / "later").load())  # fmt: skip
+def test_what_else_transformers_raises_is_a_sentence(place):
+    config(place / "later", attn_implementation="flash_attention_2")
+    message = "transformers can't load .*later: ImportError: .{0,240}$"
+    refused(place, message, lambda: Trajectory(later=place / "later").load())
 
 
 # --- code
@@ -387,7 +387,7 @@ def test_code_of_a_checkpoint_neither_runs_nor_is_offered(place, mask, mined, ki
             told.append(str(error))
         assert not (place / "ran").exists()
         assert not (place / "asked").exists()
-    assert max(map(len, told)) < 600
+    assert max(map(len, told)) < 800
     own = [text for text in told if "own code" in text]
     assert all("is never run" in text for text in own)
     assert bool(own) is (kind == "my_own")

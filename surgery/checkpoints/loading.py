@@ -41,7 +41,7 @@ def loaded(source: Checkpoint, dtype: torch.dtype | None = None, device_map: str
             trust_remote_code=False, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True,
         )  # fmt: skip
     except (ValueError, ImportError) as error:
-        raise ValueError(f"transformers can't load {source.folder} as a language model: {briefly(error)}") from error
+        raise ValueError(f"transformers can't load {source.folder}: {briefly(error)}") from error
     model: nn.Module = found[0]
     _check_told(source, found[1])
     _check_tied(source, model)

@@ -167,6 +167,15 @@ def as_loaded(model: Any, names: Iterable[str]) -> Names:
     return Names(whole, parts, spelt)
 
 
+def tied_weights(model: Any) -> dict[str, str]:
+    """The tensors that a model's configuration ties, each with the one that it is.
+
+    transformers' own ``get_expanded_tied_weights_keys``. Needed because transformers leaves two tensors apart where the
+    files hold different ones, and other programs tie them.
+    """
+    return dict(model.get_expanded_tied_weights_keys(all_submodels=True))
+
+
 @dataclass(frozen=True)
 class Declared:
     """How an expert module says that its weights lie.

@@ -324,7 +324,7 @@ def test_quantised_weights_are_refused(dtype):
     model = build("llama")
     down = model.model.layers[1].mlp.down_proj
     down.weight = nn.Parameter(down.weight.detach().to(dtype), requires_grad=False)
-    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.down_proj\.weight.*quantise it again"):
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.down_proj\.weight.*quantise the result again"):
         find_layout(model)
 
 

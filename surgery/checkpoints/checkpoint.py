@@ -20,6 +20,8 @@ from surgery.compat import writes_to
 from surgery.tables import LARGEST, briefly, read_json
 
 INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
+MERGE = "merge it (peft: merge_and_unload, then save_pretrained) and pass the folder of the result"
 _HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors format itself
 _AXES = 64  # of a tensor; a damaged header may name a million
 DTYPES = {
@@ -123,7 +125,8 @@ class Checkpoint(Mapping[str, Tensor]):
 
     Raises:
         LookupError: no such folder, no weights in it, or a shard that the index names is missing.
-        ValueError: pickled weights only, an index that points outside the folder, or a truncated or damaged file.
+        ValueError: pickled weights or an adapter only, an index that points outside the folder, or a truncated or
+            damaged file.
 
     Source: ours (the file format is safetensors').
     """
@@ -162,11 +165,11 @@ class Checkpoint(Mapping[str, Tensor]):
         """Tensor name → shape, from the headers alone."""
         return {name: tuple(self.headers[file][name]["shape"]) for name, file in self.where.items()}
 
-    @property
-    def dtypes(self) -> set[torch.dtype]:
-        """The dtypes of those tensors whose dtype torch can read."""
-        entries = (self.headers[file][name] for name, file in self.where.items())
-        return {DTYPES[entry["dtype"]] for entry in entries if entry["dtype"] in DTYPES}
+    @cached_property
+    def dtypes(self) -> dict[str, torch.dtype | str]:
+        """Tensor name → dtype, from the headers alone; the header's own word for one that torch does not have."""
+        stored = {name: self.headers[file][name]["dtype"] for name, file in self.where.items()}
+        return {name: DTYPES.get(dtype, dtype) for name, dtype in stored.items()}
 
     @property
     def state(self) -> tuple[tuple[str, int, int, int], ...]:
@@ -204,11 +207,13 @@ class Checkpoint(Mapping[str, Tensor]):
             return shards
         if single.exists():
             return [inside(self.folder, single.name)]
-        found = sorted(self.folder.glob("*.safetensors"))
+        found = sorted(set(self.folder.glob("*.safetensors")) - set(self.folder.glob("adapter_*")))
         if len(found) == 1:
             return [inside(self.folder, found[0].name)]
         if found:
             raise LookupError(f"{self.folder} has {len(found)} safetensors files and no {INDEX} to say which belong")
+        if adapter := next(self.folder.glob("adapter_*"), None):
+            raise ValueError(f"{self.folder} holds an adapter ({adapter.name}) and no model: {MERGE}")
         if pickles := [path.name for pattern in _PICKLES for path in self.folder.glob(pattern)]:
             raise ValueError(
                 f"{self.folder} holds pickled weights only ({', '.join(pickles[:3])}); loading a pickle can run code, "

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from surgery.checkpoints.checkpoint import Checkpoint, State
+from surgery.layout.on_disk import configuration
 
 # Every setting counts but these, also one that nobody knows: a forward pass may read it, and a model that is loaded as
 # itself is right in any case. These say where a model comes from and in which dtype, what it returns besides logits,
@@ -45,18 +46,11 @@ def _settings(side: Mapping[str, Tensor], live: Any) -> Mapping[str, Any] | None
     if not isinstance(side, Checkpoint):
         config = _live(side)
         return config.to_dict() if hasattr(config, "to_dict") else None
-    path = side.folder / "config.json"
-    if not path.exists():
+    if not (side.folder / "config.json").exists():
         return None
-    from transformers import AutoConfig
-
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        if hasattr(live, "to_dict") and raw["model_type"] == live.model_type:
-            return dict(type(live).from_pretrained(side.folder, local_files_only=True).to_dict())
-        config = AutoConfig.from_pretrained(side.folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} can't be read as a model's configuration: {error}") from error
+    config = configuration(side.folder, side.shapes)
+    if hasattr(live, "to_dict") and config.model_type == live.model_type:
+        return dict(type(live).from_pretrained(side.folder, local_files_only=True).to_dict())
     text = config.get_text_config()
     return dict((text if type(live) is type(text) else config).to_dict())
 

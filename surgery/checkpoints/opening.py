@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from surgery.checkpoints.checkpoint import Checkpoint, Source, State, tensors_of
+from surgery.checkpoints.checks import check_source
 from surgery.checkpoints.configuration import differences
 from surgery.compat import passing_buffers
-from surgery.layout.finding import check_unwrapped, find_layout
+from surgery.layout.finding import find_layout
 from surgery.layout.on_disk import folder_layout
+from surgery.layout.plain import check_stored
 from surgery.layout.slots import Block, Layout
 from surgery.units import Units, kinds_of
 
@@ -58,13 +60,14 @@ def open_weights(
         units: which kinds of unit to find (see ``find_layout``).
 
     Raises:
-        ValueError: the units can't be found, or are not those of ``like``; a tensor outside the MLPs has another
-            shape there. Outside the layers another number of rows (a padded or extended vocabulary) is only a
-            warning: such tensors are never touched. Other dtypes are fine, and so are tensors that only one has.
+        ValueError: the weights are quantised, or an adapter's; the units can't be found, or are not those of
+            ``like``; a tensor outside the MLPs has another shape there. Outside the layers another number of rows (a
+            padded or extended vocabulary) is only a warning: such tensors are never touched. Other floating dtypes are
+            fine, and so are tensors that only one has.
     """
     tensors = tensors_of(source)
     name = _name(source)
-    check_unwrapped(name, tensors)
+    check_source(tensors, name)
     kinds = kinds_of(units) if like is None else like.layout.units
     found = layout or _layout(tensors, like, name, kinds)
     if like is not None and found.sizes != like.layout.sizes:
@@ -120,10 +123,11 @@ def _folder_layout(folder: _Folder, kinds: tuple[str, ...]) -> Layout:
 
 
 def _check_shapes(tensors: Mapping[str, Tensor], layout: Layout, name: str) -> None:
-    shapes = tensors.shapes if isinstance(tensors, Checkpoint) else None
+    shapes, dtypes = (tensors.shapes, tensors.dtypes) if isinstance(tensors, Checkpoint) else (None, None)
     for slot in (slot for block in layout.blocks for slot in block.slots):
         if slot.tensor not in tensors:
             raise ValueError(f"{name} has no tensor {slot.tensor!r}")
+        check_stored(slot.tensor, dtypes[slot.tensor] if dtypes else tensors[slot.tensor].dtype, name)
         shape = shapes[slot.tensor] if shapes else tuple(tensors[slot.tensor].shape)
         if shape != slot.shape:
             raise ValueError(f"{slot.tensor!r} has the shape {shape} in {name}, expected {slot.shape}")

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from surgery.checkpoints.checkpoint import Checkpoint, Source, in_force
+from surgery.checkpoints.loading import loaded
 from surgery.checkpoints.opening import Weights, open_weights
-from surgery.layout.on_disk import class_of
 from surgery.layout.slots import Block, Layout
 from surgery.progress import steps
 from surgery.units import Units, kinds_of, noun
@@ -183,9 +183,9 @@ class Trajectory:
             dtype: torch dtype (default: its own).
 
         Raises:
-            ValueError: there is no later checkpoint, or it is a bare mapping, which has no forward pass; the files have
-                changed since the model was read; the model was already rounded to a narrower dtype than ``dtype``; with
-                "auto" the model does not fit on the devices.
+            ValueError: there is no later checkpoint, or it is a bare mapping, which has no forward pass; its folder is
+                not a whole model of plain numbers; the files have changed since the model was read; the model was
+                already rounded to a narrower dtype than ``dtype``; with "auto" the model does not fit on the devices.
         """
         if isinstance(self.later, nn.Module):
             return _moved(self.later, device, dtype)
@@ -219,17 +219,14 @@ class Trajectory:
             raise ValueError("a bare mapping of tensors has no forward pass: pass a folder or an nn.Module as later")
         source = self.tensors("later")
         assert isinstance(source, Checkpoint)
-        spread = {"device_map": "auto"} if device == "auto" else {}
-        model: nn.Module = class_of(source.folder)[1].from_pretrained(
-            source.folder, dtype=dtype or "auto", local_files_only=True, **spread
-        )
+        model = loaded(source, dtype, "auto" if device == "auto" else None)
         if offloaded := [name for name, p in model.named_parameters() if p.is_meta]:
             raise ValueError(
                 f"{offloaded[0]} and {len(offloaded) - 1} other tensors do not fit on the devices, and accelerate has "
                 f"offloaded them: take a larger machine, or work on the folder (rolled_back and save need no model)"
             )
         self._held.read = source
-        return (model.to(device) if device and not spread else model).eval()
+        return (model.to(device) if device and device != "auto" else model).eval()
 
     def _stage(self, name: str) -> Source:
         if name not in (self.stages or {}):
@@ -270,7 +267,7 @@ def _moved(model: nn.Module, device: Any, dtype: torch.dtype | None) -> nn.Modul
 def _check_conversion(model: nn.Module, dtype: torch.dtype, stored: Checkpoint) -> None:
     """Raise ``ValueError`` where converting would not give what reading the files in that dtype gives."""
     now = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    held = {one for one in stored.dtypes if one.is_floating_point}
+    held = {one for one in stored.dtypes.values() if isinstance(one, torch.dtype) and one.is_floating_point}
     if now == {dtype}:
         return
     for one in now:

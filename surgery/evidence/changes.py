@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from surgery.checkpoints.checkpoint import tensors_of
+from surgery.checkpoints.checks import check_source
 from surgery.checkpoints.trajectory import Trajectory
 from surgery.evidence.matching import KINDS, alike, places_of
 from surgery.tables import Cell, Table, write_json
@@ -279,6 +280,8 @@ def changes(run: Trajectory, *, absolute: float = 1e-7, relative: float = 1e-3) 
     if len(found) < 2:
         raise ValueError(f"changes compares two or more checkpoints, got {list(found) or 'none'}")
     names, opened = list(found), [tensors_of(source) for source in found.values()]
+    for name, tensors in zip(names, opened, strict=True):
+        check_source(tensors, name)
     dims, left_out = alike(dict(zip(names, opened, strict=True)))
     last = range(1, len(names))
     pairs = list(dict.fromkeys([*((0, at) for at in last), *((at - 1, at) for at in last)]))

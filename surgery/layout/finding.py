@@ -10,11 +10,11 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from surgery.compat import declared, tensor_parallel_plan, wrapper_of
 from surgery.layout.attention import attention_blocks
+from surgery.layout.plain import check_stored
 from surgery.layout.slots import Block, Layout, Slot
 from surgery.tables import briefly
 from surgery.units import Units, kinds_of, module_of
@@ -57,11 +57,7 @@ def check_dtypes(model: nn.Module, layout: Layout) -> None:
     """No slot may be quantised."""
     held = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     for slot in (slot for block in layout.blocks for slot in block.slots):
-        if held[slot.tensor].dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-            raise ValueError(
-                f"{slot.tensor} is stored as {held[slot.tensor].dtype}: quantised weights can't be reverted exactly. "
-                f"Roll the unquantised checkpoint back and quantise it again"
-            )
+        check_stored(slot.tensor, held[slot.tensor].dtype, f"the live {type(model).__name__}")
 
 
 def check_complete(model: nn.Module, layout: Layout) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -67,7 +68,51 @@ def _at(slot: Slot, name: str, shapes: Shapes, folder: Path) -> Slot:
     return replace(slot, tensor=name)
 
 
-def class_of(folder: Path) -> tuple[Any, Any]:
+def configuration(folder: Path, shapes: Shapes) -> Any:
+    """What a folder's ``config.json`` says, as transformers reads it; no code that it brings or names is ever run.
+
+    Raises:
+        ValueError: it can't be read, counts more than the folder's tensors, has a model type that transformers does
+            not know, or names code on the hub.
+    """
+    import transformers
+
+    try:
+        stored = read_json(folder / "config.json", {})
+        check_counts(stored, shapes)
+        if not (why := _unknown(stored)):
+            return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever a damaged configuration makes transformers raise
+        why = briefly(error)
+    raise ValueError(
+        f"{folder}/config.json can't be read as a model's configuration: {why}. {WAY_OUT}, or pass the model live"
+    )
+
+
+def _unknown(stored: dict[str, Any]) -> str:
+    """Why transformers is not asked to read a configuration; empty where it is."""
+    import transformers
+
+    kind = stored.get("model_type")
+    if not isinstance(kind, str):
+        return "it names no model_type"  # transformers would guess one from the folder's name
+    if kind not in transformers.CONFIG_MAPPING:
+        own = ", and the folder's own code is never run" * ("auto_map" in stored)
+        return f"transformers {transformers.__version__} knows no model type {kind!r}{own}"
+    code = next(_kernels(stored), None)
+    return f"it asks for {code!r}, code on the hub, which is never run" if code else ""
+
+
+def _kernels(stored: Any, named: bool = False) -> Iterator[str]:
+    """The repositories in a configuration that name an implementation of attention or of experts."""
+    if isinstance(stored, str) and named and "/" in stored:
+        yield stored
+    elif isinstance(stored, dict):
+        for key, value in stored.items():
+            yield from _kernels(value, named or key.endswith("_implementation"))
+
+
+def class_of(folder: Path, shapes: Shapes) -> tuple[Any, Any]:
     """A folder's configuration, and the auto class of transformers that reads the folder's model.
 
     Raises:
@@ -75,18 +120,11 @@ def class_of(folder: Path) -> tuple[Any, Any]:
     """
     import transformers
 
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # whatever a damaged configuration makes transformers raise
-        raise _unreadable(folder, error) from error
+    config = configuration(folder, shapes)
     kind = auto_class(config)
     if kind is None:
         raise ValueError(f"transformers can't build the model of {folder}, a {type(config).__name__}. {WAY_OUT}")
     return config, getattr(transformers, kind)
-
-
-def _unreadable(folder: Path, error: Exception) -> ValueError:
-    return ValueError(f"{folder}/config.json can't be read as a model's configuration: {briefly(error)}. {WAY_OUT}")
 
 
 _LAYERS = re.compile(r"(num|n)_(hidden_)?layers?|(num_)?(en|de)coder_layers|depth")
@@ -105,14 +143,10 @@ def check_counts(stored: Any, shapes: Shapes) -> None:
 
 
 def _meta_model(folder: Path, shapes: Shapes) -> Any:
-    try:
-        check_counts(read_json(folder / "config.json", {}), shapes)
-    except ValueError as error:
-        raise _unreadable(folder, error) from error
-    config, kind = class_of(folder)
+    config, kind = class_of(folder, shapes)
     try:
         with torch.device("meta"):
-            return kind.from_config(config)
+            return kind.from_config(config, trust_remote_code=False)
     except Exception as error:  # whatever sizes that are none make transformers and torch raise
         raise ValueError(f"transformers can't build the model of {folder}: {briefly(error)}. {WAY_OUT}") from error
 

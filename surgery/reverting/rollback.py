@@ -18,7 +18,6 @@ from surgery.masks.edits import Edit, Rows
 from surgery.masks.mask import Mask, checked
 from surgery.reverting.provenance import papers, warn_if_made_for_others
 from surgery.reverting.writing import (
-    REAL,
     Strength,
     bits,
     check_strength,
@@ -300,7 +299,7 @@ def rolled_back(
         copies. ``save`` writes it as a folder.
 
     Raises:
-        ValueError: the mask or ``to`` is of another model, or a dtype can't be reverted exactly.
+        ValueError: the mask or ``to`` is of another model, or weights are quantised.
 
     Source: ours.
     """
@@ -308,7 +307,4 @@ def rolled_back(
     check_strength(strength, opened.layout)
     view = RolledBack(opened, _opened(to, layout, opened), mask, strength)
     warn_if_made_for_others(mask, earlier=view.source, later=opened)
-    for name in view._edits:
-        if opened.tensors[name].dtype not in REAL:
-            raise ValueError(f"{name} is stored as {opened.tensors[name].dtype}: quantised weights can't be reverted")
     return view

@@ -17,7 +17,6 @@ from surgery.masks.edits import Edit, Held
 from surgery.masks.mask import Mask
 from surgery.masks.neurons import Neurons
 
-REAL = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -36,7 +35,7 @@ def numbers(scalars: list[Tensor]) -> list[int]:
 
 
 def check_writable(live: Weights, edits: list[Edit]) -> None:
-    """Refuse weights that are offloaded, quantised, or share their storage with others (``ValueError``)."""
+    """Refuse weights that are offloaded, or share their storage with others (``ValueError``)."""
     names = {edit.slot.tensor for edit in edits}
     owners: dict[tuple[torch.device, int], set[str]] = {}
     for name, tensor in live.tensors.items():
@@ -49,8 +48,6 @@ def check_writable(live: Weights, edits: list[Edit]) -> None:
                 f"{name} is on the meta device: its weights are offloaded, and an edit would be lost. Load the model "
                 f"whole, or roll the folder back with rolled_back() and save()"
             )
-        if tensor.dtype not in REAL:
-            raise ValueError(f"{name} is stored as {tensor.dtype}: quantised weights can't be reverted exactly")
         ours, storage = name, owners[tensor.device, tensor.untyped_storage().data_ptr()]
         if shared := sorted(other for other in storage - {ours} if _overlap(live.tensors[other], tensor)):
             raise ValueError(f"{name} shares its memory with {shared[0]!r}: writing the one would change the other too")

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from surgery.checkpoints.opening import open_weights
+from surgery.layout.plain import check_stored
 from surgery.layout.slots import Layout
 from surgery.live.hooks import only_these
 from surgery.masks.edits import Edit
 from surgery.masks.mask import Mask, checked
-from surgery.reverting.writing import REAL, bits, check_writable, numbers, uninterrupted
+from surgery.reverting.writing import bits, check_writable, numbers, uninterrupted
 
 
 @dataclass(frozen=True)
@@ -172,8 +173,7 @@ def _everything(model: nn.Module) -> list[tuple[nn.Parameter, Edit | Whole]]:
     for name, p in found.items():
         if p.device.type == "meta":
             raise ValueError(f"{name} is on the meta device: its weights are offloaded. Load the model whole")
-        if p.dtype not in REAL:
-            raise ValueError(f"{name} is stored as {p.dtype}: quantised weights can't be trained")
+        check_stored(name, p.dtype, "the model")
     return [(p, Whole(name)) for name, p in found.items()]
 
 

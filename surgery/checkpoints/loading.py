@@ -1,0 +1,93 @@
+"""Reading a folder's model into memory, whole: no weight of it is random, and no code of the folder runs."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from surgery.checkpoints.checkpoint import INDEX, Checkpoint
+from surgery.checkpoints.checks import check_source
+from surgery.compat import as_loaded, tied_weights
+from surgery.layout.on_disk import class_of
+from surgery.tables import briefly
+
+
+def loaded(source: Checkpoint, dtype: torch.dtype | None = None, device_map: str | None = None) -> nn.Module:
+    """The model of a folder; a warning names what the folder holds and the model does not read.
+
+    Args:
+        source: the folder.
+        dtype: torch dtype (default: that of its files).
+        device_map: as in ``from_pretrained``.
+
+    Raises:
+        ValueError: the weights are quantised, or an adapter's; the configuration can't be read, or calls for a weight
+            that the files lack, hold in another shape, or hold apart where it ties two.
+    """
+    check_source(source, str(source.folder))
+    config, kind = class_of(source.folder, source.shapes)
+    if (file := getattr(config, "transformers_weights", None)) not in (None, INDEX, *source.headers):
+        raise ValueError(
+            f"config.json of {source.folder} names weights of its own, {file!r}: remove transformers_weights from it, "
+            f"or the other weights"
+        )
+    try:
+        found: Any = kind.from_pretrained(
+            source.folder, config=config, dtype=dtype or "auto", device_map=device_map, local_files_only=True,
+            trust_remote_code=False, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True,
+        )  # fmt: skip
+    except (ValueError, ImportError) as error:
+        raise ValueError(f"transformers can't load {source.folder}: {briefly(error)}") from error
+    model: nn.Module = found[0]
+    _check_told(source, found[1])
+    _check_tied(source, model)
+    return model
+
+
+def check_loads(source: Checkpoint) -> None:
+    """What ``loaded`` refuses or warns of, told without reading the weights: the model stays on the meta device."""
+    loaded(source, device_map="meta")
+
+
+def _check_told(source: Checkpoint, told: dict[str, Any]) -> None:
+    """What transformers says about names and shapes: a weight that it could not read has random numbers."""
+    for name, stored, wanted in sorted(told["mismatched_keys"]):
+        raise ValueError(
+            f"{name!r} has the shape {tuple(stored)} in {source.folder}, and its config.json calls for {tuple(wanted)}"
+        )
+    if missing := told["missing_keys"]:
+        raise ValueError(
+            f"{source.folder} has no {_some(missing)}, and a model loaded from it would hold random numbers there: "
+            f'save the whole model again, or write "tie_word_embeddings": true into config.json if only the output '
+            f"layer is missing and is the embedding"
+        )
+    if unread := told["unexpected_keys"]:
+        warnings.warn(
+            f"{source.folder} holds {_some(unread)}, which its model does not read: they take no part in what is "
+            f"measured",
+            stacklevel=5,
+        )
+
+
+def _some(names: Iterable[str]) -> str:
+    first, *others = sorted(names)
+    return f"tensor {first!r}" + (f" and {len(others)} more" if others else "")
+
+
+def _check_tied(source: Checkpoint, model: Any) -> None:
+    """Two tensors of the files that the configuration makes one have to be the same."""
+    names = as_loaded(model, source).whole
+    for pair in tied_weights(model).items():
+        if not names.keys() >= set(pair):
+            continue
+        found = [names[name] for name in pair]
+        one, other = (source[name] for name in found)
+        if one.shape != other.shape or not torch.equal(one, other.to(one.dtype)):
+            raise ValueError(
+                f"config.json of {source.folder} ties {found[0]!r} to {found[1]!r}, and the files hold two different "
+                f'tensors: write "tie_word_embeddings": false into it, or remove the one that is stale'
+            )

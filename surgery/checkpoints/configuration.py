@@ -10,6 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from surgery.checkpoints.checkpoint import Checkpoint, State
+from surgery.layout.on_disk import check_counts, unreadable
+from surgery.tables import read_json
 
 # Every setting counts but these, also one that nobody knows: a forward pass may read it, and a model that is loaded as
 # itself is right in any case. These say where a model comes from and in which dtype, what it returns besides logits,
@@ -51,12 +53,13 @@ def _settings(side: Mapping[str, Tensor], live: Any) -> Mapping[str, Any] | None
     from transformers import AutoConfig
 
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = read_json(path, {"model_type": str})
+        check_counts(raw, side.shapes)
         if hasattr(live, "to_dict") and raw["model_type"] == live.model_type:
             return dict(type(live).from_pretrained(side.folder, local_files_only=True).to_dict())
         config = AutoConfig.from_pretrained(side.folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} can't be read as a model's configuration: {error}") from error
+    except Exception as error:  # whatever a damaged configuration makes transformers raise
+        raise unreadable(side.folder, error) from error
     text = config.get_text_config()
     return dict((text if type(live) is type(text) else config).to_dict())
 

@@ -78,14 +78,15 @@ def class_of(folder: Path) -> tuple[Any, Any]:
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # whatever a damaged configuration makes transformers raise
-        raise _unreadable(folder, error) from error
+        raise unreadable(folder, error) from error
     kind = auto_class(config)
     if kind is None:
         raise ValueError(f"transformers can't build the model of {folder}, a {type(config).__name__}. {WAY_OUT}")
     return config, getattr(transformers, kind)
 
 
-def _unreadable(folder: Path, error: Exception) -> ValueError:
+def unreadable(folder: Path, error: Exception) -> ValueError:
+    """The refusal of a folder's configuration, for the reason that another error gives."""
     return ValueError(f"{folder}/config.json can't be read as a model's configuration: {briefly(error)}. {WAY_OUT}")
 
 
@@ -108,7 +109,7 @@ def _meta_model(folder: Path, shapes: Shapes) -> Any:
     try:
         check_counts(read_json(folder / "config.json", {}), shapes)
     except ValueError as error:
-        raise _unreadable(folder, error) from error
+        raise unreadable(folder, error) from error
     config, kind = class_of(folder)
     try:
         with torch.device("meta"):

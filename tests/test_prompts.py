@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from surgery import load_prompts
 from surgery.live.prompts import response_mask
 
-CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789 <>|:+=\n\u2028\x85\ufeff"
+CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789 <>|:+=\n\u2028\u2029\x85\x0b\x0c\x1c\ufeff"
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}|{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -157,13 +157,13 @@ BAD = {
     "blank": ("\n \n", "is empty"),
     "not json": ('{"prompt": "a"}\n{"prompt": \n', "line 2 is not JSON"),
     "nested": ("[" * 100_000, "line 1 is not JSON"),
-    "a list": ('["a"]\n', "line 1: expected one JSON object a line"),
-    "no key": ('{"question": "a"}\n', r'line 1: expected "prompt" .*found \[\'question\'\]'),
-    "a number": ('{"prompt": 3}\n', 'expected "prompt" .a string'),
+    "a list": ('["a"]\n["b"]\n', "line 1: expected one JSON object a line"),
+    "no key": ('{"question": "a"}\n', r'line 1: expected "prompt", .*found \[\'question\'\]'),
+    "a number": ('{"prompt": 3}\n', "line 1: 'prompt' is 3: expected text or messages"),
     "no messages": ('{"messages": []}\n', 'expected "prompt"'),
     "bad messages": ('{"messages": ["hi"]}\n', 'line 1: expected "messages" like'),
     "no role": ('{"messages": [{"content": "x"}]}\n', 'expected "messages" like'),
-    "response no string": ('{"prompt": "a", "response": 4}\n', 'line 1: "response" is no string'),
+    "response no string": ('{"prompt": "a", "response": 4}\n', "line 1: 'response' is 4: expected text"),
     "half a pair": ('{"prompt": "a \\ud83d"}\n', r"line 1: '\\ud83d' is half of a surrogate pair"),
     "mixed": ('\n{"prompt": "a", "response": "b"}\n\n{"prompt": "a"}\n', "line 4 has no response, and other lines"),
     "nothing": ('{"prompt": ""}\n', "line 1: no token at all"),
@@ -191,9 +191,9 @@ def test_no_file_and_no_text(tmp_path):
 def test_chat_templates_that_are_missing_or_refuse(tmp_path):
     turn = {"role": "user", "content": "a"}
     path = lines(tmp_path / "p", {"messages": [turn, {"role": "assistant", "content": "b"}]})
-    with pytest.raises(ValueError, match='need a chat template, and the tokenizer has none: write "prompt"'):
+    with pytest.raises(ValueError, match='need a chat template, and the tokenizer has none: write text as "prompt"'):
         load_prompts(path, tokenizer(None))
     with pytest.raises(ValueError, match="line 1: the chat template refuses these messages: roles must alternate"):
         load_prompts(path, tokenizer("{{ raise_exception('roles must alternate') }}"))
     with pytest.raises(ValueError, match="line 1: the chat template rewrites earlier turns"):
-        load_prompts(path, tokenizer("{{ messages | length }}"))
+        load_prompts(path, tokenizer("{{ messages | length }}{{ messages[0].content }}{{ messages[-1].content }}"))

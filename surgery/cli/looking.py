@@ -122,10 +122,16 @@ def inspect(
     probe: Annotated[bool, typer.Option("--probe", help="Verify one block of each kind by autograd.")] = False,
     units: Units = "mlp",
     layout: LayoutFile = None,
+    data: Annotated[
+        Path | None, typer.Option(help="JSON lines: print the first one's tokens as the model sees them, nothing else.")
+    ] = None,
 ) -> None:
     """Print where the neurons (or other units) lie, and how they were found."""
     from surgery.checkpoints.opening import open_weights
 
+    if data is not None:
+        _print_tokens(data, source)
+        return
     if Path(source).is_file():
         from surgery.masks.mask import load_mask
 
@@ -146,6 +152,24 @@ def inspect(
         out.print(f"\n{note}", markup=False)
     if probe and not _probed(source, layout, kinds_in(units), [blocks[0].name for blocks in kinds.values()]):
         raise typer.Exit(1)
+
+
+def _print_tokens(data: Path, source: str) -> None:
+    """The first prompt of a file and its response, token by token."""
+    from surgery.checkpoints.checkpoint import folder_of
+    from surgery.live.lines import end_tokens
+    from surgery.live.prompts import load_prompts, opened_tokenizer, response_mask
+
+    tokenizer = opened_tokenizer(folder_of(source))
+    (batch,) = load_prompts(data, tokenizer, limit=1)
+    ids, counted = batch["input_ids"][0], response_mask(batch)[0]
+    for what, some in (("prompt", ids[~counted]), ("response", ids[counted])):
+        named = what if "labels" in batch else "prompt, without a response"
+        if len(some):
+            said = " ".join(repr(tokenizer.decode([token])) for token in some.tolist())
+            out.print(f"{named} ({len(some)} token{'s' * (len(some) > 1)}): {said}\n", markup=False, highlight=False)
+    ends = " or ".join(repr(tokenizer.decode([token])) for token in sorted(end_tokens(tokenizer)))
+    out.print(f"the tokenizer and its chat template end an answer with {ends or 'nothing'}", markup=False)
 
 
 def _kind(block: Block) -> Any:

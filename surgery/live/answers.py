@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgery.checkpoints.checkpoint import folder_of
 from surgery.checkpoints.opening import sampled
 from surgery.live.heads import contiguous
 from surgery.live.hooks import evaluating
-from surgery.live.prompts import Batch, batches_of, check_fits, context_of, padded, vocabulary_of
+from surgery.live.lines import end_tokens
+from surgery.live.prompts import Batch, batches_of, check_fits, context_of, opened_tokenizer, padded, vocabulary_of
 from surgery.progress import steps
 
 _ALONE = threading.Lock()  # generate draws from torch's own random numbers, of which a process has one sequence
@@ -29,6 +31,7 @@ class _Settings:
     max_new_tokens: int
     temperature: float
     seed: int
+    ends: list[int]
     tokens: int | None
 
     def written(self) -> dict[str, Any]:
@@ -50,7 +53,9 @@ def respond(
     Args:
         model: the earlier model, live (``earlier_model(run)``), with a ``generate`` method.
         prompts: batches of ``{"input_ids", "attention_mask"}``, ``[batch, token]``; batches with labels are passed on.
-        max_new_tokens: an answer is cut after this many tokens, and at the end of the model's context.
+        max_new_tokens: an answer is cut after this many tokens, and at the end of the model's context. It ends before
+            with any token that the generation settings, or the tokenizer beside the model's files or its chat template,
+            end a turn with.
         temperature: of the sampling from the model's whole distribution; 0 is greedy. The model's own generation
             settings (a repetition penalty, beams) are not used.
         seed: of the sampling; torch's own random state does not change.
@@ -70,8 +75,9 @@ def respond(
         raise ValueError(f"max_new_tokens={max_new_tokens!r}: expected how many tokens, 1 or more")
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature={temperature!r}: expected a number ≥ 0 (0 is greedy)")
-    batches, settings = list(batches_of(prompts)), _Settings(max_new_tokens, temperature, seed, tokens)
+    batches = list(batches_of(prompts))
     asked = [_rows(batch) for batch in batches if "labels" not in batch]
+    settings = _Settings(max_new_tokens, temperature, seed, _ends(model) if asked else [], tokens)
     file = Path(path) if path is not None else None
     if file is None:
         answers = _generate(model, asked, settings)
@@ -105,13 +111,30 @@ def _special(model: Any, name: str) -> list[int]:
     return []
 
 
+def _ends(model: Any) -> list[int]:
+    """Every token that ends an answer: one that was trained on chats may end them with none of generate's own."""
+    folder = _folder(model)
+    files = ("tokenizer_config.json", "tokenizer.json")
+    kept = folder is not None and any((folder / name).is_file() for name in files)
+    return sorted({*_special(model, "eos_token_id"), *(end_tokens(opened_tokenizer(folder)) if kept else ())})
+
+
+def _folder(model: Any) -> Path | None:
+    """The folder that a model was read from, where it is still there."""
+    name = getattr(model, "name_or_path", None)
+    try:
+        return folder_of(name) if name else None
+    except LookupError:
+        return None
+
+
 def _generate(model: Any, asked: list[list[list[int]]], settings: _Settings) -> list[list[list[int]]]:
     if not hasattr(model, "generate"):
         raise ValueError(
             f"{type(model).__name__} can't answer prompts (no generate): pass a causal LM, or batches with labels"
         )
     device = next(model.parameters()).device
-    ends = _special(model, "eos_token_id")
+    ends = settings.ends
     pad = (_special(model, "pad_token_id") or [0])[0]  # masked, and cut off behind the end
     limit, own = context_of(model), vocabulary_of(model) or 0
     sampled = {"do_sample": True, "temperature": settings.temperature, "top_k": 0, "top_p": 1.0}

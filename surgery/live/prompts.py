@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgery.live.lines import Tokenizing, read_lines, tokens_of
 from surgery.progress import steps
 
 Batch = dict[str, Tensor]
@@ -21,9 +22,11 @@ TOKENS = 1024  # prompts × the longest of them: what one pass over a model take
 def load_prompts(path: str | Path, tokenizer: Any, *, batch_size: int = 16, limit: int | None = None) -> list[Batch]:
     """Read a JSON-lines file of prompts into padded batches.
 
-    A line holds ``"prompt"`` with or without ``"response"``, or ``"messages"`` (the chat template is applied; if the
-    last message is the assistant's, it is the response), or ``"text"`` (all of it counts). Either all lines of a file
-    have responses, or none has.
+    A line holds ``"prompt"`` with or without ``"response"`` (or ``"completion"``, or ``"chosen"``), or ``"messages"``
+    (the chat template is applied; if the last message is the assistant's, it is the response), or ``"text"`` (all of it
+    counts). Either all lines of a file have responses, or none has. Tokens are those that the model sees: what begins a
+    sequence comes once, nothing special stands between prompt and response but what the chat template puts there, and a
+    response ends with the token that ends a turn.
 
     Args:
         path: the file.
@@ -37,8 +40,11 @@ def load_prompts(path: str | Path, tokenizer: Any, *, batch_size: int = 16, limi
 
     Raises:
         LookupError: no such file.
-        ValueError: the file is empty, a line can't be read, a prompt is longer than the tokenizer's limit, or the
-            folder holds a model and no tokenizer.
+        ValueError: the file is empty, a line can't be read or is longer than the tokenizer's limit, the chat template
+            leaves a part of it out, or the folder holds a model and no tokenizer.
+
+    A warning tells where a text has no tokens, where a key that is not read may hold the response, and where prompt and
+    response meet in another way than the model has seen.
 
     Source: ours.
     """
@@ -49,14 +55,25 @@ def load_prompts(path: str | Path, tokenizer: Any, *, batch_size: int = 16, limi
         if number is not None and number < 1:
             raise ValueError(f"{name}={number}: expected 1 or more")
     tokenizer = opened_tokenizer(tokenizer)
-    lines = list(_lines(path, limit))
+    known = Tokenizing.of(tokenizer)
+    lines = [tokens_of(line, where, known) for where, line in read_lines(path, limit)]
     if not lines:
         raise ValueError(f"{path} is empty: expected one JSON object a line")
-    pairs = [_tokens(line, where, tokenizer) for where, line in lines]
-    with_response = [response is not None for _, response in pairs]
-    if any(with_response) and not all(with_response):
-        where, _ = lines[with_response.index(False)]
-        raise ValueError(f"{where} has no response, and other lines have one: make them all alike")
+    most = tokenizer.model_max_length
+    for line in lines:
+        length = len(line.prompt) + len(line.response or [])
+        if length == 0:
+            raise ValueError(f"{line.where}: no token at all")
+        if length > most:
+            raise ValueError(f"{line.where}: {length} tokens, and the tokenizer's limit is {most}: shorten or drop it")
+    bare = [line.where for line in lines if line.response is None]
+    if 0 < len(bare) < len(lines):
+        raise ValueError(f"{bare[0]} has no response, and other lines have one: make them all alike")
+    for remark in dict.fromkeys(remark for line in lines for remark in line.remarks):
+        first, *others = (line.where for line in lines if remark in line.remarks)
+        more = f" and {len(others)} other{'s' * (len(others) > 1)}" if others else ""
+        warnings.warn(f"{first}{more}: {remark}", stacklevel=2)
+    pairs = [(line.prompt, line.response) for line in lines]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
     return [padded(pairs[start : start + batch_size], pad) for start in range(0, len(pairs), batch_size)]
 
@@ -250,82 +267,6 @@ def response_mask(batch: Batch) -> Tensor:
     if "attention_mask" in batch:
         return batch["attention_mask"].bool()
     return torch.ones_like(batch["input_ids"], dtype=torch.bool)
-
-
-def _lines(path: Path, limit: int | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        texts = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would cut at U+2028, legal in JSON
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
-    found = 0
-    for number, text in enumerate(texts, 1):
-        if not text.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where} is not JSON: {error}") from error
-        if not isinstance(line, dict):
-            raise ValueError(f"{where}: expected one JSON object a line, like {{'prompt': ..., 'response': ...}}")
-        yield where, line
-        found += 1
-        if found == limit:
-            return
-
-
-def _tokens(line: dict[str, Any], where: str, tokenizer: Any) -> tuple[list[int], list[int] | None]:
-    """A line's prompt tokens, and its response's (None where it has none)."""
-    _check_characters({key: line[key] for key in ("prompt", "response", "messages", "text") if key in line}, where)
-    response = None
-    if isinstance(line.get("messages"), list) and line["messages"]:
-        prompt, response = _chat(line["messages"], where, tokenizer)
-    elif isinstance(line.get("prompt"), str):
-        prompt = tokenizer(line["prompt"])["input_ids"]
-        if line.get("response") is not None:
-            if not isinstance(line["response"], str):
-                raise ValueError(f'{where}: "response" is no string')
-            response = tokenizer(line["response"], add_special_tokens=False)["input_ids"]
-            response += [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    elif isinstance(line.get("text"), str):
-        prompt, response = [], tokenizer(line["text"])["input_ids"]
-    else:
-        raise ValueError(f'{where}: expected "prompt" (a string), "messages" or "text", found {sorted(line)}')
-    length, limit = len(prompt) + len(response or []), tokenizer.model_max_length
-    if length == 0:
-        raise ValueError(f"{where}: no token at all")
-    if length > limit:
-        raise ValueError(f"{where}: {length} tokens, and the tokenizer's limit is {limit}: shorten or drop the line")
-    return prompt, response
-
-
-def _check_characters(texts: dict[str, Any], where: str) -> None:
-    """Refuse half of a surrogate pair, which JSON can hold: tokenizers speak of the type of their input."""
-    try:
-        json.dumps(texts, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        half = error.object[error.start]
-        raise ValueError(f"{where}: {half!a} is half of a surrogate pair and no character: remove it") from error
-
-
-def _chat(messages: list[Any], where: str, tokenizer: Any) -> tuple[list[int], list[int] | None]:
-    if not tokenizer.chat_template:
-        raise ValueError(f'{where}: "messages" need a chat template, and the tokenizer has none: write "prompt"')
-    if not all(isinstance(message, dict) and isinstance(message.get("role"), str) for message in messages):
-        raise ValueError(f'{where}: expected "messages" like [{{"role": "user", "content": ...}}]')
-    answered = messages[-1]["role"] == "assistant"
-    asked = messages[:-1] if answered else messages
-    try:
-        start = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
-        whole = tokenizer.apply_chat_template(messages, tokenize=False) if answered else start
-    except Exception as error:  # a template can raise anything, and most check the order of roles
-        raise ValueError(f"{where}: the chat template refuses these messages: {error}") from error
-    prompt = tokenizer(start, add_special_tokens=False)["input_ids"]
-    if not answered:
-        return prompt, None
-    if not whole.startswith(start):
-        raise ValueError(f"{where}: the chat template rewrites earlier turns, so the response's start is not known")
-    return prompt, tokenizer(whole[len(start) :], add_special_tokens=False)["input_ids"]
 
 
 def padded(pairs: Sequence[tuple[list[int], list[int] | None]], pad: int) -> Batch:

@@ -22,8 +22,8 @@ SPECIAL = ["<pad>", "<eos>", "<unk>", "<bos>", "<end>", "<think>", "</think>"]
 CHARACTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789+-= ?.!:<>/|_,'[]{}\"\n"
 PAD, EOS, UNK, BOS, END = range(5)
 CHATML = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>\n{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
+    "{% for m in messages %}<{{ m.role }}>{% if m.name is defined %}{{ m.name }}:{% endif %}{{ m.content }}<end>\n"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 ASKED = [{"role": "user", "content": "hi"}]
 
@@ -152,7 +152,7 @@ PARTS = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
 TALKS = [
     answered("ok"),
     answered([{"type": "text", "text": "ok"}]),
-    answered("ok", tool_calls=None, name=None),
+    answered("ok", tool_calls=None, name=None, reasoning_content=None),
     {"messages": [{"role": "user", "content": PARTS}], "response": "ok"},
     {"prompt": ASKED, "completion": [{"role": "assistant", "content": "ok"}]},
     {"prompt": ASKED, "chosen": [{"role": "assistant", "content": "ok"}], "rejected": []},

@@ -152,7 +152,8 @@ PARTS = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
 TALKS = [
     answered("ok"),
     answered([{"type": "text", "text": "ok"}]),
-    answered("ok", tool_calls=None, name=None, reasoning_content=None),
+    answered("ok", tool_calls=None, name=None),
+    answered("ok", reasoning_content=None),
     {"messages": [{"role": "user", "content": PARTS}], "response": "ok"},
     {"prompt": ASKED, "completion": [{"role": "assistant", "content": "ok"}]},
     {"prompt": ASKED, "chosen": [{"role": "assistant", "content": "ok"}], "rejected": []},

@@ -300,9 +300,9 @@ def test_a_model_spread_over_devices_is_the_same_model(folders, monkeypatch):
 
     def crowded(*arguments: object, **named: object) -> torch.nn.Module:
         assert named["device_map"] == "auto"
-        model = load(*arguments, **named)
+        model, told = load(*arguments, **named)
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.to("meta"))
-        return model
+        return model, told
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", crowded)
     with pytest.raises(ValueError, match=r"lm_head\.weight and 0 other tensors do not fit"):

@@ -32,7 +32,6 @@ class _Settings:
     max_new_tokens: int
     temperature: float
     seed: int
-    ends: list[int]
     tokens: int | None
     ends: list[int]
 

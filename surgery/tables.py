@@ -10,6 +10,8 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from surgery.files import whole_file
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -163,7 +165,8 @@ def json_text(value: Any, indent: int = 1) -> str:
 def write_json(evidence: Any, path: str | Path) -> None:
     """Write evidence as a JSON file, with the name of its class."""
     told = {"kind": type(evidence).__name__, **as_json(evidence)}
-    Path(path).write_text(json_text(told) + "\n", encoding="utf-8")
+    with whole_file(path) as new:
+        new.write_text(json_text(told) + "\n", encoding="utf-8")
 
 
 LARGEST, DEEPEST = 1 << 25, 64  # bytes of one JSON text (an index of 200 000 tensors has as many), and its levels

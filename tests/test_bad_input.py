@@ -533,22 +533,6 @@ def test_a_full_disk_leaves_nothing(place, mask, monkeypatch, where):
     assert {n: hashes(place / n) for n in before} == before
 
 
-@pytest.mark.parametrize("failure", [OSError(errno.EACCES, "Permission denied"), KeyboardInterrupt()])
-def test_a_failing_rename_puts_the_old_output_back(place, mask, monkeypatch, failure):
-    """Also Ctrl-C in the moment between the two renames of an overwrite."""
-    (place / "out").mkdir()
-    (place / "out/old").write_text("old")
-    real = Path.rename
-
-    def rename(self: Path, target: Path) -> Path:
-        if self.name.endswith(".partial") and self.is_dir():
-            raise failure
-        return real(self, target)
-
-    monkeypatch.setattr(Path, "rename", rename)
-    refused(place, "Permission denied|^$", lambda: heal(place, mask, overwrite=True), type(failure))
-
-
 def test_an_unwritable_place(place, mask, monkeypatch):
     real = Path.mkdir
 

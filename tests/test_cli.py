@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -76,6 +77,8 @@ def test_rollback_writes_the_rolled_back_folder(surgery, runs: Path, tmp_path: P
     assert "nothing was written" in out
     assert not (tmp_path / "healed").exists()
     assert surgery(words)[0] == 0
+    size = sum(path.stat().st_size for path in (tmp_path / "healed").rglob("*") if path.is_file())
+    assert f"have {size:,} bytes" in out
     healed, view = Checkpoint(tmp_path / "healed"), rolled_back(runs / "later", to=runs / "earlier", mask=mask)
     assert list(healed) == list(view)
     assert all(torch.equal(healed[name], view[name]) for name in view)
@@ -83,6 +86,63 @@ def test_rollback_writes_the_rolled_back_folder(surgery, runs: Path, tmp_path: P
     assert code == 1
     assert "exists" in error
     assert surgery(f"{words} --overwrite")[0] == 0
+
+
+def test_a_dry_run_tells_what_is_left_out(surgery, runs: Path, tmp_path: Path) -> None:
+    RandomSelector(0.2).select(Trajectory(earlier=runs / "earlier", later=runs / "later")).save(tmp_path / "mask")
+    shutil.copytree(runs / "later", tmp_path / "later")
+    for name in ("optimizer.pt", "consolidated.safetensors", "values.npz"):
+        (tmp_path / "later" / name).write_bytes(b"12345")
+    words = f"rollback {tmp_path}/later --to earlier --mask {tmp_path}/mask"
+    code, out, _ = surgery(f"{words} --dry-run")
+    assert code == 0
+    assert "left out, since they hold other weights or a training run's state: consolidated" in out
+    assert "rolled back: values.npz\n" in out
+
+
+def test_a_home_directory_is_one_in_every_option(surgery, runs: Path, tmp_path: Path, monkeypatch) -> None:
+    """A shell does not know one behind a "="."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("earlier", "later"):
+        (tmp_path / name).symlink_to(runs / name)
+    (tmp_path / "score.py").write_text("def score(model):\n    return {'sum': 1.0}\n")
+    here = sorted(runs.iterdir())
+    assert surgery("select ~/earlier ~/later --selector M --budget 0.1 --output=~/m")[0] == 0
+    assert surgery("rollback ~/later --to=~/earlier --mask=~/m --output=~/healed")[0] == 0
+    assert surgery("sweep ~/earlier ~/later --selectors M --evaluate=~/score.py:score --output=~/rows.jsonl")[0] == 0
+    assert surgery("inspect ~/m")[0] == surgery("inspect ~/healed")[0] == 0
+    assert f"there is no prompt file {tmp_path}/x" in surgery("select ~/earlier ~/later --data=~/x -o ~/n")[2]
+    assert f"there is no prompt file {tmp_path}/x" in surgery("analyse a=~/earlier b=~/later --data=c=~/x -o ~/p")[2]
+    assert sorted(runs.iterdir()) == here
+    assert {"m", "healed", "rows.jsonl"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_an_output_that_comes_while_it_is_chosen_is_not_replaced(surgery, runs: Path, tmp_path: Path, monkeypatch):
+    """Two jobs wrote one mask file: both said so, and the first one's was gone."""
+    real = Neurons.save
+
+    def save(self: Neurons, path: Path) -> None:
+        (tmp_path / "m").write_text("another job's")
+        real(self, path)
+
+    monkeypatch.setattr(Neurons, "save", save)
+    code, _, error = surgery(f"select earlier later --selector M --budget 0.1 -o {tmp_path}/m")
+    assert (code, (tmp_path / "m").read_text()) == (1, "another job's")
+    assert "m exists: choose another file, or pass overwrite=True (--overwrite)" in error
+    assert surgery(f"select earlier later --selector M --budget 0.1 -o {tmp_path}/m --overwrite")[0] == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+@pytest.mark.parametrize("command", ["rollback later --to earlier --mask m", "analyse earlier later",
+                                     "repair earlier later --data p"])  # fmt: skip
+def test_a_folder_of_something_else_is_refused_before_anything_is_read(surgery, tmp_path: Path, command: str) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/thesis.tex").write_text("years of work")
+    (tmp_path / "m").touch()
+    code, _, error = surgery(f"{command.replace('--mask m', f'--mask {tmp_path}/m')} -o {tmp_path}/out --overwrite")
+    assert code == 1
+    assert "out is never replaced, since it holds no" in error
+    assert (tmp_path / "out/thesis.tex").read_text() == "years of work"
 
 
 @pytest.mark.filterwarnings("always:the mask was selected")
@@ -100,7 +160,7 @@ def test_ctrl_c_is_told(surgery, tmp_path: Path) -> None:
     (tmp_path / "stop.py").write_text("def score(model):\n    raise KeyboardInterrupt\n")
     code, out, error = surgery(f"sweep earlier later --evaluate {tmp_path}/stop.py:score --selectors random")
     assert (code, out) == (130, "")
-    assert "interrupted: no checkpoint was changed" in error
+    assert "interrupted: inputs are unchanged, and no output is left half-written" in error
 
 
 def test_sweep_prints_a_table_and_resumes(surgery, runs: Path, tmp_path: Path) -> None:
@@ -178,7 +238,10 @@ def test_repair_tells_the_verdict_then_the_table_then_what_it_wrote(surgery, lab
     want, healed = rolled_back(lab / "qa", to=lab / "math", mask=done.mask), Checkpoint(lab / "healed")
     assert all(torch.equal(healed[name], want[name]) for name in want)
     assert Trajectory(later=lab / "healed").load() is not None
-    assert f"{lab}/healed exists: choose another folder, or pass --overwrite" in surgery(f"{words} -o {lab}/healed")[2]
+    assert (
+        f"{lab}/healed exists: choose another folder, or pass overwrite=True (--overwrite)"
+        in surgery(f"{words} -o {lab}/healed")[2]
+    )
     code, told, err = surgery(f"{words} -o {lab}/qa/healed")
     assert (code, told) == (1, again.removesuffix(f"\nwrote {lab}/healed\n"))  # what took hours is told all the same
     assert "lies in one of the inputs: choose another folder" in err

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import re
-from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from test_report_browser import CHROMIUM, read
 from test_report_page import EVIL, Reader
 from torch import nn
 
-from surgery import DamageSelector, Trajectory, analyse, likelihood, load_prompts, rollback, write_report
+from surgery import DamageSelector, Trajectory, analyse, files, likelihood, load_prompts, rollback, write_report
 from surgery.live.prompts import halved, padded
 from surgery.measure.history import History, Lost
 from surgery.measure.statistics import Paired
@@ -91,20 +89,14 @@ def test_an_old_page_stays_until_the_new_one_is_in_its_place(tmp_path, monkeypat
     found, folder = Inquiry(("a", "b"), (), "score", {}, {"checkpoints": {}, "versions": {}}), tmp_path / "report"
     write_report(found, folder)
     (folder / "index.html").write_text("the old page")
-    failures = [OSError(errno.EIO, "the disk is gone")]
 
-    def failing_once(real: Callable[..., Any]) -> Callable[..., Any]:
-        def moved(source: Any, target: Any, **named: Any) -> Any:
-            if Path(target) == folder and failures:
-                raise failures.pop()
-            return real(source, target, **named)
+    def gone(*_: Any) -> bool:
+        raise OSError(errno.EIO, "the disk is gone")
 
-        return moved
-
-    for name in ("replace", "rename"):
-        monkeypatch.setattr(os, name, failing_once(getattr(os, name)))
+    monkeypatch.setattr(files, "_exchanged", gone)
     with pytest.raises(OSError, match="the disk is gone"):
         write_report(found, folder, overwrite=True)
+    monkeypatch.undo()
     assert (folder / "index.html").read_text() == "the old page"
     assert [path.name for path in tmp_path.iterdir()] == ["report"]
     write_report(found, folder, overwrite=True)

@@ -15,7 +15,7 @@ from families import build
 from test_scores import batches
 
 from surgery import Trajectory, activation, damage, likelihood
-from surgery.live import distillation, respond
+from surgery.live import answers, distillation, respond
 from surgery.live import losses as predictions
 
 FEW = 6
@@ -71,6 +71,29 @@ def test_two_writers_of_one_file_both_end_well(tmp_path, monkeypatch):
     again = respond(model, asked, max_new_tokens=FEW, path=path)
     assert [rows(batch) for batch in mine] == [rows(batch) for batch in others[1]] == [rows(batch) for batch in again]
     assert [one.name for one in tmp_path.iterdir()] == ["answers.jsonl"]
+
+
+def test_the_answers_of_the_first_of_two_jobs_count(tmp_path, monkeypatch):
+    """Of the same prompts both jobs have them; of other prompts the second is refused, and the first one's stay."""
+    model, asked, generate = build("qwen3"), batches(labels=False), answers._generate
+    for at, prompts in enumerate((asked, asked[:1])):
+        path = tmp_path / f"{at}.jsonl"
+
+        def beaten(*args, path=path, prompts=prompts):
+            monkeypatch.setattr(answers, "_generate", generate)
+            respond(model, prompts, max_new_tokens=FEW, path=path)
+            return [[[1] for _ in rows] for rows in generate(*args)]
+
+        monkeypatch.setattr(answers, "_generate", beaten)
+        if prompts is asked:
+            mine = respond(model, asked, max_new_tokens=FEW, path=path)
+            theirs = respond(model, asked, max_new_tokens=FEW, path=path)
+            assert [rows(batch) for batch in mine] == [rows(batch) for batch in theirs]
+        else:
+            with pytest.raises(ValueError, match="answers other prompts than these: choose another file"):
+                respond(model, asked, max_new_tokens=FEW, path=path)
+            respond(model, prompts, max_new_tokens=FEW, path=path)
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["0.jsonl", "1.jsonl"]
 
 
 def test_threads_get_the_answers_that_each_gets_alone():

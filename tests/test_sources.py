@@ -393,10 +393,14 @@ def test_code_of_a_checkpoint_neither_runs_nor_is_offered(place, mask, mined, ki
     assert bool(own) is (kind == "my_own")
 
 
+def configured(folder):
+    return configuration(folder, Checkpoint(folder).shapes)
+
+
 def test_an_unknown_model_type_is_one_sentence(place):
     config(place / "later", model_type="nobody_knows")
     for read in (
-        lambda: configuration(place / "later", Checkpoint(place / "later").shapes),
+        lambda: configured(place / "later"),
         lambda: magnitude(Trajectory(earlier=place / "later", later=place / "later")),
     ):
         refused(place, "transformers [0-9.]+ knows no model type 'nobody_knows'. Describe it .{0,200}$", read)
@@ -407,7 +411,7 @@ def test_the_folders_name_does_not_say_what_a_model_is(place):
     (place / "later").rename(place / "bert")
     path = place / "bert/config.json"
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "model_type"}))
-    refused(place, "it names no model_type", lambda: configuration(place / "bert", Checkpoint(place / "bert").shapes))
+    refused(place, "it names no model_type", lambda: configured(place / "bert"))
 
 
 @pytest.mark.parametrize("setting", [
@@ -417,6 +421,6 @@ def test_the_folders_name_does_not_say_what_a_model_is(place):
 ])  # fmt: skip
 def test_code_on_the_hub_is_not_fetched_for_a_configuration(place, setting):
     config(place / "later", **setting)
-    refused(place, "it asks for '.*/.*', code on the hub, which is never run", lambda: configuration(place / "later", Checkpoint(place / "later").shapes))
+    refused(place, "it asks for '.*/.*', code on the hub, which is never run", lambda: configured(place / "later"))
     config(place / "earlier", _attn_implementation="sdpa", experts_implementation="eager")
-    assert configuration(place / "earlier", Checkpoint(place / "earlier").shapes).model_type == "qwen3"
+    assert configured(place / "earlier").model_type == "qwen3"

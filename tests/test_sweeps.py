@@ -384,13 +384,52 @@ def test_two_processes_share_a_file(models, tmp_path):
     assert file.read_text() == text
 
 
-def test_a_file_that_was_cut_is_refused_by_name(models, tmp_path):
-    """Half a line at the end is no row; nor is a file of something else."""
+@pytest.mark.parametrize("cut", [1, 2, 20, 1000])
+def test_a_last_line_that_was_cut_is_measured_again(models, tmp_path, cut):
+    """As a kill or a full disk in the middle of writing leaves it."""
+    run, file = Trajectory(**models), tmp_path / "sweep.jsonl"
+    arguments = dict(selectors=SELECTORS[2:3], budgets=[0.1], path=file)
+    first = sweep(run, None, **arguments, evaluate=Evaluate(models["earlier"]))
+    whole = file.read_bytes()
+    start = whole.rfind(b"\n", 0, -1) + 1
+    file.write_bytes(whole[: max(len(whole) - cut, start + 1)])
+    again = sweep(run, None, **arguments, evaluate=Evaluate(models["earlier"]))
+    assert [replace(row, seconds=0) for row in again.rows] == [replace(row, seconds=0) for row in first.rows]
+    assert len(file.read_text().splitlines()) == len(whole.splitlines())
+    assert load_sweep(file) == again
+    head = whole[: whole.find(b"\n")]
+    file.write_bytes(head[: len(head) // 2])
+    sweep(run, None, **arguments, evaluate=Evaluate(models["earlier"]))
+    assert file.read_bytes().startswith(head + b"\n")
+
+
+def test_a_line_that_another_process_left_unfinished_is_not_gone_on_with(models, tmp_path):
+    """It was killed while this one measured."""
+    run, file = Trajectory(**models), tmp_path / "sweep.jsonl"
+    bench = Bench(run, None, Evaluate(models["earlier"]), file)
+    bench.later()
+    with open(file, "a") as other:
+        other.write('{"selector": "earl')
+    bench.earlier()
+    assert [json.loads(line)["selector"] for line in file.read_text().splitlines()[1:]] == ["later", "earlier"]
+
+
+def test_a_row_that_two_processes_measured_is_read_once(models, tmp_path):
+    run, file = Trajectory(**models), tmp_path / "sweep.jsonl"
+    arguments = dict(selectors=SELECTORS[2:3], budgets=[0.1], path=file)
+    first = sweep(run, None, **arguments, evaluate=Evaluate(models["earlier"]))
+    rows = file.read_text().splitlines(keepends=True)
+    file.write_text("".join([*rows, *rows[2:]]))
+    assert load_sweep(file) == first
+
+
+def test_a_file_of_something_else_is_refused_by_name(models, tmp_path):
+    """And nothing in it is changed, whether or not its last line ends."""
     run, file = Trajectory(**models), tmp_path / "sweep.jsonl"
     arguments = dict(selectors=SELECTORS[2:3], budgets=[0.1], path=file)
     sweep(run, None, **arguments, evaluate=Evaluate(models["earlier"]))
     whole = file.read_bytes()
-    for held in (whole[:-20], b"hello\n", b"[1, 2]\n", b"\xff\xfe\x00", whole + b'{"items": null}\n'):
+    for held in (b"hello", b"hello\n", b"[1, 2]\n", b"a\n{b", b"{b", b"\xff\xfe\x00", whole + b'{"items": null}\n'):
         file.write_bytes(held)
         with pytest.raises(ValueError, match=r"sweep\.jsonl is not a sweep's file"):
             sweep(run, None, **arguments, evaluate=Evaluate(models["earlier"]))

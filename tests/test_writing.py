@@ -8,7 +8,7 @@ from types import FrameType
 
 import pytest
 
-from surgery.reverting.writing import uninterrupted
+from surgery.files import uninterrupted
 
 
 @pytest.fixture(autouse=True)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.compat import writes_to
+from surgery.files import path_of
 from surgery.tables import LARGEST, briefly, read_json
 
 INDEX = "model.safetensors.index.json"
@@ -107,7 +108,10 @@ def inside(folder: Path, name: str) -> Path:
     home = folder.resolve()
     allowed = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
     if not any(path.resolve().is_relative_to(place) for place in allowed):
-        raise ValueError(f"{path} is a link to {path.resolve()}, outside the folder")
+        raise ValueError(
+            f"{path} is a link to {path.resolve()}, outside the folder: put the file itself there, or pass the folder "
+            f"that it lies in"
+        )
     return path
 
 
@@ -320,13 +324,13 @@ def tensors_of(source: Source) -> Mapping[str, Tensor]:
 
 def folder_of(source: str | Path) -> Path:
     """The folder that a path or a hub id in the local cache names; ``LookupError`` where there is none."""
-    path = Path(source)
+    path = path_of(source)
     if path.is_dir():
         return path
     if path.is_file():
         raise LookupError(f"{path} is a file: pass the folder that holds it")
     if path.is_absolute() or str(source).startswith(".") or str(source).count("/") != 1:
-        raise LookupError(f"there is no folder {source}")
+        raise LookupError(f"there is no folder {path}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 

@@ -41,5 +41,5 @@ def main() -> None:
         sys.exit(1)
     except SystemExit as end:  # what typer makes of Ctrl-C, without a word
         if end.code == INTERRUPTED:
-            err.print("interrupted: no checkpoint was changed", markup=False)
+            err.print("interrupted: inputs are unchanged, and no output is left half-written", markup=False)
         raise

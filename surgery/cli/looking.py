@@ -25,8 +25,10 @@ from surgery.cli.options import (
     kinds_in,
     layout_of,
     out,
+    path_option,
     working,
 )
+from surgery.files import check_folder, path_of
 from surgery.tables import as_json, json_text
 from surgery.units import noun
 
@@ -40,7 +42,7 @@ def analyse(
     checkpoints: Annotated[
         list[str], typer.Argument(metavar="CKPT...", help="Folders in training order, or name=folder.")
     ],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
+    output: Annotated[Path, path_option("-o", "--output", help="The folder to write.")],
     data: Annotated[
         list[str] | None, typer.Option(help='Prompts of a domain, "domain=file"; repeat for each domain.')
     ] = None,
@@ -50,7 +52,7 @@ def analyse(
     budgets: Annotated[str, typer.Option(help="Fractions of neurons to roll back, separated by commas.")] = BUDGETS,
     refresh_steps: Annotated[int, typer.Option(help="Steps of the refresh; 0 leaves it out.")] = 10,
     mask: Annotated[
-        Path | None, typer.Option(help="A mask file: a repair of your own, measured and shown token by token.")
+        Path | None, path_option(help="A mask file: a repair of your own, measured and shown token by token.")
     ] = None,
     skip: Annotated[
         str | None, typer.Option(help='Parts to leave out, separated by commas, like "terms,refreshed".')
@@ -67,11 +69,10 @@ def analyse(
     from surgery.live.prompts import load_prompts
     from surgery.masks.mask import load_mask
     from surgery.report.inquiry import analyse as run_analysis
-    from surgery.report.sections import write_report
+    from surgery.report.sections import REPORT, write_report
     from surgery.report.verdict import verdict
 
-    if output.exists() and not overwrite:
-        raise ValueError(f"{output} exists: choose another folder, or pass --overwrite")
+    check_folder(output, REPORT, overwrite)
     if mask is not None and not mask.is_file():
         raise LookupError(f"there is no mask file {mask}")
     device_of(device)
@@ -112,7 +113,7 @@ def _named(checkpoints: list[str]) -> dict[str, str]:
     for at, text in enumerate(checkpoints):
         name, equals, folder = text.partition("=")
         if not equals or "/" in name:
-            name, folder = Path(text).name or text, text
+            name, folder = path_of(text).name or text, text
         found[name if name not in found else f"{name} ({at + 1})"] = folder
     return found
 
@@ -132,7 +133,7 @@ def inspect(
     if data is not None:
         _print_tokens(data, source)
         return
-    if Path(source).is_file():
+    if path_of(source).is_file():
         from surgery.masks.mask import load_mask
 
         mask = load_mask(source)

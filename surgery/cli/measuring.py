@@ -35,11 +35,13 @@ from surgery.cli.options import (
     fraction,
     function_of,
     out,
+    path_option,
     prompts_of,
     tell,
     trajectory_of,
     working,
 )
+from surgery.files import check_folder
 
 if TYPE_CHECKING:
     from surgery.checkpoints.trajectory import Trajectory
@@ -126,7 +128,7 @@ def _kept(keep: list[str], evaluate: str | None, run: Trajectory, batch_size: in
 
 def repair(
     checkpoints: Checkpoints,
-    data: Annotated[Path, typer.Option(help="JSON lines of the damaged domain: half choose, half measure.")],
+    data: Annotated[Path, path_option(help="JSON lines of the damaged domain: half choose, half measure.")],
     keep: Annotated[
         list[str] | None,
         typer.Option(
@@ -136,7 +138,7 @@ def repair(
     recovery: Annotated[float, typer.Option(help="The wanted share of what can be won back, 0 to 1.")] = 0.8,
     limit: Annotated[float, typer.Option(help="How much a kept metric may lose, in its own unit.")] = 0.01,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="The folder to write (default: only print the result).")
+        Path | None, path_option("-o", "--output", help="The folder to write (default: only print the result).")
     ] = None,
     evaluate: Annotated[
         str | None, typer.Option(help="As in sweep (default: the likelihood of the measuring half's responses).")
@@ -154,7 +156,7 @@ def repair(
         typer.Option(help="The damaged metric (default: the file's name; with --evaluate the one that fell most)."),
     ] = None,
     rows: Annotated[
-        Path | None, typer.Option(help="A JSON-lines file for the rows; an interrupted run resumes from it.")
+        Path | None, path_option(help="A JSON-lines file for the rows; an interrupted run resumes from it.")
     ] = None,
     batch_size: BatchSize = 16,
     device: Device = None,
@@ -165,9 +167,10 @@ def repair(
     """Find the smallest rollback that repairs a domain and does not hurt others; exit code 3 if there is none."""
     from surgery.measure.repair import BUDGETS
     from surgery.measure.repair import repair as run_repair
+    from surgery.reverting.folder import CHECKPOINT
 
-    if output is not None and output.exists() and not overwrite:
-        raise ValueError(f"{output} exists: choose another folder, or pass --overwrite")
+    if output is not None:
+        check_folder(output, CHECKPOINT, overwrite)
     fractions = [fraction(text) for text in budgets.split(",")] if budgets else list(BUDGETS)
     check_selectors([selector], checkpoints, data, how, units, None, answers)
     run = trajectory_of(checkpoints, layout)

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -18,6 +19,7 @@ from rich.console import Console
 from rich.status import Status
 from rich.text import Text
 
+from surgery.files import path_of
 from surgery.progress import reporting, spoken
 from surgery.tables import read_json
 from surgery.units import KINDS, WEIGHT, kinds_of, single
@@ -30,10 +32,12 @@ if TYPE_CHECKING:
     from surgery.live.prompts import Batch
     from surgery.reverting.writing import Strength
 
+path_option = partial(typer.Option, parser=path_of, metavar="PATH")
+
 out, err = Console(soft_wrap=True, highlight=False), Console(stderr=True, soft_wrap=True, highlight=False)
 
 Checkpoints = Annotated[list[str], typer.Argument(metavar="[BASE] EARLIER LATER", help="Folders, in training order.")]
-Data = Annotated[Path | None, typer.Option(help="JSON lines of the damaged domain (needed for A and D).")]
+Data = Annotated[Path | None, path_option(help="JSON lines of the damaged domain (needed for A and D).")]
 Budget = Annotated[
     float, typer.Option(help="Fraction of all neurons to revert, 0 to 1 (with several --units, of their parameters).")
 ]
@@ -52,7 +56,7 @@ Metric = Annotated[
 ]
 Rows = Annotated[
     Path | None,
-    typer.Option("-o", "--output", help="A JSON-lines file for the rows; an interrupted run resumes from it."),
+    path_option("-o", "--output", help="A JSON-lines file for the rows; an interrupted run resumes from it."),
 ]
 Protect = Annotated[
     list[str] | None,
@@ -63,10 +67,10 @@ ProtectWeight = Annotated[
 ]
 Answers = Annotated[
     Path | None,
-    typer.Option(help="For D: a file of the earlier model's answers to --data without responses; read if it exists."),
+    path_option(help="For D: a file of the earlier model's answers to --data without responses; read if it exists."),
 ]
 LayoutFile = Annotated[
-    Path | None, typer.Option("--layout", help="Your own layout: a JSON file (docs/how-to/add-an-architecture.md).")
+    Path | None, path_option("--layout", help="Your own layout: a JSON file (docs/how-to/add-an-architecture.md).")
 ]
 How = Annotated[
     str | None,
@@ -171,7 +175,7 @@ def strength_of(text: str) -> Strength:
     try:
         return float(text)
     except ValueError:
-        if not Path(text).is_file():
+        if not path_of(text).is_file():
             raise ValueError(f"--strength {text!r}: expected a number, or a file that strengths wrote") from None
     return Neurons.load(text)
 
@@ -185,7 +189,7 @@ def files_of(texts: list[str], option: str) -> dict[str, Path]:
             raise ValueError(f'{option} {text!r}: expected a domain and its file, like "math=math.jsonl"')
         if domain in found:
             raise ValueError(f"{option} names {domain!r} twice: put its prompts into one file")
-        found[domain] = Path(file)
+        found[domain] = path_of(file)
     return found
 
 
@@ -203,10 +207,10 @@ def function_of(name: str) -> Callable[..., Any] | str:
     home, _, attribute = name.rpartition(":")
     if not home:
         raise ValueError(f'--evaluate {name!r}: expected "module:function" or "file.py:function"')
-    is_file = home.endswith(".py")
-    sys.path.insert(0, str(Path(home).absolute().parent if is_file else Path.cwd()))
+    file = path_of(home).absolute() if home.endswith(".py") else None
+    sys.path.insert(0, str(file.parent if file else Path.cwd()))
     try:
-        return getattr(_run(Path(home).absolute()) if is_file else import_module(home), attribute)  # type: ignore[no-any-return]
+        return getattr(_run(file) if file else import_module(home), attribute)  # type: ignore[no-any-return]
     except (ImportError, AttributeError, FileNotFoundError) as error:
         raise ValueError(f"--evaluate {name!r}: {error}") from error
 

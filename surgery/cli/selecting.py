@@ -29,11 +29,13 @@ from surgery.cli.options import (
     folder_of,
     layout_of,
     out,
+    path_option,
     strength_of,
     tell,
     trajectory_of,
     working,
 )
+from surgery.files import check_file, check_folder, whole_file
 
 if TYPE_CHECKING:
     from surgery.live.losses import Divergence
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
 
 def select(
     checkpoints: Checkpoints,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="The mask file to write.")] = None,
+    output: Annotated[Path | None, path_option("-o", "--output", help="The mask file to write.")] = None,
     data: Data = None,
     budget: Budget = 0.02,
     selector: Annotated[
@@ -68,8 +70,8 @@ def select(
 
     if output is None and not dry_run:
         raise ValueError("name the file for the mask: -o mask.safetensors (or --dry-run to see the counts only)")
-    if output is not None and output.exists() and not (overwrite or dry_run):
-        raise ValueError(f"{output} exists: choose another file, or pass --overwrite")
+    if output is not None and not dry_run:
+        check_file(output, overwrite)
     check_selectors([selector], checkpoints, data, how, units, protect, answers)
     device_of(device)
     run = trajectory_of(checkpoints, layout)
@@ -84,8 +86,8 @@ def select(
     tell(told)
     _describe(mask, budget)
     if output is not None and not dry_run:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        mask.save(output)
+        with whole_file(output, overwrite=overwrite) as new:
+            mask.save(new)
         out.print(f"wrote {output}")
 
 
@@ -114,8 +116,8 @@ def _describe(mask: Mask, budget: float) -> None:
 def rollback(
     later: Annotated[str, typer.Argument(help="The later checkpoint's folder.")],
     to: Annotated[str, typer.Option(help="The earlier checkpoint's folder.")],
-    mask: Annotated[Path, typer.Option(help="A mask file that select wrote.")],
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="The folder to write.")] = None,
+    mask: Annotated[Path, path_option(help="A mask file that select wrote.")],
+    output: Annotated[Path | None, path_option("-o", "--output", help="The folder to write.")] = None,
     strength: Annotated[
         str, typer.Option(help="How far back, 0 to 3 (1 copies the earlier bits), or a file that strengths wrote.")
     ] = "1",
@@ -125,7 +127,8 @@ def rollback(
 ) -> None:
     """Write the later checkpoint with the masked neurons set back; every other byte of its weights stays the same."""
     from surgery.masks.mask import load_mask
-    from surgery.reverting.folder import save
+    from surgery.reverting.contents import contents_of
+    from surgery.reverting.folder import CHECKPOINT, save
     from surgery.reverting.rollback import rolled_back
     from surgery.reverting.writing import recorded, spoken
 
@@ -133,6 +136,8 @@ def rollback(
         raise ValueError("name the folder to write: -o FOLDER (or --dry-run to see the counts only)")
     if not mask.is_file():
         raise LookupError(f"there is no mask file {mask}")
+    if output is not None and not dry_run:
+        check_folder(output, CHECKPOINT, overwrite)
     chosen = load_mask(mask)
     own = layout_of(layout, later)
     view = rolled_back(later, to=to, mask=chosen, strength=strength_of(strength), layout=own)
@@ -143,7 +148,12 @@ def rollback(
     for file in view.headers:
         out.print(f"  {file}: {len(view.touched(file))} of {len(view.headers[file])} tensors touched")
     if dry_run or output is None:
-        out.print("dry run: nothing was written")
+        contents = contents_of(view, folder_of(later))
+        for note in contents.notes:
+            out.print(note, markup=False)
+        out.print(
+            f"dry run: nothing was written; {len(contents.files)} files and what is added have {contents.size:,} bytes"
+        )
         return
     with working(f"writing {output}"):
         save(view, output, overwrite=overwrite)
@@ -153,9 +163,9 @@ def rollback(
 def strengths(
     earlier: Annotated[str, typer.Argument(help="The earlier checkpoint's folder.")],
     later: Annotated[str, typer.Argument(help="The later checkpoint's folder.")],
-    mask: Annotated[Path, typer.Option(help="A mask file that select wrote.")],
-    data: Annotated[Path, typer.Option(help="JSON lines of the damaged domain.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The file to write, for rollback --strength.")],
+    mask: Annotated[Path, path_option(help="A mask file that select wrote.")],
+    data: Annotated[Path, path_option(help="JSON lines of the damaged domain.")],
+    output: Annotated[Path, path_option("-o", "--output", help="The file to write, for rollback --strength.")],
     most: Annotated[float, typer.Option(help="The furthest a neuron may go, up to 3; 1 is the earlier value.")] = 2.0,
     passes: Annotated[int, typer.Option(help="Forward and backward passes over the data.")] = 16,
     loss: Annotated[str, typer.Option(help='"hellinger" or "kl": the distance from the earlier model.')] = "hellinger",
@@ -171,8 +181,7 @@ def strengths(
     from surgery.reverting.writing import recorded, spoken
     from surgery.selectors.strengths import strengths as find
 
-    if output.exists() and not overwrite:
-        raise ValueError(f"{output} exists: choose another file, or pass --overwrite")
+    check_file(output, overwrite)
     if not mask.is_file():
         raise LookupError(f"there is no mask file {mask}")
     if loss not in ("kl", "hellinger"):
@@ -191,6 +200,6 @@ def strengths(
     full_at = f"{full:.5g} at strength {min(1.0, most):g}"
     out.print(f"loss {none:.5g} in the later model, {full_at}, {told['least']:.5g} with these strengths")
     out.print(spoken(recorded(found, chosen)))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    found.save(output)
+    with whole_file(output, overwrite=overwrite) as new:
+        found.save(new)
     out.print(f"wrote {output}")

@@ -18,6 +18,7 @@ of. ``g`` counts the parts that share a tensor. Neuron i of expert e has the ind
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -165,14 +166,33 @@ class Block:
             return channels
         return self.heard.view(channels).flatten(0, self.heard.stacked).reshape(self.neurons, -1).mean(1)
 
+    @cached_property
+    def _slots(self) -> dict[str, tuple[Slot, ...]]:
+        found: dict[str, list[Slot]] = {}
+        for slot in self.slots:
+            found.setdefault(slot.part, []).append(slot)
+        return {part: tuple(slots) for part, slots in found.items()}
+
+    @cached_property
+    def _starts(self) -> dict[str, list[int]]:
+        return {part: [slot.start for slot in slots] for part, slots in self._slots.items()}
+
     def of(self, part: str) -> tuple[Slot, ...]:
         """The slots of one part, in the order of their neurons."""
-        return tuple(slot for slot in self.slots if slot.part == part)
+        return self._slots.get(part, ())
+
+    def _holding(self, part: str, first: int, last: int) -> tuple[Slot, ...]:
+        """The slots of one part from that of neuron ``first`` to that of neuron ``last``; the others are not looked at.
+
+        A layer has as many slots as experts.
+        """
+        starts = self._starts[part]
+        return self._slots[part][bisect_right(starts, first) - 1 : bisect_right(starts, last)]
 
     @property
     def parts(self) -> tuple[str, ...]:
         """The names of the block's parts, in the order in which they make up a neuron's vector."""
-        return tuple(dict.fromkeys(slot.part for slot in self.slots))
+        return tuple(self._slots)
 
     @property
     def width(self) -> int:
@@ -180,9 +200,12 @@ class Block:
         return sum(self.of(part)[0].width for part in self.parts)
 
     def rows(self, tensors: Mapping[str, Tensor], part: str, index: Tensor) -> Tensor:
-        """A copy of one part of the neurons at ``index`` (sorted, int64, on the CPU): ``[len(index), ...]``."""
+        """A copy of one part of the neurons at ``index``: ``[len(index), ...]``.
+
+        ``index`` is int64, sorted, on the CPU and not empty.
+        """
         pieces = []
-        for slot in self.of(part):
+        for slot in self._holding(part, int(index[0]), int(index[-1])):
             low, high = torch.searchsorted(index, torch.tensor([slot.start, slot.stop])).tolist()
             if low < high:
                 pieces.append(slot.take(tensors[slot.tensor], index[low:high] - slot.start))
@@ -190,8 +213,8 @@ class Block:
 
     def entries(self, tensors: Mapping[str, Tensor], part: str, positions: Tensor) -> Tensor:
         """A copy of single numbers of one part, at sorted positions neuron · width + offset: ``[len(positions)]``."""
-        pieces = []
-        for slot in self.of(part):
+        pieces, width = [], self.of(part)[0].width
+        for slot in self._holding(part, int(positions[0]) // width, int(positions[-1]) // width):
             low, high = torch.searchsorted(positions, torch.tensor(slot.span)).tolist()
             if low < high:
                 local = positions[low:high] - slot.span[0]

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import math
 import threading
-import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from surgery.checkpoints.checkpoint import folder_of
 from surgery.checkpoints.opening import sampled
+from surgery.files import Exists, path_of, whole_file
 from surgery.live.heads import contiguous
 from surgery.live.hooks import evaluating
 from surgery.live.lines import end_tokens
@@ -79,16 +79,15 @@ def respond(
     batches = list(batches_of(prompts))
     asked = [_rows(batch) for batch in batches if "labels" not in batch]
     settings = _Settings(max_new_tokens, temperature, seed, tokens, _ends(model) if asked else [])
-    file = Path(path) if path is not None else None
+    file = path_of(path) if path is not None else None
     if file is None:
         answers = _generate(model, asked, settings)
     else:
         head = {**settings.written(), "model": sampled(model.parameters())}
-        if file.exists():
-            answers = _read(file, head, asked)
-        else:
-            answers = _generate(model, asked, settings)
-            _write(file, head, asked, answers)
+        if not file.exists():
+            with suppress(Exists):  # another process was faster: its answers count
+                _write(file, head, asked, _generate(model, asked, settings))
+        answers = _read(file, head, asked)
     made = iter(zip(asked, answers, strict=True))
     pad = _special(model, "pad_token_id") or [0]
     return [batch if "labels" in batch else _joined(*next(made), pad[0]) for batch in batches]
@@ -211,10 +210,8 @@ def _read(path: Path, head: dict[str, Any], asked: list[list[list[int]]]) -> lis
 
 
 def _write(path: Path, head: dict[str, Any], asked: list[list[list[int]]], answers: list[list[list[int]]]) -> None:
-    lines = [head]
+    lines: list[Any] = [head]
     for rows, replies in zip(asked, answers, strict=True):
         lines += [{"prompt_ids": p, "response_ids": r} for p, r in zip(rows, replies, strict=True)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")  # another process may write the same
-    partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    partial.replace(path)
+    with whole_file(path, overwrite=False) as new:
+        new.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")

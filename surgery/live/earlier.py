@@ -17,8 +17,8 @@ from surgery.checkpoints.configuration import differences
 from surgery.checkpoints.opening import Weights, open_weights
 from surgery.checkpoints.trajectory import Trajectory
 from surgery.compat import as_loaded, is_left_out
+from surgery.files import uninterrupted
 from surgery.layout.slots import Block, Slot
-from surgery.reverting.writing import uninterrupted
 
 _SWAPPED = "the earlier model's weights are in its place"
 _inside: WeakKeyDictionary[nn.Module, list[tuple[Source, nn.Module]]] = WeakKeyDictionary()

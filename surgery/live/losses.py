@@ -7,7 +7,6 @@ import json
 import shutil
 import struct
 import tempfile
-import uuid
 import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from surgery.checkpoints.checkpoint import DTYPES, header_of, mapped
 from surgery.checkpoints.opening import sampled
+from surgery.files import path_of, whole_file
 from surgery.live.heads import Reading, positions, reading
 from surgery.live.hooks import evaluating
 from surgery.live.prompts import Batch, batches_of, digest_of, each, fitting
@@ -120,7 +120,7 @@ def distillation(
     """
     if divergence not in _SUMS:
         raise ValueError(f'divergence={divergence!r}: expected "kl" or "hellinger"')
-    place = Path(folder if folder is not None else tempfile.mkdtemp(prefix="surgery-"))
+    place = path_of(folder if folder is not None else tempfile.mkdtemp(prefix="surgery-"))
     place.mkdir(parents=True, exist_ok=True)
     found = Distillation(place, sampled(earlier.parameters()), folder is None, divergence)
     for path in place.glob("*.safetensors"):
@@ -134,10 +134,9 @@ def distillation(
 
 def _keep(path: Path, found: Reading, model: str) -> None:
     """Write logits and whose they are; the file takes its final name once it is whole, whoever else writes it too."""
-    partial = path.with_name(f"{path.stem}.{uuid.uuid4().hex[:8]}.partial")
     try:
-        _write(partial, found, model)
-        partial.replace(path)
+        with whole_file(path) as new:
+            _write(new, found, model)
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
@@ -145,8 +144,6 @@ def _keep(path: Path, found: Reading, model: str) -> None:
             f"{path.parent} has no room for what the earlier model predicts ({error}): logits take positions × "
             f"vocabulary numbers; give TMPDIR (or folder=) another disk, or pass fewer prompts"
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _write(path: Path, found: Reading, model: str) -> None:

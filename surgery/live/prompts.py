@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgery.files import path_of
 from surgery.live.lines import Tokenizing, read_lines, tokens_of
 from surgery.progress import steps
 from surgery.tables import briefly
@@ -49,7 +50,7 @@ def load_prompts(path: str | Path, tokenizer: Any, *, batch_size: int = 16, limi
 
     Source: ours.
     """
-    path = Path(path)
+    path = path_of(path)
     if not path.is_file():
         raise LookupError(f"there is no prompt file {path}")
     for name, number in (("batch_size", batch_size), ("limit", limit)):
@@ -90,7 +91,7 @@ def opened_tokenizer(tokenizer: Any) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        found = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True, trust_remote_code=False)
+        found = AutoTokenizer.from_pretrained(path_of(tokenizer), local_files_only=True, trust_remote_code=False)
         found("a")  # some damage is noticed only now
     except Exception as error:  # whatever damaged files make transformers raise
         raise ValueError(

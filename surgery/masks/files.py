@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from surgery.files import path_of, whole_file
 from surgery.tables import briefly, json_of
 
 
@@ -17,17 +18,18 @@ def write_vectors(path: str | Path, kind: str, tensors: Mapping[str, Tensor], **
     """Write tensors and, as JSON in the metadata, what is told of them; ``kind`` is the class that reads them again.
 
     Raises:
-        OSError: there is no such folder, no room in it, or it can't be written.
+        OSError: there is no room, or it can't be written.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     metadata = {**{key: json.dumps(value) for key, value in told.items()}, "format": f"surgery.{kind}"}
     # Blocks of one model often have equal vectors; safetensors refuses tensors that share memory.
-    try:
-        save_file({name: value.clone() for name, value in tensors.items()}, path, metadata)
-    except SafetensorError as error:  # no OSError, though what it tells of is one
-        raise OSError(f"{path} can't be written: {briefly(error)}") from error
+    with whole_file(path) as new:
+        try:
+            save_file({name: value.clone() for name, value in tensors.items()}, new, metadata)
+        except SafetensorError as error:  # no OSError, though what it tells of is one
+            raise OSError(f"{path} can't be written: {briefly(error)}") from error
 
 
 # What made a mask, as far as anything is read from it again: which checkpoints it was selected for.
@@ -44,7 +46,7 @@ def read_vectors(
     """
     from safetensors import safe_open
 
-    found = kind_of_file(path)
+    path, found = path_of(path), kind_of_file(path)
     if found != kind:
         why = f"but not one that {kind}.save wrote"
         raise ValueError(
@@ -78,7 +80,8 @@ def kind_of_file(path: str | Path) -> str | None:
     """
     from safetensors import SafetensorError, safe_open
 
-    if not Path(path).is_file():
+    path = path_of(path)
+    if not path.is_file():
         raise LookupError(f"there is no file {path}")
     try:
         with safe_open(path, framework="np") as file:

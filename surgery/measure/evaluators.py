@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from surgery.files import path_of
 from surgery.live.heads import positions
 from surgery.live.hooks import evaluating
 from surgery.live.losses import likelihoods
@@ -135,7 +136,7 @@ def harness(
     names = [name.strip() for name in names if name.strip()]
     if not names:
         raise ValueError(f'tasks={tasks!r}: expected the names of lm_eval tasks, like "gsm8k,mmlu"')
-    where = str(include_path) if include_path is not None else None
+    where = str(path_of(include_path)) if include_path is not None else None
     return _Harness(tuple(names), tokenizer, limit, few_shot, batch_size, where)
 
 

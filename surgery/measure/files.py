@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from surgery.files import path_of
 from surgery.measure.rows import EARLIER, LATER, Row, Sweep, check_items, judged
 from surgery.tables import json_of
 
@@ -53,10 +54,11 @@ def load_sweep(path: str | Path, metric: str | None = None) -> Sweep:
 
     Source: ours.
     """
-    path = Path(path)
+    path = path_of(path)
     if not path.is_file():
         raise LookupError(f"there is no sweep file {path}")
-    rows = [row for row, _ in read_rows(path.read_text(encoding="utf-8", errors="replace"), path)[1]]
+    held = [row for row, _ in read_rows(path.read_text(encoding="utf-8", errors="replace"), path)[1]]
+    rows = list({(row.selector, row.budget): row for row in held}.values())  # two processes may have measured one
     named = {row.selector: row for row in rows}
     if not {EARLIER, LATER} <= named.keys():
         raise ValueError(f"{path} has no rows of the earlier and later models yet: let the sweep run on")

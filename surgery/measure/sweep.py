@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,6 +16,7 @@ from torch import nn
 from surgery.checkpoints.opening import known
 from surgery.checkpoints.trajectory import Trajectory
 from surgery.compat import writes_to
+from surgery.files import alone, end_line, path_of, uncut
 from surgery.live.earlier import earlier_model
 from surgery.live.prompts import Batch, batches_of, digest_of
 from surgery.masks.mask import Mask
@@ -62,7 +61,7 @@ class Bench:
         run.check_whole()
         self.model, self.run = run.load(), run
         self.data = None if data is None else list(batches_of(data))
-        self.path = Path(path) if path is not None else None
+        self.path = path_of(path) if path is not None else None
         self.evaluations = 0
         self._say = say or (lambda _: None)
         measure = evaluator(evaluate)
@@ -160,36 +159,28 @@ class Bench:
             "evaluate": how,
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(self.path) as file:
-            text = file.read()
+        with alone(self.path) as file:
+            text = uncut(file.read(), json.dumps(head))
             if not text.strip():
+                file.truncate(0)
                 file.write(json.dumps(head) + "\n")
                 return {}
             found, held = read_rows(text, self.path)
             for name, mine in head.items():
                 if found.get(name) != mine:
                     raise ValueError(f"{self.path} holds rows of {_OTHERS[name]}: choose another file")
-            if not text.endswith("\n"):  # an editor took it, or a full disk: the next row needs a line of its own
-                file.write("\n")
+            end_line(self.path, file)
         self._settings = {(row.selector, row.budget): settings for row, settings in held if settings}
         return {(row.selector, row.budget): row for row, _ in held}
 
     def _append(self, line: Mapping[str, Any]) -> None:
         if self.path is not None:
-            with _alone(self.path) as file:
+            with alone(self.path) as file:
+                end_line(self.path, file)  # another process may have been killed
                 file.write(json.dumps(line) + "\n")
 
 
 _OTHERS = {"checkpoints": "other checkpoints", "prompts": "other prompts", "evaluate": "another evaluation"}
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[IO[str]]:
-    """The file, read from its beginning and written at its end; other processes wait meanwhile."""
-    with open(path, "a+", encoding="utf-8", errors="replace") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
-        file.seek(0)
-        yield file
 
 
 def _compact(items: list[float]) -> list[float]:

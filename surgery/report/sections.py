@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from surgery.evidence.overlap import Overlap
+from surgery.files import path_of, whole_folder
 from surgery.measure.rows import EARLIER, LATER, Row
 from surgery.plots.evidence import (
     change_histogram,
@@ -42,10 +41,10 @@ from surgery.report.inquiry import Inquiry, best
 from surgery.report.page import Figure, Section, page
 from surgery.report.study import GIVEN
 from surgery.report.verdict import verdict
-from surgery.reverting.folder import check_free, put_in_place
 from surgery.tables import Cell, Estimate, Table
 
 PAGE, NUMBERS = "index.html", "report.json"
+REPORT = (NUMBERS,)  # a folder with this is a report, and may be replaced
 
 
 def write_report(
@@ -59,30 +58,23 @@ def write_report(
         folder: a new folder for ``index.html`` and ``report.json``.
         command: the command that made it, shown on the page.
         data: domain → the file of its prompts, shown on the page with its hash.
-        overwrite: replace an existing folder (it stays as it was until the new one is complete).
+        overwrite: replace an existing report (it stays as it was until the new one is complete).
 
     Returns:
         The page's path.
 
     Raises:
-        ValueError: the folder exists, or a file or a link has its name.
+        ValueError: the folder exists, or something else than a report has its name.
 
     Source: ours.
     """
-    folder = Path(folder)
-    check_free(folder, overwrite)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        partial.chmod(0o755)
+    folder = path_of(folder)
+    with whole_folder(folder, REPORT, overwrite=overwrite) as new:
+        new.mkdir()
         title = f"What training did: {' → '.join(found.stages)}"
         text = page(title, verdict(found), sections(found), found.needs, _made(found, command, data or {}))
-        (partial / PAGE).write_text(text, encoding="utf-8")
-        found.save(partial / NUMBERS)
-        put_in_place(partial, folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        (new / PAGE).write_text(text, encoding="utf-8")
+        found.save(new / NUMBERS)
     return folder / PAGE
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from surgery.checkpoints.checkpoint import Checkpoint, Moment, Source, State, in_force, moment_of, returned, tensors_of
 from surgery.checkpoints.opening import Weights, open_weights
+from surgery.files import uninterrupted
 from surgery.layout.slots import Block, Layout, Slot
 from surgery.masks.edits import Edit, Rows
 from surgery.masks.mask import Mask, checked
@@ -26,7 +27,6 @@ from surgery.reverting.writing import (
     numbers,
     recorded,
     spoken,
-    uninterrupted,
 )
 
 
@@ -246,10 +246,11 @@ class RolledBack(Mapping[str, Tensor]):
         return self.later.tensors.folder if isinstance(self.later.tensors, Checkpoint) else None
 
     @property
-    def parents(self) -> list[Path]:
+    def parents(self) -> list[Checkpoint]:
         """The folders that it reads."""
         opened = (self.later.tensors, self.source.tensors)
-        return [one.folder for one in opened if isinstance(one, Checkpoint)]
+        found = [one.parents if isinstance(one, RolledBack) else [one] for one in opened]
+        return [one for some in found for one in some if isinstance(one, Checkpoint)]
 
     @property
     def headers(self) -> dict[str, Any]:

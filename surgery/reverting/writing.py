@@ -1,11 +1,7 @@
-"""Writing into live weights: what may be written, how far back it goes, and that Ctrl-C waits for it."""
+"""Writing into live weights: what may be written, and how far back it goes."""
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -62,30 +58,6 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
 def _span(tensor: Tensor) -> int:
     reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return (reach + 1) * tensor.element_size() if tensor.numel() else 0
-
-
-@contextmanager
-def uninterrupted() -> Iterator[list[int]]:
-    """Hold Ctrl-C back while the body runs; the list that it yields is filled by one. Raised again at the end.
-
-    A program's own handler is called at the end, and fills no list; a signal that is ignored stays ignored.
-    """
-    pending: list[int] = []
-    held: list[int] = []
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or before in (None, signal.SIG_IGN):
-        yield pending  # signals only ever reach the main thread
-        return
-    kept = pending if before is signal.default_int_handler else held
-    signal.signal(signal.SIGINT, lambda number, _frame: kept.append(number))
-    try:
-        yield pending
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if held:
-            signal.raise_signal(signal.SIGINT)
-    if pending:
-        raise KeyboardInterrupt
 
 
 Strength = float | Neurons

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from surgery.checkpoints.opening import open_weights
+from surgery.files import uninterrupted
 from surgery.layout.plain import check_stored
 from surgery.layout.slots import Layout
 from surgery.live.hooks import only_these
 from surgery.masks.edits import Edit
 from surgery.masks.mask import Mask, checked
-from surgery.reverting.writing import bits, check_writable, numbers, uninterrupted
+from surgery.reverting.writing import bits, check_writable, numbers
 
 
 @dataclass(frozen=True)

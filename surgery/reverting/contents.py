@@ -1,0 +1,105 @@
+"""What a saved folder takes over of the one that it comes from: everything but other weights and a run's state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from surgery.checkpoints.checkpoint import Checkpoint
+
+_LEFT_OUT = (
+    # a second copy of the weights, or another model's
+    "consolidated*", "original", "pytorch_model*", "tf_model*", "flax_model*", "*.gguf", "*.ggml", "*.onnx",
+    "*.onnx_data", "onnx", "openvino", "gguf", "*.h5", "*.msgpack", "checkpoint-*", ".git", ".cache", ".*.partial",
+    # an adapter that was merged long ago
+    "adapter_config.json", "adapter_model*",
+    # the state of a training run: transformers, FSDP, DeepSpeed
+    "optimizer*", "scheduler.*", "scaler.*", "rng_state*", "random_states*", "training_args.bin", "*_world_size_*",
+    "*.distcp", ".metadata", "global_step*", "mp_rank_*", "*_states.pt", "latest", "zero_to_fp32.py",
+)  # fmt: skip
+_TENSORS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz", ".pkl")
+
+
+@runtime_checkable
+class Edited(Protocol):
+    """What ``save`` needs of a rolled-back view: its shards, its edits, and the papers that go beside them."""
+
+    headers: dict[str, Any]
+    parents: list[Checkpoint]
+
+    def touched(self, file: str) -> list[str]: ...
+    def edit(self, name: str, tensor: Tensor) -> None: ...
+    def papers(self) -> dict[str, bytes]: ...
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What ``save`` writes: ``files`` and ``folders`` of the source by their names in it, and what it adds.
+
+    ``left_out``: files and folders that hold other weights or a training run's state. ``doubtful``: what is taken over
+    and may hold weights too. ``size``: bytes.
+    """
+
+    files: dict[str, Path]
+    folders: list[str]
+    added: dict[str, bytes]
+    left_out: list[str]
+    doubtful: list[str]
+
+    @property
+    def size(self) -> int:
+        copied = (path.stat().st_size for name, path in self.files.items() if name not in self.added)
+        return sum(copied) + sum(map(len, self.added.values()))
+
+    @property
+    def notes(self) -> list[str]:
+        """What was left out and what is doubtful, in words."""
+        told = {
+            "left out, since they hold other weights or a training run's state": self.left_out,
+            "taken over as they are, though they may hold weights that were not rolled back": self.doubtful,
+        }
+        return [f"{what}: {', '.join(names)}" for what, names in told.items() if names]
+
+
+def contents_of(tensors: Mapping[str, Tensor], source: Path) -> Contents:
+    """What ``save`` would write of a checkpoint in the folder ``source``, symbolic links followed.
+
+    Raises:
+        ValueError: a link leads nowhere, or to a folder that it lies in.
+    """
+    weights = set(getattr(tensors, "headers", ()))
+    found = Contents({}, [], tensors.papers() if isinstance(tensors, Edited) else {}, [], [])
+
+    def walk(folder: Path, inside: str, above: tuple[Path, ...]) -> None:
+        if folder.resolve() in above:
+            raise ValueError(f"{folder} is a link to a folder that it lies in: remove the link")
+        for path in sorted(folder.iterdir()):
+            name = f"{inside}{path.name}"
+            own = any(file == name or file.startswith(f"{name}/") for file in weights)
+            if not own and _other(path.name, top=not inside, papers=bool(found.added)):
+                found.left_out.append(name)
+            elif path.is_dir():
+                found.folders.append(name)
+                walk(path, f"{name}/", (*above, folder.resolve()))
+            elif path.is_file():
+                found.files[name] = path
+                if not own and path.suffix in _TENSORS:
+                    found.doubtful.append(name)
+            else:
+                raise ValueError(
+                    f"{path} is neither a file nor a folder (a dangling link?): remove it or copy it yourself"
+                )
+
+    walk(source, "", ())
+    return found
+
+
+def _other(name: str, top: bool, papers: bool) -> bool:
+    """Whether a file or folder is left out: by its name, as a stray shard, or as the record of another rollback."""
+    stray = top and (name.endswith(".safetensors") or (papers and name == "surgery"))
+    return stray or any(fnmatchcase(name, pattern) for pattern in _LEFT_OUT)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import typer
 
@@ -25,6 +27,18 @@ for command in (repair, select, rollback, strengths, sweep, analyse, inspect):
     app.command()(command)
 
 
+def _told_once() -> Callable[..., None]:
+    """Print each warning the first time: the checks at the start and the work itself may see the same."""
+    seen = set[str]()
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        if str(message) not in seen:
+            seen.add(str(message))
+            err.print(f"warning: {message}", markup=False)
+
+    return show
+
+
 def main() -> None:
     """The command ``surgery``.
 
@@ -33,7 +47,7 @@ def main() -> None:
     """
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_, **__: err.print(f"warning: {message}", markup=False)
+            warnings.showwarning = _told_once()
             app()
     except (ValueError, LookupError, OSError) as error:
         text = error.args[0] if isinstance(error, KeyError) and error.args else error

@@ -26,6 +26,7 @@ from surgery.cli.options import (
     layout_of,
     out,
     path_option,
+    trajectory_of,
     working,
 )
 from surgery.files import check_folder, path_of
@@ -119,17 +120,24 @@ def _named(checkpoints: list[str]) -> dict[str, str]:
 
 
 def inspect(
-    source: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint's folder, or a mask file.")],
+    sources: Annotated[
+        list[str],
+        typer.Argument(metavar="CKPT...", help="A checkpoint's folder or a mask file; or [BASE] EARLIER LATER."),
+    ],
     probe: Annotated[bool, typer.Option("--probe", help="Verify one block of each kind by autograd.")] = False,
     units: Units = "mlp",
     layout: LayoutFile = None,
     data: Annotated[
-        Path | None, typer.Option(help="JSON lines: print the first one's tokens as the model sees them, nothing else.")
+        Path | None, typer.Option(help="JSON lines of prompts: print the first one's tokens as the model sees them.")
     ] = None,
 ) -> None:
-    """Print where the neurons (or other units) lie, and how they were found."""
+    """Print where the neurons of a checkpoint lie; of two or three, check all that can be told before a rollback."""
     from surgery.checkpoints.opening import open_weights
 
+    if len(sources) > 1:
+        _print_preflight(sources, units, layout, data)
+        return
+    source = sources[0]
     if data is not None:
         _print_tokens(data, source)
         return
@@ -152,6 +160,24 @@ def inspect(
     for note in weights.layout.notes:
         out.print(f"\n{note}", markup=False)
     if probe and not _probed(source, layout, kinds_in(units), [blocks[0].name for blocks in kinds.values()]):
+        raise typer.Exit(1)
+
+
+def _print_preflight(sources: list[str], units: str, layout: Path | None, data: Path | None) -> None:
+    """A line for each check; the exit code is 1 where one of them refuses."""
+    from surgery.live.preflight import preflight
+
+    run = trajectory_of(sources, layout)
+    with working("looking at the checkpoints"):
+        found = preflight(run, data, kinds_in(units))
+    width = max(len(one.what) for one in found)
+    for one in found:
+        out.print(f"{one.verdict:<8} {one.what:<{width}}  {one.said}", markup=False)
+    refused = any(one.verdict == "refused" for one in found)
+    if data is not None and not refused:
+        out.print()
+        _print_tokens(data, sources[-1])
+    if refused:
         raise typer.Exit(1)
 
 

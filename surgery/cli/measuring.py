@@ -28,6 +28,7 @@ from surgery.cli.options import (
     Rounds,
     Rows,
     Selected,
+    checked,
     device_of,
     dtype_of,
     files_of,
@@ -91,7 +92,7 @@ def sweep(
 
     fractions = [fraction(text) for text in budgets.split(",")]
     check_selectors(selectors.split(","), checkpoints, data, how, units, protect, answers)
-    run = trajectory_of(checkpoints, layout)
+    run = checked(trajectory_of(checkpoints, layout), units)
     guard = protected(protect, protect_weight, run, batch_size)
     chosen = [selector_of(text, fractions[0], how, 0, units, guard, rounds) for text in selectors.split(",")]
     if dry_run:
@@ -173,7 +174,7 @@ def repair(
         check_folder(output, CHECKPOINT, overwrite)
     fractions = [fraction(text) for text in budgets.split(",")] if budgets else list(BUDGETS)
     check_selectors([selector], checkpoints, data, how, units, None, answers)
-    run = trajectory_of(checkpoints, layout)
+    run = checked(trajectory_of(checkpoints, layout), units)
     chosen = selector_of(selector, fractions[0], how, 0, units, ({}, 0.0), rounds)
     kept = _kept(keep or [], evaluate, run, batch_size)
     with _loaded(run, data, evaluate, batch_size, device, dtype) as (prompts, function, say):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -100,6 +101,20 @@ def trajectory_of(checkpoints: list[str], layout: Path | None) -> Trajectory:
     base = checkpoints[0] if len(checkpoints) == 3 else None
     own = layout_of(layout, checkpoints[-1])
     return Trajectory(base, checkpoints[-2], checkpoints[-1], own)
+
+
+def checked(run: Trajectory, units: str | None) -> Trajectory:
+    """The run, after everything that can be told of it before a model is loaded: warnings, or the first refusal."""
+    from surgery.live.preflight import preflight, refuse
+
+    kinds = tuple(kind for kind in asked(units) if kind != WEIGHT) or ("mlp",)
+    with working("looking at the checkpoints"):
+        found = preflight(run, units=kinds)
+    refuse(found)
+    for one in found:
+        if one.verdict == "warning":
+            warnings.warn(one.said, stacklevel=2)
+    return run
 
 
 def kinds_in(units: str) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ from surgery.cli.options import (
     ProtectWeight,
     Rounds,
     Selected,
+    checked,
     device_of,
     dtype_of,
     folder_of,
@@ -74,7 +75,7 @@ def select(
         check_file(output, overwrite)
     check_selectors([selector], checkpoints, data, how, units, protect, answers)
     device_of(device)
-    run = trajectory_of(checkpoints, layout)
+    run = checked(trajectory_of(checkpoints, layout), units)
     guard = protected(protect, protect_weight, run, batch_size)
     chosen = selector_of(selector, budget, how, seed, units, guard, rounds)
     with working(f"reading {len(checkpoints)} checkpoints"):

@@ -298,7 +298,7 @@ def test_a_model_spread_over_devices_is_the_same_model(folders, monkeypatch):
     found, whole = dict(run.load("auto").named_parameters()), dict(run_of(folders).load().named_parameters())
     assert all(torch.equal(found[name], whole[name]) for name in whole)
 
-    def crowded(*arguments: object, **named: object) -> torch.nn.Module:
+    def crowded(*arguments: object, **named: object) -> tuple[torch.nn.Module, object]:
         assert named["device_map"] == "auto"
         model, told = load(*arguments, **named)
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.to("meta"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -48,6 +49,8 @@ def earlier_model(run: Trajectory) -> Iterator[nn.Module]:
         yield Trajectory(later=run.source("earlier")).load()
         return
     model, (live, source) = run.load(), run.live("earlier")  # another model is told before it is asked anything
+    if isinstance(later := run.tensors("later"), Checkpoint):
+        live = replace(live, name=str(later.folder))  # what was asked for
     if isinstance(run.earlier, nn.Module):
         yield run.earlier
         return

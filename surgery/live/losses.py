@@ -63,10 +63,10 @@ class Distillation:
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         target, far, found = self.of(batch), _SUMS[self.divergence], reading(model, batch)
-        if target.shape != (len(found.hidden), found.vocabulary):
+        if target.ndim != 2 or len(target) != len(found.hidden):
             raise ValueError(
-                f"{self.path(batch)} holds logits of the shape {list(target.shape)}, and this model has "
-                f"{[len(found.hidden), found.vocabulary]}: was it trained with another vocabulary?"
+                f"{self.path(batch)} holds logits of the shape {list(target.shape)}, and the batch has "
+                f"{len(found.hidden)} positions: remove the file"
             )
 
         def measure(rows: slice, logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -33,10 +33,8 @@ def read_rows(text: str, path: Path) -> tuple[dict[str, Any], list[tuple[Row, Se
 
 def _row(line: str, where: str) -> tuple[Row, Settings]:
     found = json_of(line, where, MEASURED | _MORE)
-    items = found.get("items", {})
-    if not (
-        found["budget"] <= 1 and found["metrics"] and items.keys() <= found["metrics"].keys() and all(items.values())
-    ):
+    items, metrics = found.get("items", {}), found["metrics"]
+    if not (0 <= found["budget"] <= 1 and metrics and items.keys() <= metrics.keys() and all(items.values())):
         raise ValueError(f"{where} is no row: expected a budget in [0, 1], metrics, and items of those metrics")
     items = {name: [float(x) for x in held] for name, held in items.items()}
     return Row(**{name: found[name] for name in MEASURED}, items=items), found.get("settings", {})

@@ -127,6 +127,8 @@ def train(stage: Stage, start: Path, out: Path, data: Path, seed: int, device: s
         for parameter in trained:
             parameter.data.copy_(parameter.data.bfloat16())  # what is merged is what is saved
         adapted.save_pretrained(part / "adapter")
+        file = part / "adapter" / "adapter_model.safetensors"
+        save_file({name: value.bfloat16() for name, value in load_file(file).items()}, file, {"format": "pt"})
         model = adapted.merge_and_unload()
     else:
         masters = {name: value.contiguous() for name, value in model.state_dict().items() if name != "lm_head.weight"}

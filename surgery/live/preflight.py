@@ -35,7 +35,7 @@ class Finding:
 def preflight(run: Trajectory, data: str | Path | None = None, units: Units = "mlp") -> list[Finding]:
     """Look at checkpoints and prompts as ``select``, ``sweep`` and ``repair`` will, without a forward pass.
 
-    Each checkpoint: plain numbers, no adapter, no weight that would be random. Then both together: the same units, the
+    Each checkpoint: plain numbers, no adapter, no weight that would be random (not told with a layout of your own). Then both together: the same units, the
     same configuration as far as a forward pass reads it, the same tokens. Then what a rolled-back folder would leave
     out, and the prompts. What compares checkpoints is left out where one of them is refused.
 
@@ -88,7 +88,10 @@ def _whole(run: Trajectory, name: str) -> str:
     if not isinstance(tensors, Checkpoint):
         check_source(tensors, name)
         return f"{len(tensors)} tensors"
-    check_loads(tensors)
+    if run.layout is None:
+        check_loads(tensors)
+    else:  # of a model that transformers may not know
+        check_source(tensors, str(tensors.folder))
     numbers = sum(map(prod, tensors.shapes.values()))
     dtypes = ", ".join(sorted({str(dtype).removeprefix("torch.") for dtype in tensors.dtypes.values()}))
     return f"{tensors.folder}: {len(tensors)} tensors, {numbers / 1e6:,.1f} M numbers, {dtypes}"

@@ -35,9 +35,10 @@ class Finding:
 def preflight(run: Trajectory, data: str | Path | None = None, units: Units = "mlp") -> list[Finding]:
     """Look at checkpoints and prompts as ``select``, ``sweep`` and ``repair`` will, without a forward pass.
 
-    Each checkpoint: plain numbers, no adapter, no weight that would be random (not told with a layout of your own). Then both together: the same units, the
-    same configuration as far as a forward pass reads it, the same tokens. Then what a rolled-back folder would leave
-    out, and the prompts. What compares checkpoints is left out where one of them is refused.
+    Each checkpoint: plain numbers, no adapter, no weight that would be random (not told with a layout of your own).
+    Then both together: the same units, the same configuration as far as a forward pass reads it, the same tokens. Then
+    what a rolled-back folder would leave out, and the prompts. What compares checkpoints is left out where one of them
+    is refused.
 
     Args:
         run: a trajectory with ``earlier`` and ``later``, and ``base`` where there is one.

@@ -25,7 +25,7 @@ from surgery.selectors.settings import Data
 from surgery.units import Units
 
 ROUNDS = 16
-_REACH = 0.0025  # what so many rounds take of the candidates
+_REACH, _GROWTH = 0.0025, 1.25  # what so many rounds take of the candidates; how much more a round takes than the last
 _LOT, _PATIENCE = 16, 3  # prompts in a lot; measurements without a smaller loss after which rounds end
 _DRAWN = (0x00800000, 0x7F800000)  # the bits of every positive normal float32, from the least to infinity
 Point = tuple[int, float]  # how many weights are reverted, and the loss then, on prompts that do not choose
@@ -73,9 +73,8 @@ def by_damage(
     gains owe much to the prompts that they were measured on. So a round measures D on two lots of prompts, drawn anew
     in each round, and counts the lower of a weight's two gains. A weight without a positive gain on both is not taken.
 
-    ``rounds`` equal rounds make 0.25 % of the candidates; each further one adds as large a share to what is taken, so
-    that 1 % takes 23 more by default. They do not depend on the budget: a larger budget contains a smaller one (without
-    ``stop``).
+    The first round takes few weights, and each takes a quarter more than the one before; ``rounds`` of them make 0.25 %
+    of the candidates. They do not depend on the budget: a larger budget contains a smaller one (without ``stop``).
 
     A quarter of the prompts takes no part. With ``stop`` the number of weights with the smallest loss on those prompts
     is kept. Rounds end where six of them have not lowered it, but not before half of ``rounds``. So a larger budget may
@@ -190,8 +189,7 @@ class _Path:
 
     def _end(self, rounds: int) -> int:
         """How many weights so many rounds take, or more where each takes at least one."""
-        beyond = max(0, rounds - self.rounds)
-        return round(_REACH * self.total * (rounds - beyond) / self.rounds * (1 + 1 / self.rounds) ** beyond)
+        return round(_REACH * self.total * (_GROWTH**rounds - 1) / (_GROWTH**self.rounds - 1))
 
     def _round(self) -> bool:
         """Take the next weights; False if there are none."""

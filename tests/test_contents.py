@@ -28,7 +28,7 @@ OTHERS = [
     "pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json", "pytorch_model_fsdp_0/__0_0.distcp",
     "model-q4_k_m.gguf", "gguf/model.gguf", "original/consolidated.00.pth", "tf_model.h5", "flax_model.msgpack",
     "onnx/model.onnx", "model-00009-of-00009.safetensors", "mask.safetensors", "checkpoint-500/model.safetensors",
-    "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "optimizer.pt", "optimizer_0/x.distcp",
+    "adapter_model.safetensors", "adapter_model.bin", "optimizer.pt", "optimizer_0/x.distcp",
     "scheduler.pt", "rng_state.pth", "rng_state_3.pth", "training_args.bin",
     "global_step120/mp_rank_00_model_states.pt",
     "zero_pp_rank_0_mp_rank_00_optim_states.pt", "model_world_size_8_rank_0.pt", ".git/lfs/objects/ab",

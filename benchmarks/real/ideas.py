@@ -159,11 +159,21 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
-    bench = Bench(asked.lab, asked.pair)
-    lines = [f"| {name} | {cells} |" for name in asked.names for cells in tried(bench, IDEAS[name])]
+    bench, lines = Bench(asked.lab, asked.pair), list[str]()
+    for name in asked.names:
+        lines += [f"| {name} | {cells} |" for cells in tried(bench, IDEAS[name])]
+        write(asked.out, f"real-ideas-{PAIRS.index(asked.pair)}", page(asked.pair, lines))
+
+
+def page(pair: Pair, lines: list[str]) -> str:
+    """The table as a page."""
     head = "| way | share of the weights | recovery | by greedy | kept, points | CPU s |\n" + "|---" * 6 + "|"
-    title = f"# Ways of choosing single weights: {asked.pair.name}"
-    write(asked.out, f"real-ideas-{PAIRS.index(asked.pair)}", "\n".join([title, "", statement(), "", head, *lines, ""]))
+    told = (
+        f"# Ways of choosing single weights: {pair.name}\n\n`python -m benchmarks.real.ideas "
+        f"{PAIRS.index(pair)}`; what the ways are, its text says. Seed 0, {ITEMS} evaluation items, no stop. "
+        f"{statement()}\n"
+    )
+    return "\n".join([told, head, *lines, ""])
 
 
 if __name__ == "__main__":

@@ -54,7 +54,11 @@ def markdown(runs: Runs, found: Found) -> str:
     parts += ["## What was lost\n", _lost(runs), "## In short\n", _short(runs, found)]
     parts += ["## Accuracy before and after\n", _matrix(runs)]
     for name, group in found.items():
-        parts += [f"## {name}\n", "### Who wins\n", *_wins(group), "### Everything\n", _everything(runs[name], group)]
+        parts.append(f"## {name}\n")
+        if group:
+            parts += ["### Who wins\n", *_wins(group), "### Everything\n", _everything(runs[name], group)]
+        else:
+            parts.append("No significant loss, so there is nothing to bring back.\n")
     return "\n".join(parts)
 
 

@@ -274,7 +274,10 @@ _STYLES = {
 
 
 def picture(runs: Runs, found: Found) -> Figure:
-    """Recovery against what the later skill lost; the larger a point, the more parameters differ."""
+    """Recovery against what the later skill lost; the larger a point, the more parameters differ.
+
+    Filled: the mean over all seeds of the pair; hollow: of those seeds that have the point.
+    """
     from matplotlib.figure import Figure
 
     found = main_pairs(found)
@@ -287,11 +290,17 @@ def picture(runs: Runs, found: Found) -> Figure:
             curve = sorted((one for one in group if one.method == method), key=lambda one: one.value)
             if not curve:
                 continue
-            x = [100 * kept_of(one)[0] for one in curve]
-            y = [100 * one.recovery for one in curve]
-            sizes = [20 + 130 * one.touched**0.5 for one in curve]
-            ax.plot(x, y, color=colour, linewidth=1, alpha=0.6)
-            ax.scatter(x, y, s=sizes, color=colour, marker=marker, linewidths=0.5, zorder=3)
+            whole = complete(group)
+            for some, filled in (
+                ([one for one in curve if one in whole], True),
+                ([one for one in curve if one not in whole], False),
+            ):
+                x, y = [100 * kept_of(one)[0] for one in some], [100 * one.recovery for one in some]
+                sizes = [20 + 130 * one.touched**0.5 for one in some]
+                if filled:
+                    ax.plot(x, y, color=colour, linewidth=1, alpha=0.6)
+                style = {"color": colour} if filled or marker == "x" else {"facecolors": "none", "edgecolors": colour}
+                ax.scatter(x, y, s=sizes, marker=marker, linewidths=0.8, zorder=3, **style)
             ax.plot([], [], color=colour, marker=marker, linewidth=1, label=method)
         ax.set_xscale("symlog", linthresh=1.0)
         ticks = [-20, -5, -2, -1, 0, 1]

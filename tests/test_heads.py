@@ -212,7 +212,8 @@ def test_a_forward_that_a_body_was_given_is_put_back(pieces):
 
 
 def test_an_adapter_s_model_is_read_through(pieces):
-    peft = pytest.importorskip("peft")
+    import peft
+
     model = build("llama")
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], r=2))
     found = heads.reading(adapted, DATA[0])

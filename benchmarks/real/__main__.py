@@ -11,24 +11,22 @@ committed; the rows are.
 
 from __future__ import annotations
 
-import argparse
 import time
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
 from benchmarks.pareto.comparison import Store
 from benchmarks.pareto.points import points
 from benchmarks.real import base, domains
+from benchmarks.real.command import command
 from benchmarks.real.comparison import PAIRS, Pair, measure_pair
 from benchmarks.real.evaluate import keep_chat
 from benchmarks.real.methods import methods
 from benchmarks.real.refreshes import reinforce
 from benchmarks.real.report import markdown, picture
 from benchmarks.real.stages import FIRST_ONLY, STAGES, place, train
-from benchmarks.seeds import RESULTS
 
 
 def say(text: str) -> None:
@@ -79,16 +77,12 @@ def measure_all(lab: Path, seeds: list[int], pairs: list[Pair], store: Store) ->
 
 def main() -> None:
     """Make what is missing, measure what is missing, write the tables and the picture."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lab", type=Path, default=Path("runs/real"), help="where checkpoints and data lie")
+    parser = command(__doc__)
     parser.add_argument("--seeds", type=lambda text: [int(one) for one in text.split(",")], default=[0, 1, 2])
     parser.add_argument("--pairs", type=lambda text: [PAIRS[int(one)] for one in text.split(",")], default=list(PAIRS))
     parser.add_argument("--only", choices=("train", "measure", "report"))
     parser.add_argument("--device", default="cpu", help="where stages are trained")
-    parser.add_argument("--out", type=Path, default=RESULTS)
     asked = parser.parse_args()
-    torch.set_num_threads(1)
-    transformers_logging.disable_progress_bar()
     asked.out.mkdir(parents=True, exist_ok=True)
     store = Store(asked.out / "real.json.gz")
     if asked.only != "report":

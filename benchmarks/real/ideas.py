@@ -12,7 +12,6 @@ as many of the kept skill's calibration prompts, too (the sign of CRANE's gate).
 
 from __future__ import annotations
 
-import argparse
 import random
 import time
 from dataclasses import dataclass
@@ -21,15 +20,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
 from benchmarks.hardware import statement
 from benchmarks.lab.evaluate import Scores
 from benchmarks.pareto.changes import Setting
+from benchmarks.real.command import command
 from benchmarks.real.comparison import PAIRS, Pair, setting_of
 from benchmarks.real.evaluate import Evaluator, encoded
 from benchmarks.real.stages import place
-from benchmarks.seeds import RESULTS, write
+from benchmarks.seeds import write
 from surgery import rollback
 from surgery.live import distillation, earlier_model
 from surgery.live.losses import cross_entropy
@@ -151,14 +150,10 @@ def reverted(setting: Setting, taken: Tensor, strength: float = 1.0) -> Rollback
 
 def main() -> None:
     """Try what is asked for, and write a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command(__doc__)
     parser.add_argument("pair", type=lambda text: PAIRS[int(text)])
     parser.add_argument("names", nargs="*", default=list(IDEAS))
-    parser.add_argument("--lab", type=Path, default=Path("runs/real"))
-    parser.add_argument("--out", type=Path, default=RESULTS)
     asked = parser.parse_args()
-    torch.set_num_threads(1)
-    transformers_logging.disable_progress_bar()
     bench, lines = Bench(asked.lab, asked.pair), list[str]()
     for name in asked.names:
         lines += [f"| {name} | {cells} |" for cells in tried(bench, IDEAS[name])]

@@ -7,19 +7,16 @@ Propositions 1 and 2. The recoveries of Table 6 are rows of ``real.md``.
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import torch
 from torch import Tensor
-from transformers.utils import logging as transformers_logging
 
 from benchmarks.hardware import statement
 from benchmarks.pareto.changes import Setting
 from benchmarks.questions.structure import markdown
 from benchmarks.questions.theory import best, block, splits_of
+from benchmarks.real.command import command
 from benchmarks.real.comparison import MAIN, Pair, setting_of
-from benchmarks.seeds import RESULTS, write
+from benchmarks.seeds import write
 from surgery import AMCSelector, DamageSelector, Neurons, activation, damage, magnitude
 from surgery.evidence import changes, directions, overlap, profile
 from surgery.theory import Landscape, damage_split, damage_terms
@@ -92,12 +89,7 @@ def section(pair: Pair, setting: Setting, found: dict[str, Tensor]) -> str:
 
 def main() -> None:
     """Measure both pairs, write the page and the picture."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lab", type=Path, default=Path("runs/real"))
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    asked = parser.parse_args()
-    torch.set_num_threads(1)
-    transformers_logging.disable_progress_bar()
+    asked = command(__doc__).parse_args()
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), dpi=150, layout="constrained")

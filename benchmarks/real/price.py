@@ -6,20 +6,17 @@ one), all in one process, in CPU seconds.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
-from transformers.utils import logging as transformers_logging
 
 from benchmarks.hardware import statement
 from benchmarks.pareto.changes import Setting
+from benchmarks.real.command import command
 from benchmarks.real.comparison import PAIRS, setting_of
-from benchmarks.seeds import RESULTS, write
+from benchmarks.seeds import write
 from benchmarks.speed.gradients import peak
 from surgery import AMCSelector, DamageSelector, repair, rollback
 from surgery.live.hooks import collecting_from
@@ -57,12 +54,7 @@ class Timed:
 
 def main() -> None:
     """Measure on Math by QA, seed 0, and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lab", type=Path, default=Path("runs/real"))
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    asked = parser.parse_args()
-    torch.set_num_threads(1)
-    transformers_logging.disable_progress_bar()
+    asked = command(__doc__).parse_args()
     setting = setting_of(asked.lab, 0, PAIRS[0])
     run, data, model = setting.run, setting.data, setting.model
     matrices = {n: p for n, p in model.named_parameters() if ".layers." in n and p.ndim == 2}

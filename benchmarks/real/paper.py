@@ -40,7 +40,7 @@ def layers(setting: Setting) -> dict[str, Tensor]:
 
 
 def ends(taken: Tensor) -> str:
-    """How many of ten layers' worth the first, the middle and the last third of the layers give."""
+    """What the first, the middle and the last third of the layers give, and the shape that this makes."""
     thirds = torch.tensor([float(part.sum()) for part in taken.tensor_split(3)])
     first, middle, last = (100 * thirds / thirds.sum()).tolist()
     shape = "U-shaped" if min(first, last) > middle else "rises to the end" if last > middle else "falls to the end"
@@ -56,14 +56,13 @@ def section(pair: Pair, setting: Setting, found: dict[str, Tensor]) -> str:
     changed = overlap(steps, top=CHANGED)
     few = list(data[: max(1, PROMPTS // len(data[0]["input_ids"]))])
     land = Landscape.around(run, few)
+    moved = magnitude(run)
     parts = {
         f"neurons active in both ({ACTIVE:.0%} of each)": best(active["damaged"], ACTIVE)
         & best(active["kept"], ACTIVE),
-        f"most changed neurons ({CHANGED:.0%})": best(magnitude(run), CHANGED),
+        f"most changed neurons ({CHANGED:.0%})": best(moved, CHANGED),
         f"best neurons by D ({CHANGED:.0%})": best(damage(run, data, loss="kl"), CHANGED),
-        "all MLP neurons": Neurons(
-            {name: torch.ones(size, dtype=torch.bool) for name, size in run.layout.sizes.items()}
-        ),
+        "all MLP neurons": Neurons({name: torch.ones(size, dtype=torch.bool) for name, size in moved.sizes.items()}),
     }
     split = {name: damage_split(land, mask) for name, mask in parts.items()}
     lines = ["| score | first ten layers | middle ten | last ten | shape |", "|---" * 5 + "|"]

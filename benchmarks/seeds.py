@@ -25,5 +25,6 @@ def asked_for(doc: str | None) -> tuple[list[Path], Path]:
 
 def write(out: Path, name: str, text: str) -> None:
     """A report as ``name.md``, and on the screen."""
+    out.mkdir(parents=True, exist_ok=True)
     (out / f"{name}.md").write_text(text, encoding="utf-8")
     print(text)

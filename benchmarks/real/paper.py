@@ -39,12 +39,10 @@ def layers(setting: Setting) -> dict[str, Tensor]:
     return found
 
 
-def ends(taken: Tensor) -> str:
-    """What the first, the middle and the last third of the layers give, and the shape that this makes."""
-    thirds = torch.tensor([float(part.sum()) for part in taken.tensor_split(3)])
-    first, middle, last = (100 * thirds / thirds.sum()).tolist()
-    shape = "U-shaped" if min(first, last) > middle else "rises to the end" if last > middle else "falls to the end"
-    return f"{first:.0f} % | {middle:.0f} % | {last:.0f} % | {shape}"
+def thirds(taken: Tensor) -> str:
+    """What the first, the middle and the last third of the layers give, as cells of a table."""
+    parts = torch.tensor([float(part.sum()) for part in taken.tensor_split(3)])
+    return " | ".join(f"{share:.1f} %" for share in (100 * parts / parts.sum()).tolist())
 
 
 def section(pair: Pair, setting: Setting, found: dict[str, Tensor]) -> str:
@@ -65,8 +63,8 @@ def section(pair: Pair, setting: Setting, found: dict[str, Tensor]) -> str:
         "all MLP neurons": Neurons({name: torch.ones(size, dtype=torch.bool) for name, size in moved.sizes.items()}),
     }
     split = {name: damage_split(land, mask) for name, mask in parts.items()}
-    lines = ["| score | first ten layers | middle ten | last ten | shape |", "|---" * 5 + "|"]
-    lines += [f"| {name} | {ends(taken)} |" for name, taken in found.items()]
+    lines = ["| score | first ten layers | middle ten | last ten |", "|---" * 4 + "|"]
+    lines += [f"| {name} | {thirds(taken)} |" for name, taken in found.items()]
     return "\n".join(
         [
             f"## {pair.name}\n",
@@ -101,8 +99,8 @@ def main() -> None:
             ax.plot(100 * taken / taken.sum(), label=name, linewidth=1.2)
         ax.set_title(pair.name, fontsize="medium")
         ax.set_xlabel("layer")
-        ax.set_ylim(bottom=0)
         texts.append(section(pair, setting, found))
+    figure.axes[0].set_ylim(bottom=0)
     figure.axes[0].set_ylabel(f"share of the neurons taken at {BUDGET:.0%} (%)")
     figure.axes[0].legend(frameon=False, fontsize="small")
     asked.out.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import IO, Any, cast
 
 from torch import Tensor, nn
 
@@ -33,6 +34,17 @@ def auto_class(config: Any) -> str | None:
 
     kinds = ("AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForImageTextToText", "AutoModel")
     return next((kind for kind in kinds if type(config) in getattr(transformers, kind)._model_mapping), None)
+
+
+def model_class(auto: str, config: Any) -> Any:
+    """The class of a configuration's model in one of the auto classes, by its ``_model_mapping``.
+
+    Needed because an auto class does not load weights that are handed to it (``state_dict=``).
+    """
+    import transformers
+
+    found = getattr(transformers, auto)._model_mapping[type(config)]
+    return found[0] if isinstance(found, tuple) else found
 
 
 _PARALLEL = "DataParallel, DDP or DeepSpeed"
@@ -244,3 +256,17 @@ def writes_to(tensor: Tensor) -> int:
     Needed to notice that an evaluation changed the weights, without a copy of them.
     """
     return tensor._version
+
+
+def saved_tensor(path: Path, offset: int, length: int) -> tuple[Tensor, int]:
+    """A tensor that ``torch.save`` wrote into a stretch of a file, without its numbers, and where they begin in it.
+
+    ``weights_only``: nothing in the file is ever run.
+    """
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.distributed.checkpoint.utils import _create_file_view
+
+    with open(path, "rb") as file, FakeTensorMode():
+        found = torch.load(cast("IO[bytes]", _create_file_view(file, offset, length)), weights_only=True)
+        return found, int(found.untyped_storage()._checkpoint_offset)

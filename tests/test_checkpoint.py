@@ -152,7 +152,7 @@ def test_an_empty_mask_writes_the_later_folder_and_all_neurons_the_earlier_mlps(
     save(rolled_back(later, to=earlier, mask=mask & ~mask), tmp_path / "none")
     save(Checkpoint(later), tmp_path / "copy")
     assert hashes(tmp_path / "copy") == hashes(later)
-    for file in Checkpoint(later).headers:
+    for file in Checkpoint(later).files:
         assert (tmp_path / "none" / file).read_bytes() == (later / file).read_bytes()
     save(rolled_back(later, to=earlier, mask=mask | ~mask), tmp_path / "all")
     whole, old, new = Checkpoint(tmp_path / "all"), Checkpoint(earlier), Checkpoint(later)
@@ -178,8 +178,8 @@ def test_papers_beside_the_weights(pair, tmp_path):
     }  # fmt: skip
     assert record["parameters"] == sum(mask.count().values()) * (3 * 32 + 2)
     assert {"torch", "transformers", "safetensors"} <= set(record["versions"])
-    assert set(record["later"]["sha256"]) == set(Checkpoint(later).headers)
-    assert set(record["to"]["sha256"]) == set(Checkpoint(earlier).headers)
+    assert set(record["later"]["sha256"]) == set(Checkpoint(later).files)
+    assert set(record["to"]["sha256"]) == set(Checkpoint(earlier).files)
     card = (out / "README.md").read_text()
     assert card.startswith("---\nlicense: mit\ntags: [a]\n---\n")
     assert "**later**" in card

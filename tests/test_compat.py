@@ -184,3 +184,26 @@ def test_writes_to() -> None:
 def experts(model: nn.Module) -> nn.Module:
     """The first module of stacked experts."""
     return next(module for path, module in model.named_modules() if path.endswith("mlp.experts"))
+
+
+def test_model_class() -> None:
+    """``_model_mapping``, asked for a class."""
+    config = build("llama").config
+    assert compat.model_class("AutoModelForCausalLM", config).__name__ == "LlamaForCausalLM", (
+        "find how an auto class maps a configuration to a model now. Without it a training checkpoint has no live model"
+    )
+
+
+def test_saved_tensor(tmp_path) -> None:
+    """``FakeTensorMode``, ``_checkpoint_offset``, ``_create_file_view``."""
+    tensor = torch.arange(6.0).reshape(2, 3)
+    with open(tmp_path / "file", "wb") as file:
+        file.write(b"before")
+        torch.save(tensor, file)
+    length = (tmp_path / "file").stat().st_size - 6
+    told, at = compat.saved_tensor(tmp_path / "file", 6, length)
+    stored = (tmp_path / "file").read_bytes()[6 + at :][:24]
+    assert (told.shape, told.dtype, stored) == (tensor.shape, tensor.dtype, tensor.numpy().tobytes()), (
+        "find where torch.save puts a tensor's numbers now (an archive's data/0, not compressed). Without it distributed "
+        "checkpoints can't be read in place"
+    )

@@ -16,8 +16,8 @@ import surgery
 PACKAGE = Path(surgery.__file__).parent
 # each room (a package or a module of its own) may import from those before it
 ORDER = (
-    "units", "files", "tables", "progress", "compat", "layout", "masks", "checkpoints", "reverting", "live", "scores",
-    "theory", "selectors", "measure", "evidence", "training", "plots", "report", "cli",
+    "units", "files", "tables", "progress", "compat", "layout", "masks", "formats", "checkpoints", "reverting", "live",
+    "scores", "theory", "selectors", "measure", "evidence", "training", "plots", "report", "cli",
 )  # fmt: skip
 PUBLIC = [
     "Trajectory",

@@ -16,7 +16,8 @@ from test_laws import same, snapshot
 from torch import nn
 
 from surgery import Checkpoint, Entries, Neurons, rollback, rolled_back, save
-from surgery.checkpoints.checkpoint import State, header_of
+from surgery.checkpoints.checkpoint import State
+from surgery.formats.shards import header_of
 from surgery.layout import find_layout
 from surgery.layout.slots import Layout
 from surgery.masks.edits import Numbers

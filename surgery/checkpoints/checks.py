@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from surgery.checkpoints.checkpoint import ADAPTER, MERGE, Checkpoint, State
+from surgery.checkpoints.checkpoint import Checkpoint, State
+from surgery.formats.folders import ADAPTER, MERGE
 from surgery.layout.finding import check_unwrapped
 from surgery.layout.plain import check_all_stored, quantised
 from surgery.layout.slots import Layout
@@ -44,7 +45,7 @@ def _settings(tensors: Mapping[str, Tensor]) -> Mapping[str, Any]:
     if not isinstance(tensors, Checkpoint):
         return {}
     try:
-        found = json.loads((tensors.folder / "config.json").read_text(encoding="utf-8"))
+        found = json.loads((tensors.home / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -46,11 +46,11 @@ def _settings(side: Mapping[str, Tensor], live: Any) -> Mapping[str, Any] | None
     if not isinstance(side, Checkpoint):
         config = _live(side)
         return config.to_dict() if hasattr(config, "to_dict") else None
-    if not (side.folder / "config.json").exists():
+    if not (side.home / "config.json").exists():
         return None
-    config = configuration(side.folder, side.shapes)
+    config = configuration(side.home, side.shapes)
     if hasattr(live, "to_dict") and config.model_type == live.model_type:
-        return dict(type(live).from_pretrained(side.folder, local_files_only=True).to_dict())
+        return dict(type(live).from_pretrained(side.home, local_files_only=True).to_dict())
     text = config.get_text_config()
     return dict((text if type(live) is type(text) else config).to_dict())
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from surgery.checkpoints.checkpoint import INDEX, Checkpoint
+from surgery.checkpoints.checkpoint import Checkpoint
 from surgery.checkpoints.checks import check_source
-from surgery.compat import as_loaded, tied_weights
+from surgery.compat import as_loaded, model_class, tied_weights
+from surgery.formats.shards import INDEX
+from surgery.formats.stored import SAFETENSORS
 from surgery.layout.on_disk import class_of
 from surgery.tables import briefly
 
@@ -29,23 +33,55 @@ def loaded(source: Checkpoint, dtype: torch.dtype | None = None, device_map: str
             that the files lack, hold in another shape, or hold apart where it ties two.
     """
     check_source(source, str(source.folder))
-    config, kind = class_of(source.folder, source.shapes)
-    if (file := getattr(config, "transformers_weights", None)) not in (None, INDEX, *source.headers):
+    config, kind = class_of(source.home, source.shapes)
+    names = {Path(file).name for file in source.files}
+    if (file := getattr(config, "transformers_weights", None)) not in (None, INDEX, *names):
         raise ValueError(
             f"config.json of {source.folder} names weights of its own, {file!r}: remove transformers_weights from it, "
             f"or the other weights"
         )
+    bare = source.stored.kind != SAFETENSORS
+    weights = {name: _Unread(source, name) for name in source} if bare else None
     try:
-        found: Any = kind.from_pretrained(
-            source.folder, config=config, dtype=dtype or "auto", device_map=device_map, local_files_only=True,
-            trust_remote_code=False, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True,
+        found: Any = (model_class(kind.__name__, config) if bare else kind).from_pretrained(
+            None if bare else source.home, config=config, state_dict=weights, device_map=device_map,
+            dtype=dtype or (_dtype(source) if bare else "auto"), local_files_only=True, trust_remote_code=False,
+            use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True,
         )  # fmt: skip
     except (ValueError, ImportError) as error:
         raise ValueError(f"transformers can't load {source.folder}: {briefly(error)}") from error
     model: nn.Module = found[0]
+    if bare:
+        _settle(model, source.home)
     _check_told(source, found[1])
     _check_tied(source, model)
     return model
+
+
+@dataclass(frozen=True)
+class _Unread:
+    """A tensor that is read when transformers asks for it, and then is the model's own."""
+
+    source: Checkpoint
+    name: str
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.source[self.name][index].clone()
+
+
+def _dtype(source: Checkpoint) -> torch.dtype:
+    """That of a folder's files: its configuration may say what a trainer's rollouts take."""
+    found = (one for one in source.dtypes.values() if isinstance(one, torch.dtype) and one.is_floating_point)
+    return next(found, torch.get_default_dtype())
+
+
+def _settle(model: Any, home: Path) -> None:
+    """What ``from_pretrained`` takes from a folder beside its weights."""
+    from transformers import GenerationConfig
+
+    model.config.name_or_path = model.name_or_path = str(home)
+    if (home / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(home, local_files_only=True)
 
 
 def check_loads(source: Checkpoint) -> None:

@@ -84,12 +84,12 @@ def _layout(tensors: Mapping[str, Tensor], like: Weights | None, name: str, kind
         return own if own.units == kinds or later is None else _layout(later.tensors, like, name, kinds)
     if isinstance(tensors, State):
         return find_layout(tensors.module, units=kinds)
-    configured = isinstance(tensors, Checkpoint) and (tensors.folder / "config.json").exists()
+    configured = isinstance(tensors, Checkpoint) and (tensors.home / "config.json").exists()
     if like is not None and like.layout.fits(tensors) and not (configured and _otherwise(tensors, like)):
         return like.layout
     if configured:
         assert isinstance(tensors, Checkpoint)
-        return _folder_layout(_Folder(tensors.folder, tensors.state, tensors.shapes), kinds)
+        return _folder_layout(_Folder(tensors.home, tensors.state, tensors.shapes), kinds)
     if like is not None:
         slots = (slot.tensor for block in like.layout.blocks for slot in block.slots)
         missing = [tensor for tensor in slots if tensor not in tensors]
@@ -199,21 +199,35 @@ _SAMPLES = 1024
 def fingerprint(weights: Weights) -> dict[str, Any]:
     """What identifies a checkpoint: its name and, for a folder, a sha256 of every weight file.
 
-    The hash covers the file's header, its size and 1024 evenly spaced runs of 4 KiB. Two training stages never agree on
-    all of these, and hashing all of a large checkpoint would take longer than rolling it back.
+    The hash covers a safetensors file's header, the size and 1024 evenly spaced runs of 4 KiB. Two training stages
+    never agree on all of these, and hashing all of a large checkpoint would take longer than rolling it back.
+    ``neurons`` is the same in every form in which a checkpoint may be stored: a hash of some numbers of its first and
+    last layer.
     """
     if not isinstance(weights.tensors, Checkpoint):
         return {"name": weights.name}
-    folder, files = weights.tensors.folder, sorted(weights.tensors.headers)
+    folder, files = weights.tensors.folder, sorted(weights.tensors.files)
     found = {"name": folder.resolve().name, "sha256_of": "header, size and 1024 samples of 4 KiB"}
-    return {**found, "sha256": {file: _sha256(folder / file) for file in files}}
+    return {**found, "sha256": {file: _sha256(folder / file) for file in files}, "neurons": _some_neurons(weights)}
+
+
+def _some_neurons(weights: Weights, most: int = 64) -> str:
+    """A sha256 of up to 64 neurons of the first and of the last block, rounded to bf16 as ``sampled`` does."""
+    digest = hashlib.sha256()
+    for block in dict.fromkeys(weights.layout.blocks[at] for at in (0, -1) if weights.layout.blocks):
+        index = torch.linspace(0, block.neurons - 1, min(most, block.neurons), dtype=torch.float64).long()
+        for part in sorted(block.parts) if len(index) else ():
+            rows = block.rows(weights.tensors, part, index).detach()
+            digest.update(rows.bfloat16().cpu().contiguous().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _sha256(path: Path, samples: int = _SAMPLES, run: int = 4096) -> str:
     digest, size = hashlib.sha256(str(path.stat().st_size).encode()), path.stat().st_size
     with open(path, "rb") as file:
-        prefix = file.read(8)
-        digest.update(prefix + file.read(int.from_bytes(prefix, "little")))
+        if path.suffix == ".safetensors":
+            prefix = file.read(8)
+            digest.update(prefix + file.read(int.from_bytes(prefix, "little")))
         start = file.tell()
         step = max(run, (size - start) // samples)
         for at in range(start, size, step):

@@ -172,9 +172,9 @@ def layout_of(path: Path | None, source: str) -> Layout | None:
 
 
 def folder_of(source: Any) -> Path:
-    from surgery.checkpoints.checkpoint import Checkpoint
+    from surgery.checkpoints.checkpoint import folder_of as found
 
-    return Checkpoint(source).folder
+    return found(source)
 
 
 def fraction(text: str) -> float:

@@ -122,6 +122,10 @@ def rollback(
     strength: Annotated[
         str, typer.Option(help="How far back, 0 to 3 (1 copies the earlier bits), or a file that strengths wrote.")
     ] = "1",
+    reset_optimizer: Annotated[
+        bool,
+        typer.Option("--reset-optimizer", help="Of a training checkpoint, also zero the optimizer's moments there."),
+    ] = False,
     layout: LayoutFile = None,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
@@ -146,8 +150,8 @@ def rollback(
     out.print(f"{counted}, {view.parameters} parameters")
     if view.strength != 1:
         out.print(spoken(recorded(view.strength, chosen)))
-    for file in view.headers:
-        out.print(f"  {file}: {len(view.touched(file))} of {len(view.headers[file])} tensors touched")
+    for file, names in view.stored.files.items() if view.stored else ():
+        out.print(f"  {file}: {len(view.touched(file))} of {len(names)} tensors touched")
     if dry_run or output is None:
         contents = contents_of(view, folder_of(later))
         for note in contents.notes:
@@ -157,7 +161,7 @@ def rollback(
         )
         return
     with working(f"writing {output}"):
-        save(view, output, overwrite=overwrite)
+        save(view, output, overwrite=overwrite, reset_optimizer=reset_optimizer)
     out.print(f"wrote {output}")
 
 

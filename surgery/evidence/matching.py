@@ -69,7 +69,7 @@ def places_of(dims: Mapping[str, int]) -> dict[str, Place]:
     return places
 
 
-_REAL = ("float64", "float32", "float16", "bfloat16", "F64", "F32", "F16", "BF16")
+_REAL = ("float64", "float32", "float16", "bfloat16")
 Opened = Mapping[str, Tensor]
 
 
@@ -165,8 +165,7 @@ def _why_not(name: str, told: Mapping[str, tuple[tuple[int, ...], str]]) -> str 
 def _told(tensors: Opened, name: str) -> tuple[tuple[int, ...], str]:
     """The shape and the dtype of a tensor, from the header alone where there is one."""
     if isinstance(tensors, Checkpoint):
-        header = tensors.headers[tensors.where[name]][name]
-        return tuple(header["shape"]), header["dtype"]
+        return tensors.shapes[name], str(tensors.dtypes[name]).removeprefix("torch.")
     one = tensors[name]
     if one.is_meta:
         raise ValueError(f"{name!r} is on the meta device (offloaded or empty): load it first")

@@ -15,9 +15,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from surgery.checkpoints.checkpoint import DTYPES, header_of, mapped
 from surgery.checkpoints.opening import sampled
 from surgery.files import path_of, whole_file
+from surgery.formats.shards import DTYPES, header_of, mapped
 from surgery.live.heads import Reading, positions, reading
 from surgery.live.hooks import evaluating
 from surgery.live.prompts import Batch, batches_of, digest_of, each, fitting

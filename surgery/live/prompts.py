@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.files import path_of
+from surgery.formats.folders import home_of
 from surgery.live.lines import Tokenizing, read_lines, tokens_of
 from surgery.progress import steps
 from surgery.tables import briefly
@@ -91,7 +92,9 @@ def opened_tokenizer(tokenizer: Any) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        found = AutoTokenizer.from_pretrained(path_of(tokenizer), local_files_only=True, trust_remote_code=False)
+        found = AutoTokenizer.from_pretrained(
+            home_of(path_of(tokenizer)), local_files_only=True, trust_remote_code=False
+        )
         found("a")  # some damage is noticed only now
     except Exception as error:  # whatever damaged files make transformers raise
         raise ValueError(

@@ -6,19 +6,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
 from surgery.checkpoints.checkpoint import Checkpoint
+from surgery.formats.stored import Stored
 
-_LEFT_OUT = (
-    # a second copy of the weights, or another model's
+_WEIGHTS = (  # a second copy of the weights, or another model's
     "consolidated*", "original", "pytorch_model*", "tf_model*", "flax_model*", "*.gguf", "*.ggml", "*.onnx",
     "*.onnx_data", "onnx", "openvino", "gguf", "*.h5", "*.msgpack", "checkpoint-*", ".git", ".cache", ".*.partial",
     # an adapter that was merged long ago
     "adapter_config.json", "adapter_model*",
-    # the state of a training run: transformers, FSDP, DeepSpeed
+)  # fmt: skip
+_STATE = (  # of a training run: transformers, FSDP, DeepSpeed
     "optimizer*", "scheduler.*", "scaler.*", "rng_state*", "random_states*", "training_args.bin", "*_world_size_*",
     "*.distcp", ".metadata", "global_step*", "mp_rank_*", "*_states.pt", "latest", "zero_to_fp32.py",
 )  # fmt: skip
@@ -27,13 +28,14 @@ _TENSORS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz", ".pkl")
 
 @runtime_checkable
 class Edited(Protocol):
-    """What ``save`` needs of a rolled-back view: its shards, its edits, and the papers that go beside them."""
+    """What ``save`` needs of a rolled-back view: its edits, and what is to be said and written beside them."""
 
-    headers: dict[str, Any]
     parents: list[Checkpoint]
 
     def touched(self, file: str) -> list[str]: ...
     def edit(self, name: str, tensor: Tensor) -> None: ...
+    def reset(self, name: str, tensor: Tensor) -> None: ...
+    def remarks(self) -> list[str]: ...
     def papers(self) -> dict[str, bytes]: ...
 
 
@@ -42,7 +44,7 @@ class Contents:
     """What ``save`` writes: ``files`` and ``folders`` of the source by their names in it, and what it adds.
 
     ``left_out``: files and folders that hold other weights or a training run's state. ``doubtful``: what is taken over
-    and may hold weights too. ``size``: bytes.
+    and may hold weights too. ``remarks``: what is to be known about what is written. ``size``: bytes.
     """
 
     files: dict[str, Path]
@@ -50,6 +52,7 @@ class Contents:
     added: dict[str, bytes]
     left_out: list[str]
     doubtful: list[str]
+    remarks: list[str]
 
     @property
     def size(self) -> int:
@@ -63,7 +66,7 @@ class Contents:
             "left out, since they hold other weights or a training run's state": self.left_out,
             "taken over as they are, though they may hold weights that were not rolled back": self.doubtful,
         }
-        return [f"{what}: {', '.join(names)}" for what, names in told.items() if names]
+        return self.remarks + [f"{what}: {', '.join(names)}" for what, names in told.items() if names]
 
 
 def contents_of(tensors: Mapping[str, Tensor], source: Path) -> Contents:
@@ -72,8 +75,12 @@ def contents_of(tensors: Mapping[str, Tensor], source: Path) -> Contents:
     Raises:
         ValueError: a link leads nowhere, or to a folder that it lies in.
     """
-    weights = set(getattr(tensors, "headers", ()))
-    found = Contents({}, [], tensors.papers() if isinstance(tensors, Edited) else {}, [], [])
+    stored: Stored | None = getattr(tensors, "stored", None)
+    weights = set(stored.files) | set(stored.beside) if stored else set()
+    training = stored is not None and stored.training
+    found = Contents({}, [], {}, [], [], [])
+    if isinstance(tensors, Edited):
+        found = Contents({}, [], tensors.papers(), [], [], tensors.remarks())
 
     def walk(folder: Path, inside: str, above: tuple[Path, ...]) -> None:
         if folder.resolve() in above:
@@ -81,14 +88,14 @@ def contents_of(tensors: Mapping[str, Tensor], source: Path) -> Contents:
         for path in sorted(folder.iterdir()):
             name = f"{inside}{path.name}"
             own = any(file == name or file.startswith(f"{name}/") for file in weights)
-            if not own and _other(path.name, top=not inside, papers=bool(found.added)):
+            if not own and _other(path.name, not inside, training, bool(found.added)):
                 found.left_out.append(name)
             elif path.is_dir():
                 found.folders.append(name)
                 walk(path, f"{name}/", (*above, folder.resolve()))
             elif path.is_file():
                 found.files[name] = path
-                if not own and path.suffix in _TENSORS:
+                if not own and path.suffix in _TENSORS and not (training and _any(path.name, _STATE)):
                     found.doubtful.append(name)
             else:
                 raise ValueError(
@@ -99,7 +106,11 @@ def contents_of(tensors: Mapping[str, Tensor], source: Path) -> Contents:
     return found
 
 
-def _other(name: str, top: bool, papers: bool) -> bool:
+def _other(name: str, top: bool, training: bool, papers: bool) -> bool:
     """Whether a file or folder is left out: by its name, as a stray shard, or as the record of another rollback."""
-    stray = top and (name.endswith(".safetensors") or (papers and name == "surgery"))
-    return stray or any(fnmatchcase(name, pattern) for pattern in _LEFT_OUT)
+    stray = (top or training) and name.endswith(".safetensors")
+    return stray or (top and papers and name == "surgery") or _any(name, _WEIGHTS + (() if training else _STATE))
+
+
+def _any(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)

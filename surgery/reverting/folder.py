@@ -9,38 +9,51 @@ import stat
 import uuid
 import warnings
 from collections.abc import Mapping
+from functools import cache, partial
 from pathlib import Path
 
 from torch import Tensor
 
-from surgery.checkpoints.checkpoint import Checkpoint, mapped
+from surgery.checkpoints.checkpoint import Checkpoint
 from surgery.files import path_of, sync, whole_folder
+from surgery.formats.folders import moments_in
+from surgery.formats.stored import Stored
 from surgery.progress import steps
 from surgery.reverting.contents import Contents, Edited, contents_of
 
-CHECKPOINT = ("surgery.json", "*.safetensors")  # a folder with one of these is a checkpoint, and may be replaced
+CHECKPOINT = (
+    "surgery.json",
+    "*.safetensors",
+    "model_world_size_*_rank_*.pt",
+    ".metadata",
+)  # a folder with one of these is a checkpoint, and may be replaced
 
 
-def save(tensors: Mapping[str, Tensor], folder: str | Path, *, overwrite: bool = False) -> Path:
+def save(
+    tensors: Mapping[str, Tensor], folder: str | Path, *, overwrite: bool = False, reset_optimizer: bool = False
+) -> Path:
     """Write a checkpoint (usually a ``rolled_back`` one) as a folder, byte for byte like the folder it comes from.
 
     ``save`` copies the later folder (as a reflink where the file system has them), writes the reverted slices into the
     copy one tensor at a time, and gives the copy its final name only when all of it is on the disk. A crash leaves no
     incomplete folder that loads. Outside the reverted slices every byte stays the same: shards, index, header order,
-    dtype, tokenizer, config and unknown files. A second copy of the weights, old adapters and the state of a training
-    run are left out, and a warning names them.
+    dtype, tokenizer, config and unknown files. A second copy of the weights and old adapters are left out, and a
+    warning names them; so is the state of a training run, unless the folder is a training checkpoint itself (rank
+    files, a distributed checkpoint), which keeps it.
 
     Args:
         tensors: a ``Checkpoint`` or a ``rolled_back`` view of one.
         folder: where to write; it must not exist unless ``overwrite``.
         overwrite: replace an existing checkpoint (it stays as it was until the new one is complete).
+        reset_optimizer: of a training checkpoint, also set the optimizer's moments (``exp_avg``, ``exp_avg_sq``) to
+            zero where weights were reverted; otherwise a run that is resumed from it pushes them back.
 
     Returns:
         The folder's path.
 
     Raises:
         ValueError: ``tensors`` does not come from a folder; the output exists, is no checkpoint, or is one of the
-            inputs; or another process changed an input meanwhile.
+            inputs; another process changed an input meanwhile; or there is no optimizer's state to reset.
         OSError: the disk is full or the folder can't be written; nothing is left behind.
 
     Source: ours.
@@ -58,17 +71,35 @@ def save(tensors: Mapping[str, Tensor], folder: str | Path, *, overwrite: bool =
         if here.is_relative_to(there) or there.is_relative_to(here):
             raise ValueError(f"the output {target} is, holds or lies in one of the inputs: choose another folder")
     contents = contents_of(tensors, source)
+    stored: Stored = tensors.stored  # type: ignore[attr-defined]
+    moments = moments_in(source, stored) if stored.training else None
+    if reset_optimizer and moments is None:
+        raise ValueError(f"{source} holds no optimizer's state that could be reset: leave out reset_optimizer")
     with whole_folder(target, CHECKPOINT, overwrite=overwrite) as new:
-        _copy(contents, new, tensors, parents)
+        _copy(contents, new, tensors, parents, moments if reset_optimizer else None)
     for note in contents.notes:
         warnings.warn(note, stacklevel=2)
+    if moments is not None and not reset_optimizer:
+        warnings.warn(
+            "the optimizer's state was taken over as it is, and would push the reverted weights back in a run that is "
+            "resumed from it: reset_optimizer=True (--reset-optimizer) sets its moments to zero there",
+            stacklevel=2,
+        )
     return target
 
 
-def _copy(contents: Contents, new: Path, tensors: Mapping[str, Tensor], parents: list[Checkpoint]) -> None:
+def _copy(
+    contents: Contents,
+    new: Path,
+    tensors: Mapping[str, Tensor],
+    parents: list[Checkpoint],
+    moments: Stored | None,
+) -> None:
     """The files, then the edits, then what says where it came from; refused where an input changed meanwhile."""
     # A weight file carries its final name only once it is whole: a killed process leaves no folder that loads.
-    unfinished = {file: new / f"{file}.{uuid.uuid4().hex}.partial" for file in getattr(tensors, "headers", ())}
+    stored: Stored = tensors.stored  # type: ignore[attr-defined]
+    weights = [*stored.files, *(moments.files if moments else ())]
+    unfinished = {file: new / f"{file}.{uuid.uuid4().hex}.partial" for file in weights}
     before = _stamps(contents)
     new.mkdir()
     for name in contents.folders:
@@ -77,11 +108,7 @@ def _copy(contents: Contents, new: Path, tensors: Mapping[str, Tensor], parents:
         _clone(path, unfinished.get(name, new / name))
     _check_unchanged(contents, before, parents)  # before the edits, which go by the headers
     if isinstance(tensors, Edited):
-        for file, path in sorted(unfinished.items()):
-            names = tensors.touched(file)
-            views = mapped(path, tensors.headers[file], writable=True) if names else {}
-            for name in names:  # through the page cache; no tensor is ever held in memory whole
-                tensors.edit(name, views[name])
+        _edit(tensors, stored, moments, unfinished)
     for name, text in contents.added.items():
         (new / name).parent.mkdir(exist_ok=True)
         (new / name).write_bytes(text)
@@ -90,6 +117,22 @@ def _copy(contents: Contents, new: Path, tensors: Mapping[str, Tensor], parents:
     for path in [*new.rglob("*"), new]:
         sync(path)
     _check_unchanged(contents, before, parents)
+
+
+def _edit(tensors: Edited, stored: Stored, moments: Stored | None, places: dict[str, Path]) -> None:
+    """Write the edits into the copies through the page cache: a tensor in one piece is never held in memory whole."""
+
+    @cache
+    def views(of: Stored, file: str) -> Mapping[str, Tensor]:
+        return of.views(places[file], file, True)
+
+    touched = dict.fromkeys(name for file in sorted(stored.files) for name in tensors.touched(file))
+    for name in touched:
+        stored.change(name, partial(views, stored), partial(tensors.edit, name))
+    for moment, shape in moments.shapes.items() if moments else ():
+        name = moment.rpartition("/")[0]
+        if moments and name in touched and shape == stored.shapes[name]:
+            moments.change(moment, partial(views, moments), partial(tensors.reset, name))
 
 
 def _stamps(contents: Contents) -> dict[Path, tuple[int, int, int]]:

@@ -37,7 +37,8 @@ def warn_if_made_for_others(mask: Mask, **used: Weights) -> None:
     made_for = mask.made_by.get("checkpoints", {})
     for role, weights in used.items():
         before, now = made_for.get(role, {}), fingerprint(weights)
-        if before.get("sha256") and now.get("sha256") and before["sha256"] != now["sha256"]:
+        what = "neurons" if "neurons" in before else "sha256"
+        if before.get(what) and now.get(what) and before[what] != now[what]:
             warnings.warn(
                 f"the mask was selected for {before['name']!r} as the {role} checkpoint and is applied to "
                 f"{now['name']!r}, which has other weights",
@@ -86,7 +87,7 @@ This checkpoint is **{later_name}** in which {reverted} of {mask.total} {mask.ca
 - exact {mask.noun}: `{MASK}`; versions and sha256 of both parents: `{RECORD}`
 - made with surgery {record["versions"].get("surgery", "")}
 """
-    old = later.tensors.folder / CARD if isinstance(later.tensors, Checkpoint) else None
+    old = later.tensors.home / CARD if isinstance(later.tensors, Checkpoint) else None
     own = ""
     if old is not None and old.is_file():  # whatever its encoding: what is no UTF-8 stays as it was
         own = old.read_text(encoding="utf-8", errors="surrogateescape").removeprefix("\ufeff")

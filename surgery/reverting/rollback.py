@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from surgery.checkpoints.checkpoint import Checkpoint, Moment, Source, State, in_force, moment_of, returned, tensors_of
 from surgery.checkpoints.opening import Weights, open_weights
 from surgery.files import uninterrupted
+from surgery.formats.stored import Stored
 from surgery.layout.slots import Block, Layout, Slot
 from surgery.masks.edits import Edit, Rows
 from surgery.masks.mask import Mask, checked
@@ -207,6 +208,12 @@ def _write(tensor: Tensor, edit: Edit, rows: Tensor) -> None:
         edit.put(tensor, rows)
 
 
+def _dtype(weights: Weights, name: str) -> torch.dtype:
+    if isinstance(weights.tensors, Checkpoint) and isinstance(found := weights.tensors.dtypes[name], torch.dtype):
+        return found
+    return weights.tensors[name].dtype
+
+
 def _not_finite(edit: Edit, source: Weights, strength: Strength) -> str:
     said = f"{edit.slot.tensor} of {source.name} holds NaN or infinite numbers in the masked neurons"
     return said if strength == 1 else f"{said}, or with this strength they leave the range of their dtype"
@@ -253,9 +260,9 @@ class RolledBack(Mapping[str, Tensor]):
         return [one for some in found for one in some if isinstance(one, Checkpoint)]
 
     @property
-    def headers(self) -> dict[str, Any]:
-        """The later folder's shard headers."""
-        return self.later.tensors.headers if isinstance(self.later.tensors, Checkpoint) else {}
+    def stored(self) -> Stored | None:
+        """How the later folder stores its tensors, if it is one."""
+        return self.later.tensors.stored if isinstance(self.later.tensors, Checkpoint) else None
 
     @property
     def parameters(self) -> int:
@@ -263,8 +270,8 @@ class RolledBack(Mapping[str, Tensor]):
         return sum(edit.numbers for edits in self._edits.values() for edit in edits)
 
     def touched(self, file: str) -> list[str]:
-        """The tensors of a shard that differ from the later checkpoint's."""
-        return [name for name in self.headers[file] if name in self._edits]
+        """The tensors of a file that differ from the later checkpoint's."""
+        return [name for name in (self.stored.files[file] if self.stored else ()) if name in self._edits]
 
     def edit(self, name: str, tensor: Tensor) -> None:
         """Write the reverted rows into ``tensor``, which holds the later checkpoint's numbers."""
@@ -274,6 +281,25 @@ class RolledBack(Mapping[str, Tensor]):
             if not bool(after.isfinite().all()):
                 raise ValueError(_not_finite(edit, self.source, self.strength))
             _write(tensor, edit, after)
+
+    def reset(self, name: str, tensor: Tensor) -> None:
+        """Write zeros on the reverted rows of ``tensor``, a moment of the optimizer for the tensor of that name."""
+        for edit in self._edits[name]:
+            _write(tensor, edit, torch.zeros_like(edit.take(tensor)))
+
+    def remarks(self) -> list[str]:
+        """What is to be known about the numbers that were set back."""
+        if self.stored is None or not self.stored.training:
+            return []
+        for name, (edit, *_) in self._edits.items():
+            there = self.source.layout[edit.block.name].of(edit.slot.part)[0].tensor
+            held, taken = _dtype(self.later, name), _dtype(self.source, there)
+            if torch.finfo(taken).bits < torch.finfo(held).bits:
+                return [
+                    f"the reverted numbers are {held} with the values of {taken}: the low bits of the earlier masters "
+                    f"are gone; roll back to the earlier run's own training checkpoint to have them"
+                ]
+        return []
 
     def papers(self) -> dict[str, bytes]:
         """The files beside the weights in a saved folder: the mask, a record of what made it, a model card."""

@@ -204,6 +204,6 @@ def test_saved_tensor(tmp_path) -> None:
     told, at = compat.saved_tensor(tmp_path / "file", 6, length)
     stored = (tmp_path / "file").read_bytes()[6 + at :][:24]
     assert (told.shape, told.dtype, stored) == (tensor.shape, tensor.dtype, tensor.numpy().tobytes()), (
-        "find where torch.save puts a tensor's numbers now (an archive's data/0, not compressed). Without it distributed "
-        "checkpoints can't be read in place"
+        "find where torch.save puts a tensor's numbers now (an archive's data/0, not compressed). Without it "
+        "distributed checkpoints can't be read in place"
     )

@@ -10,8 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -258,15 +257,14 @@ def writes_to(tensor: Tensor) -> int:
     return tensor._version
 
 
-def saved_tensor(path: Path, offset: int, length: int) -> tuple[Tensor, int]:
-    """A tensor that ``torch.save`` wrote into a stretch of a file, without its numbers, and where they begin in it.
+def saved_tensor(file: Any) -> tuple[Tensor, int]:
+    """A tensor that ``torch.save`` wrote into a file, without its numbers, and where they begin in it.
 
     ``weights_only``: nothing in the file is ever run.
     """
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.distributed.checkpoint.utils import _create_file_view
 
-    with open(path, "rb") as file, FakeTensorMode():
-        found = torch.load(cast("IO[bytes]", _create_file_view(file, offset, length)), weights_only=True)
+    with FakeTensorMode():
+        found = torch.load(file, weights_only=True)
         return found, int(found.untyped_storage()._checkpoint_offset)

@@ -9,12 +9,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
 
 from surgery.compat import saved_tensor
+from surgery.formats.archives import Window, check_archive
 from surgery.formats.shards import viewed
 from surgery.formats.stored import DISTRIBUTED, Piece, Stored
 from surgery.tables import briefly
@@ -108,9 +109,38 @@ def _metadata(path: Path) -> Any:
         raise ValueError(f"{path} is no record of tensors, and code is never run ({briefly(error)})") from error
     except Exception as error:  # whatever a damaged pickle raises
         raise ValueError(f"{path} is damaged: {briefly(error)}") from error
-    if not isinstance(found, Metadata) or not isinstance(found.storage_data, dict):
-        raise ValueError(f"{path} is no metadata of a distributed checkpoint")
+    if not isinstance(found, Metadata) or not _sound(found):
+        raise ValueError(f"{path} is no metadata of a distributed checkpoint, or damaged")
     return found
+
+
+def _sound(told: Any) -> bool:
+    """Whether the records have the fields that their classes call for: a damaged pickle may leave some out."""
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    def box(value: Any, axes: int) -> bool:
+        return isinstance(value, tuple) and len(value) == axes and all(isinstance(one, int) for one in value)
+
+    def tensor(entry: Any) -> bool:
+        axes = len(entry.size)
+        chunks = all(box(one.offsets, axes) and box(one.sizes, axes) for one in entry.chunks)
+        return box(entry.size, axes) and isinstance(entry.properties.dtype, torch.dtype) and chunks
+
+    def place(index: Any, info: Any) -> bool:
+        known = told.state_dict_metadata[index.fqn]
+        starts = (
+            index.offset is None or not isinstance(known, TensorStorageMetadata) or box(index.offset, len(known.size))
+        )
+        return starts and isinstance(info.relative_path, str) and box((info.offset, info.length), 2)
+
+    try:
+        entries = [one for one in told.state_dict_metadata.values() if isinstance(one, TensorStorageMetadata)]
+        names = all(isinstance(name, str) for name in told.state_dict_metadata)
+        paths = all(isinstance(keys, tuple | list) and keys for keys in (told.planner_data or {}).values())
+        places = all(place(index, info) for index, info in told.storage_data.items())
+        return names and paths and places and all(map(tensor, entries))
+    except (AttributeError, TypeError, LookupError):
+        return False
 
 
 def _paths(told: Any) -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -188,7 +218,10 @@ class _Chunks(Mapping[str, Tensor]):
     def __getitem__(self, key: str) -> Tensor:
         info, dtype, shape = self.places[key]
         try:
-            told, at = saved_tensor(self.path, info.offset, info.length)
+            with open(self.path, "rb") as file:
+                window = Window(file, info.offset, info.length)
+                check_archive(cast("IO[bytes]", window))
+                told, at = saved_tensor(window)
         except Exception as error:  # whatever a damaged archive makes torch raise
             raise ValueError(f"{self.path} is damaged: its chunk {key} can't be read: {briefly(error)}") from error
         if (told.shape, told.dtype, told.is_contiguous(), told.storage_offset()) != (torch.Size(shape), dtype, True, 0):

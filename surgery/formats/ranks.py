@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-import mmap
-import pickle
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from surgery.formats.archives import opened
 from surgery.formats.stored import RANKS, Piece, Stored
-from surgery.tables import briefly
 
 MODEL, OPTIMIZER = "model", "optim"
 _NAMED = re.compile(r"(model|optim)_world_size_(\d{1,6})_rank_(\d{1,6})\.pt")
@@ -111,39 +107,6 @@ def _parameters(path: Path) -> dict[str, tuple[int, ...]]:
     for name, tensor in tensors_in(path).items():
         found.setdefault(_local(tensor).data_ptr(), (name, tuple(tensor.shape)))
     return dict(found.values())
-
-
-def opened(path: Path, writable: bool = False) -> Any:
-    """What a file of ``torch.save`` holds, its tensors as views of the mapped file; nothing in it is ever run.
-
-    Raises:
-        ValueError: it is damaged, or needs more than tensors.
-    """
-    import torch.distributed.tensor
-
-    flags = mmap.MAP_SHARED if writable else mmap.MAP_PRIVATE
-    try:
-        with _quiet(), torch.serialization.set_default_mmap_options(flags):
-            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} needs code to be read, which is never run ({briefly(error)}): save tensors only, or pass a folder "
-            f"of safetensors"
-        ) from error
-    except Exception as error:  # whatever a damaged archive makes torch raise
-        raise ValueError(f"{path} is damaged or no file of torch.save: {briefly(error)}") from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Torch warns that what it reads has no process group: none is needed."""
-    logger = logging.getLogger("torch.distributed.device_mesh")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 def tensors_in(path: Path, writable: bool = False) -> dict[str, Tensor]:

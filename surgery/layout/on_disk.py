@@ -98,9 +98,9 @@ def _unknown(stored: dict[str, Any]) -> str:
         return "it names no model_type"  # transformers would guess one from the folder's name
     if kind not in transformers.CONFIG_MAPPING:
         own = ", and the folder's own code is never run" * ("auto_map" in stored)
-        return f"transformers {transformers.__version__} knows no model type {kind!r}{own}"
+        return f"transformers {transformers.__version__} knows no model type {kind[:60]!r}{own}"
     code = next(_kernels(stored), None)
-    return f"it asks for {code!r}, code on the hub, which is never run" if code else ""
+    return f"it asks for {code[:60]!r}, code on the hub, which is never run" if code else ""
 
 
 def _kernels(stored: Any, named: bool = False) -> Iterator[str]:

@@ -96,12 +96,13 @@ def opened_tokenizer(tokenizer: Any) -> Any:
             home_of(path_of(tokenizer)), local_files_only=True, trust_remote_code=False
         )
         found("a")  # some damage is noticed only now
+        special = set(found.all_special_ids)
     except Exception as error:  # whatever damaged files make transformers raise
         raise ValueError(
             f"the tokenizer of {tokenizer} can't be read ({briefly(error)}): pass load_prompts a tokenizer that you "
             f"have loaded yourself"
         ) from error
-    if len(found) <= len(set(found.all_special_ids)):
+    if len(found) <= len(special):
         raise ValueError(
             f"{tokenizer} has no tokenizer of its own: copy tokenizer.json and tokenizer_config.json there from the "
             f"model that it was trained from, or pass load_prompts another folder or a tokenizer"

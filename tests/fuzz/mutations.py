@@ -153,7 +153,7 @@ def in_tensors(random: Random, raw: bytes) -> bytes:
             head = json.dumps(header).encode()
         else:
             head, data = (in_json(random, head), data) if how < 0.8 else (head, in_bytes(random, data))
-    except (ValueError, TypeError, AttributeError, IndexError, KeyError, RecursionError):  # damaged already
+    except (ValueError, TypeError, AttributeError, IndexError, KeyError, RecursionError, ArithmeticError):
         return in_bytes(random, raw)
     return struct.pack("<Q", len(head)) + head + data
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -303,6 +305,63 @@ def write_tokenizer(desk: Desk, place: Path) -> None:
     write_prompts(desk, place)
 
 
+def write_ranks(desk: Desk, place: Path) -> None:
+    """The rank files of two ranks, each written in this process as if it were that rank."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    (place / "huggingface").mkdir()
+    (place / "huggingface/config.json").write_bytes((desk.later / "config.json").read_bytes())
+    for rank in range(2):
+        dist.init_process_group("fake", rank=rank, world_size=2, store=FakeStore())
+        mesh, state = init_device_mesh("cpu", (2,), mesh_dim_names=("fsdp",)), {}
+        for name, whole in load_file(desk.later / "model.safetensors").items():
+            local = whole.chunk(2)[rank].clone()
+            state[name] = DTensor.from_local(
+                local, mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride()
+            )
+        torch.save(state, place / f"model_world_size_2_rank_{rank}.pt")
+        dist.destroy_process_group()
+
+
+def rank_files(desk: Desk, place: Path, out: Path) -> None:
+    found = dict(Checkpoint(place))
+    logging.getLogger("torch.distributed.device_mesh").setLevel(logging.ERROR)
+    parts = [torch.load(place / f"model_world_size_2_rank_{rank}.pt", weights_only=True) for rank in range(2)]
+    same(found, {name: torch.cat([part[name].to_local() for part in parts]) for name in parts[0]})
+    save(rolled_back(place, to=desk.earlier, mask=desk.mask), out / "healed")
+    after = dict(Checkpoint(out / "healed"))
+    same({n: t for n, t in after.items() if "mlp" not in n}, {n: t for n, t in found.items() if "mlp" not in n})
+
+
+def write_distributed(desk: Desk, place: Path) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    (place / "config.json").write_bytes((desk.later / "config.json").read_bytes())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that one process saves alone
+        dcp.save({"model": load_file(desk.later / "model.safetensors")}, checkpoint_id=place, no_dist=True)
+
+
+def distributed(desk: Desk, place: Path, out: Path) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    found = dict(Checkpoint(place))
+    read = {name: torch.empty_like(tensor) for name, tensor in found.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            dcp.load({"model": read}, checkpoint_id=place, no_dist=True)
+        except BaseException:  # torch checks what we have no need of
+            read = found
+    same(found, read)
+    save(rolled_back(place, to=desk.earlier, mask=desk.mask), out / "healed")
+    after = dict(Checkpoint(out / "healed"))
+    same({n: t for n, t in after.items() if "mlp" not in n}, {n: t for n, t in found.items() if "mlp" not in n})
+
+
 TARGETS = {
     "headers": Target(copied, headers, (".safetensors",)),
     "indices": Target(sharded, headers, (".index.json",)),
@@ -316,5 +375,7 @@ TARGETS = {
     "predictions": Target(lambda desk, place: predictions(desk, place, place), predictions, (".safetensors",), True),
     "configurations": Target(copied, configurations, ("/config.json",)),
     "tokenizers": Target(write_tokenizer, tokenizers, ("tokenizer.json", "tokenizer_config.json")),
+    "rank files": Target(write_ranks, rank_files, (".pt",)),
+    "distributed checkpoints": Target(write_distributed, distributed, (".metadata", ".distcp")),
     "layouts": Target(write_layout, layouts, (".json",)),
 }

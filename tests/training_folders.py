@@ -97,6 +97,37 @@ def write(folder: Path, world: int, rank: int) -> None:
     dist.destroy_process_group()
 
 
+def as_ranks(plain: Path, place: Path, world: int = 2) -> None:
+    """The tensors of a plain folder as the rank files of a model and its optimizer, all written by this process."""
+    import torch.distributed as dist
+    from safetensors.torch import load_file
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    (place / "huggingface").mkdir(parents=True)
+    (place / "huggingface/config.json").write_bytes((plain / "config.json").read_bytes())
+    whole = {name: tensor for path in sorted(plain.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+    for rank in range(world):
+        dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
+        mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("fsdp",))
+
+        def sharded(tensor: torch.Tensor, mesh: Any = mesh, rank: int = rank) -> DTensor:
+            rows = -(-len(tensor) // world)
+            local, like = tensor[rank * rows : (rank + 1) * rows].clone(), (tensor.shape, tensor.stride())
+            return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=like[0], stride=like[1])
+
+        ending = f"world_size_{world}_rank_{rank}.pt"
+        torch.save({name: sharded(tensor) for name, tensor in whole.items()}, place / f"model_{ending}")
+        moments = {
+            number: {"step": torch.tensor(7.0), "exp_avg": sharded(tensor), "exp_avg_sq": sharded(tensor.square())}
+            for number, tensor in enumerate(whole.values())
+        }
+        state = {"state": moments, "param_groups": [{"lr": 1e-4, "params": [*moments]}]}
+        torch.save(state, place / f"optim_{ending}")
+        dist.destroy_process_group()
+
+
 def written(folder: Path, world: int) -> Path:
     """The folder, filled by as many processes as there are ranks."""
     folder.mkdir(parents=True, exist_ok=True)

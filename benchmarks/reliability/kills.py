@@ -29,6 +29,7 @@ from benchmarks.hardware import statement
 from benchmarks.lab.tokenizer import build_tokenizer
 from surgery import AMCSelector, Checkpoint, Trajectory
 from surgery.cli import main as shell
+from tests.training_folders import as_ranks
 
 RESULTS = Path(__file__).parents[1] / "results" / "reliability-kills.json"
 MASK, VOLATILE = "surgery/mask.safetensors", "seconds"
@@ -61,6 +62,9 @@ COMMANDS = {
     "rollback --overwrite": Command(
         "rollback later --to earlier --mask mask.safetensors -o OUT --overwrite", "healed", replaces=True
     ),
+    "rollback of rank files": Command(
+        "rollback ranks --to earlier --mask mask.safetensors -o OUT --reset-optimizer", "healed"
+    ),
     "repair": Command(
         "repair earlier later --data prompts.jsonl --evaluate score.py:score --metric sum --selector M --units mlp "
         "--budgets 0.2,0.5,1 --recovery 0.5 --rows repair.jsonl -o OUT",
@@ -90,6 +94,7 @@ def make(place: Path) -> None:
     (place / "score.py").write_text(SCORE.replace("SIGN", "1" if sums[0] > sums[1] else "-1"))
     lines = [{"prompt": f"{n}+{n}=", "response": str(2 * n)} for n in range(8)]
     (place / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    as_ranks(place / "later", place / "ranks")
     mask = AMCSelector(0.3, "M", "M").select(Trajectory(earlier=place / "earlier", later=place / "later"))
     mask.save(place / "mask.safetensors")
 
@@ -152,7 +157,9 @@ def kill(name: str, command: Command, place: Path, kills: int, seed: int) -> dic
     """Kill a command at random moments; how often each of ``COUNTS`` happened, and how often a rest was there."""
     out, rng = place / command.output, random.Random(seed)
     words = command.words.replace("OUT", command.output)
-    inputs = {one: held(place / one) for one in ("earlier", "later", "mask.safetensors", "prompts.jsonl", "score.py")}
+    inputs = {
+        one: held(place / one) for one in ("earlier", "later", "ranks", "mask.safetensors", "prompts.jsonl", "score.py")
+    }
     at_home = {path.name for path in place.iterdir()} | {"said", command.output, "repair.jsonl"}
 
     def clean() -> None:

@@ -36,6 +36,7 @@ from surgery.live import distillation, respond
 from surgery.masks.entries import shapes_of
 from surgery.masks.mask import load_mask
 from surgery.measure import load_sweep
+from tests.training_folders import as_ranks
 
 Files = dict[str, bytes]
 PROMPTS = [{"prompt": "1+1=", "response": "2"}, {"prompt": "12*3=", "response": "36"}, {"prompt": "a", "response": "b"}]
@@ -306,24 +307,7 @@ def write_tokenizer(desk: Desk, place: Path) -> None:
 
 
 def write_ranks(desk: Desk, place: Path) -> None:
-    """The rank files of two ranks, each written in this process as if it were that rank."""
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import DTensor, Shard
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    (place / "huggingface").mkdir()
-    (place / "huggingface/config.json").write_bytes((desk.later / "config.json").read_bytes())
-    for rank in range(2):
-        dist.init_process_group("fake", rank=rank, world_size=2, store=FakeStore())
-        mesh, state = init_device_mesh("cpu", (2,), mesh_dim_names=("fsdp",)), {}
-        for name, whole in load_file(desk.later / "model.safetensors").items():
-            local = whole.chunk(2)[rank].clone()
-            state[name] = DTensor.from_local(
-                local, mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride()
-            )
-        torch.save(state, place / f"model_world_size_2_rank_{rank}.pt")
-        dist.destroy_process_group()
+    as_ranks(desk.later, place)
 
 
 def rank_files(desk: Desk, place: Path, out: Path) -> None:

@@ -17,7 +17,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Desk:
     return Desk(tmp_path_factory.mktemp("fuzz"))
 
 
-@pytest.mark.filterwarnings("ignore:the mask was selected for")
+@pytest.mark.filterwarnings("ignore:the mask was selected for", "ignore:the optimizer's state was taken over")
 @pytest.mark.parametrize("kind", TARGETS)
 def test_a_sound_file_is_accepted(desk: Desk, kind: str, tmp_path: Path) -> None:
     """Else every refusal could be that of the fixture."""

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from training_folders import KINDS, model_of, written
+from training_folders import KINDS, STAGES, as_ranks, model_of, written
 
 from surgery import Checkpoint, Neurons, RandomSelector, Trajectory, rolled_back, save
 from surgery.checkpoints.opening import open_weights
+from surgery.formats import ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # torch's own reader says so
 FORMS = ("ranks", "dcp", "accelerate", "cut")
@@ -204,6 +205,45 @@ def test_an_edit_of_the_live_model_leaves_what_was_read_alone(home: Path) -> Non
         for parameter in run.load().parameters():
             parameter.zero_()
     assert all(torch.equal(folder[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize(("world", "copies", "device"), [(1, 1, "cpu"), (3, 1, "cuda"), (4, 2, "cuda"), (6, 3, "cpu")])
+def test_every_mesh_and_every_copy(tmp_path: Path, world: int, copies: int, device: str) -> None:
+    """Ranks that hold the same rows are all written, and a GPU's files are read where there is none."""
+    for stage in STAGES:
+        model_of("phi3", stage).save_pretrained(tmp_path / stage)
+    as_ranks(tmp_path / "later", tmp_path / "ranks", world, copies, device)
+    mask = RandomSelector(0.5).select(Trajectory(earlier=tmp_path / "earlier", later=tmp_path / "later"))
+    view = rolled_back(tmp_path / "ranks", to=tmp_path / "earlier", mask=mask)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        save(view, tmp_path / "out")
+    expected = rolled_back(tmp_path / "later", to=tmp_path / "earlier", mask=mask)
+    for rank in range(world):
+        found = ranks.tensors_in(tmp_path / f"out/model_world_size_{world}_rank_{rank}.pt")
+        for name, whole in expected.items():
+            rows = -(-len(whole) // (world // copies))
+            at = rank % (world // copies)
+            assert torch.equal(found[name].to_local(), whole[at * rows : (at + 1) * rows]), (rank, name)
+
+
+def test_the_model_inside_a_megatron_checkpoint(tmp_path: Path) -> None:
+    """verl's Megatron checkpoints hold a plain folder, and an optimizer whose masters would undo the rollback."""
+    for stage in STAGES:
+        model_of("phi3", stage).save_pretrained(tmp_path / stage / "model/huggingface")
+        (tmp_path / stage / "optimizer/dist_ckpt").mkdir(parents=True)
+        (tmp_path / stage / "optimizer/dist_ckpt/__0_0.distcp").write_bytes(b"masters")
+        (tmp_path / stage / "transformer_config.json").write_text("{}")
+    run = Trajectory(earlier=tmp_path / "earlier", later=tmp_path / "later")
+    view = rolled_back(run.later, to=run.earlier, mask=RandomSelector(0.5).select(run))
+    with pytest.warns(UserWarning, match="left out.*optimizer"):
+        save(view, tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "README.md", "model", "surgery", "surgery.json", "transformer_config.json",
+    ]  # fmt: skip
+    found = Checkpoint(tmp_path / "out")
+    assert all(torch.equal(found[name], view[name]) for name in view)
+    assert run.load()(torch.arange(9)[None]).logits.isfinite().all()
 
 
 # what is refused, each in a sentence

@@ -97,33 +97,46 @@ def write(folder: Path, world: int, rank: int) -> None:
     dist.destroy_process_group()
 
 
-def as_ranks(plain: Path, place: Path, world: int = 2) -> None:
-    """The tensors of a plain folder as the rank files of a model and its optimizer, all written by this process."""
+def as_ranks(plain: Path, place: Path, world: int = 2, copies: int = 1, device: str = "cpu") -> None:
+    """The tensors of a plain folder as the rank files of a model and its optimizer, all written by this process.
+
+    Args:
+        plain: the folder.
+        place: where to write.
+        world: the number of ranks.
+        copies: how many of them hold the same rows (1: a mesh of FSDP alone).
+        device: the kind of device that the mesh is said to be of.
+    """
     import torch.distributed as dist
     from safetensors.torch import load_file
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor import DTensor, Replicate, Shard
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     (place / "huggingface").mkdir(parents=True)
     (place / "huggingface/config.json").write_bytes((plain / "config.json").read_bytes())
     whole = {name: tensor for path in sorted(plain.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+    parts = world // copies
     for rank in range(world):
         dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
-        mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("fsdp",))
+        sizes, names = ((world,), ("fsdp",)) if copies == 1 else ((copies, parts), ("ddp", "fsdp"))
+        mesh = init_device_mesh("cpu", sizes, mesh_dim_names=names)
+        places = [*[Replicate()] * (copies > 1), Shard(0)]
 
-        def sharded(tensor: torch.Tensor, mesh: Any = mesh, rank: int = rank) -> DTensor:
-            rows = -(-len(tensor) // world)
-            local, like = tensor[rank * rows : (rank + 1) * rows].clone(), (tensor.shape, tensor.stride())
-            return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=like[0], stride=like[1])
+        def sharded(tensor: torch.Tensor, mesh: Any = mesh, at: int = rank % parts, places: Any = places) -> DTensor:
+            rows = -(-len(tensor) // parts)
+            local, like = tensor[at * rows : (at + 1) * rows].clone(), (tensor.shape, tensor.stride())
+            return DTensor.from_local(local, mesh, places, run_check=False, shape=like[0], stride=like[1])
 
         ending = f"world_size_{world}_rank_{rank}.pt"
-        torch.save({name: sharded(tensor) for name, tensor in whole.items()}, place / f"model_{ending}")
+        weights = {name: sharded(tensor) for name, tensor in whole.items()}
         moments = {
             number: {"step": torch.tensor(7.0), "exp_avg": sharded(tensor), "exp_avg_sq": sharded(tensor.square())}
             for number, tensor in enumerate(whole.values())
         }
         state = {"state": moments, "param_groups": [{"lr": 1e-4, "params": [*moments]}]}
+        mesh._device_type = device  # as a GPU's mesh is written
+        torch.save(weights, place / f"model_{ending}")
         torch.save(state, place / f"optim_{ending}")
         dist.destroy_process_group()
 

@@ -207,7 +207,8 @@ def fingerprint(weights: Weights) -> dict[str, Any]:
     if not isinstance(weights.tensors, Checkpoint):
         return {"name": weights.name}
     folder, files = weights.tensors.folder, sorted(weights.tensors.files)
-    found = {"name": folder.resolve().name, "sha256_of": "header, size and 1024 samples of 4 KiB"}
+    parts = folder.resolve().parts[-3 if weights.tensors.stored.training else -1 :]  # runs/qa/global_step_7/actor
+    found = {"name": "/".join(parts), "sha256_of": "header, size and 1024 samples of 4 KiB"}
     return {**found, "sha256": {file: _sha256(folder / file) for file in files}, "neurons": _some_neurons(weights)}
 
 

@@ -25,6 +25,7 @@ from surgery.cli.options import (
     Overwrite,
     Protect,
     ProtectWeight,
+    ResetOptimizer,
     Rounds,
     Rows,
     Selected,
@@ -163,6 +164,7 @@ def repair(
     device: Device = None,
     dtype: Dtype = None,
     layout: LayoutFile = None,
+    reset_optimizer: ResetOptimizer = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Find the smallest rollback that repairs a domain and does not hurt others; exit code 3 if there is none."""
@@ -202,5 +204,5 @@ def repair(
         out.print("\nnothing was written: pass -o FOLDER to write the repaired checkpoint")
     elif done.mask is not None and output is not None:
         with working(f"writing {output}"):
-            done.save(output, overwrite=overwrite)
+            done.save(output, overwrite=overwrite, reset_optimizer=reset_optimizer)
         out.print(f"\nwrote {output}")

@@ -46,6 +46,9 @@ Device = Annotated[str | None, typer.Option(help='Where the model runs, like "cu
 Dtype = Annotated[str | None, typer.Option(help="The model's dtype, like \"bfloat16\" (default: the checkpoint's).")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done, with counts, and write nothing.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
+ResetOptimizer = Annotated[
+    bool, typer.Option("--reset-optimizer", help="Of a training checkpoint, also zero the optimizer's moments there.")
+]
 Evaluation = Annotated[
     str,
     typer.Option(

@@ -22,6 +22,7 @@ from surgery.cli.options import (
     Overwrite,
     Protect,
     ProtectWeight,
+    ResetOptimizer,
     Rounds,
     Selected,
     checked,
@@ -122,10 +123,7 @@ def rollback(
     strength: Annotated[
         str, typer.Option(help="How far back, 0 to 3 (1 copies the earlier bits), or a file that strengths wrote.")
     ] = "1",
-    reset_optimizer: Annotated[
-        bool,
-        typer.Option("--reset-optimizer", help="Of a training checkpoint, also zero the optimizer's moments there."),
-    ] = False,
+    reset_optimizer: ResetOptimizer = False,
     layout: LayoutFile = None,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,

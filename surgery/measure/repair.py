@@ -60,7 +60,7 @@ class Repair:
     notes: tuple[str, ...] = ()
     unit: str = ""  # of the scores, in words
 
-    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
+    def save(self, folder: str | Path, *, overwrite: bool = False, reset_optimizer: bool = False) -> Path:
         """Write the later checkpoint with the chosen weights reverted (see ``surgery.save``).
 
         Raises:
@@ -70,7 +70,7 @@ class Repair:
             raise ValueError(f"there is nothing to write: {self.verdict}")
         later, earlier = self.run.tensors("later"), self.run.tensors("earlier")
         view = rolled_back(later, to=earlier, mask=self.mask, layout=self.run.layout)
-        return save(view, folder, overwrite=overwrite)
+        return save(view, folder, overwrite=overwrite, reset_optimizer=reset_optimizer)
 
     @property
     def verdict(self) -> str:

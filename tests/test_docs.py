@@ -17,6 +17,7 @@ import pytest
 import torch
 import typer
 from small_lab import SEED0, copy_seed0
+from training_folders import as_ranks
 
 from benchmarks.lab.tokenizer import build_tokenizer
 from surgery.cli import app
@@ -81,6 +82,8 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     three_stages(place / "runs", "qwen3")
     three_stages(place / "moe", "qwen3_moe")
     shutil.copytree(place / "runs/base", place / "runs/code")
+    for stage, step in (("math", 200), ("qa", 300)):
+        as_ranks(place / "runs" / stage, place / "ckpt" / stage / f"global_step_{step}/actor")
     (place / "my_eval.py").write_text(MY_EVAL)
     lines = [f'{{"prompt": "{i}+{i + 1}=", "response": "{2 * i + 1}"}}' for i in range(10, 26)]
     (place / "math.jsonl").write_text("\n".join(lines) + "\n")

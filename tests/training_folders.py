@@ -114,7 +114,8 @@ def as_ranks(plain: Path, place: Path, world: int = 2, copies: int = 1, device: 
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     (place / "huggingface").mkdir(parents=True)
-    (place / "huggingface/config.json").write_bytes((plain / "config.json").read_bytes())
+    for path in set(plain.glob("*.json")) - set(plain.glob("*.index.json")):
+        (place / "huggingface" / path.name).write_bytes(path.read_bytes())
     whole = {name: tensor for path in sorted(plain.glob("*.safetensors")) for name, tensor in load_file(path).items()}
     parts = world // copies
     for rank in range(world):

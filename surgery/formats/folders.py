@@ -6,7 +6,7 @@ from pathlib import Path
 
 from surgery.formats import distributed, ranks
 from surgery.formats.distributed import METADATA, stored_distributed
-from surgery.formats.ranks import MODEL, rank_files, stored_ranks
+from surgery.formats.ranks import MODEL, OPTIMIZER, rank_files, stored_ranks
 from surgery.formats.shards import INDEX, SHARDING, header_of, inside, stored_shards, weight_map
 from surgery.formats.stored import DISTRIBUTED, RANKS, Stored
 
@@ -56,6 +56,13 @@ def moments_in(folder: Path, stored: Stored) -> Stored | None:
         if (folder / place / METADATA).is_file() and (found := distributed.moments(folder, place)).shapes:
             return found
     return None
+
+
+def holds_moments(folder: Path, stored: Stored) -> bool:
+    """Whether a training checkpoint holds an optimizer's state."""
+    if stored.kind == RANKS:
+        return bool(rank_files(folder, OPTIMIZER))
+    return moments_in(folder, stored) is not None
 
 
 def _whole(folder: Path) -> list[str]:

@@ -57,8 +57,10 @@ def stored_ranks(folder: Path, files: list[str]) -> Stored:
     shapes: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, torch.dtype | str] = {}
     pieces: dict[str, list[Piece]] = {}
+    held: dict[str, dict[str, Tensor]] = {}  # views of the files, whose names and places take long to unpickle
     for rank, file in enumerate(files):
-        for name, tensor in tensors_in(folder / file).items():
+        held[file] = tensors_in(folder / file)
+        for name, tensor in held[file].items():
             start, local = _part(tensor, rank, f"{name!r} of {folder / file}")
             known = shapes.setdefault(name, tuple(tensor.shape)), dtypes.setdefault(name, local.dtype)
             if known != (tuple(tensor.shape), local.dtype):
@@ -69,7 +71,12 @@ def stored_ranks(folder: Path, files: list[str]) -> Stored:
             pieces.setdefault(name, []).append(Piece(file, name, start, tuple(local.shape)))
     _check_steps(folder)
     some = {name: tuple(one) for name, one in pieces.items()}
-    found = Stored(RANKS, shapes, dtypes, some, partial(_views, tensors_in))
+
+    def views(path: Path, file: str, writable: bool) -> dict[str, Tensor]:
+        seen = not writable and path == folder / file
+        return {name: _local(tensor) for name, tensor in (held[file] if seen else tensors_in(path, writable)).items()}
+
+    found = Stored(RANKS, shapes, dtypes, some, views)
     found.check_tiled(folder)
     return found
 
@@ -96,7 +103,11 @@ def moments(folder: Path) -> Stored | None:
             shapes[name], dtypes[name] = tuple(tensor.shape), local.dtype
             pieces.setdefault(name, []).append(Piece(file, name, start, tuple(local.shape)))
     some = {name: tuple(one) for name, one in pieces.items()}
-    found = Stored(RANKS, shapes, dtypes, some, partial(_views, states))
+
+    def views(path: Path, file: str, writable: bool) -> dict[str, Tensor]:
+        return {name: _local(tensor) for name, tensor in states(path, writable).items()}
+
+    found = Stored(RANKS, shapes, dtypes, some, views)
     found.check_tiled(folder)
     return found
 
@@ -115,10 +126,6 @@ def tensors_in(path: Path, writable: bool = False) -> dict[str, Tensor]:
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
         raise ValueError(f"{path} holds no tensors by name, but {type(found).__name__}")
     return {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
-
-
-def _views(read: Any, path: Path, file: str, writable: bool) -> dict[str, Tensor]:
-    return {name: _local(tensor) for name, tensor in read(path, writable).items()}
 
 
 def _local(tensor: Any) -> Tensor:

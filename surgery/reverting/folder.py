@@ -16,7 +16,7 @@ from torch import Tensor
 
 from surgery.checkpoints.checkpoint import Checkpoint
 from surgery.files import path_of, sync, whole_folder
-from surgery.formats.folders import moments_in
+from surgery.formats.folders import holds_moments, moments_in
 from surgery.formats.stored import Stored
 from surgery.progress import steps
 from surgery.reverting.contents import Contents, Edited, contents_of
@@ -72,14 +72,14 @@ def save(
             raise ValueError(f"the output {target} is, holds or lies in one of the inputs: choose another folder")
     contents = contents_of(tensors, source)
     stored: Stored = tensors.stored  # type: ignore[attr-defined]
-    moments = moments_in(source, stored) if stored.training else None
+    moments = moments_in(source, stored) if reset_optimizer else None
     if reset_optimizer and moments is None:
         raise ValueError(f"{source} holds no optimizer's state that could be reset: leave out reset_optimizer")
     with whole_folder(target, CHECKPOINT, overwrite=overwrite) as new:
-        _copy(contents, new, tensors, parents, moments if reset_optimizer else None)
+        _copy(contents, new, tensors, parents, moments)
     for note in contents.notes:
         warnings.warn(note, stacklevel=2)
-    if moments is not None and not reset_optimizer:
+    if not reset_optimizer and holds_moments(source, stored):
         warnings.warn(
             "the optimizer's state was taken over as it is, and would push the reverted weights back in a run that is "
             "resumed from it: reset_optimizer=True (--reset-optimizer) sets its moments to zero there",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -163,12 +165,13 @@ def _on_disk(model: Any, block: Block, found: dict[str, list[Slot]]) -> None:
         owners.append((base, slots))
         markers[tensor] = _marker(slots[0]) + base
         base += markers[tensor].numel()
-    starts = torch.tensor([start for start, _ in owners])
+    marked = [(start, [_Marked(slot, _marker(slot)) for slot in slots]) for start, slots in owners]
+    starts = [start for start, _ in owners]
     for name, numbers in as_saved(model, markers).items():
-        start, slots = owners[int(torch.searchsorted(starts, numbers.flatten()[0], right=True)) - 1]
-        for slot in slots:
-            if (there := _read(name, numbers - start, slot)) is not None:
-                found.setdefault(_key(slot), []).append(there)
+        start, those = marked[bisect_right(starts, int(numbers.flatten()[0])) - 1]
+        for one in those:
+            if (there := _read(name, numbers - start, one)) is not None:
+                found.setdefault(_key(one.slot), []).append(there)
     for slot in block.slots:
         parts = sorted(found.get(_key(slot), []), key=lambda part: part.start)
         if [part.start for part in parts] != [0, *accumulate(part.neurons for part in parts)][:-1] or (
@@ -196,9 +199,31 @@ def _marker(slot: Slot) -> Tensor:
     return torch.arange(torch.Size(shape).numel(), dtype=torch.int32).reshape(shape)
 
 
-def _read(name: str, numbers: Tensor, slot: Slot) -> Slot | None:
-    """The slot that a converted marker is, if it holds neurons of ``slot``'s part."""
-    marker = _marker(slot)
+@dataclass(frozen=True)
+class _Marked:
+    """A slot and its marker."""
+
+    slot: Slot
+    marker: Tensor
+
+    @cached_property
+    def own(self) -> Tensor:
+        """The marker's neurons: [neuron, 2], or [neuron] of a bias."""
+        slot = self.slot
+        small = Slot(slot.part, slot.tensor, slot.pattern, tuple(self.marker.shape), slot.g, slot.parts)
+        return small.view(self.marker).flatten(0, int(slot.stacked))
+
+    @cached_property
+    def neuron(self) -> Tensor:
+        """Number → the neuron that begins with it; -1 where none does. A layer has as many tensors as experts."""
+        found = torch.full((self.marker.numel(),), -1)
+        found[self.own.reshape(len(self.own), -1)[:, 0].long()] = torch.arange(len(self.own))
+        return found
+
+
+def _read(name: str, numbers: Tensor, marked: _Marked) -> Slot | None:
+    """The slot that a converted marker is, if it holds neurons of the slot's part."""
+    slot, marker, own = marked.slot, marked.marker, marked.own
     if torch.equal(numbers, marker):
         return replace(slot, tensor=name)
     if numbers.ndim > 1 and torch.equal(numbers.mT, marker):
@@ -207,16 +232,14 @@ def _read(name: str, numbers: Tensor, slot: Slot) -> Slot | None:
         pattern = f"{' '.join([*axes[:-2], axes[-1], axes[-2]])} ->{right}"
         return replace(slot, tensor=name, pattern=pattern, shape=(*slot.shape[:-2], slot.shape[-1], slot.shape[-2]))
     width = next((size for axis, size in _axes(slot) if axis == "d"), 0)
-    small = Slot(slot.part, name, slot.pattern, tuple(marker.shape), slot.g, slot.parts)
-    own = small.view(marker).flatten(0, int(slot.stacked))  # [neuron, 2], or [neuron] of a bias
     if numbers.ndim != own.ndim:
         return None
     for pattern, rows in (("n d -> n d", numbers), ("d n -> n d", numbers.mT)) if width else (("n -> n", numbers),):
-        if rows.shape[1:] != own.shape[1:]:
+        if rows.shape[1:] != own.shape[1:] or not 0 <= (begins := int(rows.flatten()[0])) < marker.numel():
             continue
-        first = (own == rows[0]).reshape(len(own), -1).all(1).nonzero().flatten()
-        if len(first) and torch.equal(own[int(first[0]) : int(first[0]) + len(rows)], rows):
+        first = int(marked.neuron[begins])
+        if first >= 0 and torch.equal(own[first : first + len(rows)], rows):
             sizes = {"n": len(rows), "d": width}
             shape = tuple(sizes[axis] for axis in pattern.split("->")[0].split())
-            return Slot(slot.part, name, pattern, shape, start=int(first[0]))
+            return Slot(slot.part, name, pattern, shape, start=first)
     return None

@@ -79,6 +79,11 @@ def configuration(folder: Path, shapes: Shapes) -> Any:
     """
     import transformers
 
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{folder} has no config.json: copy the model's there, with its tokenizer (a training checkpoint may have "
+            f"them in huggingface/). {WAY_OUT}, or pass the model live"
+        )
     try:
         stored = read_json(folder / "config.json", {})
         check_counts(stored, shapes)

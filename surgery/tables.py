@@ -256,4 +256,5 @@ def _shown(value: Any) -> str:
 
 def briefly(error: Exception) -> str:
     """How another library's error begins, on one line, with its kind: some say no more than a key, others go on."""
-    return textwrap.shorten(f"{type(error).__name__}: {error}", 240, placeholder=" ...")
+    said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return textwrap.shorten(said, 240, placeholder=" ...")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import mmap
 import pickle
+import pickletools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -101,10 +102,12 @@ def _stored(folder: Path, inside: str, optimizer: bool) -> Stored:
 def _metadata(path: Path) -> Any:
     from torch.distributed.checkpoint.metadata import Metadata
 
+    raw = path.read_bytes()
     try:
-        found = _Records(io.BytesIO(path.read_bytes())).load()
-    except OSError:
-        raise
+        for at, (code, index, _) in enumerate(pickletools.genops(raw)):
+            if "PUT" in code.name and int(index or 0) > at:  # unpickling would make room for so many records
+                raise ValueError(f"it numbers {at} records up to {index}")
+        found = _Records(io.BytesIO(raw)).load()
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} is no record of tensors, and code is never run ({briefly(error)})") from error
     except Exception as error:  # whatever a damaged pickle raises

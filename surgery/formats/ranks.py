@@ -13,6 +13,7 @@ from torch import Tensor
 
 from surgery.formats.archives import opened
 from surgery.formats.stored import RANKS, Piece, Stored
+from surgery.tables import briefly
 
 MODEL, OPTIMIZER = "model", "optim"
 _NAMED = re.compile(r"(model|optim)_world_size_(\d{1,6})_rank_(\d{1,6})\.pt")
@@ -136,6 +137,13 @@ def _local(tensor: Any) -> Tensor:
 
 def _part(tensor: Any, rank: int, what: str) -> tuple[tuple[int, ...], Tensor]:
     """Where a rank's part begins in the whole tensor, and the part."""
+    try:
+        return _placed(tensor, rank, what)
+    except (AttributeError, TypeError, LookupError) as error:  # a damaged pickle leaves out what a tensor has
+        raise ValueError(f"{what} is damaged: {briefly(error)}") from error
+
+
+def _placed(tensor: Any, rank: int, what: str) -> tuple[tuple[int, ...], Tensor]:
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
     local = _local(tensor)

@@ -48,7 +48,7 @@ class Entries(Mapping[str, Tensor]):
         for part, shape in shapes.items():
             if "/" not in part or len(shape) != 2 or not all(type(size) is int and size > 0 for size in shape):
                 raise ValueError(
-                    f'shapes= of {part!r} is {tuple(shape)}: expected (neurons, width) of a part, "BLOCK/PART"'
+                    f'shapes= of {part!r} is {str(tuple(shape))[:50]}: expected (neurons, width) of "BLOCK/PART"'
                 )
         self.shapes = {part: (shape[0], shape[1]) for part, shape in shapes.items()}
         if unknown := [part for part in positions if part not in self.shapes]:

@@ -6,6 +6,7 @@ from surgery.measure.history import History, history
 from surgery.measure.repair import Repair, repair
 from surgery.measure.rows import Row, Sweep
 from surgery.measure.stability import Agreement, Stability, jaccard, stability
+from surgery.measure.stage import Stage, stage_damage
 from surgery.measure.statistics import Paired
 from surgery.measure.sweep import sweep
 
@@ -16,6 +17,7 @@ __all__ = [
     "Repair",
     "Row",
     "Stability",
+    "Stage",
     "Sweep",
     "harness",
     "history",
@@ -24,5 +26,6 @@ __all__ = [
     "load_sweep",
     "repair",
     "stability",
+    "stage_damage",
     "sweep",
 ]

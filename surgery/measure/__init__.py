@@ -1,6 +1,7 @@
 """Measuring models: sweeps, repair, stability, history, and their statistics."""
 
 from surgery.measure.evaluators import harness, likelihood
+from surgery.measure.exports import AccuracyMatrix, accuracy_matrix, before_after, write_eval_results
 from surgery.measure.files import load_sweep
 from surgery.measure.history import History, history
 from surgery.measure.repair import Repair, repair
@@ -11,6 +12,7 @@ from surgery.measure.statistics import Paired
 from surgery.measure.sweep import sweep
 
 __all__ = [
+    "AccuracyMatrix",
     "Agreement",
     "History",
     "Paired",
@@ -19,6 +21,8 @@ __all__ = [
     "Stability",
     "Stage",
     "Sweep",
+    "accuracy_matrix",
+    "before_after",
     "harness",
     "history",
     "jaccard",
@@ -28,4 +32,5 @@ __all__ = [
     "stability",
     "stage_damage",
     "sweep",
+    "write_eval_results",
 ]

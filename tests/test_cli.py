@@ -96,7 +96,7 @@ def test_a_dry_run_tells_what_is_left_out(surgery, runs: Path, tmp_path: Path) -
     words = f"rollback {tmp_path}/later --to earlier --mask {tmp_path}/mask"
     code, out, _ = surgery(f"{words} --dry-run")
     assert code == 0
-    assert "left out, since they hold other weights or a training run's state: consolidated" in out
+    assert "left out, since they hold other weights, a training run's state or another model's results: consolidated" in out
     assert "rolled back: values.npz\n" in out
 
 

@@ -235,7 +235,7 @@ def test_every_domain_has_its_verdict_and_one_mask_repairs_them(tmp_path):
     assert rows[0]["lost_low/one"] <= rows[0]["lost/one"] <= rows[0]["lost_high/one"]
     assert rows[0]["repaired/one"] == found.repaired.metrics["one"]
     verdict = (tmp_path / "checkpoint-4/surgery/verdict.txt").read_text()
-    assert verdict.startswith("The stage hurt one, two.\none: Repaired: one lost ")
+    assert verdict.startswith("The stage hurt one, two.\none: hurt, can be repaired: one lost ")
     assert "In the model that was trained: rolled back " in verdict
     assert "exp_avg, exp_avg_sq of the optimiser were set to zero there." in verdict
 

@@ -70,7 +70,7 @@ def test_a_saved_checkpoint_is_judged_and_repaired_beside_it(place, stage):
     said: list[str] = []
     trainer = StandIn(watched(prompts, said, repair=True, strict=True), config(earlier))
     trainer.save(7, folder)
-    assert said[0].startswith("step 7: The stage hurt old.\nold: Repaired: old lost ")
+    assert said[0].startswith("step 7: The stage hurt old.\nold: hurt, can be repaired: old lost ")
     assert all(path.read_bytes() == held for path, held in before.items())
     mask = load_mask(folder / "surgery/mask.safetensors")
     healed, by_hand = Checkpoint(folder / "surgery/repaired"), rolled_back(folder / place, to=earlier, mask=mask)

@@ -27,6 +27,11 @@ from surgery.selectors.selectors import Selector
 from surgery.tables import as_json, json_text
 
 VERDICT, RECORD, MASK = "verdict.txt", "stage.json", "mask.safetensors"
+_OUTCOMES = {
+    "repaired": "hurt, can be repaired",
+    "not repairable": "hurt, can't be repaired within the limits",
+    "intact": "hurt, and won back by the repairs before",
+}
 Domains = Mapping[str, Iterable[Batch]]
 
 
@@ -68,7 +73,8 @@ class Stage:
         lines = [" ".join([*parts, *([f"Not hurt: {', '.join(fine)}."] if fine else [])])]
         for name in self.domains:
             if name in self.repairs:
-                lines.append(f"{name}: {self.repairs[name].verdict}")
+                done = self.repairs[name]
+                lines.append(f"{name}: {_OUTCOMES[done.outcome]}: {done.verdict.partition(': ')[2]}")
                 lines += [f"{name}: {note}" for note in self.repairs[name].notes]
                 continue
             lost = self.earlier.paired.get(name)

@@ -16,10 +16,12 @@ import torch
 from families import REPRESENTATIVES, build
 from mutants import dies
 from peft import LoraConfig, get_peft_model
+from small_lab import SEED0
 from test_gradient_callback import bit_identical, model_with_dropout
 from torch import nn
 
-from surgery import DamageSelector, likelihood, rollback
+from benchmarks.lab.tokenizer import build_tokenizer
+from surgery import DamageSelector, Trajectory, likelihood, load_prompts, rollback
 from surgery.live import respond
 from surgery.live.prompts import Batch, halved
 from surgery.masks import load_mask
@@ -360,3 +362,37 @@ def test_other_optimisers(optimiser, when, told, tmp_path):
     trainer.train()
     (found,) = callback.measured.values()
     assert told in found.verdict
+
+
+def test_grpo_is_judged_without_a_trace_and_repaired(tmp_path):
+    """TRL's trainer on the lab's Math: the same weights, moments and running means; repaired, the rollback written."""
+    pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    from trl import GRPOConfig, GRPOTrainer
+
+    tokenizer, runs = build_tokenizer(), []
+    prompts = {"math": load_prompts(SEED0 / "data/math.calibration.jsonl", tokenizer, limit=32)}
+    for name, how in (("bare", None), ("seen", {"when": "save"}), ("repaired", {"repair": True})):
+        arguments = GRPOConfig(
+            output_dir=str(tmp_path / name), seed=1, max_steps=4, learning_rate=3e-3, per_device_train_batch_size=8,
+            num_generations=4, max_completion_length=3, use_cpu=True, bf16=False, gradient_checkpointing=False,
+            save_steps=2, save_only_model=True, report_to="none", logging_steps=4, disable_tqdm=True,
+        )  # fmt: skip
+        trainer = GRPOTrainer(
+            model=Trajectory(later=SEED0 / "math").load(dtype=torch.float32),
+            reward_funcs=lambda completions, **_: [float(len(set(said))) for said in completions],
+            args=arguments,
+            train_dataset=datasets.Dataset.from_list([{"prompt": f"{i}+{i}="} for i in range(10, 30)]),
+            processing_class=tokenizer,
+            callbacks=[] if how is None else [RollbackCallback(prompts, say=lambda _: None, **{**CHOICE, **how})],
+        )
+        trainer.remove_callback(transformers.PrinterCallback)
+        trainer.train()
+        runs.append(trainer)
+    bare, seen, repaired = runs
+    assert bit_identical(bare, seen)
+    means = [[(e["step"], e["reward"]) for e in run.state.log_history if "reward" in e] for run in runs]
+    assert means[0] == means[1] == means[2]
+    mask = load_mask(tmp_path / "repaired/checkpoint-4/surgery/mask.safetensors")
+    rollback(bare.model, to=SEED0 / "math", mask=mask)
+    assert all(torch.equal(p, q) for p, q in zip(bare.model.parameters(), repaired.model.parameters(), strict=True))

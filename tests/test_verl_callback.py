@@ -10,8 +10,13 @@ import pytest
 import torch
 from families import build, pair
 from test_rollback_callback import CHOICE, asked
+from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from training_folders import step
 
 from surgery import Checkpoint, rolled_back
+from surgery.formats.stored import RANKS
 from surgery.masks import load_mask
 from surgery.training import VerlRollbackCallback
 
@@ -50,6 +55,22 @@ def watched(prompts: Any, said: list[str], **settings: Any) -> type:
     return Watched
 
 
+def rank_files(model: Any, folder: Path) -> None:
+    """What verl's FSDP saves, by FSDP2 itself with one process: float32 shards and AdamW's state, no plain weights."""
+    (folder / "huggingface").mkdir(parents=True)
+    model.config.save_pretrained(folder / "huggingface")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("fsdp",))
+        for part in (*model.model.layers, model):
+            fully_shard(part, mesh=mesh)
+        optimizer = step(model)
+        torch.save(model.state_dict(), folder / "model_world_size_1_rank_0.pt")
+        torch.save(optimizer.state_dict(), folder / "optim_world_size_1_rank_0.pt")
+    finally:
+        dist.destroy_process_group()
+
+
 @pytest.fixture
 def stage(tmp_path: Path) -> tuple[Path, Path, Any]:
     """The folder of the model before, verl's folder of a step, and prompts that the stage hurt."""
@@ -76,6 +97,45 @@ def test_a_saved_checkpoint_is_judged_and_repaired_beside_it(place, stage):
     healed, by_hand = Checkpoint(folder / "surgery/repaired"), rolled_back(folder / place, to=earlier, mask=mask)
     assert all(torch.equal(healed[name], tensor) for name, tensor in by_hand.items())
     assert not all(torch.equal(healed[name], tensor) for name, tensor in Checkpoint(folder / place).items())
+
+
+@pytest.mark.parametrize("family", ["phi3", "qwen3"])
+def test_rank_files_are_judged_and_repaired_for_a_run_that_is_resumed(family, tmp_path):
+    earlier, later = pair(family, step=0.2)
+    earlier.save_pretrained(tmp_path / "math")
+    folder, said = tmp_path / "global_step_7", []
+    rank_files(later, folder / "actor")
+    watching = watched({"old": asked(earlier)}, said, repair=True, strict=True)
+    StandIn(watching, config(tmp_path / "math")).save(7, folder)
+    assert said[0].startswith("step 7: The stage hurt old.\nold: hurt, can be repaired: ")
+    mask = load_mask(folder / "surgery/mask.safetensors")
+    before, healed = Checkpoint(folder / "actor"), Checkpoint(folder / "surgery/repaired")
+    by_hand = rolled_back(before, to=tmp_path / "math", mask=mask)
+    assert healed.stored.kind == RANKS
+    assert all(torch.equal(healed[name], tensor) for name, tensor in by_hand.items())
+    old, new = (optimizer_of(one.folder) for one in (before, healed))
+    assert old.keys() == new.keys()
+    for name, state in old.items():
+        put = by_hand[name] != before[name]
+        for moment in ("exp_avg", "exp_avg_sq"):
+            assert not new[name][moment][put].any()
+            assert torch.equal(new[name][moment][~put], state[moment][~put])
+    assert any(bool((by_hand[name] != before[name]).any()) for name in old)
+
+
+def optimizer_of(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """The optimizer's state by the parameter's name, whole, as torch reads it."""
+    found = torch.load(folder / "optim_world_size_1_rank_0.pt", weights_only=True)
+    names = torch.load(folder / "model_world_size_1_rank_0.pt", weights_only=True)
+    return {
+        name: {moment: whole(value) for moment, value in found["state"][at].items()}
+        for at, name in enumerate(names)
+        if at in found["state"]
+    }
+
+
+def whole(value: Any) -> torch.Tensor:
+    return value.to_local() if hasattr(value, "to_local") else value
 
 
 def test_without_repair_only_the_verdict_and_the_mask_are_written(stage):

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from surgery.checkpoints.checkpoint import Source
+from surgery.checkpoints.checkpoint import Checkpoint, Source
 from surgery.checkpoints.trajectory import Trajectory
+from surgery.formats.folders import moments_in
 from surgery.measure.repair import BUDGETS
 from surgery.measure.rows import Evaluate, Log
 from surgery.measure.stage import Domains, answered, prompts, stage_damage
@@ -27,10 +28,11 @@ _logger = logging.getLogger(__name__)
 class VerlRollbackCallback:
     """For verl's ``trainer.checkpoint_callback_class``: says of each saved checkpoint whether the stage hurt a domain.
 
-    verl calls ``on_save`` on its driver after each save. The actor's checkpoint is opened, loaded there and compared
-    with the model that training began with (``stage_damage``). The verdict, the numbers and the mask go into
-    ``global_step_N/surgery/``. What the workers train is never changed; with ``repair`` a repaired checkpoint goes into
-    ``global_step_N/surgery/repaired``.
+    verl calls ``on_save`` on its driver after each save. The actor's checkpoint (Hugging Face weights where there are
+    some, else rank files) is loaded there and compared with the model that training began with (``stage_damage``). The
+    verdict, the numbers and the mask go into ``global_step_N/surgery/``. What the workers train is never changed; with
+    ``repair`` a repaired checkpoint goes into ``global_step_N/surgery/repaired``. One of rank files can be resumed
+    from: the optimizer's moments are zero there.
 
     verl makes the object itself, from its configuration alone, so name a subclass with your prompts.
 
@@ -111,7 +113,10 @@ class VerlRollbackCallback:
             found = replace(found, notes=(*found.notes, done))
         found.save(place, step=step, earlier=str(self.earlier)[:200])
         if found.mask is not None and self.repair:
-            save(rolled_back(run.tensors("later"), to=run.tensors("earlier"), mask=found.mask), place / "repaired")
+            stored = Checkpoint(later)
+            view = rolled_back(stored, to=run.tensors("earlier"), mask=found.mask)
+            resumable = stored.stored.training and moments_in(stored.folder, stored.stored) is not None
+            save(view, place / "repaired", reset_optimizer=resumable)
         if self.log is not None:
             self.log({"step": step, **found.logged()})
         self.say(f"step {step}: {found.verdict}\n(in {place})")

@@ -31,7 +31,9 @@ from surgery.training import RollbackCallback, moments, stages
 transformers = pytest.importorskip("transformers")
 
 CHOICE: dict[str, Any] = dict(selector=DamageSelector(0.1, units="mlp"), budgets=[0.3, 1.0], recovery=0.05)
-SINGLE: dict[str, Any] = dict(selector=DamageSelector(0.1, units=("mlp", "weight")), budgets=[0.1, 1.0], recovery=0.05)
+SINGLE: dict[str, Any] = dict(
+    selector=DamageSelector(0.1, units=("mlp", "weight"), rounds=1), budgets=[0.02, 0.3], recovery=0.02
+)
 
 
 def asked(model: nn.Module, seed: int = 5, count: int = 16) -> list[Batch]:
@@ -43,18 +45,18 @@ def asked(model: nn.Module, seed: int = 5, count: int = 16) -> list[Batch]:
 
 def training(
     place: Path, model: nn.Module, callback: RollbackCallback | None = None, steps: int = 4, rate: float = 1e-2,
-    **settings: Any,
+    rows: Any = None, **settings: Any,
 ) -> Any:  # fmt: skip
     """A short training on other sequences, saved at every second step."""
     torch.manual_seed(1)
-    rows = torch.randint(3, 64, (32, 9))
+    other = torch.randint(3, 64, (32, 9))
     how = {"save_strategy": "steps", "save_steps": 2, "save_only_model": True, **settings}
     arguments = transformers.TrainingArguments(
         output_dir=str(place), max_steps=steps, per_device_train_batch_size=4, learning_rate=rate, report_to="none",
         disable_tqdm=True, use_cpu=True, seed=3, **how,
     )  # fmt: skip
-    data = [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row} for row in rows]
-    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=data)
+    data = [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row} for row in other]
+    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=rows)
     trainer.remove_callback(transformers.PrinterCallback)
     if callback is not None:
         trainer.add_callback(callback)
@@ -86,12 +88,14 @@ def noisy(model: nn.Module) -> Any:
 FAMILIES = ("llama", "phi3", "gpt2", "qwen2_moe")  # biased, fused, Conv1D, experts
 
 
-def same_training(family: str, settings: dict[str, Any], place: Path) -> None:
-    bare = training(place / "bare", model_with_dropout(family))
+def same_training(
+    family: str, settings: dict[str, Any], place: Path, dtype: torch.dtype = torch.float32, **trainer: Any
+) -> None:
+    bare = training(place / "bare", model_with_dropout(family, dtype), **trainer)
     after_bare = drawn()
-    before, how = model_with_dropout(family), {"when": settings["when"]}
+    before, how = model_with_dropout(family, dtype), {"when": settings["when"]}
     callback = judging(before, **how, **({"evaluate": noisy(before)} if "noisy" in settings else {}))
-    seen = training(place / "seen", model_with_dropout(family), callback)
+    seen = training(place / "seen", model_with_dropout(family, dtype), callback, **trainer)
     assert list(callback.measured) == ([2, 4] if settings["when"] == "save" else [4])
     assert all(stage.hurt == ("old",) for stage in callback.measured.values())
     assert drawn() == after_bare
@@ -104,6 +108,30 @@ def same_training(family: str, settings: dict[str, Any], place: Path) -> None:
 @pytest.mark.parametrize("settings", [{"when": "save"}, {"when": "end"}, {"when": "save", "noisy": True}])
 def test_a_judged_training_is_the_same_bit_for_bit(family, settings, tmp_path):
     same_training(family, settings, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "trainer"),
+    [
+        (torch.bfloat16, {}),
+        (torch.float32, {"bf16": True}),
+        (torch.float32, {"gradient_checkpointing": True, "gradient_accumulation_steps": 2}),
+    ],
+)
+def test_whatever_the_precision(dtype, trainer, tmp_path):
+    same_training("qwen3", {"when": "save"}, tmp_path, dtype, **trainer)
+
+
+def test_the_best_checkpoint_gets_the_verdict_on_the_best_model(tmp_path):
+    """At the end it is the one in memory."""
+    rows = [{"input_ids": torch.arange(3, 12), "labels": torch.arange(3, 12)}]
+    earlier, callback = build("qwen3"), judging(build("qwen3"))
+    trainer = training(
+        tmp_path, earlier, callback, rows=rows, rate=1.0, load_best_model_at_end=True, metric_for_best_model="loss",
+        greater_is_better=True, eval_strategy="steps", eval_steps=2,
+    )  # fmt: skip
+    best = Path(trainer.state.best_model_checkpoint)
+    assert [path.parent.name for path in tmp_path.glob("*/surgery")] == [best.name] == ["checkpoint-2"]
 
 
 @pytest.mark.parametrize("mutant", ["draws", "modes", "repairs"])
@@ -327,6 +355,24 @@ class Averaged(torch.optim.SGD):
         return found
 
 
+class OnCopies(torch.optim.SGD):
+    """Steps on copies of the weights, as mixed-precision optimisers do, and writes them back."""
+
+    def __init__(self, parameters: Any, lr: float) -> None:
+        self.own = list(parameters)
+        super().__init__([p.detach().clone().requires_grad_() for p in self.own], lr=lr)
+
+    def step(self, closure: Any = None) -> Any:
+        copies = self.param_groups[0]["params"]
+        for copied, p in zip(copies, self.own, strict=True):
+            copied.grad = p.grad
+        found = super().step(closure)
+        with torch.no_grad():
+            for copied, p in zip(copies, self.own, strict=True):
+                p.copy_(copied)
+        return found
+
+
 @pytest.mark.parametrize(
     ("optimiser", "when", "told"),
     [
@@ -342,6 +388,7 @@ class Averaged(torch.optim.SGD):
             "save",
             "The model was not changed: the optimiser Averaged keeps 'z'",
         ),
+        (lambda p: OnCopies(p, lr=1.0), "save", "The model was not changed: the optimiser OnCopies does not step on"),
         (lambda p: Averaged(p, lr=1.0), "end", "the optimiser was left as it is"),
     ],
 )

@@ -17,6 +17,9 @@ _MOMENTS = (
     "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg", "grad_avg", "acc_delta",
     "sum",
 )  # fmt: skip
+_ADVICE = (
+    "and its next steps would undo a rollback: train with torch.optim.AdamW in one process, or repair the saved folder"
+)
 Moments = list[tuple[Edit, str, Tensor]]
 
 
@@ -24,22 +27,23 @@ def moments_of(optimizer: Any, model: nn.Module, mask: Mask, layout: Layout | No
     """The optimiser's running means of the masked slices: the edit, the mean's name, and the whole tensor.
 
     Raises:
-        ValueError: the optimiser keeps something else of the parameter's shape (averaged or first weights, quantised
-            moments), which can't be set to zero and would write the reverted weights over.
+        ValueError: the optimiser steps on copies of the weights, or keeps something else of the parameter's shape
+            (averaged or first weights, quantised moments): its next steps would write the reverted weights over.
     """
     live = open_weights(model, layout, units=mask.units)
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     named, found = dict(model.named_parameters(remove_duplicate=False)), []
+    whose = f"the optimiser {type(getattr(optimizer, 'optimizer', optimizer)).__name__}"
     for edit in mask.edits(live.layout, "the model"):
-        parameter = named.get(edit.slot.tensor)
-        for name, value in getattr(optimizer, "state", {}).get(parameter, {}).items():
-            if not isinstance(value, Tensor) or parameter is None or value.shape != parameter.shape:
+        tensor = edit.slot.tensor
+        parameter = named[tensor]
+        if parameter.requires_grad and id(parameter) not in held:
+            raise ValueError(f"{whose} does not step on {tensor} itself (on a copy?), {_ADVICE}")
+        for name, value in optimizer.state.get(parameter, {}).items():
+            if not isinstance(value, Tensor) or value.shape != parameter.shape:
                 continue
             if name not in _MOMENTS or type(value) is not Tensor or not value.is_floating_point():
-                raise ValueError(
-                    f"the optimiser {type(getattr(optimizer, 'optimizer', optimizer)).__name__} keeps {name!r} for "
-                    f"{edit.slot.tensor}, which surgery can't set to zero, and its next steps would undo a rollback: "
-                    f"train with torch.optim.AdamW, or repair the saved folder"
-                )
+                raise ValueError(f"{whose} keeps {name!r} for {tensor}, which can't be set to zero, {_ADVICE}")
             found.append((edit, name, value))
     return found
 

@@ -135,7 +135,7 @@ class RollbackCallback(TrainerCallback):
                 done = self._repaired(found.mask, run, model, optimizer, over)
             found = replace(found, notes=(done,))
         self.measured[state.global_step] = found
-        place = found.save(_beside(args, state) / PLACE, step=state.global_step, earlier=str(self.earlier)[:200])
+        place = found.save(_beside(args, state, over) / PLACE, step=state.global_step, earlier=str(self.earlier)[:200])
         if self.log is not None:
             self.log({"step": state.global_step, **found.logged()})
         self.say(f"step {state.global_step}: {found.verdict}\n(in {place})")
@@ -175,9 +175,9 @@ def _start(model: Any, layout: Layout | None, step: int) -> Path:
     return folder
 
 
-def _beside(args: Any, state: Any) -> Path:
+def _beside(args: Any, state: Any, over: bool) -> Path:
     """The checkpoint that holds the model as it is now, or the Trainer's folder where there is none."""
-    best = state.best_model_checkpoint if args.load_best_model_at_end and state.global_step >= state.max_steps else None
+    best = state.best_model_checkpoint if over and args.load_best_model_at_end else None
     saved = Path(best or Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
     return saved if saved.is_dir() else Path(args.output_dir)
 

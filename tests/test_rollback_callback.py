@@ -292,6 +292,20 @@ def test_the_earlier_model_is_the_one_that_training_began_with(tmp_path):
     assert resumed.earlier == tmp_path / "math"
 
 
+def test_a_callback_that_is_used_again_begins_anew(tmp_path):
+    """With the second training's own start, and its answers to prompts that have none."""
+    kind: Any = type(build("qwen3"))
+    ids = asked(build("qwen3"))[0]["input_ids"][:, :5]
+    callback = RollbackCallback({"old": [{"input_ids": ids}]}, say=lambda _: None, **CHOICE)
+    for seed, name in enumerate(("math", "code")):
+        build("qwen3", seed=seed).save_pretrained(tmp_path / name)
+        training(tmp_path / "out", kind.from_pretrained(tmp_path / name), callback)
+        assert callback.earlier == tmp_path / name
+        (answers,) = callback.domains["old"]
+        (own,) = respond(build("qwen3", seed=seed), [{"input_ids": ids}])
+        assert torch.equal(answers["labels"], own["labels"])
+
+
 def test_what_the_training_cannot_be_judged_by_is_told_before_it_begins(tmp_path):
     earlier = build("qwen3")
     prompts = {"old": asked(earlier)}

@@ -85,8 +85,8 @@ class RollbackCallback(TrainerCallback):
     ) -> None:
         if when not in ("end", "save"):
             raise ValueError(f'when={when!r}: expected "end" or "save"')
-        self.domains = prompts(domains)
-        self.earlier, self.when, self.repair, self.log, self.say, self.layout = earlier, when, repair, log, say, layout
+        self._given = prompts(domains), earlier
+        self.when, self.repair, self.log, self.say, self.layout = when, repair, log, say, layout
         self.measured: dict[int, Stage] = {}
         self._judge = partial(
             stage_damage, keep=keep, evaluate=evaluate, recovery=recovery, limit=limit, selector=selector,
@@ -101,8 +101,8 @@ class RollbackCallback(TrainerCallback):
                 f"and run surgery repair on the saved folders"
             )
         self.measured.clear()
-        if self.earlier is None:
-            self.earlier = _start(told["model"], self.layout, state.global_step)
+        self.domains, given = self._given  # the earlier model of this training answers them
+        self.earlier = given if given is not None else _start(told["model"], self.layout, state.global_step)
         self._run(told["model"]).live("earlier")
 
     def on_save(self, args: Any, state: Any, control: Any, **told: Any) -> None:

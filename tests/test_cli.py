@@ -96,7 +96,10 @@ def test_a_dry_run_tells_what_is_left_out(surgery, runs: Path, tmp_path: Path) -
     words = f"rollback {tmp_path}/later --to earlier --mask {tmp_path}/mask"
     code, out, _ = surgery(f"{words} --dry-run")
     assert code == 0
-    assert "left out, since they hold other weights or a training run's state: consolidated" in out
+    assert (
+        "left out, since they hold other weights, a training run's state or another model's results: consolidated"
+        in out
+    )
     assert "rolled back: values.npz\n" in out
 
 
@@ -183,6 +186,28 @@ def test_sweep_prints_a_table_and_resumes(surgery, runs: Path, tmp_path: Path) -
     code, _, error = surgery(f"{words} --metric sum -o {tmp_path}/sweep.jsonl")
     assert code == 1
     assert "sweep.jsonl holds rows of another evaluation: choose another file" in error
+
+
+def test_rows_reach_a_log(surgery, runs: Path, tmp_path: Path) -> None:
+    """Of a sweep and of a repair; a log that is not there is told before anything is loaded."""
+    (tmp_path / "mine.py").write_text(
+        "import json\n"
+        "def score(model):\n"
+        "    return {'sum': float(model.model.layers[0].mlp.up_proj.weight.float().sum())}\n"
+        f"def log(row):\n    with open('{tmp_path}/rows', 'a') as file:\n        file.write(json.dumps(row) + '\\n')\n"
+    )
+    words = f"earlier later --evaluate {tmp_path}/mine.py:score --data {tmp_path}/none.jsonl"
+    sweep = f"sweep {words.partition(' --data')[0]} --selectors random --budgets 0.5 --log"
+    code, _, error = surgery(f"{sweep} {tmp_path}/mine.py:log")
+    assert code == 0, error
+    rows = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
+    assert [row["selector"] for row in rows[:2]] == ["earlier", "later"]
+    assert rows[-1]["budget"] == 0.5
+    assert "score/sum" in rows[-1]
+    for command in (f"{sweep} ", f"repair {words} --log "):
+        code, _, error = surgery(f"{command}{tmp_path}/mine.py:lag")
+        assert (code, "has no attribute 'lag'" in error and "--log" in error) == (1, True)
+        assert "error: --log 'wandb': expected \"module:function\"" in surgery(f"{command}wandb")[2]
 
 
 def test_a_score_may_lie_in_a_file_of_any_name(surgery, tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ OTHERS = [
     "global_step120/mp_rank_00_model_states.pt",
     "zero_pp_rank_0_mp_rank_00_optim_states.pt", "model_world_size_8_rank_0.pt", ".git/lfs/objects/ab",
     ".cache/huggingface/download/x.metadata", ".mask.safetensors.01234567.partial/new",
+    ".eval_results/gsm8k.yaml",
 ]  # fmt: skip
 KEPT = ["tokenizer.json", "generation_config.json", "trainer_state.json", "1_Pooling/config.json", "notes/original.txt"]
 DOUBTFUL = ["2_Dense/model.safetensors", "voices.pt", "deep/er/weights.bin", "values.npz"]

@@ -151,10 +151,11 @@ def train_stage(
     log: Log,
     callbacks: Sequence[Any] = (),
     optimizer: torch.optim.Optimizer | None = None,
+    save_steps: int | None = None,
 ) -> None:
     """GRPO on one domain: the reward is 1 if the completion is the right answer and 0 if not.
 
-    ``callbacks`` and ``optimizer`` (default: TRL's own) are the trainer's.
+    ``callbacks``, ``optimizer`` (default: TRL's own) and ``save_steps`` (for what callbacks do then) are the trainer's.
     """
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -184,7 +185,9 @@ def train_stage(
             use_cpu=True,
             bf16=False,
             gradient_checkpointing=False,
-            save_strategy="no",
+            save_strategy="steps" if save_steps else "no",
+            save_steps=save_steps or 500,
+            save_total_limit=1,
             report_to="none",
             logging_strategy="no",
             disable_tqdm=True,

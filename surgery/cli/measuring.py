@@ -21,6 +21,7 @@ from surgery.cli.options import (
     Evaluation,
     How,
     LayoutFile,
+    LogTo,
     Metric,
     Overwrite,
     Protect,
@@ -32,6 +33,7 @@ from surgery.cli.options import (
     checked,
     device_of,
     dtype_of,
+    evaluation_of,
     files_of,
     folder_of,
     fraction,
@@ -62,7 +64,7 @@ def _loaded(
 
     device_of(device)
     batches = load_prompts(data, folder_of(run.later), batch_size=batch_size) if data else None
-    function = None if evaluate is None else function_of(evaluate)
+    function = None if evaluate is None else evaluation_of(evaluate)
     with working("loading") as say:
         run.load(device, dtype_of(dtype))
         yield batches, function, say
@@ -82,6 +84,7 @@ def sweep(
     rounds: Rounds = None,
     metric: Metric = None,
     output: Rows = None,
+    log: LogTo = None,
     batch_size: BatchSize = 16,
     device: Device = None,
     dtype: Dtype = None,
@@ -91,6 +94,7 @@ def sweep(
     """Evaluate selectors at several budgets on one live model, with the rows earlier, later and ceiling."""
     from surgery.measure.sweep import sweep as run_sweep
 
+    tracker = None if log is None else function_of(log, "--log")
     fractions = [fraction(text) for text in budgets.split(",")]
     check_selectors(selectors.split(","), checkpoints, data, how, units, protect, answers)
     run = checked(trajectory_of(checkpoints, layout), units)
@@ -112,6 +116,7 @@ def sweep(
             metric=metric,
             path=output,
             progress=say,
+            log=tracker,
         )
     tell(told)
     out.print(str(found), markup=False)
@@ -160,6 +165,7 @@ def repair(
     rows: Annotated[
         Path | None, path_option(help="A JSON-lines file for the rows; an interrupted run resumes from it.")
     ] = None,
+    log: LogTo = None,
     batch_size: BatchSize = 16,
     device: Device = None,
     dtype: Dtype = None,
@@ -174,6 +180,7 @@ def repair(
 
     if output is not None:
         check_folder(output, CHECKPOINT, overwrite)
+    tracker = None if log is None else function_of(log, "--log")
     fractions = [fraction(text) for text in budgets.split(",")] if budgets else list(BUDGETS)
     check_selectors([selector], checkpoints, data, how, units, None, answers)
     run = checked(trajectory_of(checkpoints, layout), units)
@@ -193,6 +200,7 @@ def repair(
             metric=metric or (None if function else data.stem.partition(".")[0]),
             path=rows,
             progress=say,
+            log=tracker,
         )
     tell(told)
     out.print(str(done), markup=False)

@@ -58,6 +58,12 @@ Evaluation = Annotated[
 Metric = Annotated[
     str | None, typer.Option(help="The metric whose recovery is reported (default: the one that fell most).")
 ]
+LogTo = Annotated[
+    str | None,
+    typer.Option(
+        "--log", help='"module:function" or "file.py:function", called with each row as a dictionary, like "wandb:log".'
+    ),
+]
 Rows = Annotated[
     Path | None,
     path_option("-o", "--output", help="A JSON-lines file for the rows; an interrupted run resumes from it."),
@@ -218,19 +224,22 @@ def prompts_of(files: dict[str, Path], run: Trajectory, batch_size: int) -> dict
     return {name: load_prompts(file, folder_of(run.later), batch_size=batch_size) for name, file in files.items()}
 
 
-def function_of(name: str) -> Callable[..., Any] | str:
-    """The function that ``module:function`` or ``file.py:function`` names; ``lm_eval:tasks`` stays as it is."""
-    if name.startswith("lm_eval:"):
-        return name
+def evaluation_of(name: str) -> Callable[..., Any] | str:
+    """The function that --evaluate names; ``lm_eval:tasks`` stays as it is."""
+    return name if name.startswith("lm_eval:") else function_of(name, "--evaluate")
+
+
+def function_of(name: str, option: str) -> Callable[..., Any]:
+    """The function that ``module:function`` or ``file.py:function`` names."""
     home, _, attribute = name.rpartition(":")
     if not home:
-        raise ValueError(f'--evaluate {name!r}: expected "module:function" or "file.py:function"')
+        raise ValueError(f'{option} {name!r}: expected "module:function" or "file.py:function"')
     file = path_of(home).absolute() if home.endswith(".py") else None
     sys.path.insert(0, str(file.parent if file else Path.cwd()))
     try:
         return getattr(_run(file) if file else import_module(home), attribute)  # type: ignore[no-any-return]
     except (ImportError, AttributeError, FileNotFoundError) as error:
-        raise ValueError(f"--evaluate {name!r}: {error}") from error
+        raise ValueError(f"{option} {name!r}: {error}") from error
 
 
 def _run(file: Path) -> ModuleType:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -15,8 +16,8 @@ from surgery.live.prompts import Batch, batches_of, halved
 from surgery.masks.mask import Mask
 from surgery.measure.evaluators import likelihood
 from surgery.measure.files import metric_of
-from surgery.measure.rows import Evaluate, Row, Sweep, compared, judged, points
-from surgery.measure.statistics import ALPHA, Paired, needed, underpowered
+from surgery.measure.rows import Evaluate, Log, Row, Sweep, compared, fell, judged, points, tell
+from surgery.measure.statistics import Paired, needed, underpowered
 from surgery.measure.sweep import Bench, at_budget
 from surgery.reverting.folder import save
 from surgery.reverting.rollback import rolled_back
@@ -28,6 +29,7 @@ from surgery.selectors.settings import units_asked
 # 2, 3, 5, 7 and 1, 1.5 of each decade, from 0.02 % to everything
 BUDGETS = (*[round(x * 10**e, 6) for e in (-4, -3, -2, -1) for x in (1, 1.5, 2, 3, 5, 7)][2:], 1.0)
 Outcome = Literal["intact", "repaired", "not repairable"]
+NATS = " nats per response token"
 _ROUNDING = 1e-9  # 0.79 − 0.80 is a little less than −0.01, and keeps a limit of one point all the same
 
 
@@ -75,7 +77,7 @@ class Repair:
     @property
     def verdict(self) -> str:
         """The result in a sentence or two."""
-        lost = _lost(self.metric, self.unit, self.lost, self.sweep)
+        lost = told_loss(self.metric, self.unit, self.lost, *self.sweep.rows[:2])
         if self.outcome == "intact":
             earlier, later = (row.metrics[self.metric] for row in self.sweep.rows[:2])
             said = "Nothing was lost" if later > earlier else "No significant loss"
@@ -112,6 +114,7 @@ def repair(
     metric: str | None = None,
     path: str | Path | None = None,
     progress: Callable[[str], None] | None = None,
+    log: Log | None = None,
 ) -> Repair:
     """Find the smallest rollback that wins back the wanted share of a lost skill and does not hurt the kept domains.
 
@@ -141,6 +144,7 @@ def repair(
         metric: the damaged metric (default: "the damaged domain"; with ``evaluate`` the one that fell most).
         path: a JSON-lines file for the rows; an interrupted run resumes from it.
         progress: called with a line of text before each choice and each evaluation.
+        log: as in ``sweep``.
 
     Returns:
         A ``Repair``: print it, and ``save`` it if its outcome is "repaired".
@@ -160,7 +164,7 @@ def repair(
     at_budget(selector or DEFAULT, grid[0])  # said now, and not after evaluations
     run.check_whole()
     batches, notes = None if data is None else list(batches_of(data)), []
-    unit = "" if evaluate is not None else " nats per response token"
+    unit = "" if evaluate is not None else NATS
     if evaluate is None:
         if batches is None:
             raise ValueError("the loss is measured on prompts of the damaged domain: pass data, or evaluate=")
@@ -177,7 +181,7 @@ def repair(
             raise ValueError("repair needs two prompts or more: one half chooses, the other half measures")
         evaluate = likelihood({metric: measuring, **kept})
         batches = choosing
-    search = _Search(Bench(run, batches, evaluate, path, progress), selector or DEFAULT, grid, metric)
+    search = _Search(Bench(run, batches, evaluate, path, progress), selector or DEFAULT, grid, metric, log)
     limits = _limits(keep, limit, search)
     with remembered(own=True):
         return replace(search.found(recovery, limits, notes), unit=unit)
@@ -220,17 +224,22 @@ def _limits(keep: Iterable[str] | None, limit: float | Mapping[str, float], sear
 class _Search:
     """Rows by budget, each measured when it is first asked for."""
 
-    def __init__(self, bench: Bench, selector: Selector, grid: list[float], metric: str | None) -> None:
+    def __init__(
+        self, bench: Bench, selector: Selector, grid: list[float], metric: str | None, log: Log | None
+    ) -> None:
         self.bench, self.selector, self.grid = bench, selector, grid
         self.later, self.earlier = bench.later(), bench.earlier()
         self.metric = metric_of(self.earlier, self.later, metric)
+        self.tell = partial(tell, log, earlier=self.earlier, later=self.later, metric=self.metric)
         self.rows: dict[float, Row] = {}
         self.masks: dict[float, Mask] = {}
 
     def found(self, wanted: float, limits: dict[str, float], notes: list[str]) -> Repair:
         earlier, later = judged([self.earlier, self.later], self.earlier, self.later, self.metric)
+        self.tell(self.earlier)
+        self.tell(self.later)
         lost = earlier.paired.get(self.metric)
-        if not self._fell(lost):
+        if not fell(earlier, later, self.metric):
             if lost and lost.gain > 0 and (more := needed(lost)):
                 notes.append(f"underpowered: a loss of this size needs about {more} prompts or items to be significant")
             table = Sweep(self.metric, (earlier, later))
@@ -238,12 +247,8 @@ class _Search:
                 self.bench.run, "intact", self.metric, lost, wanted, 0.0, limits, None, None, None, None, table,
                 tuple(notes),
             )  # fmt: skip
-        ceiling = compared(
-            self.bench.ceiling(units_asked(self.bench.run, getattr(self.selector, "units", "mlp"))),
-            self.earlier,
-            self.later,
-            self.metric,
-        )
+        everything = self.bench.ceiling(units_asked(self.bench.run, getattr(self.selector, "units", "mlp")))
+        ceiling = compared(self.tell(everything), self.earlier, self.later, self.metric)
         if self._goal(wanted, ceiling) <= 0:  # everything at once does harm, so bisection would look among the largest
             for at in range(len(self.grid)):
                 self._row(at)
@@ -268,11 +273,6 @@ class _Search:
             chosen, best, table.rows[2], mask, table, tuple(notes),
         )  # fmt: skip
 
-    def _fell(self, lost: Paired | None) -> bool:
-        if lost is None:
-            return self.earlier.metrics[self.metric] > self.later.metrics[self.metric]
-        return lost.gain > 0 and lost.interval[0] > 0 and lost.p < ALPHA
-
     def _goal(self, wanted: float, ceiling: Row) -> float:
         return wanted * min(1.0, max(row.recovery or 0.0 for row in (ceiling, *self.rows.values())))
 
@@ -290,7 +290,8 @@ class _Search:
             same = next((one for one, known in self.masks.items() if known.equal(mask)), None)
             self.masks[budget] = mask
             if same is None:
-                row = compared(self.bench.row(self.selector, budget), self.earlier, self.later, self.metric)
+                one = self.tell(self.bench.row(self.selector, budget))
+                row = compared(one, self.earlier, self.later, self.metric)
             else:  # a selector that stops by itself takes as many at a larger budget
                 row = replace(self.rows[same], budget=budget)
             self.rows[budget] = row
@@ -354,8 +355,9 @@ def _doubts(row: Row, lost: Paired | None, goal: float, limits: Mapping[str, flo
     return found
 
 
-def _lost(metric: str, unit: str, lost: Paired | None, table: Sweep) -> str:
-    earlier, later = table.rows[0].metrics[metric], table.rows[1].metrics[metric]
+def told_loss(metric: str, unit: str, lost: Paired | None, first: Row, second: Row) -> str:
+    """How a metric changed from the earlier row to the later one, in words, with its interval and p."""
+    earlier, later = first.metrics[metric], second.metrics[metric]
     rose = earlier < later
     said = f"{metric} {'rose by' if rose else 'lost'} {abs(earlier - later):.4f}{unit}"
     if lost is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from surgery.units import noun
 
 Score = float | Sequence[float] | Sequence[bool] | Array | Tensor
 Evaluate = Callable[[nn.Module], Mapping[str, Score]]
+Log = Callable[[dict[str, str | float]], Any]
 EARLIER, LATER, CEILING = "earlier", "later", "ceiling (all MLP neurons)"
 
 
@@ -71,6 +73,25 @@ class Row:
     preservation: float | None = None
     retention: dict[str, float] = field(default_factory=dict)
     paired: dict[str, Paired] = field(default_factory=dict, repr=False)
+
+    def logged(self) -> dict[str, str | float]:
+        """One flat dictionary for experiment trackers.
+
+        ``score/math`` and, where there are items, ``change/math`` against later with ``change_low``, ``change_high``
+        and ``p``; ``selector``, ``budget``, ``reverted``, ``seconds``, and the recovery where there is one.
+        """
+        found: dict[str, str | float] = {"selector": self.selector, "budget": self.budget, "reverted": self.neurons}
+        found["seconds"] = self.seconds
+        if self.recovery is not None:
+            found["recovery"] = self.recovery
+        if self.interval is not None:
+            found["recovery_low"], found["recovery_high"] = self.interval
+        found |= {f"score/{name}": score for name, score in self.metrics.items()}
+        found |= {f"change/{name}": change for name, change in self.delta.items()}
+        for name, one in self.paired.items() if self.selector != LATER else ():
+            found |= {f"change/{name}": one.gain, f"p/{name}": one.p}
+            found |= dict(zip((f"change_low/{name}", f"change_high/{name}"), one.interval, strict=True))
+        return found
 
 
 def scored(values: Mapping[str, Score]) -> tuple[dict[str, float], dict[str, list[float]]]:
@@ -282,6 +303,21 @@ def judged(rows: Sequence[Row], earlier: Row, later: Row, metric: str) -> list[R
             if found[at].recovery is not None:
                 found[at] = dataclasses.replace(found[at], interval=span, underpowered=underpowered(each[-1], span))
     return found
+
+
+def tell(log: Log | None, row: Row, earlier: Row, later: Row, metric: str) -> Row:
+    """The row; a log gets it judged (see ``Row.logged``)."""
+    if log is not None:
+        log(judged([row], earlier, later, metric)[0].logged())
+    return row
+
+
+def fell(earlier: Row, later: Row, metric: str) -> bool:
+    """Whether a metric is significantly lower in the later model: by the paired test, or without items by its mean."""
+    lost = earlier.paired.get(metric)
+    if lost is None:
+        return earlier.metrics[metric] > later.metrics[metric]
+    return lost.gain > 0 and lost.interval[0] > 0 and lost.p < ALPHA
 
 
 def check_items(row: Row, later: Row) -> None:

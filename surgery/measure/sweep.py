@@ -6,6 +6,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,20 @@ from surgery.masks.mask import Mask
 from surgery.masks.neurons import Neurons
 from surgery.measure.evaluators import evaluator, signature
 from surgery.measure.files import MEASURED, metric_of, read_rows
-from surgery.measure.rows import EARLIER, LATER, Evaluate, Row, Score, Sweep, ceiling_of, check_items, judged, measured
+from surgery.measure.rows import (
+    EARLIER,
+    LATER,
+    Evaluate,
+    Log,
+    Row,
+    Score,
+    Sweep,
+    ceiling_of,
+    check_items,
+    judged,
+    measured,
+    tell,
+)
 from surgery.progress import steps
 from surgery.reverting.rollback import rollback
 from surgery.scores.memory import identity, remembered
@@ -274,6 +288,7 @@ def sweep(
     metric: str | None = None,
     path: str | Path | None = None,
     progress: Callable[[str], None] | None = None,
+    log: Log | None = None,
 ) -> Sweep:
     """Evaluate every selector at every budget, after the references: earlier, later and the ceiling (of every unit).
 
@@ -290,6 +305,7 @@ def sweep(
         metric: whose recovery is reported (default: the one that fell most from earlier to later).
         path: a JSON-lines file: rows are appended as they are measured, and cached rows are not measured again.
         progress: called with a line of text before each choice and each evaluation.
+        log: called with each row as a flat dictionary (``Row.logged``), like ``trackio.log`` or ``wandb.log``.
 
     Returns:
         A ``Sweep``: rows, and a table when printed.
@@ -308,8 +324,11 @@ def sweep(
     bench = Bench(run, data, evaluate, path, progress)
     later, earlier = bench.later(), bench.earlier()
     metric = metric_of(earlier, later, metric)
+    told = partial(tell, log, earlier=earlier, later=later, metric=metric)
+    told(earlier)
+    told(later)
     with remembered(own=True):
         asked = [units_asked(bench.run, getattr(one, "units", "mlp")) for one in selectors] or [("mlp",)]
-        rows = [bench.ceiling(units) for units in dict.fromkeys(asked)]
-        rows += [bench.row(selector, budget) for selector, budget in steps("rows", product(selectors, budgets))]
+        rows = [told(bench.ceiling(units)) for units in dict.fromkeys(asked)]
+        rows += [told(bench.row(selector, budget)) for selector, budget in steps("rows", product(selectors, budgets))]
     return Sweep(metric, tuple(judged([earlier, later, *rows], earlier, later, metric)))

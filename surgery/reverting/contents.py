@@ -16,6 +16,8 @@ from surgery.formats.stored import Stored
 _WEIGHTS = (  # a second copy of the weights, or another model's
     "consolidated*", "original", "pytorch_model*", "tf_model*", "flax_model*", "*.gguf", "*.ggml", "*.onnx",
     "*.onnx_data", "onnx", "openvino", "gguf", "*.h5", "*.msgpack", "checkpoint-*", ".git", ".cache", ".*.partial",
+    # what was measured of the later model
+    ".eval_results",
     # an adapter that was merged long ago
     "adapter_config.json", "adapter_model*",
 )  # fmt: skip
@@ -43,8 +45,9 @@ class Edited(Protocol):
 class Contents:
     """What ``save`` writes: ``files`` and ``folders`` of the source by their names in it, and what it adds.
 
-    ``left_out``: files and folders that hold other weights or a training run's state. ``doubtful``: what is taken over
-    and may hold weights too. ``remarks``: what is to be known about what is written. ``size``: bytes.
+    ``left_out``: files and folders that hold other weights, a training run's state or another model's results.
+    ``doubtful``: what is taken over and may hold weights too. ``remarks``: what is to be known about what is written.
+    ``size``: bytes.
     """
 
     files: dict[str, Path]
@@ -63,7 +66,7 @@ class Contents:
     def notes(self) -> list[str]:
         """What was left out and what is doubtful, in words."""
         told = {
-            "left out, since they hold other weights or a training run's state": self.left_out,
+            "left out, since they hold other weights, a training run's state or another model's results": self.left_out,
             "taken over as they are, though they may hold weights that were not rolled back": self.doubtful,
         }
         return self.remarks + [f"{what}: {', '.join(names)}" for what, names in told.items() if names]

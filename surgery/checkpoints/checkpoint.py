@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from surgery.compat import writes_to
 from surgery.files import path_of
-from surgery.formats.folders import home_of, stored_in
+from surgery.formats.adapters import Adapter, base_of
+from surgery.formats.folders import home_of, is_adapter, stored_in
 from surgery.formats.shards import INDEX, weight_map
 from surgery.formats.stored import SAFETENSORS
+from surgery.layout.on_disk import meta_model
 
 
 class Checkpoint(Mapping[str, Tensor]):
@@ -28,20 +30,38 @@ class Checkpoint(Mapping[str, Tensor]):
     own pages. One that several ranks hold is put together when it is asked for. The views are read-only; ``save``
     writes.
 
+    The folder of an adapter (LoRA) is read as its base with the adapter merged into it: each tensor is computed when it
+    is asked for, bit for bit as peft's merge does.
+
     Args:
         folder: the folder, or a hub id in the local cache.
+        base: of an adapter, the checkpoint that it was trained on: a folder, a hub id, or a ``Checkpoint``, also that
+            of another adapter (default: what its configuration names as ``base_model_name_or_path``).
 
     Raises:
-        LookupError: no such folder, no weights in it, or a file that belongs to them is missing.
-        ValueError: pickled weights or an adapter only, an index that points outside the folder, a truncated or damaged
-            file, one that needs code to be read, or ranks of different runs.
+        LookupError: no such folder, no weights in it, or a file that belongs to them is missing; the base of an adapter
+            is neither named nor given.
+        ValueError: pickled weights only, an index that points outside the folder, a truncated or damaged file, one that
+            needs code to be read, or ranks of different runs; an adapter that is no LoRA, changes the base itself, or
+            does not fit it.
 
-    Source: ours (the formats are safetensors', torch's and verl's).
+    Source: ours (the formats are safetensors', torch's, verl's and peft's).
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, base: str | Path | Checkpoint | None = None) -> None:
         self.folder = folder_of(folder)
-        self.stored = stored_in(self.folder)
+        self.adapter: Adapter | None = None
+        self.base: Checkpoint | None = None
+        if is_adapter(self.folder):
+            self.base = (
+                base if isinstance(base, Checkpoint) else Checkpoint(_under(self.folder) if base is None else base)
+            )
+            self.adapter = Adapter(self.folder, self.base, self.base.model)
+            self.stored = self.adapter.stored(self.base.shapes, self.base.dtypes)
+        elif base is not None:
+            raise ValueError(f"{self.folder} holds a whole model and no adapter: leave out base=")
+        else:
+            self.stored = stored_in(self.folder)
         self._check_index()
         self._state = self._stat()
 
@@ -63,12 +83,28 @@ class Checkpoint(Mapping[str, Tensor]):
         return name in self.shapes
 
     def __repr__(self) -> str:
+        if self.adapter is not None:
+            return (
+                f"Checkpoint({str(self.folder)!r}): an adapter of {len(self.adapter.touched)} tensors on {self.base!r}"
+            )
         return f"Checkpoint({str(self.folder)!r}): {len(self)} tensors in {len(self.files)} files"
 
     @property
     def home(self) -> Path:
-        """The folder with ``config.json`` and the tokenizer: a training checkpoint may have one of its own for them."""
-        return home_of(self.folder)
+        """The folder with ``config.json``: a training checkpoint may have one of its own, an adapter has its base's."""
+        return home_of(self.folder) if self.base is None else self.base.home
+
+    @property
+    def tokenizer(self) -> Path:
+        """The folder with the tokenizer: an adapter's own where it has one, else ``home``."""
+        return self.folder if (self.folder / "tokenizer_config.json").is_file() else self.home
+
+    def model(self) -> nn.Module | None:
+        """The model on the meta device, without numbers; None where no ``config.json`` says which one it is."""
+        found: nn.Module | None = None
+        if (self.home / "config.json").exists():
+            found = meta_model(self.home, self.shapes)
+        return found
 
     @property
     def files(self) -> dict[str, list[str]]:
@@ -102,7 +138,8 @@ class Checkpoint(Mapping[str, Tensor]):
         config = self.home / "config.json"
         files = [self.folder / file for file in (*self.stored.beside, *self.files)]
         found = ((path, path.stat()) for path in ([config] if config.exists() else []) + files)
-        return tuple((str(path), one.st_ino, one.st_size, one.st_mtime_ns) for path, one in found)
+        state = tuple((str(path), one.st_ino, one.st_size, one.st_mtime_ns) for path, one in found)
+        return state if self.base is None else state + self.base._stat()
 
     @cached_property
     def _open(self) -> dict[str, Mapping[str, Tensor]]:
@@ -114,12 +151,43 @@ class Checkpoint(Mapping[str, Tensor]):
         return self._open[file]
 
     def _check_index(self) -> None:
+        if self.base is not None:
+            return
         index = self.home / INDEX
         place = "" if self.home == self.folder else f"{self.home.relative_to(self.folder)}/"
         named = weight_map(index) if index.exists() and self.stored.kind == SAFETENSORS else {}
         for name, file in named.items():
             if name not in self.shapes or self.stored.pieces[name][0].file != f"{place}{file}":
                 raise ValueError(f"{index} says that {name!r} is in {file}, and it is not there")
+
+
+def _under(folder: Path) -> Path:
+    """The folder of the base that an adapter's configuration names; ``LookupError`` where it is not here."""
+    named = base_of(folder)
+    try:
+        if named and folder_of(named).resolve() != folder.resolve():
+            return folder_of(named)
+    except LookupError:
+        pass
+    what = f"names {named!r} as its base, which is not here" if named else "names no base"
+    raise LookupError(
+        f"{folder} holds an adapter that {what} (base_model_name_or_path): pass the base's folder (BASE in the shell, "
+        f"or Checkpoint(adapter, base=...))"
+    )
+
+
+def opened(source: Source, *others: Source | None) -> Source:
+    """A source, opened if it is a folder; an adapter whose base is not here lies on the first whole model of others."""
+    if not isinstance(source, str | Path) or not is_adapter(folder := folder_of(source)):
+        return Checkpoint(source) if isinstance(source, str | Path) else source
+    try:
+        return Checkpoint(folder, _under(folder))
+    except LookupError:
+        for other in others:
+            base = Checkpoint(other) if isinstance(other, str | Path) and not is_adapter(folder_of(other)) else other
+            if isinstance(base, Checkpoint):
+                return Checkpoint(folder, base.base or base)
+        raise
 
 
 class State(Mapping[str, Tensor]):

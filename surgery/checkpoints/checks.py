@@ -53,7 +53,7 @@ def _settings(tensors: Mapping[str, Tensor]) -> Mapping[str, Any]:
 
 def check_merged(tensors: Mapping[str, Tensor], name: str) -> None:
     """Raise ``ValueError`` where an adapter lies beside a model's weights: whether it is merged can't be told."""
-    if isinstance(tensors, Checkpoint) and (tensors.folder / ADAPTER).exists():
+    if isinstance(tensors, Checkpoint) and tensors.adapter is None and (tensors.folder / ADAPTER).exists():
         raise ValueError(
             f"{name} holds a whole model and the {ADAPTER} of an adapter, which transformers puts on top of it: remove "
             f"the adapter's files if it is merged already, else {MERGE}"

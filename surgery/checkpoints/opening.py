@@ -206,10 +206,15 @@ def fingerprint(weights: Weights) -> dict[str, Any]:
     """
     if not isinstance(weights.tensors, Checkpoint):
         return {"name": weights.name}
-    folder, files = weights.tensors.folder, sorted(weights.tensors.files)
-    parts = folder.resolve().parts[-3 if weights.tensors.stored.training else -1 :]  # runs/qa/global_step_7/actor
+    parts = weights.tensors.folder.resolve().parts[-3 if weights.tensors.stored.training else -1 :]  # global_step_7/actor
     found = {"name": "/".join(parts), "sha256_of": "header, size and 1024 samples of 4 KiB"}
-    return {**found, "sha256": {file: _sha256(folder / file) for file in files}, "neurons": _some_neurons(weights)}
+    return {**found, "sha256": _sha256s(weights.tensors), "neurons": _some_neurons(weights)}
+
+
+def _sha256s(tensors: Checkpoint) -> dict[str, str]:
+    """Weight file → its hash; under an adapter's file those of its base."""
+    found = {} if tensors.base is None else {f"base/{file}": sha for file, sha in _sha256s(tensors.base).items()}
+    return found | {file: _sha256(tensors.folder / file) for file in sorted(tensors.files)}
 
 
 def _some_neurons(weights: Weights, most: int = 64) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.checkpoints.checkpoint import Checkpoint, Source, in_force
+from surgery.checkpoints.checkpoint import Checkpoint, Source, in_force, opened
 from surgery.checkpoints.loading import loaded
 from surgery.checkpoints.opening import Weights, open_weights
 from surgery.layout.slots import Block, Layout
@@ -238,7 +238,9 @@ class Trajectory:
         """A folder, opened once for as long as its files stay as they are."""
         found = self._held.folders.get(str(source))
         if found is None or not found.is_current:
-            found = self._held.folders[str(source)] = Checkpoint(source)
+            opening = opened(source, *self.checkpoints.values())
+            assert isinstance(opening, Checkpoint)
+            found = self._held.folders[str(source)] = opening
         return found
 
     def _open(self, source: Source, units: Units, like: Weights | None = None) -> Weights:

@@ -25,6 +25,11 @@ def home_of(folder: Path) -> Path:
     return next((folder / home for home in _HOMES if (folder / home / "config.json").is_file()), folder)
 
 
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter and no model's own weights."""
+    return (folder / ADAPTER).is_file() and not _whole(folder)
+
+
 def stored_in(folder: Path) -> Stored:
     """How a folder stores a model's tensors.
 
@@ -94,7 +99,7 @@ def _cut(path: Path) -> bool:
 
 def _nothing(folder: Path) -> Exception:
     if adapter := next(folder.glob("adapter_*"), None):
-        return ValueError(f"{folder} holds an adapter ({adapter.name}) and no model: {MERGE}")
+        return ValueError(f"{folder} holds an adapter ({adapter.name}) without its {ADAPTER}: {MERGE}")
     if inner := [path.parent.name for path in sorted(folder.glob(f"*/{MODEL}_world_size_*_rank_0.pt"))]:
         return LookupError(f"{folder} holds the checkpoints {', '.join(dict.fromkeys(inner))}: pass one of them")
     if pickles := [path.name for pattern in _PICKLES for path in folder.glob(pattern)]:

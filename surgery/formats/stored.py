@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 SAFETENSORS, RANKS, DISTRIBUTED = "safetensors", "FSDP rank files", "a distributed checkpoint"
-CUT = "distributed safetensors"
+CUT, ADAPTED = "distributed safetensors", "an adapter"
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Stored:
     """How the tensors of a folder lie in its files.
 
     Args:
-        kind: the way of storing them: ``SAFETENSORS``, ``CUT``, ``RANKS`` or ``DISTRIBUTED``.
+        kind: the way of storing them: ``SAFETENSORS``, ``CUT``, ``RANKS``, ``DISTRIBUTED`` or ``ADAPTED``.
         shapes: tensor name → shape of the whole tensor.
         dtypes: tensor name → dtype; a word for one that torch does not have.
         pieces: tensor name → its pieces, copies of one box among them (replicas) included.

@@ -39,7 +39,7 @@ def folder_layout(folder: Path, shapes: Shapes, spec: Spec | None = None, units:
     """
     if spec is not None:
         return spec_layout(spec, shapes)
-    model = _meta_model(folder, shapes)
+    model = meta_model(folder, shapes)
     live = find_layout(model, units=units)
     try:
         names = as_loaded(model, shapes)
@@ -149,7 +149,12 @@ def check_counts(stored: Any, shapes: Shapes) -> None:
             raise ValueError(f"it calls for {key} = {value}, and the folder's {len(shapes)} tensors are not as many")
 
 
-def _meta_model(folder: Path, shapes: Shapes) -> Any:
+def meta_model(folder: Path, shapes: Shapes) -> Any:
+    """A folder's model on the meta device: its modules and shapes, without numbers.
+
+    Raises:
+        ValueError: the configuration can't be read, or transformers can't build the model.
+    """
     config, kind = class_of(folder, shapes)
     try:
         with torch.device("meta"):

@@ -55,6 +55,7 @@ class Adapter(Mapping[str, Tensor]):
         self.config = settings_of(folder)
         self.held = _Held(folder)
         self.factors: dict[str, Factors] = {}  # by the parameter's name in memory
+        self.keyed: dict[str, dict[str, str]] = {}  # parameter → what ("A.weight", ...) → the key in the file
         self.replaced: dict[str, str] = {}  # parameter → the key of the tensor that takes its place
         self.biases: dict[str, tuple[str, float]] = {}  # parameter → the key of what is added, and its scale
         self._read_keys()
@@ -117,21 +118,13 @@ class Adapter(Mapping[str, Tensor]):
         named = self.model.named_parameters(remove_duplicate=False) if self.model is not None else ()
         return {name: tuple(parameter.shape) for name, parameter in named}
 
-    def key(self, parameter: str) -> str:
-        """What the patterns of a configuration are matched with: the module, or the parameter if it is targeted."""
-        return parameter if self._targeted(parameter) else parameter.rpartition(".")[0]
+    def of(self, module: str) -> list[str]:
+        """A module's own parameters, in its order."""
+        return [name for name in self.shapes or self.base if name.rpartition(".")[0] == module]
 
-    def stems(self, parameters: set[str], targeted: Callable[[str], bool]) -> dict[str, str]:
-        """Parameter → the beginning of its factors' keys in a file that holds those of all ``parameters``."""
-        found = {}
-        for parameter in parameters:
-            module = parameter.rpartition(".")[0]
-            outer = (
-                [one for one in self._of(module) if targeted(one) and one in parameters] if targeted(parameter) else []
-            )
-            depth = len(outer) - 1 - outer.index(parameter) if outer else 0
-            found[parameter] = f"{PREFIX}{module}{INNER * depth}"
-        return found
+    def alpha(self, key: str) -> Any:
+        """``lora_alpha`` of a module, or of a parameter that is targeted by name."""
+        return _matched(self.config.get("alpha_pattern"), key, self.config.get("lora_alpha", 8))
 
     def names(self, parameter: str) -> list[str]:
         """The tensors of the base that make up a parameter."""
@@ -153,14 +146,6 @@ class Adapter(Mapping[str, Tensor]):
             return {names[0]: whole}
         parts = self._names.parts[parameter]
         return {parts[self._names.spelt(name)]: one for name, one in as_saved(self.model, {parameter: whole}).items()}
-
-    def _targeted(self, parameter: str) -> bool:
-        targets = self.config.get("target_parameters") or ()
-        return any(f".{parameter}".endswith(f".{one}") for one in targets)
-
-    def _of(self, module: str) -> list[str]:
-        """A module's own parameters, in its order."""
-        return [name for name in self.shapes or self.base if name.rpartition(".")[0] == module]
 
     def _read_keys(self) -> None:
         stems: dict[str, dict[str, str]] = {}
@@ -194,7 +179,9 @@ class Adapter(Mapping[str, Tensor]):
         if first is None or second is None:
             raise self._refused(f"{stem!r} has one of the matrices A and B, and not both")
         targets = (
-            [one for one in self._of(module) if self._targeted(one)] if self.config.get("target_parameters") else []
+            [one for one in self.of(module) if targeted(one, self.config)]
+            if self.config.get("target_parameters")
+            else []
         )
         if depth >= max(len(targets), 1):
             raise self._refused(f"{stem!r} does not say which parameter it changes")
@@ -208,6 +195,7 @@ class Adapter(Mapping[str, Tensor]):
         magnitude = next((self.held[name] for what, name in keys.items() if what.startswith("magnitude")), None)
         if magnitude is None and self.config.get("use_dora"):
             raise self._refused(f"{stem!r} has no magnitudes, and its configuration says use_dora")
+        self.keyed[parameter] = dict(keys)
         self.factors[parameter] = Factors(
             parameter, self.held[first], self.held[second], shape, scale, transposed, bool(targets) or embedding,
             None if magnitude is None else magnitude.flatten(),
@@ -219,7 +207,7 @@ class Adapter(Mapping[str, Tensor]):
 
     def _scaled(self, key: str) -> tuple[int, float]:
         rank = _matched(self.config.get("rank_pattern"), key, self.config.get("r", 8))
-        alpha = _matched(self.config.get("alpha_pattern"), key, self.config.get("lora_alpha", 8))
+        alpha = self.alpha(key)
         if not (isinstance(rank, int) and rank > 0 and isinstance(alpha, int | float) and math.isfinite(alpha)):
             raise self._refused(f"it has the rank {rank!r} and lora_alpha {alpha!r} at {key!r}")
         if alpha == 0:
@@ -291,6 +279,11 @@ class _Held(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.shapes)
+
+
+def targeted(parameter: str, config: Mapping[str, Any]) -> bool:
+    """Whether a configuration targets a parameter by its name (``target_parameters``), and not its module."""
+    return any(f".{parameter}".endswith(f".{one}") for one in config.get("target_parameters") or ())
 
 
 def base_of(folder: Path) -> str | None:

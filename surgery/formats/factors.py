@@ -82,8 +82,6 @@ class Factors:
         """
         a, b = (one.double() for one in self.by_expert)
         b = b.permute(2, 0, 1)  # [expert, out, rank]
-        if rows != self.transposed:
-            found = ((b @ (a @ a.mT)) * b).sum(2)
-        else:
-            found = (a * ((b.mT @ b) @ a)).sum(1)
+        ahead, across = b @ (a @ a.mT), (b.mT @ b) @ a
+        found: Tensor = (ahead * b).sum(2) if rows != self.transposed else (a * across).sum(1)
         return torch.clamp(found, min=0) * self.scale**2

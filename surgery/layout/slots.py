@@ -122,6 +122,19 @@ class Slot:
         """Write ``rows`` (``[len(index), ...]``, the tensor's dtype and device) at ``index``, in place."""
         self.view(tensor)[self._at(index.to(tensor.device))] = rows
 
+    def marked(self, index: Tensor, values: Tensor) -> Tensor:
+        """Values of the rows at ``index``, where they lie in the tensor, and 0 elsewhere: float32.
+
+        In the tensor's shape, but for the axes that every row takes whole: those have the size 1.
+        """
+        left, (axes, stacked) = re.findall(r"\([^)]*\)|\w+", self._split[0].split("->")[0]), self._split[1:]
+        counted = {"g", *axes[:stacked]}
+        whole = [not counted & set(axis.strip("()").split()) for axis in left]
+        found = torch.zeros([1 if one else size for one, size in zip(whole, self.shape, strict=True)])
+        view = self.view(found)
+        view[self._at(index)] = values.float().reshape(-1, *[1] * (view.ndim - stacked))
+        return found
+
     def take_entries(self, tensor: Tensor, positions: Tensor) -> Tensor:
         """A copy of single numbers: ``[len(positions)]``; position = neuron · width + offset in the neuron's row."""
         return self.view(tensor)[torch.unravel_index(positions.to(tensor.device), self._rows)]

@@ -98,7 +98,7 @@ def _copy(
     """The files, then the edits, then what says where it came from; refused where an input changed meanwhile."""
     # A weight file carries its final name only once it is whole: a killed process leaves no folder that loads.
     stored: Stored = tensors.stored  # type: ignore[attr-defined]
-    weights = [*stored.files, *(moments.files if moments else ())]
+    weights = [file for file in (*stored.files, *(moments.files if moments else ())) if file not in contents.added]
     unfinished = {file: new / f"{file}.{uuid.uuid4().hex}.partial" for file in weights}
     before = _stamps(contents)
     new.mkdir()
@@ -126,7 +126,8 @@ def _edit(tensors: Edited, stored: Stored, moments: Stored | None, places: dict[
     def views(of: Stored, file: str) -> Mapping[str, Tensor]:
         return of.views(places[file], file, True)
 
-    touched = dict.fromkeys(name for file in sorted(stored.files) for name in tensors.touched(file))
+    files = [file for file in sorted(stored.files) if file in places]  # those of an adapter are written anew
+    touched = dict.fromkeys(name for file in files for name in tensors.touched(file))
     for name in touched:
         stored.change(name, partial(views, stored), partial(tensors.edit, name))
     for moment, shape in moments.shapes.items() if moments else ():

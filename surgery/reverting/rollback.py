@@ -11,13 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.checkpoints.checkpoint import Checkpoint, Moment, Source, State, in_force, moment_of, returned, tensors_of
+from surgery.checkpoints.checkpoint import (
+    Checkpoint,
+    Moment,
+    Source,
+    State,
+    in_force,
+    moment_of,
+    opened,
+    returned,
+    tensors_of,
+)
 from surgery.checkpoints.opening import Weights, open_weights
 from surgery.files import uninterrupted
 from surgery.formats.stored import Stored
 from surgery.layout.slots import Block, Layout, Slot
 from surgery.masks.edits import Edit, Rows
 from surgery.masks.mask import Mask, checked
+from surgery.reverting.adapters import adapter_files
 from surgery.reverting.provenance import papers, warn_if_made_for_others
 from surgery.reverting.writing import (
     Strength,
@@ -257,7 +268,8 @@ class RolledBack(Mapping[str, Tensor]):
         """The folders that it reads."""
         opened = (self.later.tensors, self.source.tensors)
         found = [one.parents if isinstance(one, RolledBack) else [one] for one in opened]
-        return [one for some in found for one in some if isinstance(one, Checkpoint)]
+        named = [one for some in found for one in some if isinstance(one, Checkpoint)]
+        return named + [one.base for one in named if one.base is not None]
 
     @property
     def stored(self) -> Stored | None:
@@ -303,7 +315,9 @@ class RolledBack(Mapping[str, Tensor]):
 
     def papers(self) -> dict[str, bytes]:
         """The files beside the weights in a saved folder: the mask, a record of what made it, a model card."""
-        return papers(self.later, self.source, self.mask, self.strength, self.parameters, len(self._edits))
+        told = papers(self.later, self.source, self.mask, self.strength, self.parameters, len(self._edits))
+        adapted = isinstance(self.later.tensors, Checkpoint) and self.later.tensors.adapter is not None
+        return {**(adapter_files(self.later, self.source, self.mask, self.strength) if adapted else {}), **told}
 
     def __repr__(self) -> str:
         units = f"{sum(self.mask.count().values())} {self.mask.noun}"
@@ -315,6 +329,8 @@ def rolled_back(
     later: Source, *, to: Source, mask: Mask, strength: Strength = 1.0, layout: Layout | None = None
 ) -> RolledBack:
     """The later checkpoint with the masked neurons set back to ``to``, as a new lazy mapping; nothing is written.
+
+    Of an adapter (LoRA) the mapping is the merged model's, and ``save`` writes an adapter.
 
     Args:
         later: the later checkpoint: a folder, hub id or mapping.
@@ -330,8 +346,9 @@ def rolled_back(
 
     Source: ours.
     """
-    opened = open_weights(later, layout, units=checked(mask).units)
-    check_strength(strength, opened.layout)
-    view = RolledBack(opened, _opened(to, layout, opened), mask, strength)
-    warn_if_made_for_others(mask, earlier=view.source, later=opened)
+    found = opened(later, to)
+    weights = open_weights(found, layout, units=checked(mask).units)
+    check_strength(strength, weights.layout)
+    view = RolledBack(weights, _opened(opened(to, found), layout, weights), mask, strength)
+    warn_if_made_for_others(mask, earlier=view.source, later=weights)
     return view

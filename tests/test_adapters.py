@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 import adapted
+import families
 import pytest
 import torch
 from adapted import DORA, KINDS, Kind
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from surgery import Checkpoint, Neurons, Trajectory, rolled_back, save
+from surgery import AMCSelector, Checkpoint, Neurons, Trajectory, rolled_back, save
 from surgery.checkpoints.opening import open_weights
+from surgery.formats.factors import Factors
+from surgery.live.preflight import preflight
 
 UNITS = ("mlp", "value_channel")
 
@@ -98,3 +104,206 @@ def test_an_adapter_is_rolled_back_to_another(shelf, tmp_path, kind):
     again = adapted.merged(base, out, tmp_path / "again")
     assert same(Checkpoint(again), expected) == []
     runs_alike(base, out, again)
+
+
+OTHERS = {
+    "another scale": (KINDS["dense"], dict(lora_alpha=5, r=3)),
+    "another rank for each layer": (KINDS["dense"], dict(rank_pattern={"layers.0.mlp.up_proj": 7, "down_proj": 2})),
+    "more layers": (KINDS["some layers"], dict(layers_to_transform=None)),
+    "other modules": (Kind("qwen3", dict(target_modules=["q_proj", "up_proj"])), dict(target_modules=["down_proj"])),
+    "experts beside attention": (KINDS["experts, one parameter"], KINDS["experts on disk one by one"].settings),
+    "experts transposed": (
+        Kind("gpt_oss", dict(target_modules=["q_proj"], target_parameters=["experts.gate_up_proj"])),
+        dict(target_parameters=["experts.down_proj"], lora_alpha=3),
+    ),
+    "rslora": (KINDS["dense"], dict(use_rslora=True)),
+    "under rslora": (Kind("qwen3", dict(target_modules="all-linear", use_rslora=True)), dict(use_rslora=False)),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_two_adapters_of_other_settings(shelf, tmp_path, name):
+    """Other ranks, modules and scales: what is reverted is the earlier model's, but for the rounding of B1·s1/s2."""
+    kind, settings = OTHERS[name]
+    base, folder, merged = made(shelf, kind)
+    mask = masked(kind, base)
+    earlier = adapted.adapter(kind, base, tmp_path / "earlier", seed=2, **settings)
+    expected = rolled(merged, adapted.merged(base, earlier, tmp_path / "merged"), mask)
+    view = rolled_back(folder, to=earlier, mask=mask)
+    assert same(view, expected) == []
+    out = save(view, tmp_path / "out")
+    again = adapted.merged(base, out, tmp_path / "again")
+    assert same(Checkpoint(out), Checkpoint(again)) == []
+    for one, tensor in Checkpoint(again).items():
+        assert torch.allclose(tensor, expected[one], rtol=0, atol=2e-6), one
+    assert same(expected, Checkpoint(merged)) != []
+    runs_alike(base, out, again)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_part_of_the_way(shelf, tmp_path, half):
+    base, folder, merged = made(shelf, KINDS["dense"])
+    mask = masked(KINDS["dense"], base)
+    torch.manual_seed(0)
+    strength: float | Neurons = 0.5 if half else Neurons({name: torch.rand(size) for name, size in mask.sizes.items()})
+    earlier = adapted.adapter(KINDS["dense"], base, tmp_path / "earlier", seed=2)
+    there = adapted.merged(base, earlier, tmp_path / "merged")
+    for to, whole in ((base, base), (earlier, there)):
+        expected = dict(rolled_back(merged, to=whole, mask=mask, strength=strength))
+        out = save(rolled_back(folder, to=to, mask=mask, strength=strength), tmp_path / f"out-{to.name}")
+        for one, tensor in Checkpoint(out).items():
+            assert torch.allclose(tensor, expected[one], rtol=0, atol=2e-6), one
+
+
+def test_an_adapter_on_an_adapter(shelf, tmp_path):
+    """A second stage that was trained on the merged first one: its base is the first adapter over its own base."""
+    kind = KINDS["in bf16"]
+    base, first, merged = made(shelf, kind)
+    second = adapted.adapter(kind, merged, tmp_path / "second", seed=3)
+    both = adapted.merged(merged, second, tmp_path / "both")
+    under = Checkpoint(first, base=base)
+    chain = Checkpoint(second, base=under)
+    assert same(chain, Checkpoint(both)) == []
+    mask = masked(kind, base)
+    out = save(rolled_back(chain, to=under, mask=mask), tmp_path / "out")
+    assert same(Checkpoint(out, base=under), rolled(both, merged, mask)) == []
+
+
+# --- DoRA, and what is refused
+
+
+def test_rows_of_dora_are_exact_and_columns_are_refused(shelf, tmp_path):
+    kind = Kind("qwen3", dict(target_modules=["gate_proj", "up_proj"], use_dora=True))
+    base, folder, merged = made(shelf, kind)
+    mask = masked(kind, base)
+    out = save(rolled_back(folder, to=base, mask=mask), tmp_path / "out")
+    expected = rolled(merged, base, mask)
+    assert (
+        same(Checkpoint(out), expected) == same(Checkpoint(adapted.merged(base, out, tmp_path / "m")), expected) == []
+    )
+    base, folder, merged = made(shelf, DORA)
+    view = rolled_back(folder, to=base, mask=mask)
+    assert same(view, rolled(merged, base, mask)) == []  # as a mapping it is exact; no adapter holds it
+    with pytest.raises(ValueError, match=r"columns of a layer can't be set back under DoRA.*down_proj.*merge"):
+        save(view, tmp_path / "refused")
+    other = adapted.adapter(KINDS["dense"], base, tmp_path / "other")
+    with pytest.raises(ValueError, match="can't be set back under DoRA"):
+        save(rolled_back(folder, to=other, mask=mask), tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+
+
+REFUSED = {
+    "pissa": (dict(init_lora_weights="pissa_niter_4"), "began with pissa_niter_4 .* changes the base"),
+    "olora": (dict(init_lora_weights="olora"), "began with olora"),
+    "corda": (dict(init_lora_weights="corda"), "began with corda"),
+    "loftq": (dict(init_lora_weights="loftq"), "began with loftq"),
+    "another type": (dict(peft_type="IA3"), "of the type 'IA3', and only LORA"),
+    "qalora": (dict(use_qalora=True), "has the setting use_qalora"),
+    "a setting of tomorrow": (dict(use_foolora={"a": 1}), "has the setting use_foolora"),
+    "replicated layers": (dict(layer_replication=[[0, 2], [1, 2]]), "has the setting layer_replication"),
+    "tokens": (dict(trainable_token_indices=[3]), "has the setting trainable_token_indices"),
+    "alpha 0": (dict(lora_alpha=0), "lora_alpha in .* is 0"),
+    "alpha NaN": (dict(lora_alpha=float("nan")), "lora_alpha nan"),
+    "a rank of text": (dict(r="four"), "the rank 'four'"),
+    "another rank": (dict(r=5), "has the rank 4, and its configuration says 5"),
+    "dora without magnitudes": (dict(use_dora=True), "has no magnitudes"),
+    "a broken pattern": (dict(rank_pattern={"(": 3}), "rank_pattern .* no regular expression"),
+    "patterns that are none": (dict(alpha_pattern=[1]), "alpha_pattern"),
+    "parameters that are none": (dict(target_parameters=3), "target_parameters"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_adapters_that_are_refused(shelf, tmp_path, name):
+    _, folder, _ = made(shelf, KINDS["dense"])
+    settings, told = REFUSED[name]
+    shutil.copytree(folder, tmp_path / "adapter")
+    adapted.settings(tmp_path / "adapter", **settings)
+    with pytest.raises(ValueError, match=told):
+        Checkpoint(tmp_path / "adapter")
+
+
+def test_adapters_and_masks_that_do_not_fit(shelf, tmp_path):
+    base, folder, merged = made(shelf, KINDS["dense"])
+    run = Trajectory(earlier=base, later=folder)
+    single = AMCSelector(0.1, "M", "M", "global", ("mlp", "weight")).select(run)
+    assert same(rolled_back(folder, to=base, mask=single), dict(rolled_back(merged, to=base, mask=single))) == []
+    with pytest.raises(ValueError, match=r"mask of single weights can't .* merge it"):
+        save(rolled_back(folder, to=base, mask=single), tmp_path / "out")
+    mask = masked(KINDS["dense"], base)
+    families.build("qwen3", seed=4).save_pretrained(tmp_path / "stranger")
+    with pytest.raises(ValueError, match=r"is neither the base of the adapter .* nor another adapter"):
+        save(rolled_back(folder, to=tmp_path / "stranger", mask=mask), tmp_path / "out")
+    stray = adapted.adapter(KINDS["dense"], tmp_path / "stranger", tmp_path / "stray")
+    with pytest.raises(ValueError, match=r"is neither the base of the adapter .* nor another adapter"):
+        save(rolled_back(folder, to=stray, mask=mask), tmp_path / "out")
+    whole = adapted.adapter(KINDS["saved whole"], base, tmp_path / "whole")
+    with pytest.raises(ValueError, match=r"whole holds 'model.layers.\d.mlp.down_proj.weight' whole, and .* low rank"):
+        save(rolled_back(folder, to=whole, mask=mask), tmp_path / "out")
+    families.build("qwen2").save_pretrained(tmp_path / "qwen2")
+    with pytest.raises(ValueError, match="base"):
+        Checkpoint(
+            adapted.adapter(KINDS["biased"], made(shelf, KINDS["biased"])[0], tmp_path / "b"), tmp_path / "qwen2"
+        )
+    with pytest.raises(ValueError, match="whole model and no adapter: leave out base="):
+        Checkpoint(base, merged)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_that_is_not_here_is_asked_for(shelf, tmp_path):
+    base, folder, merged = made(shelf, KINDS["dense"])
+    shutil.copytree(folder, tmp_path / "adapter")
+    for named, told in ((None, "names no base"), ("/nowhere/base", "'/nowhere/base' as its base, which is not here")):
+        adapted.settings(tmp_path / "adapter", base_model_name_or_path=named)
+        with pytest.raises(LookupError, match=told):
+            Checkpoint(tmp_path / "adapter")
+        assert same(Checkpoint(tmp_path / "adapter", base=base), Checkpoint(merged)) == []
+        for run in (
+            Trajectory(base, tmp_path / "adapter", merged),
+            Trajectory(earlier=base, later=tmp_path / "adapter"),
+        ):
+            assert all(same(one.tensors, Checkpoint(merged)) == [] for one in run.weights("later"))
+        view = rolled_back(tmp_path / "adapter", to=base, mask=masked(KINDS["dense"], base))
+        assert same(view, Checkpoint(merged)) != []
+
+
+def test_quantised_bases_and_tied_heads(shelf, tmp_path):
+    base, folder, _ = made(shelf, KINDS["dense"])
+    shutil.copytree(base, tmp_path / "base")
+    config = tmp_path / "base/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": {"quant_method": "x"}}))
+    with pytest.raises(ValueError, match="quantised weights can't be read"):
+        open_weights(Checkpoint(folder, base=tmp_path / "base"))
+    model = families.build("qwen3")
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(tmp_path / "tied")
+    kind = Kind("qwen3", dict(target_modules=["up_proj"], modules_to_save=["embed_tokens"]))
+    with pytest.raises(ValueError, match="which the base ties to another tensor"):
+        Checkpoint(adapted.adapter(kind, tmp_path / "tied", tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize("damage", ["cut", "stranger", "half", "shape"])
+def test_damaged_files(shelf, tmp_path, damage):
+    _, folder, _ = made(shelf, KINDS["dense"])
+    shutil.copytree(folder, tmp_path / "adapter")
+    file = tmp_path / "adapter/adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(key for key in tensors if "up_proj.lora_A" in key)
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:-9])
+    else:
+        changed = {
+            "stranger": {"base_model.model.x.lora_magic.weight": torch.ones(1)},
+            "half": {name: None},
+            "shape": {name: torch.ones(4, 31)},
+        }[damage]
+        save_file({key: one for key, one in {**tensors, **changed}.items() if one is not None}, file)
+    with pytest.raises(ValueError, match=r"is damaged|no matrix of LoRA|one of the matrices|is 48 × 31"):
+        Checkpoint(tmp_path / "adapter")
+
+
+def test_a_look_before_loading_multiplies_nothing(shelf, monkeypatch):
+    base, folder, _ = made(shelf, KINDS["experts on disk one by one"])
+    monkeypatch.setattr(Factors, "delta", lambda *_: pytest.fail("numbers were multiplied"))
+    assert {one.verdict for one in preflight(Trajectory(earlier=base, later=folder))} <= {"ok", "warning"}

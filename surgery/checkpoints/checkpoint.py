@@ -176,6 +176,16 @@ def _under(folder: Path) -> Path:
     )
 
 
+def tokenizer_of(source: str | Path | Checkpoint) -> Path:
+    """The folder whose tokenizer reads a checkpoint's prompts."""
+    if isinstance(source, Checkpoint):
+        return source.tokenizer
+    folder = path_of(source)
+    if (folder / "tokenizer_config.json").is_file() or not is_adapter(folder):
+        return home_of(folder)
+    return home_of(_under(folder))
+
+
 def opened(source: Source, *others: Source | None) -> Source:
     """A source, opened if it is a folder; an adapter whose base is not here lies on the first whole model of others."""
     if not isinstance(source, str | Path) or not is_adapter(folder := folder_of(source)):

@@ -41,7 +41,7 @@ def loaded(source: Checkpoint, dtype: torch.dtype | None = None, device_map: str
             f"or the other weights"
         )
     bare = source.stored.kind != SAFETENSORS
-    weights = {name: _Unread(source, name) for name in source} if bare else None
+    weights = {name: _Unread(source, name, device_map == "meta") for name in source} if bare else None
     try:
         found: Any = (model_class(kind.__name__, config) if bare else kind).from_pretrained(
             None if bare else source.home, config=config, state_dict=weights, device_map=device_map,
@@ -64,8 +64,12 @@ class _Unread:
 
     source: Checkpoint
     name: str
+    empty: bool  # its numbers are not asked for
 
     def __getitem__(self, index: Any) -> Tensor:
+        dtype = self.source.dtypes[self.name]
+        if self.empty and isinstance(dtype, torch.dtype):
+            return torch.empty(self.source.shapes[self.name], dtype=dtype, device="meta")[index]
         return self.source[self.name][index].clone()
 
 

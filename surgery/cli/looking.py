@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from surgery.cli.options import (
+    Base,
     BatchSize,
     Device,
     Dtype,
@@ -20,12 +21,12 @@ from surgery.cli.options import (
     dtype_of,
     evaluation_of,
     files_of,
-    folder_of,
     fraction,
     kinds_in,
     layout_of,
     out,
     path_option,
+    tell_adapters,
     trajectory_of,
     working,
 )
@@ -81,7 +82,7 @@ def analyse(
     files = files_of(data or [], "--data")
     run = Trajectory.through(stages, layout=layout_of(layout, list(stages.values())[-1]))
     prompts = {
-        domain: load_prompts(file, folder_of(run.later), batch_size=batch_size, limit=limit)
+        domain: load_prompts(file, run.tensors("later"), batch_size=batch_size, limit=limit)
         for domain, file in files.items()
     }
     with working("reading") as say:
@@ -127,11 +128,13 @@ def inspect(
     probe: Annotated[bool, typer.Option("--probe", help="Verify one block of each kind by autograd.")] = False,
     units: Units = "mlp",
     layout: LayoutFile = None,
+    base: Base = None,
     data: Annotated[
         Path | None, typer.Option(help="JSON lines of prompts: print the first one's tokens as the model sees them.")
     ] = None,
 ) -> None:
     """Print where the neurons of a checkpoint lie; of two or three, check all that can be told before a rollback."""
+    from surgery.checkpoints.checkpoint import Checkpoint
     from surgery.checkpoints.opening import open_weights
 
     if len(sources) > 1:
@@ -139,7 +142,7 @@ def inspect(
         return
     source = sources[0]
     if data is not None:
-        _print_tokens(data, source)
+        _print_tokens(data, Checkpoint(source, base))
         return
     if path_of(source).is_file():
         from surgery.masks.mask import load_mask
@@ -148,7 +151,9 @@ def inspect(
         out.print(repr(mask), markup=False)
         out.print(json_text(as_json(mask.made_by), 2), markup=False)
         return
-    weights = open_weights(source, layout_of(layout, source), units=kinds_in(units))
+    found = Checkpoint(source, base)
+    tell_adapters(found)
+    weights = open_weights(found, layout_of(layout, found), units=kinds_in(units))
     kinds: dict[Any, list[Block]] = {}
     for block in weights.layout.blocks:
         kinds.setdefault(_kind(block), []).append(block)
@@ -159,7 +164,7 @@ def inspect(
         _print_kind(blocks)
     for note in weights.layout.notes:
         out.print(f"\n{note}", markup=False)
-    if probe and not _probed(source, layout, kinds_in(units), [blocks[0].name for blocks in kinds.values()]):
+    if probe and not _probed(found, layout, kinds_in(units), [blocks[0].name for blocks in kinds.values()]):
         raise typer.Exit(1)
 
 
@@ -170,24 +175,25 @@ def _print_preflight(sources: list[str], units: str, layout: Path | None, data: 
     run = trajectory_of(sources, layout)
     with working("looking at the checkpoints"):
         found = preflight(run, data, kinds_in(units))
+    refused = any(one.verdict == "refused" for one in found)
+    if not refused:
+        tell_adapters(*map(run.tensors, run.checkpoints))
     width = max(len(one.what) for one in found)
     for one in found:
         out.print(f"{one.verdict:<8} {one.what:<{width}}  {one.said}", markup=False)
-    refused = any(one.verdict == "refused" for one in found)
     if data is not None and not refused:
         out.print()
-        _print_tokens(data, sources[-1])
+        _print_tokens(data, run.tensors("later"))
     if refused:
         raise typer.Exit(1)
 
 
-def _print_tokens(data: Path, source: str) -> None:
+def _print_tokens(data: Path, source: Any) -> None:
     """The first prompt of a file and its response, token by token."""
-    from surgery.checkpoints.checkpoint import folder_of
     from surgery.live.lines import end_tokens
     from surgery.live.prompts import load_prompts, opened_tokenizer, response_mask
 
-    tokenizer = opened_tokenizer(folder_of(source))
+    tokenizer = opened_tokenizer(source)
     (batch,) = load_prompts(data, tokenizer, limit=1)
     ids, counted = batch["input_ids"][0], response_mask(batch)[0]
     for what, some in (("prompt", ids[~counted]), ("response", ids[counted])):
@@ -232,7 +238,7 @@ def _which(slot: Slot) -> str:
     return f" ({', '.join(said)})" if said else ""
 
 
-def _probed(source: str, layout: Path | None, kinds: tuple[str, ...], names: list[str]) -> bool:
+def _probed(source: Any, layout: Path | None, kinds: tuple[str, ...], names: list[str]) -> bool:
     """Whether autograd confirms the named blocks; prints what it finds."""
     from surgery.checkpoints.trajectory import Trajectory
     from surgery.layout.finding import find_layout

@@ -35,7 +35,6 @@ from surgery.cli.options import (
     dtype_of,
     evaluation_of,
     files_of,
-    folder_of,
     fraction,
     function_of,
     out,
@@ -63,7 +62,7 @@ def _loaded(
     from surgery.live.prompts import load_prompts
 
     device_of(device)
-    batches = load_prompts(data, folder_of(run.later), batch_size=batch_size) if data else None
+    batches = load_prompts(data, run.tensors("later"), batch_size=batch_size) if data else None
     function = None if evaluate is None else evaluation_of(evaluate)
     with working("loading") as say:
         run.load(device, dtype_of(dtype))

@@ -79,6 +79,9 @@ Answers = Annotated[
     Path | None,
     path_option(help="For D: a file of the earlier model's answers to --data without responses; read if it exists."),
 ]
+Base = Annotated[
+    str | None, typer.Option(help="Of an adapter: the folder of its base, where its configuration names none.")
+]
 LayoutFile = Annotated[
     Path | None, path_option("--layout", help="Your own layout: a JSON file (docs/how-to/add-an-architecture.md).")
 ]
@@ -108,7 +111,7 @@ def trajectory_of(checkpoints: list[str], layout: Path | None) -> Trajectory:
     if len(checkpoints) not in (2, 3):
         raise ValueError(f"expected [BASE] EARLIER LATER, got {len(checkpoints)} checkpoints")
     base = checkpoints[0] if len(checkpoints) == 3 else None
-    own = layout_of(layout, checkpoints[-1])
+    own = layout_of(layout, *reversed(checkpoints))
     return Trajectory(base, checkpoints[-2], checkpoints[-1], own)
 
 
@@ -120,6 +123,7 @@ def checked(run: Trajectory, units: str | None) -> Trajectory:
     with working("looking at the checkpoints"):
         found = preflight(run, units=kinds)
     refuse(found)
+    tell_adapters(*map(run.tensors, run.checkpoints))
     for one in found:
         if one.verdict == "warning":
             warnings.warn(one.said, stacklevel=2)
@@ -171,19 +175,22 @@ def device_of(name: str | None) -> str | None:
     return name
 
 
-def layout_of(path: Path | None, source: str) -> Layout | None:
+def layout_of(path: Path | None, source: Any, *others: Any) -> Layout | None:
     if path is None:
         return None
-    from surgery.checkpoints.checkpoint import Checkpoint
+    from surgery.checkpoints.checkpoint import Checkpoint, opened
     from surgery.layout.finding import spec_layout
 
-    return spec_layout(read_json(path, {str: {str: str}}), Checkpoint(source).shapes)
+    found = opened(source, *others)
+    assert isinstance(found, Checkpoint)
+    return spec_layout(read_json(path, {str: {str: str}}), found.shapes)
 
 
-def folder_of(source: Any) -> Path:
-    from surgery.checkpoints.checkpoint import folder_of as found
-
-    return found(source)
+def tell_adapters(*sources: Any) -> None:
+    """Say of each source that is an adapter's folder what it is read as."""
+    for source in sources:
+        if getattr(source, "adapter", None) is not None:
+            err.print(f"{source.folder} is an adapter on {source.base.folder}: read as if it were merged", markup=False)
 
 
 def fraction(text: str) -> float:
@@ -221,7 +228,7 @@ def prompts_of(files: dict[str, Path], run: Trajectory, batch_size: int) -> dict
     """The prompts of each domain."""
     from surgery.live.prompts import load_prompts
 
-    return {name: load_prompts(file, folder_of(run.later), batch_size=batch_size) for name, file in files.items()}
+    return {name: load_prompts(file, run.tensors("later"), batch_size=batch_size) for name, file in files.items()}
 
 
 def evaluation_of(name: str) -> Callable[..., Any] | str:

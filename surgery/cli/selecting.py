@@ -10,6 +10,7 @@ import typer
 from surgery.cli.choosing import answered, check_selectors, protected, selector_of
 from surgery.cli.options import (
     Answers,
+    Base,
     BatchSize,
     Budget,
     Checkpoints,
@@ -28,12 +29,12 @@ from surgery.cli.options import (
     checked,
     device_of,
     dtype_of,
-    folder_of,
     layout_of,
     out,
     path_option,
     strength_of,
     tell,
+    tell_adapters,
     trajectory_of,
     working,
 )
@@ -80,7 +81,7 @@ def select(
     guard = protected(protect, protect_weight, run, batch_size)
     chosen = selector_of(selector, budget, how, seed, units, guard, rounds)
     with working(f"reading {len(checkpoints)} checkpoints"):
-        batches = load_prompts(data, folder_of(run.later), batch_size=batch_size) if data else None
+        batches = load_prompts(data, run.tensors("later"), batch_size=batch_size) if data else None
         if batches is not None and set(selector) & set("AD"):
             run.load(device, dtype_of(dtype))
         batches, told = answered(run, batches, answers, write=not dry_run)
@@ -125,10 +126,12 @@ def rollback(
     ] = "1",
     reset_optimizer: ResetOptimizer = False,
     layout: LayoutFile = None,
+    base: Base = None,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Write the later checkpoint with the masked neurons set back; every other byte of its weights stays the same."""
+    from surgery.checkpoints.checkpoint import Checkpoint, opened
     from surgery.masks.mask import load_mask
     from surgery.reverting.contents import contents_of
     from surgery.reverting.folder import CHECKPOINT, save
@@ -142,8 +145,11 @@ def rollback(
     if output is not None and not dry_run:
         check_folder(output, CHECKPOINT, overwrite)
     chosen = load_mask(mask)
-    own = layout_of(layout, later)
-    view = rolled_back(later, to=to, mask=chosen, strength=strength_of(strength), layout=own)
+    found = opened(later, to) if base is None else Checkpoint(later, base)
+    own = layout_of(layout, found)
+    earlier = opened(to, found)
+    tell_adapters(found, earlier)
+    view = rolled_back(found, to=earlier, mask=chosen, strength=strength_of(strength), layout=own)
     counted = f"{sum(chosen.count().values())} of {chosen.total} {chosen.noun} ({chosen.fraction:.2%})"
     out.print(f"{counted}, {view.parameters} parameters")
     if view.strength != 1:
@@ -151,7 +157,8 @@ def rollback(
     for file, names in view.stored.files.items() if view.stored else ():
         out.print(f"  {file}: {len(view.touched(file))} of {len(names)} tensors touched")
     if dry_run or output is None:
-        contents = contents_of(view, folder_of(later))
+        assert view.folder is not None
+        contents = contents_of(view, view.folder)
         for note in contents.notes:
             out.print(note, markup=False)
         out.print(
@@ -193,7 +200,7 @@ def strengths(
     chosen = load_mask(mask)
     run = trajectory_of([earlier, later], layout)
     with working("finding strengths"):
-        prompts = load_prompts(data, folder_of(later), batch_size=batch_size)
+        prompts = load_prompts(data, run.tensors("later"), batch_size=batch_size)
         run.load(device, dtype_of("float32"))
         batches, kept = answered(run, prompts, answers)
         found = find(run, batches, chosen, most=most, passes=passes, loss=cast("Divergence", loss))

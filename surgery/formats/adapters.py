@@ -299,6 +299,19 @@ def settings_of(folder: Path) -> dict[str, Any]:
         ValueError: it can't be read, is no LoRA's, or has settings under which B·A over the base is not the model.
     """
     found: dict[str, Any] = read_json(folder / ADAPTER, {})
+    for name, kind in (("rank_pattern", dict), ("alpha_pattern", dict), ("target_parameters", list)):
+        if not isinstance(found.get(name) or kind(), kind):
+            raise ValueError(
+                f"{name} in {ADAPTER} of {folder} is a {type(found[name]).__name__}, expected a {kind.__name__}"
+            )
+    for pattern in (*(found.get("rank_pattern") or ()), *(found.get("alpha_pattern") or ())):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"rank_pattern or alpha_pattern in {ADAPTER} of {folder} holds {pattern[:80]!r}, which is no regular "
+                f"expression: {error}"
+            ) from error
     if (kind := found.get("peft_type")) != "LORA":
         raise ValueError(f"{folder} holds an adapter of the type {kind!r}, and only LORA is read: {MERGE}")
     begun = str(found.get("init_lora_weights")).lower()

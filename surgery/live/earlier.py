@@ -46,7 +46,7 @@ def earlier_model(run: Trajectory) -> Iterator[nn.Module]:
                 "earlier and later are bare mappings of tensors, which answer nothing by themselves: pass one of them "
                 "as a folder or an nn.Module"
             )
-        yield Trajectory(later=run.source("earlier")).load()
+        yield Trajectory(later=run.tensors("earlier")).load()
         return
     model, (live, source) = run.load(), run.live("earlier")  # another model is told before it is asked anything
     if isinstance(later := run.tensors("later"), Checkpoint):
@@ -62,7 +62,7 @@ def earlier_model(run: Trajectory) -> Iterator[nn.Module]:
     names, lacking = ([name for name in _names(model) if (name in there) is held] for held in (True, False))
     if isinstance(run.earlier, str | Path | Checkpoint) and not (check_alike(source, live) and _whole(there, lacking)):
         first = next(model.parameters())
-        beside = Trajectory(later=run.earlier).load(device=first.device, dtype=first.dtype)
+        beside = Trajectory(later=run.tensors("earlier")).load(device=first.device, dtype=first.dtype)
         with _known(outer, run.source("earlier"), beside):
             yield beside
         return

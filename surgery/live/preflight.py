@@ -95,7 +95,10 @@ def _whole(run: Trajectory, name: str) -> str:
         check_source(tensors, str(tensors.folder))
     numbers = sum(map(prod, tensors.shapes.values()))
     dtypes = ", ".join(sorted({str(dtype).removeprefix("torch.") for dtype in tensors.dtypes.values()}))
-    return f"{tensors.folder}: {len(tensors)} tensors, {numbers / 1e6:,.1f} M numbers, {dtypes}"
+    said = f"{tensors.folder}: {len(tensors)} tensors, {numbers / 1e6:,.1f} M numbers, {dtypes}"
+    if tensors.adapter is None or tensors.base is None:
+        return said
+    return f"{said}; {len(tensors.adapter.touched)} of them changed by this adapter of {tensors.base.folder}"
 
 
 def _units(run: Trajectory, units: Units) -> str:

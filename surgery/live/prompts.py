@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgery.checkpoints.checkpoint import Checkpoint, tokenizer_of
 from surgery.files import path_of
-from surgery.formats.folders import home_of
 from surgery.live.lines import Tokenizing, read_lines, tokens_of
 from surgery.progress import steps
 from surgery.tables import briefly
@@ -87,14 +87,14 @@ def opened_tokenizer(tokenizer: Any) -> Any:
     Raises:
         ValueError: it can't be read; the folder has none, of which transformers makes an empty one without a word.
     """
-    if not isinstance(tokenizer, str | Path):
+    if not isinstance(tokenizer, str | Path | Checkpoint):
         return tokenizer
+    folder = tokenizer_of(tokenizer)
+    tokenizer = tokenizer if isinstance(tokenizer, str | Path) else folder
     from transformers import AutoTokenizer
 
     try:
-        found = AutoTokenizer.from_pretrained(
-            home_of(path_of(tokenizer)), local_files_only=True, trust_remote_code=False
-        )
+        found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         found("a")  # some damage is noticed only now
         special = set(found.all_special_ids)
     except Exception as error:  # whatever damaged files make transformers raise

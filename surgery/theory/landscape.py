@@ -203,7 +203,11 @@ def _points(run: Trajectory) -> tuple[nn.Module, Vector, Vector]:
     earlier, later = run.source("earlier"), run.source("later")
     if isinstance(earlier, Mapping) and not isinstance(earlier, Checkpoint):
         raise ValueError("the loss is taken on the earlier model: pass earlier as a folder, a hub id or an nn.Module")
-    model = earlier if isinstance(earlier, nn.Module) else Trajectory(later=earlier).load(dtype=torch.float32)
+    model = (
+        earlier
+        if isinstance(earlier, nn.Module)
+        else Trajectory(later=run.tensors("earlier")).load(dtype=torch.float32)
+    )
     live = open_weights(model, run.layout)
     theta = {name: parameter.detach() for name, parameter in model.named_parameters()}
     for name, tensor in theta.items():

@@ -51,7 +51,10 @@ _PARALLEL = "DataParallel, DDP or DeepSpeed"
 _WRAPPERS = {
     r"^module\.": (_PARALLEL, "model.module"),
     r"^pretrained_model\.": ("trl's value head", "model.pretrained_model"),
-    r"^base_model\.model\.|\.base_layer\.": ("an adapter of peft", "model.merge_and_unload()"),
+    r"^base_model\.model\.|\.base_layer\.": (
+        "an adapter of peft",
+        "model.merge_and_unload() (or the model itself after model.merge_adapter())",
+    ),
     r"(^|\.)_orig_mod\.": ("torch.compile", "model._orig_mod, or what was compiled inside it"),
     r"(^|\.)_fsdp_wrapped_module\.": ("FSDP", "a model that fully_shard shards, or a saved folder"),
     r"(^|\.)_checkpoint_wrapped_module\.": ("activation checkpointing", "the model as it was before"),

@@ -13,9 +13,20 @@ import pytest
 import torch
 from adapted import DORA, KINDS, Kind
 from safetensors.torch import load_file, save_file
+from test_scores import batches
 from torch import Tensor
 
-from surgery import AMCSelector, Checkpoint, Neurons, Trajectory, rolled_back, save
+from surgery import (
+    AMCSelector,
+    Checkpoint,
+    DamageSelector,
+    Neurons,
+    Trajectory,
+    magnitude,
+    rollback,
+    rolled_back,
+    save,
+)
 from surgery.checkpoints.opening import open_weights
 from surgery.formats.factors import Factors
 from surgery.live.preflight import preflight
@@ -307,3 +318,60 @@ def test_a_look_before_loading_multiplies_nothing(shelf, monkeypatch):
     base, folder, _ = made(shelf, KINDS["experts on disk one by one"])
     monkeypatch.setattr(Factors, "delta", lambda *_: pytest.fail("numbers were multiplied"))
     assert {one.verdict for one in preflight(Trajectory(earlier=base, later=folder))} <= {"ok", "warning"}
+
+
+# --- live models of peft
+
+
+LIVE = ["dense", "in bf16", "biased", "fused gate and up", "transposed", "saved whole", "experts on disk one by one"]
+
+
+@pytest.mark.parametrize("name", LIVE)
+def test_a_live_model_with_its_adapter_merged_is_measured_and_rolled_back(shelf, name):
+    base, folder, merged = made(shelf, KINDS[name])
+    model = adapted.with_peft(base, folder)
+    with pytest.raises(ValueError, match=r"an adapter of peft: .* model.merge_adapter\(\)"):
+        Trajectory(earlier=base, later=model).live()
+    model.merge_adapter()
+    run, plain = Trajectory(earlier=base, later=model), Trajectory(earlier=base, later=merged)
+    data = batches(labels=True)
+    for selector in (DamageSelector(0.1), AMCSelector(0.1, "AM", "AM")):
+        assert selector.select(run, data) == selector.select(plain, data)
+    mask = masked(KINDS[name], base)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    sound = adapted.logits(model)
+    with rollback(model, to=base, mask=mask) as done:
+        assert done.changed > 0
+        expected = plain.load()
+        with rollback(expected, to=base, mask=mask):
+            assert torch.equal(adapted.logits(model), adapted.logits(expected))
+            assert not torch.equal(adapted.logits(model), sound)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+HELD = {"bias", "lora_bias", "modules_to_save"}  # settings with which some of the units' numbers are no product
+EXACT = [name for name, kind in KINDS.items() if kind.dtype == torch.float32 and not HELD & kind.settings.keys()]
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_magnitudes_come_from_the_factors_alone(shelf, monkeypatch, name):
+    base, folder, merged = made(shelf, KINDS[name])
+    units = "mlp" if "moe" in KINDS[name].family or "gpt" in KINDS[name].family else UNITS
+    expected = magnitude(Trajectory(earlier=base, later=merged), units=units)
+    monkeypatch.setattr(Factors, "delta", lambda *_: pytest.fail("B·A was multiplied out"))
+    found = magnitude(Trajectory(earlier=base, later=folder), units=units)
+    assert found.sizes == expected.sizes
+    for block, value in expected.items():
+        assert torch.allclose(found[block], value, rtol=1e-5, atol=1e-6)
+    assert any(bool((value > 0).any()) for value in expected.values())
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_what_is_selected_is_what_would_be_after_merging(shelf, name):
+    """In 16 bits, and where another adapter is the earlier one, the merged weights are compared as they are."""
+    kind = KINDS[name]
+    base, folder, merged = made(shelf, kind)
+    ours, theirs = (magnitude(Trajectory(earlier=base, later=one)) for one in (folder, merged))
+    near = 1e-5 if kind.dtype == torch.float32 else 0.1
+    assert all(torch.allclose(ours[block], value, rtol=near, atol=near / 10) for block, value in theirs.items())
+    assert magnitude(Trajectory(earlier=folder, later=base)) == magnitude(Trajectory(earlier=merged, later=base))

@@ -40,7 +40,7 @@ WRAPPERS: dict[str, tuple[Any, str]] = {
     "checkpointed": (layered(checkpoint_wrapper), "activation checkpointing"),
     "peft": (
         lambda model: get_peft_model(model, LoraConfig(target_modules=["up_proj"])),
-        r"an adapter of peft: .*model\.merge_and_unload\(\)",
+        r"an adapter of peft: .*model\.merge_and_unload\(\).*model\.merge_adapter\(\)",
     ),
     "value head": (lambda model: nn.ModuleDict({"pretrained_model": model, "v_head": nn.Linear(1, 1)}), "trl's value"),
     "transformers' adapters": (adapted, "an adapter of peft"),

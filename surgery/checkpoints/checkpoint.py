@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from surgery.checkpoints.wrapped import plain_of
 from surgery.compat import writes_to
 from surgery.files import path_of
 from surgery.formats.adapters import Adapter, base_of
@@ -204,11 +205,12 @@ class State(Mapping[str, Tensor]):
     """A live module's parameters and buffers by name, never copied (``state_dict`` without its hooks).
 
     Args:
-        module: the model; its parameters may lie on any device, but not be offloaded to ``meta``.
+        module: the model; its parameters may lie on any device, but not be offloaded to ``meta``. One of peft has its
+            adapters merged (``merge_adapter``).
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self.module = module
+        self.module = module = plain_of(module)
         named: list[tuple[str, Tensor]] = [*module.named_parameters(remove_duplicate=False)]
         named += module.named_buffers(remove_duplicate=False)
         self._tensors = {name: tensor.detach() for name, tensor in named}

@@ -206,7 +206,8 @@ def fingerprint(weights: Weights) -> dict[str, Any]:
     """
     if not isinstance(weights.tensors, Checkpoint):
         return {"name": weights.name}
-    parts = weights.tensors.folder.resolve().parts[-3 if weights.tensors.stored.training else -1 :]  # global_step_7/actor
+    folder = weights.tensors.folder
+    parts = folder.resolve().parts[-3 if weights.tensors.stored.training else -1 :]  # runs/qa/global_step_7/actor
     found = {"name": "/".join(parts), "sha256_of": "header, size and 1024 samples of 4 KiB"}
     return {**found, "sha256": _sha256s(weights.tensors), "neurons": _some_neurons(weights)}
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from surgery.checkpoints.checkpoint import Checkpoint, Source, in_force, opened
 from surgery.checkpoints.loading import loaded
 from surgery.checkpoints.opening import Weights, open_weights
+from surgery.checkpoints.wrapped import plain_of
 from surgery.layout.slots import Block, Layout
 from surgery.progress import steps
 from surgery.units import Units, kinds_of, noun
@@ -188,7 +189,7 @@ class Trajectory:
                 already rounded to a narrower dtype than ``dtype``; with "auto" the model does not fit on the devices.
         """
         if isinstance(self.later, nn.Module):
-            return _moved(self.later, device, dtype)
+            return _moved(plain_of(self.later), device, dtype)
         if self._held.model is None:
             self._held.model = self._read(device, dtype)
             return self._held.model

@@ -299,10 +299,10 @@ def settings_of(folder: Path) -> dict[str, Any]:
         ValueError: it can't be read, is no LoRA's, or has settings under which B·A over the base is not the model.
     """
     found: dict[str, Any] = read_json(folder / ADAPTER, {})
-    for name, kind in (("rank_pattern", dict), ("alpha_pattern", dict), ("target_parameters", list)):
-        if not isinstance(found.get(name) or kind(), kind):
+    for name, of in (("rank_pattern", dict), ("alpha_pattern", dict), ("target_parameters", list)):
+        if not isinstance(found.get(name) or of(), of):
             raise ValueError(
-                f"{name} in {ADAPTER} of {folder} is a {type(found[name]).__name__}, expected a {kind.__name__}"
+                f"{name} in {ADAPTER} of {folder} is a {type(found[name]).__name__}, expected a {of.__name__}"
             )
     for pattern in (*(found.get("rank_pattern") or ()), *(found.get("alpha_pattern") or ())):
         try:

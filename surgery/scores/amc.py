@@ -14,6 +14,7 @@ from surgery.layout.slots import Block, Layout
 from surgery.live.hooks import Routing, evaluating, listening
 from surgery.live.prompts import Batch, batches_of, check_fits, each, passes, response_mask, right_padded
 from surgery.masks.neurons import Neurons
+from surgery.scores.adapters import squares_of
 from surgery.scores.memory import remembering
 from surgery.units import Units, kind_of
 
@@ -124,6 +125,9 @@ def _mean(layout: Layout, listeners: list[_Listener], model: nn.Module) -> Neuro
 def magnitude(run: Trajectory, *, units: Units = "mlp") -> Neurons:
     """M, magnitude: the L2 norm of what the later training changed in a neuron, ‖δB,n‖.
 
+    Of an adapter (LoRA) over its base it is that of B·A, from A and B alone; in 16 bits the merged weights' change
+    differs from it by their rounding.
+
     Args:
         run: a trajectory with ``earlier`` and ``later``; read chunk by chunk, in float32 whatever the dtype.
         units: which kinds of unit: "mlp", "kv_group", "value_channel", or a tuple (see ``find_layout``).
@@ -136,10 +140,12 @@ def magnitude(run: Trajectory, *, units: Units = "mlp") -> Neurons:
 
     Source: the paper ("aggregate magnitude of ΔW (gate, up, down)"); the norm is ours.
     """
-    (later,) = run.weights("later", units=units)
-    squares = {name: torch.zeros(size, dtype=torch.float64) for name, size in later.layout.sizes.items()}
-    for name, _, start, stop, (b,) in displacements(run, "earlier", "later", units=units):
-        squares[name][start:stop] += _square(b)
+    later, earlier = run.weights("later", "earlier", units=units)
+    squares = squares_of(later, earlier)
+    if squares is None:
+        squares = {name: torch.zeros(size, dtype=torch.float64) for name, size in later.layout.sizes.items()}
+        for name, _, start, stop, (b,) in displacements(run, "earlier", "later", units=units):
+            squares[name][start:stop] += _square(b)
     if not all(bool(value.sum().isfinite()) for value in squares.values()):
         check_finite(run, "earlier", "later", units=units)
     return Neurons({name: value.sqrt().float() for name, value in squares.items()}, made_by={"magnitude": {}})

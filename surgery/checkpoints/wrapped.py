@@ -1,0 +1,56 @@
+"""The model inside one of peft, as a plain model that shares its weights."""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+_made: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
+
+
+def plain_of(module: nn.Module) -> nn.Module:
+    """A plain model with the very tensors of a model of peft whose adapters are merged (``merge_adapter``).
+
+    What is written into the one is written into the other. Any other module is returned as it is; one whose adapters
+    are not merged, too: no tensor of it holds what it computes with.
+    """
+    layers: list[Any] = [one for one in module.modules() if hasattr(one, "base_layer") and hasattr(one, "merged")]
+    if not layers or not all(one.merged for one in layers):
+        return module
+    if module not in _made:
+        outer: Any = module
+        inner = outer.get_base_model() if hasattr(outer, "get_base_model") else outer
+        made = _shared(inner) if hasattr(inner, "config") else None
+        if made is None:
+            return module
+        _made[module] = made
+    return _made[module].train(module.training)
+
+
+def _shared(inner: Any) -> nn.Module | None:
+    """The model of the same class and configuration with the same tensors; None where one has no counterpart."""
+    held: dict[str, Tensor] = {}
+    named = [*inner.named_parameters(remove_duplicate=False), *inner.named_buffers(remove_duplicate=False)]
+    for name, tensor in named:
+        if re.search(r"\.lora_|\.original_module\.", name):
+            continue
+        plain = re.sub(r"\.base_layer(?=\.)|\.modules_to_save\.[^.]+", "", name)
+        if plain in held:  # of several adapters
+            return None
+        held[plain] = tensor
+    with torch.device("meta"):
+        made: Any = type(inner)(copy.deepcopy(inner.config))
+    wanted = [*made.named_parameters(remove_duplicate=False), *made.named_buffers(remove_duplicate=False)]
+    for name, tensor in wanted:
+        if name not in held or held[name].shape != tensor.shape:
+            return None
+        path, _, leaf = name.rpartition(".")
+        setattr(made.get_submodule(path), leaf, held[name])
+    made.generation_config = getattr(inner, "generation_config", None)
+    made.name_or_path = getattr(inner, "name_or_path", "")
+    return made  # type: ignore[no-any-return]

@@ -16,6 +16,7 @@ import families
 import pytest
 import torch
 import typer
+from adapted import Kind, adapter
 from small_lab import SEED0, copy_seed0
 from training_folders import as_ranks
 
@@ -84,6 +85,8 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(place / "runs/base", place / "runs/code")
     for stage, step in (("math", 200), ("qa", 300)):
         as_ranks(place / "runs" / stage, place / "ckpt" / stage / f"global_step_{step}/actor")
+    for seed, stage in enumerate(("math", "qa")):
+        adapter(Kind("qwen3", dict(target_modules="all-linear")), place / "runs/base", place / "adapters" / stage, seed)
     (place / "my_eval.py").write_text(MY_EVAL)
     lines = [f'{{"prompt": "{i}+{i + 1}=", "response": "{2 * i + 1}"}}' for i in range(10, 26)]
     (place / "math.jsonl").write_text("\n".join(lines) + "\n")

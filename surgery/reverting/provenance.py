@@ -76,18 +76,20 @@ def _saved(what: Mask) -> bytes:
 def _card(record: dict[str, Any], later: Weights, mask: Mask) -> str:
     """A model card that names the parents, above the later checkpoint's own card."""
     later_name, earlier_name, reverted = record["later"]["name"], record["to"]["name"], sum(mask.count().values())
+    of = later.tensors if isinstance(later.tensors, Checkpoint) else None
+    rest = "byte of the weights" if of is None or of.adapter is None else "weight, once the adapter is merged,"
     text = f"""# {later_name}, with {reverted} {mask.noun} of {earlier_name}
 
 This checkpoint is **{later_name}** in which {reverted} of {mask.total} {mask.candidates}
 ({mask.fraction:.2%}) were set back to their values in **{earlier_name}**
-({spoken(record["strength"])}). Nothing was trained. Every other byte of the weights is {later_name}'s.
+({spoken(record["strength"])}). Nothing was trained. Every other {rest} is {later_name}'s.
 
 - selected by: `{json.dumps(record["selector"].get("selector", record["selector"]))}`
 - parameters written: {record["parameters"]} in {record["tensors"]} tensors
 - exact {mask.noun}: `{MASK}`; versions and sha256 of both parents: `{RECORD}`
 - made with surgery {record["versions"].get("surgery", "")}
 """
-    old = later.tensors.home / CARD if isinstance(later.tensors, Checkpoint) else None
+    old = None if of is None else (of.home if of.adapter is None else of.folder) / CARD
     own = ""
     if old is not None and old.is_file():  # whatever its encoding: what is no UTF-8 stays as it was
         own = old.read_text(encoding="utf-8", errors="surrogateescape").removeprefix("\ufeff")

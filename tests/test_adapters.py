@@ -16,18 +16,22 @@ from safetensors.torch import load_file, save_file
 from test_scores import batches
 from torch import Tensor
 
+from benchmarks.lab.tokenizer import build_tokenizer
 from surgery import (
     AMCSelector,
     Checkpoint,
     DamageSelector,
     Neurons,
     Trajectory,
+    load_prompts,
     magnitude,
     rollback,
     rolled_back,
     save,
+    sweep,
 )
 from surgery.checkpoints.opening import open_weights
+from surgery.cli import app
 from surgery.formats.factors import Factors
 from surgery.live.preflight import preflight
 
@@ -375,3 +379,65 @@ def test_what_is_selected_is_what_would_be_after_merging(shelf, name):
     near = 1e-5 if kind.dtype == torch.float32 else 0.1
     assert all(torch.allclose(ours[block], value, rtol=near, atol=near / 10) for block, value in theirs.items())
     assert magnitude(Trajectory(earlier=folder, later=base)) == magnitude(Trajectory(earlier=merged, later=base))
+
+
+# --- the verbs
+
+
+def test_a_sweep_measures_what_the_merged_model_is(shelf):
+    base, folder, merged = made(shelf, KINDS["in bf16"])
+
+    def rows(later: Path) -> list[tuple[float, dict[str, float]]]:
+        run = Trajectory(earlier=base, later=later)
+        found = sweep(run, batches(labels=True), selectors=[DamageSelector(0.1)], budgets=[0.1], evaluate=score)
+        return [(row.budget, row.metrics) for row in found.rows]
+
+    assert rows(folder) == rows(merged)
+
+
+def score(model: torch.nn.Module) -> dict[str, float]:
+    return {"math": float(adapted.logits(model).float().log_softmax(-1)[0, -1, 7])}
+
+
+def test_the_shell_takes_adapters(shelf, tmp_path, monkeypatch, capsys):
+    base, folder, merged = made(shelf, KINDS["dense"])
+    monkeypatch.chdir(tmp_path)
+    for one in (folder, adapted.adapter(KINDS["dense"], base, tmp_path / "first", seed=2)):
+        shutil.copytree(one, tmp_path / f"{one.name}-moved")
+        adapted.settings(tmp_path / f"{one.name}-moved", base_model_name_or_path="/gone")
+    for command in (
+        f"inspect adapter-moved --base {base}",
+        f"select {base} adapter-moved --selector M --budget 0.1 -o base.safetensors",
+        f"rollback adapter-moved --to {base} --mask base.safetensors -o one",
+        f"select {base} first-moved adapter-moved --selector M --budget 0.1 -o mask.safetensors",
+        f"rollback adapter-moved --to first-moved --base {base} --mask mask.safetensors --dry-run",
+        f"rollback adapter-moved --to first-moved --base {base} --mask mask.safetensors -o two",
+    ):
+        app(command.split(), standalone_mode=False)
+    said = capsys.readouterr()
+    assert said.err.count(f"is an adapter on {base}: read as if it were merged") == 9
+    assert "adapter_model.safetensors: 6 of 25 tensors touched" in said.out
+    mask = Neurons.load(tmp_path / "mask.safetensors")
+    expected = rolled(merged, adapted.merged(base, tmp_path / "first", tmp_path / "there"), mask)
+    assert same(Checkpoint(tmp_path / "two", base=base), expected) == []
+    mask = Neurons.load(tmp_path / "base.safetensors")
+    assert same(Checkpoint(tmp_path / "one", base=base), rolled(merged, base, mask)) == []
+    assert json.loads((tmp_path / "one/surgery.json").read_text())["strength"] == 1
+    same_bytes = (tmp_path / "one/adapter_config.json").read_bytes()
+    assert same_bytes == (tmp_path / "adapter-moved/adapter_config.json").read_bytes()
+    assert "once the adapter is merged" in (tmp_path / "one/README.md").read_text()
+
+
+def test_a_tokenizer_beside_an_adapter_is_its_own(shelf, tmp_path):
+    base, folder, _ = made(shelf, KINDS["dense"])
+    shutil.copytree(base, tmp_path / "base")
+    build_tokenizer().save_pretrained(tmp_path / "base")
+    found = Checkpoint(folder, base=tmp_path / "base")
+    assert found.tokenizer == found.home == tmp_path / "base"
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "1+1=", "response": "2"}\n')
+    assert len(load_prompts(tmp_path / "prompts.jsonl", found)) == 1
+    shutil.copytree(folder, tmp_path / "adapter")
+    adapted.settings(tmp_path / "adapter", base_model_name_or_path=str(tmp_path / "base"))
+    assert len(load_prompts(tmp_path / "prompts.jsonl", tmp_path / "adapter")) == 1
+    build_tokenizer().save_pretrained(tmp_path / "adapter")
+    assert Checkpoint(tmp_path / "adapter").tokenizer == tmp_path / "adapter"

@@ -172,8 +172,8 @@ def _under(folder: Path) -> Path:
         pass
     what = f"names {named!r} as its base, which is not here" if named else "names no base"
     raise LookupError(
-        f"{folder} holds an adapter that {what} (base_model_name_or_path): pass the base's folder (BASE in the shell, "
-        f"or Checkpoint(adapter, base=...))"
+        f"{folder} holds an adapter that {what} (base_model_name_or_path): pass the base's folder (in the "
+        f"shell as BASE, EARLIER, --to or --base; in Python Checkpoint(adapter, base=...))"
     )
 
 

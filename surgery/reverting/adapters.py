@@ -72,15 +72,15 @@ class _Writing:
 
         for parameter, edits in self._edits().items():
             self._revert(parameter, edits)
-        if self.factors != self.adapter.factors:
+        if any(factors.rank != self._rank(parameter) for parameter, factors in self.factors.items()):
             self._configure()
         for parameter, factors in self.factors.items():
             self._put(parameter, factors)
         tensors = {key: one.contiguous() for key, one in sorted(self.held.items())}
-        return {
-            WEIGHTS: save(tensors, {"format": "pt"}),
-            ADAPTER: json_text(self.config, 2).encode() + b"\n",
-        }
+        found = {WEIGHTS: save(tensors, {"format": "pt"})}
+        if self.config != self.adapter.config:
+            found[ADAPTER] = json_text(self.config, 2).encode() + b"\n"
+        return found
 
     def _edits(self) -> dict[str, list[Edit]]:
         """What is reverted of each parameter that one of the adapters changes."""

@@ -24,7 +24,7 @@ Model = Callable[[], nn.Module | None]
 
 # settings that a forward pass of the merged model does not see, and those that are read here
 _IDLE = re.compile(
-    r"peft_type|auto_mapping|peft_version|base_model_name_or_path|base_model_class|parent_library|revision|task_type"
+    r"peft_type|unsloth_\w+|auto_mapping|peft_version|base_model_name_or_path|base_model_class|parent_library|revision|task_type"
     r"|inference_mode|r|target_modules|exclude_modules|lora_alpha|lora_dropout|fan_in_fan_out|bias|use_rslora"
     r"|modules_to_save|init_lora_weights|layers_to_transform|layers_pattern|rank_pattern|alpha_pattern|megatron_core"
     r"|eva_config|corda_config|lora_ga_config|use_dora|qalora_group_size|lora_bias|target_parameters|runtime_config"

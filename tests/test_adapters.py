@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ import torch
 from adapted import DORA, KINDS, Kind
 from safetensors.torch import load_file, save_file
 from test_scores import batches
+from test_vision_language import as_released, as_saved, pair
 from torch import Tensor
 
 from benchmarks.lab.tokenizer import build_tokenizer
@@ -441,3 +443,27 @@ def test_a_tokenizer_beside_an_adapter_is_its_own(shelf, tmp_path):
     assert len(load_prompts(tmp_path / "prompts.jsonl", tmp_path / "adapter")) == 1
     build_tokenizer().save_pretrained(tmp_path / "adapter")
     assert Checkpoint(tmp_path / "adapter").tokenizer == tmp_path / "adapter"
+
+
+@pytest.mark.parametrize("write", [as_saved, as_released])
+def test_an_adapter_of_a_model_that_has_other_names_on_disk(tmp_path, write):
+    """A vision-language model: the adapter names what is in memory, and the base's files other tensors."""
+    model, _ = pair("llava")
+    write(model, tmp_path / "base")
+    one = adapted.get_peft_model(
+        copy.deepcopy(model),
+        adapted.LoraConfig(
+            r=4, target_modules=r".*language_model.*(gate|up|down)_proj", init_lora_weights=False, task_type="CAUSAL_LM"
+        ),
+    )
+    one.save_pretrained(tmp_path / "adapter")
+    write(one.merge_and_unload(), tmp_path / "merged")
+    found, merged = Checkpoint(tmp_path / "adapter", base=tmp_path / "base"), Checkpoint(tmp_path / "merged")
+    assert same(found, merged) == []
+    assert found.adapter is not None
+    assert len(found.adapter.touched) == 3 * 2
+    mask = masked(KINDS["dense"], tmp_path / "base")
+    out = save(rolled_back(found, to=tmp_path / "base", mask=mask), tmp_path / "out")
+    expected = rolled(tmp_path / "merged", tmp_path / "base", mask)
+    assert same(Checkpoint(out, base=tmp_path / "base"), expected) == []
+    assert same(expected, merged) != []

@@ -39,7 +39,8 @@ KINDS = {
         "qwen3",
         dict(
             target_modules=_MLP, rank_pattern={r"layers\.1\.mlp\.down_proj": 2, r"mlp.(down|up)_proj": 3},
-            alpha_pattern={"down": 99, "ate_proj": 98, r"model\.layers\.0\.mlp\.up_proj": 1, "up_proj": 7}, use_rslora=True,
+            alpha_pattern={"down": 99, "ate_proj": 98, r"model\.layers\.0\.mlp\.up_proj": 1, "up_proj": 7},
+            use_rslora=True,
         ),
     ),
     "saved whole": Kind("qwen3", dict(target_modules=["up_proj"], modules_to_save=["lm_head", "down_proj"])),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -112,7 +111,7 @@ class _Writing:
             self._scale(parameter, edits)
         elif parameter in adapter.biases:
             key, scale = adapter.biases[parameter]
-            (marks,) = self._marks(edits)
+            marks = self._marks(edits)
             kept = self.held[key] * (1 - marks)
             if other is not None and parameter in other.biases:
                 theirs, its = other.biases[parameter]
@@ -136,21 +135,20 @@ class _Writing:
             edit.put(tensor, new_values(edit, self.source, edit.take(tensor).to(dtype), self.strength).to(tensor.dtype))
         self.held[key] = tensor
 
-    def _marks(self, edits: list[Edit]) -> Iterator[Tensor]:
-        """How far each row or column of a parameter goes back: one tensor for each axis that edits are about."""
-        found: dict[tuple[int, ...], Tensor] = {}
+    def _marks(self, edits: list[Edit]) -> Tensor:
+        """How far each row or column of a parameter goes back, in its shape with the other axis cut to 1."""
+        found: list[Tensor] = []
         for edit in edits:
             one, size = self.strength, len(edit.neurons)
             values = one[edit.block.name][edit.neurons] if isinstance(one, Neurons) else torch.full((size,), float(one))
-            marks = edit.slot.marked(edit.neurons - edit.slot.start, values)
-            found[tuple(marks.shape)] = found.get(tuple(marks.shape), 0) + marks
-        yield from found.values()
+            found.append(edit.slot.marked(edit.neurons - edit.slot.start, values))
+        return torch.stack(found).sum(0)
 
     def _scale(self, parameter: str, edits: list[Edit]) -> None:
         """Take the reverted part out of B or A, and put the earlier adapter's beside it."""
         ours = self.adapter.factors.get(parameter)
         theirs = None if self.other is None else self.other.factors.get(parameter)
-        (marks,) = self._marks(edits)
+        marks = self._marks(edits)
         shape = (ours or theirs).shape  # type: ignore[union-attr]
         rows = marks.shape[-1] == 1 and shape[-1] != 1
         transposed = (ours or theirs).transposed  # type: ignore[union-attr]

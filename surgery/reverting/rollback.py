@@ -18,7 +18,7 @@ from surgery.formats.stored import Stored
 from surgery.layout.slots import Block, Layout, Slot
 from surgery.masks.edits import Edit, Rows
 from surgery.masks.mask import Mask, checked
-from surgery.reverting.provenance import papers, warn_if_made_for_others
+from surgery.reverting.provenance import papers, record_of, warn_if_made_for_others
 from surgery.reverting.writing import (
     Strength,
     bits,
@@ -269,6 +269,15 @@ class RolledBack(Mapping[str, Tensor]):
         """How many numbers are set back."""
         return sum(edit.numbers for edits in self._edits.values() for edit in edits)
 
+    @property
+    def edited(self) -> list[str]:
+        """The tensors in which numbers are set back."""
+        return list(self._edits)
+
+    def record(self) -> dict[str, Any]:
+        """What made it, as JSON: versions, both parents, the selector, the counts."""
+        return record_of(self.later, self.source, self.mask, self.strength, self.parameters, len(self._edits))
+
     def touched(self, file: str) -> list[str]:
         """The tensors of a file that differ from the later checkpoint's."""
         return [name for name in (self.stored.files[file] if self.stored else ()) if name in self._edits]
@@ -303,7 +312,7 @@ class RolledBack(Mapping[str, Tensor]):
 
     def papers(self) -> dict[str, bytes]:
         """The files beside the weights in a saved folder: the mask, a record of what made it, a model card."""
-        return papers(self.later, self.source, self.mask, self.strength, self.parameters, len(self._edits))
+        return papers(self.record(), self.later, self.mask, self.strength)
 
     def __repr__(self) -> str:
         units = f"{sum(self.mask.count().values())} {self.mask.noun}"

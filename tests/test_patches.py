@@ -417,19 +417,19 @@ def test_damaged_numbers(desk: Path) -> None:
     expected, taken = dict(Checkpoint(desk / "healed")), 0
     for at in range(8 + length, len(data), 97):
         numbers.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+        message = ""
         try:
-            view = Patch(desk / "patch").applied(desk / "later")
-        except ValueError as error:
-            assert "is damaged" in str(error)
-        else:
-            same(dict(view), expected)
+            same(dict(Patch(desk / "patch").applied(desk / "later")), expected)
             taken += 1
+        except ValueError as error:
+            message = str(error)
+        assert not message or "is damaged" in message
     assert taken <= 3  # the bits that fill a stream's last byte
 
 
 def test_what_is_unpacked_is_bounded() -> None:
     """A zip bomb ends where the tensor ends, and a count that no tensor has is refused at once."""
-    bomb = zlib.compress(bytes(1 << 28))
+    bomb = zlib.compress(bytes(1 << 24))
     for count, size in ((1000, 1000), (1 << 61, 1000)):
         with pytest.raises(ValueError, match="numbers"):
             unpack(bomb, count, size, 2)

@@ -36,6 +36,7 @@ from surgery.reverting.provenance import papers_of_patch
 from surgery.reverting.rollback import Rollback, rollback
 from surgery.reverting.writing import bits
 from surgery.tables import read_json
+from surgery.units import kinds_of
 
 _STATE = {"tensor": str, "numbers": str}
 _PLACE = {"block": str, "part": str, "start": int, "offset": int, "sizes": [int], "strides": [int]}
@@ -69,7 +70,7 @@ class Patch:
             raise LookupError(
                 f"there is no patch in {self.folder}: expected a {MANIFEST}, as surgery patch writes it{why}"
             )
-        head = read_json(manifest, {"kind": str, "version": int, "format": str})
+        head = self._read({"kind": str, "version": int, "format": str})
         if head["kind"] != KIND:
             raise ValueError(f"{manifest} is no patch of surgery's: its kind is {head['kind']!r}")
         if head["version"] != VERSION:
@@ -79,13 +80,23 @@ class Patch:
                 f"{self.folder} is a patch in the format {head['format']!r}, which {head['format']} applies itself: "
                 f"write one with --format surgery"
             )
-        self._told = read_json(manifest, _TOLD)
+        self._told = self._read(_TOLD)
         if not (self.folder / NUMBERS).is_file():
             raise LookupError(f"{self.folder} is incomplete: there is no {NUMBERS}. Copy the whole folder again")
         self._header = header_of(self.folder / NUMBERS)
         held = {name for name, one in self._header.items() if name != "__metadata__" and one["dtype"] == "U8"}
         if held != set(self._told["tensors"]):
             raise ValueError(f"{self.folder} is damaged: {MANIFEST} and {NUMBERS} name different tensors")
+
+    def _read(self, kind: Any) -> Any:
+        """What the manifest says, checked."""
+        try:
+            found = read_json(self.folder / MANIFEST, kind)
+            if "units" in kind:
+                kinds_of(tuple(found["units"]))
+        except ValueError as error:
+            raise ValueError(f"the patch is damaged: {error!s:.300}. Copy its folder again") from error
+        return found
 
     @property
     def record(self) -> dict[str, Any]:

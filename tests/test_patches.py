@@ -371,7 +371,7 @@ def told(desk: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     [
         (lambda m: m.update(version=2), "is of version 2, and this surgery reads 1: update it"),
         (lambda m: m.update(kind="other"), "is no patch of surgery's"),
-        (lambda m: m.update(format="vllm"), "in the format 'vllm', which vllm applies itself"),
+        (lambda m: m.update(format="vllm"), "in the format 'vllm', which is applied by the server"),
         (lambda m: m.pop("tensors"), '"tensors" is missing'),
         (lambda m: m["tensors"].pop(NAME), "name different tensors"),
         (lambda m: m["tensors"][NAME].update(numbers=1 << 60), "changes 1152921504606846976 numbers of 1536"),

@@ -72,12 +72,12 @@ class Patch:
             )
         head = self._read({"kind": str, "version": int, "format": str})
         if head["kind"] != KIND:
-            raise ValueError(f"{manifest} is no patch of surgery's: its kind is {head['kind']!r}")
+            raise ValueError(f"{manifest} is no patch of surgery's: its kind is {head['kind']!r:.60}")
         if head["version"] != VERSION:
             raise ValueError(f"{manifest} is of version {head['version']}, and this surgery reads {VERSION}: update it")
         if head["format"] != "surgery":
             raise ValueError(
-                f"{self.folder} is a patch in the format {head['format']!r}, which {head['format']} applies itself: "
+                f"{self.folder} is a patch in the format {head['format']!r:.60}, which is applied by the server: "
                 f"write one with --format surgery"
             )
         self._told = self._read(_TOLD)

@@ -6,6 +6,8 @@ import copy
 import json
 import shutil
 import struct
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -469,7 +471,7 @@ def test_an_input_that_changes_meanwhile(desk: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("package", ["zstandard", "xxhash"])
 def test_a_missing_package(desk: Path, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, package, None)
+    monkeypatch.setitem(sys.modules, package, None)
     view = rolled_back(desk / "later", to=desk / "earlier", mask=neurons(families.build("llama")))
     refused(desk, rf'{package}: pip install "surgery\[patch\]"', lambda: save_patch(view, desk / "new", format="slime"))
     assert Patch(save_patch(view, desk / "new")).numbers
@@ -488,3 +490,47 @@ def test_the_papers_say_what_was_done(desk: Path) -> None:
     assert "taken back" in (back / "README.md").read_text()
     healed = save(Patch(desk / "patch").applied(desk / "healed", reverse=True), desk / "again")
     assert not (healed / "surgery").exists()
+
+
+MEMORY = """
+import sys, threading
+from pathlib import Path
+from surgery import Neurons, Patch, rolled_back, save, save_patch
+
+def anonymous():
+    lines = Path("/proc/self/status").read_text().split("\\n")
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
+
+folder = Path(sys.argv[1])
+view = rolled_back(folder / "later", to=folder / "earlier", mask=Neurons.load(folder / "mask"))
+start, peak, done = anonymous(), [0.0], threading.Event()
+def watch():
+    while not done.wait(0.002):
+        peak[0] = max(peak[0], anonymous())
+thread = threading.Thread(target=watch); thread.start()
+for format in ("surgery", "vllm", "slime"):
+    save_patch(view, folder / format, format=format)
+save(Patch(folder / "surgery").applied(folder / "later"), folder / "out")
+done.set(); thread.join()
+print(peak[0] - start)
+"""
+
+
+def test_one_tensor_is_in_memory_at_a_time(tmp_path: Path) -> None:
+    """Of twelve tensors of 12 MB each."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = dict(hidden_size=512, intermediate_size=12288, num_hidden_layers=4, num_attention_heads=4, vocab_size=64)
+    with torch.device("meta"):
+        meta = LlamaForCausalLM(LlamaConfig(**sizes))
+    for name, value in (("earlier", 1.0), ("later", 2.0)):
+        (tmp_path / name).mkdir()
+        meta.config.save_pretrained(tmp_path / name)
+        tensors = {n: torch.full(t.shape, value, dtype=torch.bfloat16) for n, t in meta.state_dict().items()}
+        save_file(tensors, tmp_path / name / "model.safetensors")
+    layout = find_layout(meta)
+    Neurons({name: torch.arange(n) % 50 == 0 for name, n in layout.sizes.items()}).save(tmp_path / "mask")
+    command = [sys.executable, "-c", MEMORY, str(tmp_path)]
+    found = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    assert float(found.stdout) < 80, f"{found.stdout} MB"
+    assert Checkpoint(tmp_path / "out")["model.layers.1.mlp.down_proj.weight"][0, :2].tolist() == [1.0, 2.0]

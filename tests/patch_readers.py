@@ -61,8 +61,8 @@ def read_slime(source: Path, base: Tensors, holds: str = "000000") -> Tensors:
             data ^= delta
         else:
             count = int(delta[:4].view("<u4")[0])
+            assert len(delta) == 4 + 5 * count
             at, values = delta[4 : 4 + 4 * count].view("<u4"), delta[4 + 4 * count :]
-            assert len(values) == count
             data[at] = values
         assert xxhash.xxh3_128(data.tobytes()).hexdigest() == checksum, f"{name}: other bytes"
         found[name] = back(data, base[name])

@@ -6,6 +6,7 @@ of the layers differs, so nothing is left out of the patch. Ratios are of one ru
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -67,7 +68,7 @@ def main() -> None:
         same = (folder / "patched/model.safetensors").read_bytes() == (folder / "healed/model.safetensors").read_bytes()
     text = f"""# Patches, beside the whole folder
 
-`python -m benchmarks.speed.patches`. The ratios are to the first row, of the same run; the machine did other work too.
+`{" ".join(["python -m benchmarks.speed.patches", *sys.argv[1:]])}`, one run. The ratios are to the first row, of the same run; the machine did other work too.
 
 {about}
 2 % of the neurons, {view.parameters:,} numbers. The patched folder's weights equal the rolled-back one's: {same}.

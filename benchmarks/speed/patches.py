@@ -66,9 +66,10 @@ def main() -> None:
             ("a live rollback", None, timed(lambda: live.append(rollback(model, to=run.earlier, mask=view.mask))))
         )
         same = (folder / "patched/model.safetensors").read_bytes() == (folder / "healed/model.safetensors").read_bytes()
+    command = " ".join(["python -m benchmarks.speed.patches", *sys.argv[1:]])
     text = f"""# Patches, beside the whole folder
 
-`{" ".join(["python -m benchmarks.speed.patches", *sys.argv[1:]])}`, one run. The ratios are to the first row, of the same run; the machine did other work too.
+`{command}`, one run. The ratios are to the first row, of the same run; the machine did other work too.
 
 {about}
 2 % of the neurons, {view.parameters:,} numbers. The patched folder's weights equal the rolled-back one's: {same}.

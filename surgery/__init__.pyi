@@ -13,9 +13,11 @@ from surgery.measure import repair as repair
 from surgery.measure import sweep as sweep
 from surgery.report import analyse as analyse
 from surgery.report import write_report as write_report
+from surgery.reverting import Patch as Patch
 from surgery.reverting import rollback as rollback
 from surgery.reverting import rolled_back as rolled_back
 from surgery.reverting import save as save
+from surgery.reverting import save_patch as save_patch
 from surgery.scores import activation as activation
 from surgery.scores import conflict as conflict
 from surgery.scores import damage as damage

@@ -148,6 +148,31 @@ def test_a_folder_of_something_else_is_refused_before_anything_is_read(surgery, 
     assert (tmp_path / "out/thesis.tex").read_text() == "years of work"
 
 
+def test_a_patch_is_written_applied_and_taken_back(surgery, runs: Path, tmp_path: Path) -> None:
+    """The same shard as by the rollback, and then the later folder's again."""
+    surgery(f"select earlier later --selector M --budget 0.1 -o {tmp_path}/mask.safetensors")
+    surgery(f"rollback later --to earlier --mask {tmp_path}/mask.safetensors -o {tmp_path}/healed")
+    code, out, _ = surgery(f"patch later --to earlier --mask {tmp_path}/mask.safetensors -o {tmp_path}/patch")
+    size = sum(path.stat().st_size for path in (tmp_path / "patch").iterdir())
+    assert code == 0
+    assert f"wrote {tmp_path}/patch: {size:,} bytes" in out
+    code, out, _ = surgery(f"rollback later --patch {tmp_path}/patch --dry-run")
+    assert code == 0
+    assert "numbers in 6 tensors patched" in out
+    assert surgery(f"rollback later --patch {tmp_path}/patch -o {tmp_path}/out")[0] == 0
+    assert surgery(f"rollback {tmp_path}/out --patch {tmp_path}/patch --reverse -o {tmp_path}/back")[0] == 0
+    shards = {name: (tmp_path / name / "model.safetensors").read_bytes() for name in ("healed", "out", "back")}
+    assert shards["out"] == shards["healed"] != shards["back"] == (runs / "later/model.safetensors").read_bytes()
+    code, _, error = surgery(f"rollback {tmp_path}/out --patch {tmp_path}/patch -o {tmp_path}/again")
+    assert code == 1
+    assert "is applied already" in error
+    assert not (tmp_path / "again").exists()
+    command = f"patch later --to earlier --mask {tmp_path}/mask.safetensors -o {tmp_path}/delta --format slime"
+    assert surgery(f"{command} --encoding overwrite --base-version 7 --reverse")[0] == 0
+    told = json.loads((tmp_path / "delta/weight_v000008/model.safetensors.index.json").read_text())["metadata"]
+    assert (told["base_version"], told["delta_encoding"]) == ("000007", "overwrite")
+
+
 @pytest.mark.filterwarnings("always:the mask was selected")
 def test_rollback_warns_where_the_mask_was_made_for_others(surgery, runs: Path, tmp_path: Path) -> None:
     mask = RandomSelector(0.2).select(Trajectory(earlier=runs / "earlier", later=runs / "later"))
@@ -489,7 +514,12 @@ def test_inspect_shows_slots_and_probes(surgery, tmp_path: Path) -> None:
         ("select base earlier nowhere --selector MC --dry-run", 1, "there is no folder nowhere"),
         ("select base --selector MC --dry-run", 1, "expected [BASE] EARLIER LATER"),
         ("rollback later --to earlier --mask nothing -o x", 1, "there is no mask file"),
-        ("rollback later", 2, "Missing option"),
+        ("rollback later -o x", 1, "name the earlier checkpoint with --to and a mask with --mask, or a patch"),
+        ("rollback later --reverse --dry-run", 1, "--reverse takes a patch back: name it with --patch"),
+        ("rollback later --patch nothing -o x", 1, "there is no patch in nothing"),
+        ("rollback later --patch p --to earlier -o x", 1, "--patch holds all that is written: leave out --to"),
+        ("patch later --to earlier --mask nothing -o x", 1, "there is no mask file"),
+        ("patch later --to earlier", 2, "Missing option"),
         ("inspect later --nonsense", 2, "No such option"),
         ("inspect later --units weight", 1, "--units weight: single weights lie in units: inspect those, --units mlp"),
         ("inspect later --units mlp,weight", 1, "--units mlp,weight: single weights lie in units"),

@@ -38,6 +38,8 @@ PUBLIC = [
     "rollback",
     "rolled_back",
     "save",
+    "Patch",
+    "save_patch",
     "strengths",
     "sweep",
     "repair",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from training_folders import KINDS, STAGES, as_ranks, model_of, written
 
-from surgery import Checkpoint, Neurons, RandomSelector, Trajectory, rolled_back, save
+from surgery import Checkpoint, Neurons, Patch, RandomSelector, Trajectory, rolled_back, save, save_patch
 from surgery.checkpoints.opening import open_weights
 from surgery.formats import ranks
 
@@ -95,6 +95,32 @@ def test_a_rollback_equals_that_of_the_plain_folder_as_torch_reads_it(
     assert found
     for name, tensor in found.items():
         assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.filterwarnings(f"ignore:.*{RESUMED}", "ignore:left out")
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_patch_makes_the_same_files_and_is_taken_back(home: Path, kind: str, form: str, tmp_path: Path) -> None:
+    later = home / kind / "later" / form
+    view = rolled_back(later, to=home / kind / "earlier" / form, mask=halves(kind, home))
+    expected = save(view, tmp_path / "healed")
+    patch = Patch(save_patch(view, tmp_path / "patch"))
+    out = save(patch.applied(later), tmp_path / "out")
+    back = save(patch.applied(out, reverse=True), tmp_path / "back")
+    for file in Checkpoint(later).files:
+        assert (out / file).read_bytes() == (expected / file).read_bytes() != (later / file).read_bytes()
+        assert (back / file).read_bytes() == (later / file).read_bytes()
+
+
+def test_a_patch_resets_the_optimizer_where_it_changes_weights(home: Path, tmp_path: Path) -> None:
+    later = home / "llama/later/ranks"
+    view = rolled_back(later, to=home / "llama/earlier/ranks", mask=halves("llama", home))
+    patch = Patch(save_patch(view, tmp_path / "patch"))
+    assert patch.numbers == view.parameters
+    expected = save(view, tmp_path / "healed", reset_optimizer=True)
+    out = save(patch.applied(later), tmp_path / "out", reset_optimizer=True)
+    for path in out.glob("*.pt"):
+        assert path.read_bytes() == (expected / path.name).read_bytes()
 
 
 def cut(state: dict[str, Tensor], kind: str, form: str) -> dict[str, Tensor]:

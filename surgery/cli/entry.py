@@ -12,7 +12,7 @@ import typer
 from surgery.cli.looking import analyse, inspect
 from surgery.cli.measuring import repair, sweep
 from surgery.cli.options import err
-from surgery.cli.selecting import rollback, select, strengths
+from surgery.cli.selecting import patch, rollback, select, strengths
 
 INTERRUPTED = 130  # the exit code
 
@@ -23,7 +23,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for command in (repair, select, rollback, strengths, sweep, analyse, inspect):
+for command in (repair, select, rollback, patch, strengths, sweep, analyse, inspect):
     app.command()(command)
 
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from surgery.checkpoints.trajectory import Trajectory
     from surgery.layout.slots import Layout
     from surgery.live.prompts import Batch
-    from surgery.reverting.writing import Strength
+    from surgery.reverting.writing import Strength as HowFar
 
 path_option = partial(typer.Option, parser=path_of, metavar="PATH")
 
@@ -101,6 +101,9 @@ Selected = Annotated[
 Rounds = Annotated[
     int | None,
     typer.Option(help="For D of single weights: how many rounds make 0.25 % of them (default: 16; fewer are faster)."),
+]
+Strength = Annotated[
+    str, typer.Option(help="How far back, 0 to 3 (1 copies the earlier bits), or a file that strengths wrote.")
 ]
 BatchSize = Annotated[int, typer.Option(help="Prompts per forward pass.")]
 
@@ -200,7 +203,7 @@ def fraction(text: str) -> float:
         raise ValueError(f"--budgets: {text!r} is not a number") from None
 
 
-def strength_of(text: str) -> Strength:
+def strength_of(text: str) -> HowFar:
     from surgery.masks.neurons import Neurons
 
     try:

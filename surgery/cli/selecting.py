@@ -1,4 +1,4 @@
-"""Commands that choose and write: select, strengths, rollback."""
+"""Commands that choose and write: select, strengths, rollback, patch."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from surgery.cli.options import (
     ResetOptimizer,
     Rounds,
     Selected,
+    Strength,
     checked,
     device_of,
     dtype_of,
@@ -43,6 +44,8 @@ from surgery.files import check_file, check_folder, whole_file
 if TYPE_CHECKING:
     from surgery.live.losses import Divergence
     from surgery.masks.mask import Mask
+    from surgery.reverting.patch import Patched
+    from surgery.reverting.rollback import RolledBack
 
 
 def select(
@@ -118,12 +121,14 @@ def _describe(mask: Mask, budget: float) -> None:
 
 def rollback(
     later: Annotated[str, typer.Argument(help="The later checkpoint's folder.")],
-    to: Annotated[str, typer.Option(help="The earlier checkpoint's folder.")],
-    mask: Annotated[Path, path_option(help="A mask file that select wrote.")],
+    to: Annotated[str | None, typer.Option(help="The earlier checkpoint's folder.")] = None,
+    mask: Annotated[Path | None, path_option(help="A mask file that select wrote.")] = None,
+    patch: Annotated[
+        Path | None, path_option(help="Instead of --to and --mask: a folder that surgery patch wrote.")
+    ] = None,
+    reverse: Annotated[bool, typer.Option("--reverse", help="Take the patch back.")] = False,
     output: Annotated[Path | None, path_option("-o", "--output", help="The folder to write.")] = None,
-    strength: Annotated[
-        str, typer.Option(help="How far back, 0 to 3 (1 copies the earlier bits), or a file that strengths wrote.")
-    ] = "1",
+    strength: Strength = "1",
     reset_optimizer: ResetOptimizer = False,
     layout: LayoutFile = None,
     base: Base = None,
@@ -131,29 +136,26 @@ def rollback(
     overwrite: Overwrite = False,
 ) -> None:
     """Write the later checkpoint with the masked neurons set back; every other byte of its weights stays the same."""
-    from surgery.checkpoints.checkpoint import Checkpoint, opened
-    from surgery.masks.mask import load_mask
     from surgery.reverting.contents import contents_of
     from surgery.reverting.folder import CHECKPOINT, save
-    from surgery.reverting.rollback import rolled_back
-    from surgery.reverting.writing import recorded, spoken
 
     if output is None and not dry_run:
         raise ValueError("name the folder to write: -o FOLDER (or --dry-run to see the counts only)")
-    if not mask.is_file():
-        raise LookupError(f"there is no mask file {mask}")
     if output is not None and not dry_run:
         check_folder(output, CHECKPOINT, overwrite)
-    chosen = load_mask(mask)
-    found = opened(later, to) if base is None else Checkpoint(later, base)
-    own = layout_of(layout, found)
-    earlier = opened(to, found)
-    tell_adapters(found, earlier)
-    view = rolled_back(found, to=earlier, mask=chosen, strength=strength_of(strength), layout=own)
-    counted = f"{sum(chosen.count().values())} of {chosen.total} {chosen.noun} ({chosen.fraction:.2%})"
-    out.print(f"{counted}, {view.parameters} parameters")
-    if view.strength != 1:
-        out.print(spoken(recorded(view.strength, chosen)))
+    view: RolledBack | Patched
+    if patch is None:
+        if reverse:
+            raise ValueError("--reverse takes a patch back: name it with --patch")
+        if to is None or mask is None:
+            raise ValueError("name the earlier checkpoint with --to and a mask with --mask, or a patch with --patch")
+        view = _rolled_back(later, to, mask, strength, layout, base)
+    else:
+        if to or mask or layout or base or strength != "1":
+            raise ValueError(
+                "--patch holds all that is written: leave out --to, --mask, --strength, --layout and --base"
+            )
+        view = _patched(later, patch, reverse)
     for file, names in view.stored.files.items() if view.stored else ():
         out.print(f"  {file}: {len(view.touched(file))} of {len(names)} tensors touched")
     if dry_run or output is None:
@@ -168,6 +170,81 @@ def rollback(
     with working(f"writing {output}"):
         save(view, output, overwrite=overwrite, reset_optimizer=reset_optimizer)
     out.print(f"wrote {output}")
+
+
+def _rolled_back(
+    later: str, to: str, mask: Path, strength: str, layout: Path | None, base: str | None = None
+) -> RolledBack:
+    """The later checkpoint with the mask set back; the counts are printed."""
+    from surgery.checkpoints.checkpoint import Checkpoint, opened
+    from surgery.masks.mask import load_mask
+    from surgery.reverting.rollback import rolled_back
+    from surgery.reverting.writing import recorded, spoken
+
+    if not mask.is_file():
+        raise LookupError(f"there is no mask file {mask}")
+    chosen = load_mask(mask)
+    found = opened(later, to) if base is None else Checkpoint(later, base)
+    earlier = opened(to, found)
+    tell_adapters(found, earlier)
+    own = layout_of(layout, found)
+    view = rolled_back(found, to=earlier, mask=chosen, strength=strength_of(strength), layout=own)
+    counted = f"{sum(chosen.count().values())} of {chosen.total} {chosen.noun} ({chosen.fraction:.2%})"
+    out.print(f"{counted}, {view.parameters} parameters")
+    if view.strength != 1:
+        out.print(spoken(recorded(view.strength, chosen)))
+    return view
+
+
+def _patched(later: str, folder: Path, reverse: bool) -> Patched:
+    """The later checkpoint with a patch applied or taken back; the counts are printed."""
+    from surgery.reverting.patch import Patch
+
+    held = Patch(folder)
+    with working("verifying the patch"):
+        view = held.applied(later, reverse=reverse)
+    out.print(f"{held.numbers} numbers in {len(held.tensors)} tensors {'taken back' if reverse else 'patched'}")
+    return view
+
+
+def patch(
+    later: Annotated[str, typer.Argument(help="The later checkpoint's folder.")],
+    to: Annotated[str, typer.Option(help="The earlier checkpoint's folder.")],
+    mask: Annotated[Path, path_option(help="A mask file that select wrote.")],
+    output: Annotated[Path, path_option("-o", "--output", help="The folder to write.")],
+    format: Annotated[
+        str, typer.Option(help='"surgery" (rollback --patch applies it), "slime" (SGLang\'s disk delta) or "vllm".')
+    ] = "surgery",
+    reverse: Annotated[
+        bool, typer.Option("--reverse", help="Write the patch that leads back, from the rolled-back checkpoint.")
+    ] = False,
+    encoding: Annotated[str, typer.Option(help='For slime: "xor" or "overwrite".')] = "xor",
+    base_version: Annotated[int, typer.Option(help="For slime: the version that the servers hold.")] = 0,
+    strength: Strength = "1",
+    layout: LayoutFile = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a rollback as a patch: a small folder with the changed numbers only."""
+    from surgery.reverting.patch import size_of
+    from surgery.reverting.patch_writing import PATCH, save_patch
+
+    check_folder(output, PATCH, overwrite)
+    view = _rolled_back(later, to, mask, strength, layout)
+    with working(f"writing {output}"):
+        save_patch(
+            view,
+            output,
+            format=format,
+            reverse=reverse,
+            encoding=encoding,
+            base_version=base_version,
+            overwrite=overwrite,
+        )
+    size = size_of(output)
+    home = view.folder
+    files = view.stored.files if home and view.stored else ()
+    whole = sum((home / file).stat().st_size for file in files) if home else 0
+    out.print(f"wrote {output}: {size:,} bytes, {size / max(whole, 1):.2%} of the checkpoint's {whole:,}")
 
 
 def strengths(

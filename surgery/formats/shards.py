@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import shutil
 import struct
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryFile
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -40,6 +44,7 @@ DTYPES = {
     "U64": torch.uint64,
     "C64": torch.complex64,
 }
+WORDS = {dtype: word for word, dtype in DTYPES.items()}
 
 
 def stored_shards(folder: Path, files: Iterable[str]) -> Stored:
@@ -167,3 +172,41 @@ def inside(folder: Path, name: str) -> Path:
             f"that it lies in"
         )
     return path
+
+
+def write_tensors(path: Path, tensors: Iterable[tuple[str, str, int, bytes]], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file of vectors, one in memory at a time; ``metadata`` may grow until the last one.
+
+    Args:
+        path: the file.
+        tensors: name, dtype as the format spells it, how many numbers, and their bytes.
+        metadata: texts for the header.
+    """
+    head: dict[str, Any] = {}
+    with ExitStack() as held:
+        parts: dict[int, IO[bytes]] = {}  # by the width of a number: the widest first, so that all are aligned
+        for name, dtype, count, data in tensors:
+            width = DTYPES[dtype].itemsize
+            if width not in parts:
+                parts[width] = held.enter_context(TemporaryFile(dir=path.parent))
+            start = parts[width].tell()
+            parts[width].write(data)
+            head[name] = {"dtype": dtype, "shape": [count], "data_offsets": [start, start + len(data)]}
+        ordered = sorted(parts.items(), reverse=True)
+        bases = dict(
+            zip(
+                (width for width, _ in ordered),
+                accumulate((file.tell() for _, file in ordered), initial=0),
+                strict=False,
+            )
+        )
+        for entry in head.values():
+            base = bases[DTYPES[entry["dtype"]].itemsize]
+            entry["data_offsets"] = [base + at for at in entry["data_offsets"]]
+        text = json.dumps({"__metadata__": dict(metadata), **head}).encode()
+        text += b" " * (-len(text) % 8)
+        with open(path, "wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            for _, part in ordered:
+                part.seek(0)
+                shutil.copyfileobj(part, file, 1 << 24)

@@ -46,25 +46,52 @@ def warn_if_made_for_others(mask: Mask, **used: Weights) -> None:
             )
 
 
-def papers(
+def record_of(
     later: Weights, source: Weights, mask: Mask, strength: Strength, edited: int, tensors: int
-) -> dict[str, bytes]:
+) -> dict[str, Any]:
+    """What made a rolled-back checkpoint, as JSON."""
+    found: dict[str, Any] = as_json(
+        {
+            "versions": versions(),
+            "later": fingerprint(later),
+            "to": fingerprint(source),
+            "selector": mask.made_by,
+            "strength": recorded(strength, mask),
+            "units": list(later.layout.units),
+            **mask.tally(),
+            "parameters": edited,
+            "tensors": tensors,
+        }
+    )
+    return found
+
+
+def papers(record: dict[str, Any], later: Weights, mask: Mask, strength: Strength) -> dict[str, bytes]:
     """File name → content of everything that a saved rollback adds to the later folder."""
-    record = {
-        "versions": versions(),
-        "later": fingerprint(later),
-        "to": fingerprint(source),
-        "selector": mask.made_by,
-        "strength": recorded(strength, mask),
-        "units": list(later.layout.units),
-        **mask.tally(),
-        "parameters": edited,
-        "tensors": tensors,
-    }
-    found = {MASK: _saved(mask), RECORD: json_text(as_json(record), 2).encode() + b"\n"}
+    found = {MASK: _saved(mask), RECORD: _json(record)}
     if isinstance(strength, Neurons):
         found[STRENGTH] = _saved(strength)
     return {**found, CARD: _card(record, later, mask).encode(errors="surrogateescape")}
+
+
+def papers_of_patch(record: dict[str, Any], numbers: int, reverse: bool, home: Path | None) -> dict[str, bytes]:
+    """The same where a patch was applied, or taken back: what made the patch, and no mask."""
+    later, earlier = record["later"]["name"], record["to"]["name"]
+    done = "taken back" if reverse else "applied"
+    text = f"""# {later}, with a patch to {earlier} {done}
+
+A patch of {numbers} weights was {done} here: it sets weights of **{later}** back to their values in **{earlier}**.
+Nothing was trained. Every other byte of the weights is as it was.
+
+- what made the patch, with sha256 of both parents: `{RECORD}`
+- made with surgery {versions().get("surgery", "")}
+"""
+    told = {"versions": versions(), "patch": record, "reverse": reverse}
+    return {RECORD: _json(told), CARD: _above(text, home).encode(errors="surrogateescape")}
+
+
+def _json(record: dict[str, Any]) -> bytes:
+    return json_text(record, 2).encode() + b"\n"
 
 
 def _saved(what: Mask) -> bytes:
@@ -89,10 +116,14 @@ This checkpoint is **{later_name}** in which {reverted} of {mask.total} {mask.ca
 - exact {mask.noun}: `{MASK}`; versions and sha256 of both parents: `{RECORD}`
 - made with surgery {record["versions"].get("surgery", "")}
 """
-    old = None if of is None else (of.home if of.adapter is None else of.folder) / CARD
+    return _above(text, None if of is None else of.home if of.adapter is None else of.folder)
+
+
+def _above(text: str, home: Path | None) -> str:
+    """A text above a folder's own model card."""
     own = ""
-    if old is not None and old.is_file():  # whatever its encoding: what is no UTF-8 stays as it was
-        own = old.read_text(encoding="utf-8", errors="surrogateescape").removeprefix("\ufeff")
+    if home is not None and (home / CARD).is_file():  # whatever its encoding: what is no UTF-8 stays as it was
+        own = (home / CARD).read_text(encoding="utf-8", errors="surrogateescape").removeprefix("\ufeff")
     if own.startswith("---\n") and "\n---\n" in own[3:]:  # the card's metadata has to come first
         end = own.index("\n---\n", 3) + 5
         return own[:end] + "\n" + text + "\n---\n\n" + own[end:].lstrip()

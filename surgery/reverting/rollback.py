@@ -29,7 +29,7 @@ from surgery.layout.slots import Block, Layout, Slot
 from surgery.masks.edits import Edit, Rows
 from surgery.masks.mask import Mask, checked
 from surgery.reverting.adapters import adapter_files
-from surgery.reverting.provenance import papers, warn_if_made_for_others
+from surgery.reverting.provenance import papers, record_of, warn_if_made_for_others
 from surgery.reverting.writing import (
     Strength,
     bits,
@@ -281,6 +281,15 @@ class RolledBack(Mapping[str, Tensor]):
         """How many numbers are set back."""
         return sum(edit.numbers for edits in self._edits.values() for edit in edits)
 
+    @property
+    def edited(self) -> list[str]:
+        """The tensors in which numbers are set back."""
+        return list(self._edits)
+
+    def record(self) -> dict[str, Any]:
+        """What made it, as JSON: versions, both parents, the selector, the counts."""
+        return record_of(self.later, self.source, self.mask, self.strength, self.parameters, len(self._edits))
+
     def touched(self, file: str) -> list[str]:
         """The tensors of a file that differ from the later checkpoint's."""
         return [name for name in (self.stored.files[file] if self.stored else ()) if name in self._edits]
@@ -315,7 +324,7 @@ class RolledBack(Mapping[str, Tensor]):
 
     def papers(self) -> dict[str, bytes]:
         """The files beside the weights in a saved folder: the mask, a record of what made it, a model card."""
-        told = papers(self.later, self.source, self.mask, self.strength, self.parameters, len(self._edits))
+        told = papers(self.record(), self.later, self.mask, self.strength)
         adapted = isinstance(self.later.tensors, Checkpoint) and self.later.tensors.adapter is not None
         return {**(adapter_files(self.later, self.source, self.mask, self.strength) if adapted else {}), **told}
 

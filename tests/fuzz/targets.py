@@ -21,12 +21,14 @@ from surgery import (
     Checkpoint,
     Entries,
     Neurons,
+    Patch,
     RandomSelector,
     Trajectory,
     allocate,
     load_prompts,
     rolled_back,
     save,
+    save_patch,
     sweep,
     top,
 )
@@ -278,6 +280,24 @@ def tokenizers(desk: Desk, place: Path, out: Path) -> None:
         assert int(batch["input_ids"].min()) >= 0
 
 
+def write_patch(desk: Desk, place: Path) -> None:
+    save_patch(rolled_back(desk.later, to=desk.earlier, mask=desk.mask), place / "patch")
+
+
+def patches(desk: Desk, place: Path, out: Path) -> None:
+    """What is accepted makes the rolled-back checkpoint, in the folder and in the live model."""
+    expected, model = dict(rolled_back(desk.later, to=desk.earlier, mask=desk.mask)), desk.run.load()
+    patch, before = Patch(place / "patch"), {name: one.clone() for name, one in model.state_dict().items()}
+    assert repr(patch)
+    found = dict(patch.applied(desk.later))
+    assert patch.papers(False, None)
+    same(found, expected)
+    with patch.apply(model):
+        now = {name: one.clone() for name, one in model.state_dict().items()}
+    same({name: now[name] for name in expected}, expected)
+    same(dict(model.state_dict()), before)
+
+
 def write_layout(desk: Desk, place: Path) -> None:
     mlp = {"gate_proj.weight": "n d -> n d", "up_proj.weight": "n d -> n d", "down_proj.weight": "d n -> n d"}
     (place / "l.json").write_text(json.dumps({"model.layers.{layer}.mlp": mlp}))
@@ -361,5 +381,6 @@ TARGETS = {
     "tokenizers": Target(write_tokenizer, tokenizers, ("tokenizer.json", "tokenizer_config.json")),
     "rank files": Target(write_ranks, rank_files, (".pt",)),
     "distributed checkpoints": Target(write_distributed, distributed, (".metadata", ".distcp")),
+    "patches": Target(write_patch, patches, (".json", ".safetensors")),
     "layouts": Target(write_layout, layouts, (".json",)),
 }

@@ -17,6 +17,7 @@ from surgery.files import path_of
 from surgery.formats.folders import home_of, stored_in
 from surgery.formats.shards import INDEX, weight_map
 from surgery.formats.stored import SAFETENSORS
+from surgery.layout.sharding import local, stored
 
 
 class Checkpoint(Mapping[str, Tensor]):
@@ -125,13 +126,15 @@ class Checkpoint(Mapping[str, Tensor]):
 class State(Mapping[str, Tensor]):
     """A live module's parameters and buffers by name, never copied (``state_dict`` without its hooks).
 
+    Those of a sharded module have the shape of the whole tensor, and this process's numbers (``surgery.layout``).
+
     Args:
         module: the model; its parameters may lie on any device, but not be offloaded to ``meta``.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        named: list[tuple[str, Tensor]] = [*module.named_parameters(remove_duplicate=False)]
+        named: list[tuple[str, Tensor]] = [*stored(module).named_parameters(remove_duplicate=False)]
         named += module.named_buffers(remove_duplicate=False)
         self._tensors = {name: tensor.detach() for name, tensor in named}
 
@@ -193,7 +196,7 @@ def returned(module: nn.Module, moment: Moment) -> None:
 
 
 def _written(module: nn.Module) -> tuple[Any, ...]:
-    tensors = module.state_dict(keep_vars=True).values()
+    tensors = [local(one) for one in stored(module).state_dict(keep_vars=True).values()]
     return tuple((one.data_ptr(), one.dtype, 0 if one.is_inference() else writes_to(one)) for one in tensors)
 
 

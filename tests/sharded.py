@@ -84,4 +84,5 @@ def run(rank: int, world: int, home: Path, laws: dict[str, Callable[[Path], None
 if __name__ == "__main__":
     from sharded_laws import LAWS
 
-    run(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), LAWS)
+    asked = {name: law for name, law in LAWS.items() if not sys.argv[4:] or sys.argv[4] in name}
+    run(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), asked)

@@ -623,7 +623,7 @@ def gradient_alone(patch: pytest.MonkeyPatch) -> None:
 
 
 def parts_from_zero(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(weight_damage, "starts_of", lambda shapes: dict.fromkeys(shapes, 0))
+    patch.setattr(places, "starts_of", lambda shapes: dict.fromkeys(shapes, 0))
 
 
 def last_batch_only(patch: pytest.MonkeyPatch) -> None:

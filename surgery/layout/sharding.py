@@ -109,6 +109,12 @@ def counts_here(tensor: Any) -> bool:
     return all(where == 0 for where, placement in at if _dim(placement, tensor) is None)
 
 
+def share_along(tensor: Any, dim: int) -> tuple[Tensor, bool]:
+    """The indices of one dimension that are here, and whether this process is the one that counts them."""
+    at = zip(tensor.device_mesh.get_coordinate(), tensor.placements, strict=True)
+    return owned(tensor)[dim], all(where == 0 for where, placement in at if _dim(placement, tensor) != dim)
+
+
 def stored(model: nn.Module) -> nn.Module:
     """The model with every parameter as it is stored: FSDP leaves some gathered after a forward pass.
 
@@ -143,6 +149,10 @@ class Ranks:
         for dim in range(self.mesh.ndim):
             dist.all_reduce(found, group=self.mesh.get_group(dim))
         return found.to(numbers.device)
+
+    def same(self, number: float) -> float:
+        """The first process's number, on all of them: two processes may round the same sum in two ways."""
+        return float(self.sum(torch.tensor(number if self.first else 0.0, dtype=torch.float64)))
 
     def sums(self, numbers: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``sum`` of several vectors of one dtype, in one message."""
@@ -189,6 +199,9 @@ class Ranks:
             dist.all_gather(parts, padded, group=group)
             numbers = torch.cat([one[:size] for one, size in zip(parts, sizes.tolist(), strict=True)]).cpu()
         return numbers
+
+
+ALONE = Ranks()
 
 
 def ranks_of(model: nn.Module) -> Ranks:

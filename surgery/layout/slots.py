@@ -72,13 +72,18 @@ class Slot:
         """How many axes beyond the first address a neuron: 1 where experts are stacked, for (expert, neuron)."""
         return self._split[2] - 1
 
+    @property
+    def dimension(self) -> int:
+        """The dimension of the tensor along which its neurons lie (those of one expert)."""
+        left = re.findall(r"\([^)]*\)|\w+", self.pattern.split("->")[0])
+        neuron = self._split[1][self.stacked]
+        return next(at for at, axis in enumerate(left) if neuron in axis.strip("()").split())
+
     def view(self, tensor: Tensor) -> Tensor:
         """The slot's rows as a view of ``tensor``: ``[neuron, ...]``, or ``[expert, neuron, ...]`` where stacked."""
         pattern, axes, _ = self._split
         if self.rows is not None:
-            left = re.findall(r"\([^)]*\)|\w+", pattern.split("->")[0])
-            wide = next(at for at, axis in enumerate(left) if axes[0] in axis.strip("()").split())
-            tensor = tensor.narrow(wide, self.rows[0], self.rows[1] - self.rows[0])
+            tensor = tensor.narrow(self.dimension, self.rows[0], self.rows[1] - self.rows[0])
         view = rearrange(tensor, pattern, **dict(self.sizes), **({} if self.g is None else {"g": self.parts}))
         if self.g is None:
             return view

@@ -72,14 +72,18 @@ class Rollback:
         if alone:
             returned(self._model, self._before)
 
-    def before(self, block: Block, slot: Slot) -> Tensor:
+    def before(self, block: Block, slot: Slot, offsets: Tensor | None = None) -> Tensor:
         """What the reverted rows of a live slot held before: ``[neuron, ...]``, in their order.
+
+        Of a slot that is sharded: those rows of which this process holds the numbers at ``offsets``.
 
         Raises:
             LookupError: none of its neurons was reverted, or the rollback was undone.
         """
         for edit, rows in self._old:
-            if isinstance(edit, Rows) and (edit.block.name, edit.slot) == (block.name, slot):
+            if not isinstance(edit, Rows) or (edit.block.name, edit.slot) != (block.name, slot):
+                continue
+            if edit.offsets is None or (offsets is not None and torch.equal(edit.offsets, offsets)):
                 return rows
         raise LookupError(f"no neuron of {slot.tensor} ({slot.part}) is reverted")
 

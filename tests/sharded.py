@@ -82,7 +82,8 @@ def run(rank: int, world: int, home: Path, laws: dict[str, Callable[[Path], None
 
 
 if __name__ == "__main__":
-    from sharded_laws import LAWS
+    from sharded_laws import LAWS, LAWS_OF_FOUR
 
-    asked = {name: law for name, law in LAWS.items() if not sys.argv[4:] or sys.argv[4] in name}
+    laws = {"2": LAWS, "4": LAWS_OF_FOUR}[sys.argv[2]]
+    asked = {name: law for name, law in laws.items() if not sys.argv[4:] or sys.argv[4] in name}
     run(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), asked)

@@ -11,11 +11,23 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from surgery import DamageSelector, Entries, Neurons, Trajectory, activation, damage, rollback
+from surgery import (
+    DamageSelector,
+    Entries,
+    Neurons,
+    Trajectory,
+    activation,
+    damage,
+    likelihood,
+    repair,
+    rollback,
+    sweep,
+)
 from surgery.layout.finding import find_layout
 from surgery.layout.slots import Block
 from surgery.masks.entries import shapes_of
 from surgery.scores import entry_gains, reversal_cost
+from surgery.scores.damage import earlier_answers
 
 
 def numbers(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -154,6 +166,43 @@ def law_weights(home: Path, family: str, how: str) -> None:
     assert same(numbers(run.load()), before)
 
 
+def law_measured(home: Path, family: str, how: str) -> None:
+    """A sweep and a repair give what they give in one process; the first process alone writes, and rows are resumed."""
+    run, alone = runs(home, family, how)
+    before, data, path = numbers(run.load()), prompts(), home / f"{family} {how}.jsonl"
+    asked = {"selectors": [DamageSelector(0.1)], "budgets": [0.05, 0.3], "evaluate": likelihood({"a": data})}
+    found, wanted = sweep(run, data, path=path, **asked), sweep(alone, data, **asked)
+    for row, other in zip(found, wanted, strict=True):
+        assert (row.selector, row.budget, row.neurons) == (other.selector, other.budget, other.neurons)
+        assert abs(row.metrics["a"] - other.metrics["a"]) < 1e-5
+    dist.barrier()
+    written = path.read_text()
+    assert len(written.splitlines()) == len(found) + 1
+    again = sweep(run, data, path=path, **asked)
+    assert [row.metrics for row in again] == [row.metrics for row in found]
+    dist.barrier()
+    assert path.read_text() == written
+    one, other = (
+        repair(each, data, keep={"b": data[1:]}, limit=9, budgets=[0.02, 0.5], selector=DamageSelector(0.1))
+        for each in (run, alone)
+    )
+    assert one.outcome == other.outcome
+    assert (one.mask is None) == (other.mask is None)
+    assert one.mask is None or (one.mask.equal(other.mask) and everywhere(one.mask))
+    assert same(numbers(run.load()), before)
+
+
+def law_answers(home: Path, family: str, how: str) -> None:
+    """Prompts without responses are answered by the earlier model in the sharded one's place, as in one process."""
+    run, alone = runs(home, family, how)
+    before, data = numbers(run.load()), prompts(labels=False)
+    found, wanted = (earlier_answers(each, data, home / f"{at} {how}.jsonl") for at, each in enumerate((run, alone)))
+    for one, other in zip(found, wanted, strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(value, other[name]) for name, value in one.items())
+    assert same(numbers(run.load()), before)
+
+
 KINDS = (("rollback", law_rollback), ("scores", law_scores), ("weights", law_weights))
 
 
@@ -167,3 +216,5 @@ def laws(*hows: str) -> dict[str, Callable[[Path], None]]:
 
 
 LAWS, LAWS_OF_FOUR = laws("fsdp", "tp"), laws("fsdp", "fsdp x tp")
+for name, law in (("measured", law_measured), ("answers", law_answers)):
+    LAWS |= {f"{name}, qwen3, {how}": partial(law, family="qwen3", how=how) for how in ("fsdp", "tp")}

@@ -33,6 +33,7 @@ from surgery.masks.entries import shapes_of
 from surgery.masks.mask import load_mask
 from surgery.measure import jaccard
 from surgery.reverting.provenance import CARD, MASK, RECORD
+from surgery.scores import places
 from surgery.scores import weights as weight_damage
 from surgery.scores import weights as weight_ranking
 from surgery.scores.weights import Gains, entry_gains

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -22,18 +23,15 @@ def outcomes(folder: Path, world: int) -> dict[str, list[str]]:
     path = os.pathsep.join([str(HERE), str(HERE.parent)])
     env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     command = [sys.executable, str(HERE / "sharded.py")]
-    logs = [open(folder / f"log{rank}", "w") for rank in range(world)]
-    started = [
-        subprocess.Popen([*command, str(rank), str(world), str(folder)], env=env, stdout=log, stderr=log)
-        for rank, log in enumerate(logs)
-    ]
-    try:
+    with ExitStack() as stack:
+        started = []
+        for rank in range(world):
+            log = stack.enter_context(open(folder / f"log{rank}", "w"))
+            one = subprocess.Popen([*command, str(rank), str(world), str(folder)], env=env, stdout=log, stderr=log)
+            stack.callback(one.kill)
+            started.append(one)
         for one in started:
             one.wait(timeout=300)
-    finally:
-        for one, log in zip(started, logs, strict=True):
-            one.kill()
-            log.close()
     told = "\n".join((folder / f"log{rank}").read_text()[-3000:] for rank in range(world))
     assert [one.returncode for one in started] == [0] * world, told
     found = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]

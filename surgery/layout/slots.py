@@ -81,6 +81,11 @@ class Slot:
 
     def view(self, tensor: Tensor) -> Tensor:
         """The slot's rows as a view of ``tensor``: ``[neuron, ...]``, or ``[expert, neuron, ...]`` where stacked."""
+        if is_sharded(tensor):
+            raise ValueError(
+                f"{self.tensor!r} is sharded over several processes, and all of it is needed here: pass the model's "
+                f"folder, or load the model in one process"
+            )
         pattern, axes, _ = self._split
         if self.rows is not None:
             tensor = tensor.narrow(self.dimension, self.rows[0], self.rows[1] - self.rows[0])
@@ -167,7 +172,7 @@ class Slot:
 
     def here(self, tensor: Tensor, positions: Tensor) -> Tensor:
         """Which of some positions of a sharded tensor this process holds: bool ``[len(positions)]``."""
-        return torch.stack([at >= 0 for at in self._entries(tensor, positions)]).all(0)
+        return torch.stack([at >= 0 for at in self._sharded(tensor, positions)]).all(0)
 
     def _home(self, tensor: Tensor) -> Tensor:
         return local(tensor) if is_sharded(tensor) else self.view(tensor)
@@ -186,14 +191,25 @@ class Slot:
                 found.append(at[along][:, None])
             else:
                 found.append(at[across if along is None else along[:, None] + across])
-        return tuple(one.to(tensor.device) for one in found)
+        return self._checked(tensor, found)
+
+    def _checked(self, tensor: Tensor, places: list[Tensor]) -> tuple[Tensor, ...]:
+        if any(bool((one < 0).any()) for one in places):
+            raise ValueError(
+                f"{self.tensor!r} is sharded over several processes, and this one does not hold what it was asked "
+                f"for: pass the model's folder"
+            )
+        return tuple(one.to(tensor.device) for one in places)
 
     def _entries(self, tensor: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
         """Where single numbers lie: in the view, or in this process's part of a sharded tensor."""
-        at = torch.unravel_index(positions.to(tensor.device), self._rows)
-        if not is_sharded(tensor):
-            return at
-        return tuple(here[one[at]] for here, one in zip(places_in(tensor), self._coordinates, strict=True))
+        if is_sharded(tensor):
+            return self._checked(tensor, self._sharded(tensor, positions))
+        return torch.unravel_index(positions.to(tensor.device), self._rows)
+
+    def _sharded(self, tensor: Tensor, positions: Tensor) -> list[Tensor]:
+        at = torch.unravel_index(positions, self._rows)
+        return [here[one[at]] for here, one in zip(places_in(tensor), self._coordinates, strict=True)]
 
     def _in_row(self, offsets: Tensor) -> tuple[Tensor, ...]:
         axes = self._rows[1 + self.stacked :]

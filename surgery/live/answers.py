@@ -85,10 +85,12 @@ def respond(
         answers = _generate(model, asked, settings)
     else:
         head = {**settings.written(), "model": sampled(model.parameters())}
-        if not file.exists():
+        ranks = ranks_of(model)
+        if not ranks.from_first(file.exists):
+            new = _generate(model, asked, settings)
             with suppress(Exists):  # another process was faster: its answers count
-                _write(file, head, asked, _generate(model, asked, settings))
-        answers = _read(file, head, asked)
+                ranks.from_first(lambda: _write(file, head, asked, new))
+        answers = ranks.from_first(lambda: _read(file, head, asked))
     made = iter(zip(asked, answers, strict=True))
     pad = _special(model, "pad_token_id") or [0]
     return [batch if "labels" in batch else _joined(*next(made), pad[0]) for batch in batches]

@@ -126,9 +126,10 @@ def distillation(
     found = Distillation(place, sampled(earlier.parameters()), folder is None, divergence)
     for path in place.glob("*.safetensors"):
         _checked(path, found.model)
+    ranks = ranks_of(earlier)  # of a sharded model every process has its own files, or all share a folder
     with evaluating(earlier), torch.no_grad():
         for batch in each("the earlier model's predictions", fitting(batches_of(data))):
-            if not found.path(batch).exists():
+            if ranks.sum(torch.tensor(not found.path(batch).exists(), dtype=torch.int32)):
                 _keep(found.path(batch), reading(earlier, batch), found.model)
     return found
 

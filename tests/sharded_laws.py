@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
 
+import pytest
 import sharded
 import torch
 import torch.distributed as dist
+from mutants import Mutant
 from torch import nn
+from torch.distributed.tensor import DTensor, Replicate
 
 from surgery import (
     DamageSelector,
@@ -23,11 +29,14 @@ from surgery import (
     rollback,
     sweep,
 )
+from surgery.layout import sharding
 from surgery.layout.finding import find_layout
 from surgery.layout.slots import Block
 from surgery.masks.entries import shapes_of
 from surgery.scores import entry_gains, reversal_cost
 from surgery.scores.damage import earlier_answers
+
+operators = import_module("surgery.reverting.rollback")
 
 
 def numbers(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -203,6 +212,41 @@ def law_answers(home: Path, family: str, how: str) -> None:
     assert same(numbers(run.load()), before)
 
 
+def wrong_rows(patch: pytest.MonkeyPatch) -> None:
+    """Each process takes another's rows for its own."""
+
+    def mutant(tensor: Any, dim: int, original: Any = sharding._indices) -> torch.Tensor:
+        found = original(tensor, dim)
+        return (found + len(found)) % tensor.shape[dim] if len(found) < tensor.shape[dim] else found
+
+    patch.setattr(sharding, "_indices", mutant)
+
+
+def index_copy(patch: pytest.MonkeyPatch) -> None:
+    """Rows are written by ``DTensor.index_copy_``, which corrupts without a word."""
+
+    def mutant(tensor: Any, edit: Any, rows: torch.Tensor, original: Any = operators._write) -> None:
+        if edit.slot.part != "gate" or not sharding.is_sharded(tensor) or not hasattr(edit, "offsets"):
+            return original(tensor, edit, rows)
+        ranks, whole = sharding.ranks_among([tensor]), [Replicate()] * tensor.device_mesh.ndim
+        index, flat = ranks.gathered(edit.index), ranks.gathered(rows.flatten())
+        given = (DTensor.from_local(one, tensor.device_mesh, whole) for one in (index, flat.view(len(index), -1)))
+        with torch.no_grad():
+            tensor.index_copy_(0, *given)
+
+    patch.setattr(operators, "_write", mutant)
+
+
+def law_mutants(home: Path, mutant: Mutant) -> None:
+    """The rollback's law notices a mutant, on every process, by an assertion."""
+    home = home / mutant.__name__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "_owned", WeakKeyDictionary())
+        mutant(patch)
+        with pytest.raises(AssertionError):
+            law_rollback(home, "qwen3", "fsdp")
+
+
 KINDS = (("rollback", law_rollback), ("scores", law_scores), ("weights", law_weights))
 
 
@@ -218,3 +262,4 @@ def laws(*hows: str) -> dict[str, Callable[[Path], None]]:
 LAWS, LAWS_OF_FOUR = laws("fsdp", "tp"), laws("fsdp", "fsdp x tp")
 for name, law in (("measured", law_measured), ("answers", law_answers)):
     LAWS |= {f"{name}, qwen3, {how}": partial(law, family="qwen3", how=how) for how in ("fsdp", "tp")}
+LAWS |= {f"mutant {one.__name__}": partial(law_mutants, mutant=one) for one in (wrong_rows, index_copy)}

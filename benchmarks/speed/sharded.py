@@ -16,7 +16,7 @@ from pathlib import Path
 from benchmarks.hardware import statement
 from benchmarks.lab.tokenizer import build_tokenizer
 
-REPEATS = 3
+REPEATS = 2
 
 
 def made(folder: Path) -> None:

@@ -233,7 +233,7 @@ class _Search:
         self.bench, self.selector, self.grid = bench, selector, grid
         self.later, self.earlier = bench.later(), bench.earlier()
         self.metric = metric_of(self.earlier, self.later, metric)
-        self.tell = partial(tell, log, earlier=self.earlier, later=self.later, metric=self.metric)
+        self.tell = partial(tell, bench.only_first(log), earlier=self.earlier, later=self.later, metric=self.metric)
         self.rows: dict[float, Row] = {}
         self.masks: dict[float, Mask] = {}
 

@@ -118,6 +118,10 @@ class Bench:
         found: Mask = one.select(self.run, self.data)
         return found
 
+    def only_first(self, log: Log | None) -> Log | None:
+        """A log, in the first of the processes that hold the model together; None in the others."""
+        return log if self._ranks.first else None
+
     def _evaluate(self, model: nn.Module) -> Mapping[str, Score]:
         self.evaluations += 1
         found = self._scores(model)
@@ -333,7 +337,7 @@ def sweep(
     bench = Bench(run, data, evaluate, path, progress)
     later, earlier = bench.later(), bench.earlier()
     metric = metric_of(earlier, later, metric)
-    told = partial(tell, log, earlier=earlier, later=later, metric=metric)
+    told = partial(tell, bench.only_first(log), earlier=earlier, later=later, metric=metric)
     told(earlier)
     told(later)
     with remembered(own=True):

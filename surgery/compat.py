@@ -271,3 +271,17 @@ def saved_tensor(file: Any) -> tuple[Tensor, int]:
     with FakeTensorMode():
         found = torch.load(file, weights_only=True)
         return found, int(found.untyped_storage()._checkpoint_offset)
+
+
+def along_first(placement: Any) -> Any:
+    """A placement of ``DTensor`` that shards the first dimension as the given one shards its own.
+
+    torch's own ``_StridedShard`` is private. Needed because transformers and FSDP with tensor parallelism make such
+    ones, of which only torch can say which indices they hold.
+    """
+    from torch.distributed.tensor import Shard
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    if isinstance(placement, _StridedShard):
+        return _StridedShard(0, split_factor=placement.split_factor)
+    return Shard(0)

@@ -181,6 +181,16 @@ def test_writes_to() -> None:
     )
 
 
+def test_along_first() -> None:
+    """``_StridedShard``."""
+    from torch.distributed.tensor import Shard
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    strided = compat.along_first(_StridedShard(1, split_factor=2))
+    assert (strided.dim, strided.split_factor) == (0, 2), "ask the new class for its dimension and its split factor"
+    assert compat.along_first(Shard(2)) == Shard(0)
+
+
 def experts(model: nn.Module) -> nn.Module:
     """The first module of stacked experts."""
     return next(module for path, module in model.named_modules() if path.endswith("mlp.experts"))

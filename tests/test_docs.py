@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -54,10 +56,17 @@ def blocks(path: Path) -> list[tuple[str, str, bool, int]]:
     return [(m["kind"], m["code"], not m["skip"], text.count("\n", 0, m.start("code"))) for m in found]
 
 
-def commands(code: str) -> list[list[str]]:
+def commands(code: str, program: str = "surgery") -> list[list[str]]:
     """The arguments of each line ``surgery ...`` (with or without ``$``); a backslash continues a line."""
-    lines = re.findall(r"^(?:\$ )?surgery (.*)$", code.replace("\\\n", " "), re.M)
+    lines = re.findall(rf"^(?:\$ )?{program} (.*)$", code.replace("\\\n", " "), re.M)
     return [shlex.split(line, comments=True) for line in lines]
+
+
+def together(arguments: list[str], place: Path) -> None:
+    """A line ``torchrun ...``, in processes of its own."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", *arguments]
+    subprocess.run(command, env=env, cwd=place, check=True, timeout=300)
 
 
 def three_stages(folder: Path, family: str) -> None:
@@ -119,6 +128,8 @@ def test_the_blocks_of_a_page_run_in_order(path: Path, kinds: str, here: Path) -
             # as many empty lines before as in the page, so that a traceback shows the page's own line
             exec(compile("\n" * line + code, str(path), "exec", dont_inherit=True), namespace)
         elif kind == "console":
+            for arguments in commands(code, "torchrun") if run else ():
+                together(arguments, here)
             for arguments in commands(code) if run else ():
                 app(arguments, standalone_mode=False)
 

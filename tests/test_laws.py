@@ -366,7 +366,7 @@ def new_rows_saved(patch: pytest.MonkeyPatch) -> None:
 
 
 def missing_clone_in_undo(patch: pytest.MonkeyPatch) -> None:
-    def alias(self, tensor, index, original=Slot.take):
+    def alias(self, tensor, index, offsets=None, original=Slot.take):
         view = self.view(tensor)
         if self.stacked or index.diff().ne(1).any():
             return original(self, tensor, index)
@@ -389,7 +389,7 @@ def missing_clone_in_copy(patch: pytest.MonkeyPatch) -> None:
 
 
 def neighbour(patch: pytest.MonkeyPatch) -> None:
-    def shifted(self, tensor, index, rows, original=Slot.put):
+    def shifted(self, tensor, index, rows, offsets=None, original=Slot.put):
         original(self, tensor, (index + 1) % self.neurons, rows)
 
     patch.setattr(Slot, "put", shifted)

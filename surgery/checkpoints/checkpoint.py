@@ -20,6 +20,7 @@ from surgery.formats.folders import home_of, is_adapter, stored_in
 from surgery.formats.shards import INDEX, weight_map
 from surgery.formats.stored import SAFETENSORS
 from surgery.layout.on_disk import meta_model
+from surgery.layout.sharding import local, stored
 
 
 class Checkpoint(Mapping[str, Tensor]):
@@ -204,6 +205,8 @@ def opened(source: Source, *others: Source | None) -> Source:
 class State(Mapping[str, Tensor]):
     """A live module's parameters and buffers by name, never copied (``state_dict`` without its hooks).
 
+    Those of a sharded module have the shape of the whole tensor, and this process's numbers (``surgery.layout``).
+
     Args:
         module: the model; its parameters may lie on any device, but not be offloaded to ``meta``. One of peft has its
             adapters merged (``merge_adapter``).
@@ -211,7 +214,7 @@ class State(Mapping[str, Tensor]):
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module = plain_of(module)
-        named: list[tuple[str, Tensor]] = [*module.named_parameters(remove_duplicate=False)]
+        named: list[tuple[str, Tensor]] = [*stored(module).named_parameters(remove_duplicate=False)]
         named += module.named_buffers(remove_duplicate=False)
         self._tensors = {name: tensor.detach() for name, tensor in named}
 
@@ -273,7 +276,7 @@ def returned(module: nn.Module, moment: Moment) -> None:
 
 
 def _written(module: nn.Module) -> tuple[Any, ...]:
-    tensors = module.state_dict(keep_vars=True).values()
+    tensors = [local(one) for one in stored(module).state_dict(keep_vars=True).values()]
     return tuple((one.data_ptr(), one.dtype, 0 if one.is_inference() else writes_to(one)) for one in tensors)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +20,22 @@ from surgery.formats.stored import SAFETENSORS
 from surgery.layout.on_disk import class_of
 from surgery.tables import briefly
 
+Sharding = Literal["fsdp", "tp"]
 
-def loaded(source: Checkpoint, dtype: torch.dtype | None = None, device_map: str | None = None) -> nn.Module:
+
+def loaded(
+    source: Checkpoint,
+    dtype: torch.dtype | None = None,
+    device_map: str | None = None,
+    shard: Sharding | None = None,
+) -> nn.Module:
     """The model of a folder; a warning names what the folder holds and the model does not read.
 
     Args:
         source: the folder.
         dtype: torch dtype (default: that of its files).
         device_map: as in ``from_pretrained``.
+        shard: "fsdp" or "tp": over all processes that torchrun started, each of which reads its part.
 
     Raises:
         ValueError: the weights are quantised, or an adapter's; the configuration can't be read, or calls for a weight
@@ -42,11 +51,18 @@ def loaded(source: Checkpoint, dtype: torch.dtype | None = None, device_map: str
         )
     bare = source.stored.kind != SAFETENSORS
     weights = {name: _Unread(source, name, device_map == "meta") for name in source} if bare else None
+    placed = _over_processes(shard)
+    if bare and shard is not None:
+        raise ValueError(
+            f"shard={shard!r} reads safetensors, and {source.folder} holds {source.stored.kind}: load and shard the "
+            f"model as it was trained, and pass it as later"
+        )
     try:
         found: Any = (model_class(kind.__name__, config) if bare else kind).from_pretrained(
             None if bare else source.home, config=config, state_dict=weights, device_map=device_map,
             dtype=dtype or (_dtype(source) if bare else "auto"), local_files_only=True, trust_remote_code=False,
             use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True,
+            **placed,
         )  # fmt: skip
     except (ValueError, ImportError) as error:
         raise ValueError(f"transformers can't load {source.folder}: {briefly(error)}") from error
@@ -86,6 +102,29 @@ def _settle(model: Any, home: Path) -> None:
     model.config.name_or_path = model.name_or_path = str(home)
     if (home / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(home, local_files_only=True)
+
+
+def _over_processes(shard: Sharding | None) -> dict[str, Any]:
+    """What ``from_pretrained`` needs to shard a model, which also opens the process group."""
+    if shard is None:
+        return {}
+    if shard not in ("fsdp", "tp"):
+        raise ValueError(f'shard={shard!r}: expected "fsdp" or "tp"')
+    if "WORLD_SIZE" not in os.environ:
+        raise ValueError(
+            f'shard="{shard}" needs several processes: start the program with torchrun, like torchrun --nproc-per-node '
+            f"2 -m surgery select ... --shard {shard}"
+        )
+    try:
+        from transformers.distributed.configuration_utils import DistributedConfig
+
+        sizes: Any = {f"{shard}_size": int(os.environ["WORLD_SIZE"])}
+        return {"distributed_config": DistributedConfig(**sizes)}
+    except (ImportError, TypeError) as error:
+        raise ValueError(
+            f"this transformers can't shard a model as it reads it ({error}): install 5.23 or newer, or shard the "
+            f"model yourself and pass it as later"
+        ) from error
 
 
 def check_loads(source: Checkpoint) -> None:

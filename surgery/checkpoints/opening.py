@@ -21,6 +21,7 @@ from surgery.compat import passing_buffers
 from surgery.layout.finding import find_layout
 from surgery.layout.on_disk import folder_layout
 from surgery.layout.plain import check_stored
+from surgery.layout.sharding import counts_here, is_sharded, local, places_in, ranks_among
 from surgery.layout.slots import Block, Layout
 from surgery.units import Units, kinds_of
 
@@ -256,12 +257,32 @@ def sampled(tensors: Iterable[Tensor]) -> str:
 
     The values are rounded to bf16, so that a checkpoint is the same one in bf16 and in float32, on a CPU and on a GPU.
     """
-    digest = hashlib.sha256()
-    for tensor in tensors:
+    digest, held = hashlib.sha256(), [tensor.detach() for tensor in tensors]
+    for tensor, some in zip(held, _samples(held), strict=True):
         digest.update(str(tuple(tensor.shape)).encode())
-        if tensor.is_meta:  # offloaded: its values are elsewhere
-            continue
-        places = torch.linspace(0, max(0, tensor.numel() - 1), min(_SAMPLES, tensor.numel()), dtype=torch.float64)
-        some = tensor.detach()[torch.unravel_index(places.long().to(tensor.device), tensor.shape)]
-        digest.update(some.bfloat16().cpu().view(torch.int16).numpy().tobytes())
+        if not tensor.is_meta:  # offloaded: its values are elsewhere
+            digest.update(some.to(torch.int16).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _samples(tensors: list[Tensor]) -> list[Tensor]:
+    """The bits of those values; of sharded tensors the processes put them together, in one message."""
+    found = {str(at): _bits(tensor) for at, tensor in enumerate(tensors)}
+    found |= ranks_among(tensors).sums({at: bits for at, bits in found.items() if is_sharded(tensors[int(at)])})
+    return list(found.values())
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The values' bits as bf16 (int32 ``[value]``); 0 in place of those that another process holds."""
+    places = torch.linspace(0, max(0, tensor.numel() - 1), min(_SAMPLES, tensor.numel()), dtype=torch.float64)
+    found = torch.zeros(len(places), dtype=torch.int32)
+    if tensor.is_meta:
+        return found
+    at = torch.unravel_index(places.long().to(tensor.device), tensor.shape)
+    here = torch.ones(len(places), dtype=torch.bool) if counts_here(tensor) else torch.zeros_like(found).bool()
+    if is_sharded(tensor):
+        at = tuple(table[one.cpu()] for table, one in zip(places_in(tensor), at, strict=True))
+        here &= torch.stack(at).ge(0).all(0)
+    where = tuple(one[here.to(one.device)].to(tensor.device) for one in at)
+    found[here] = local(tensor)[where].bfloat16().cpu().view(torch.int16).int()
+    return found

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.checkpoints.checkpoint import Checkpoint, Source, in_force, opened
-from surgery.checkpoints.loading import loaded
+from surgery.checkpoints.loading import Sharding, loaded
 from surgery.checkpoints.opening import Weights, open_weights
 from surgery.checkpoints.wrapped import plain_of
 from surgery.layout.slots import Block, Layout
@@ -172,7 +172,7 @@ class Trajectory:
             raise ValueError(f"this needs the {name} checkpoint: pass Trajectory({name}=...)")
         return source
 
-    def load(self, device: Any = None, dtype: torch.dtype | None = None) -> nn.Module:
+    def load(self, device: Any = None, dtype: torch.dtype | None = None, shard: Sharding | None = None) -> nn.Module:
         """The run's live later model, in eval mode: the first call reads it, later calls return the same object.
 
         Every score and selector of this trajectory uses that model, on its device. A model that was given as ``later``
@@ -182,6 +182,7 @@ class Trajectory:
             device: where to put it (default: where it is, or the CPU); "auto" spreads it over all devices, as
                 accelerate's device map does, when it is read.
             dtype: torch dtype (default: its own).
+            shard: "fsdp" or "tp": when it is read, over all processes that torchrun started, on their devices.
 
         Raises:
             ValueError: there is no later checkpoint, or it is a bare mapping, which has no forward pass; its folder is
@@ -191,7 +192,7 @@ class Trajectory:
         if isinstance(self.later, nn.Module):
             return _moved(plain_of(self.later), device, dtype)
         if self._held.model is None:
-            self._held.model = self._read(device, dtype)
+            self._held.model = self._read(device, dtype, shard)
             return self._held.model
         assert self._held.read is not None
         if not self._held.read.is_current:
@@ -213,14 +214,16 @@ class Trajectory:
                 f"would be a mixture of two models. Undo it first, or pass the live model: Trajectory(later=model)"
             )
 
-    def _read(self, device: Any, dtype: torch.dtype | None) -> nn.Module:
+    def _read(self, device: Any, dtype: torch.dtype | None, shard: Sharding | None) -> nn.Module:
         if self.later is None:
             raise ValueError("there is no later checkpoint to load: pass Trajectory(later=...)")
         if isinstance(self.later, Mapping) and not isinstance(self.later, Checkpoint):
             raise ValueError("a bare mapping of tensors has no forward pass: pass a folder or an nn.Module as later")
         source = self.tensors("later")
         assert isinstance(source, Checkpoint)
-        model = loaded(source, dtype, "auto" if device == "auto" else None)
+        if shard is not None and device is not None:
+            raise ValueError(f"shard={shard!r} puts the model on the processes' own devices: leave device out")
+        model = loaded(source, dtype, "auto" if device == "auto" else None, shard)
         if offloaded := [name for name, p in model.named_parameters() if p.is_meta]:
             raise ValueError(
                 f"{offloaded[0]} and {len(offloaded) - 1} other tensors do not fit on the devices, and accelerate has "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import typer
 
 from surgery.cli.looking import analyse, inspect
 from surgery.cli.measuring import repair, sweep
-from surgery.cli.options import err
+from surgery.cli.options import err, out
 from surgery.cli.selecting import patch, rollback, select, strengths
 
 INTERRUPTED = 130  # the exit code
@@ -32,11 +33,20 @@ def _told_once() -> Callable[..., None]:
     seen = set[str]()
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        if str(message) not in seen:
+        if str(message) not in seen and not out.quiet:
             seen.add(str(message))
             err.print(f"warning: {message}", markup=False)
 
     return show
+
+
+def _check_processes() -> None:
+    """Refuse the processes of torchrun where each would do, and write, the same."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and not any(one.startswith("--shard") for one in sys.argv):
+        raise ValueError(
+            "torchrun starts several processes, and without --shard each would do the same: pass --shard fsdp or "
+            "--shard tp to select, sweep or repair, or start the command without torchrun"
+        )
 
 
 def main() -> None:
@@ -48,6 +58,7 @@ def main() -> None:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _told_once()
+            _check_processes()
             app()
     except (ValueError, LookupError, OSError) as error:
         text = error.args[0] if isinstance(error, KeyError) and error.args else error

@@ -30,6 +30,7 @@ from surgery.cli.options import (
     Rounds,
     Rows,
     Selected,
+    Shard,
     checked,
     device_of,
     dtype_of,
@@ -40,6 +41,7 @@ from surgery.cli.options import (
     out,
     path_option,
     prompts_of,
+    sharding_of,
     tell,
     trajectory_of,
     working,
@@ -56,7 +58,13 @@ UNREPAIRED = 3  # the exit code: damaged, and not repairable within the limits
 
 @contextmanager
 def _loaded(
-    run: Trajectory, data: Path | None, evaluate: str | None, batch_size: int, device: str | None, dtype: str | None
+    run: Trajectory,
+    data: Path | None,
+    evaluate: str | None,
+    batch_size: int,
+    device: str | None,
+    dtype: str | None,
+    shard: Any,
 ) -> Iterator[tuple[list[Batch] | None, Any, Callable[[str], None]]]:
     """The prompts, the evaluation, and a function that shows progress, with the run's later model loaded."""
     from surgery.live.prompts import load_prompts
@@ -65,7 +73,7 @@ def _loaded(
     batches = load_prompts(data, run.tensors("later"), batch_size=batch_size) if data else None
     function = None if evaluate is None else evaluation_of(evaluate)
     with working("loading") as say:
-        run.load(device, dtype_of(dtype))
+        run.load(device, dtype_of(dtype), shard)
         yield batches, function, say
 
 
@@ -87,6 +95,7 @@ def sweep(
     batch_size: BatchSize = 16,
     device: Device = None,
     dtype: Dtype = None,
+    shard: Shard = None,
     layout: LayoutFile = None,
     dry_run: DryRun = False,
 ) -> None:
@@ -96,6 +105,7 @@ def sweep(
     tracker = None if log is None else function_of(log, "--log")
     fractions = [fraction(text) for text in budgets.split(",")]
     check_selectors(selectors.split(","), checkpoints, data, how, units, protect, answers)
+    how_sharded = sharding_of(shard)
     run = checked(trajectory_of(checkpoints, layout), units)
     guard = protected(protect, protect_weight, run, batch_size)
     chosen = [selector_of(text, fractions[0], how, 0, units, guard, rounds) for text in selectors.split(",")]
@@ -104,7 +114,7 @@ def sweep(
         rows = len(chosen) * len(fractions) + references
         out.print(f"{len(chosen)} selectors × {len(fractions)} budgets + {references} references = {rows} rows")
         return
-    with _loaded(run, data, evaluate, batch_size, device, dtype) as (prompts, function, say):
+    with _loaded(run, data, evaluate, batch_size, device, dtype, how_sharded) as (prompts, function, say):
         batches, told = answered(run, prompts, answers)
         found = run_sweep(
             run,
@@ -168,6 +178,7 @@ def repair(
     batch_size: BatchSize = 16,
     device: Device = None,
     dtype: Dtype = None,
+    shard: Shard = None,
     layout: LayoutFile = None,
     reset_optimizer: ResetOptimizer = False,
     overwrite: Overwrite = False,
@@ -182,10 +193,11 @@ def repair(
     tracker = None if log is None else function_of(log, "--log")
     fractions = [fraction(text) for text in budgets.split(",")] if budgets else list(BUDGETS)
     check_selectors([selector], checkpoints, data, how, units, None, answers)
+    how_sharded = sharding_of(shard)
     run = checked(trajectory_of(checkpoints, layout), units)
     chosen = selector_of(selector, fractions[0], how, 0, units, ({}, 0.0), rounds)
     kept = _kept(keep or [], evaluate, run, batch_size)
-    with _loaded(run, data, evaluate, batch_size, device, dtype) as (prompts, function, say):
+    with _loaded(run, data, evaluate, batch_size, device, dtype, how_sharded) as (prompts, function, say):
         batches, told = answered(run, prompts, answers)
         done = run_repair(
             run,

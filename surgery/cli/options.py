@@ -44,6 +44,10 @@ Budget = Annotated[
 ]
 Device = Annotated[str | None, typer.Option(help='Where the model runs, like "cuda".')]
 Dtype = Annotated[str | None, typer.Option(help="The model's dtype, like \"bfloat16\" (default: the checkpoint's).")]
+Shard = Annotated[
+    str | None,
+    typer.Option(help="fsdp or tp: the processes that torchrun started hold the model together (docs/how-to)."),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done, with counts, and write nothing.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
 ResetOptimizer = Annotated[
@@ -178,6 +182,22 @@ def device_of(name: str | None) -> str | None:
     return name
 
 
+def sharding_of(shard: str | None) -> Any:
+    """How the model is sharded; then the first process alone prints and writes."""
+    import os
+
+    if shard is None:
+        return None
+    if shard not in ("fsdp", "tp"):
+        raise ValueError(f"--shard {shard}: expected fsdp or tp")
+    if "RANK" not in os.environ:
+        raise ValueError(
+            f"--shard {shard} needs several processes: torchrun --nproc-per-node 2 -m surgery ... --shard {shard}"
+        )
+    out.quiet = os.environ["RANK"] != "0"
+    return shard
+
+
 def layout_of(path: Path | None, source: Any, *others: Any) -> Layout | None:
     if path is None:
         return None
@@ -280,6 +300,9 @@ def working(what: str) -> Iterator[Callable[[str], None]]:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    if out.quiet:
+        yield lambda _: None
+        return
     start, done, told = time.monotonic(), threading.Event(), [what, ""]
 
     def line() -> str:

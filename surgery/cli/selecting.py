@@ -26,6 +26,7 @@ from surgery.cli.options import (
     ResetOptimizer,
     Rounds,
     Selected,
+    Shard,
     Strength,
     checked,
     device_of,
@@ -33,6 +34,7 @@ from surgery.cli.options import (
     layout_of,
     out,
     path_option,
+    sharding_of,
     strength_of,
     tell,
     tell_adapters,
@@ -67,6 +69,7 @@ def select(
     batch_size: BatchSize = 16,
     device: Device = None,
     dtype: Dtype = None,
+    shard: Shard = None,
     layout: LayoutFile = None,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
@@ -80,18 +83,19 @@ def select(
         check_file(output, overwrite)
     check_selectors([selector], checkpoints, data, how, units, protect, answers)
     device_of(device)
+    how_sharded = sharding_of(shard)
     run = checked(trajectory_of(checkpoints, layout), units)
     guard = protected(protect, protect_weight, run, batch_size)
     chosen = selector_of(selector, budget, how, seed, units, guard, rounds)
     with working(f"reading {len(checkpoints)} checkpoints"):
         batches = load_prompts(data, run.tensors("later"), batch_size=batch_size) if data else None
         if batches is not None and set(selector) & set("AD"):
-            run.load(device, dtype_of(dtype))
+            run.load(device, dtype_of(dtype), how_sharded)
         batches, told = answered(run, batches, answers, write=not dry_run)
         mask = chosen.select(run, batches)
     tell(told)
     _describe(mask, budget)
-    if output is not None and not dry_run:
+    if output is not None and not dry_run and not out.quiet:
         with whole_file(output, overwrite=overwrite) as new:
             mask.save(new)
         out.print(f"wrote {output}")

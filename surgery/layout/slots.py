@@ -22,11 +22,13 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
+from surgery.layout.sharding import is_sharded, local, places_in
 from surgery.units import kind_of, units_in
 
 
@@ -70,13 +72,23 @@ class Slot:
         """How many axes beyond the first address a neuron: 1 where experts are stacked, for (expert, neuron)."""
         return self._split[2] - 1
 
+    @property
+    def dimension(self) -> int:
+        """The dimension of the tensor along which its neurons lie (those of one expert)."""
+        left = re.findall(r"\([^)]*\)|\w+", self.pattern.split("->")[0])
+        neuron = self._split[1][self.stacked]
+        return next(at for at, axis in enumerate(left) if neuron in axis.strip("()").split())
+
     def view(self, tensor: Tensor) -> Tensor:
         """The slot's rows as a view of ``tensor``: ``[neuron, ...]``, or ``[expert, neuron, ...]`` where stacked."""
+        if is_sharded(tensor):
+            raise ValueError(
+                f"{self.tensor!r} is sharded over several processes, and all of it is needed here: pass the model's "
+                f"folder, or load the model in one process"
+            )
         pattern, axes, _ = self._split
         if self.rows is not None:
-            left = re.findall(r"\([^)]*\)|\w+", pattern.split("->")[0])
-            wide = next(at for at, axis in enumerate(left) if axes[0] in axis.strip("()").split())
-            tensor = tensor.narrow(wide, self.rows[0], self.rows[1] - self.rows[0])
+            tensor = tensor.narrow(self.dimension, self.rows[0], self.rows[1] - self.rows[0])
         view = rearrange(tensor, pattern, **dict(self.sizes), **({} if self.g is None else {"g": self.parts}))
         if self.g is None:
             return view
@@ -114,13 +126,17 @@ class Slot:
             found, index = [index % size, *found], index // size
         return (index, *found)
 
-    def take(self, tensor: Tensor, index: Tensor) -> Tensor:
-        """A copy of the rows at ``index`` (int64, counted from the slot's own first neuron): ``[len(index), ...]``."""
-        return self.view(tensor)[self._at(index.to(tensor.device))]
+    def take(self, tensor: Tensor, index: Tensor, offsets: Tensor | None = None) -> Tensor:
+        """A copy of the rows at ``index`` (int64, counted from the slot's own first neuron): ``[len(index), ...]``.
 
-    def put(self, tensor: Tensor, index: Tensor, rows: Tensor) -> None:
-        """Write ``rows`` (``[len(index), ...]``, the tensor's dtype and device) at ``index``, in place."""
-        self.view(tensor)[self._at(index.to(tensor.device))] = rows
+        With ``offsets`` only those numbers of each row: ``[len(index), len(offsets)]``. Of a sharded tensor this
+        process holds those of ``held``.
+        """
+        return self._home(tensor)[self._places(tensor, index, offsets)]
+
+    def put(self, tensor: Tensor, index: Tensor, rows: Tensor, offsets: Tensor | None = None) -> None:
+        """Write ``rows`` (shaped as ``take`` gives them, the tensor's dtype and device) at ``index``, in place."""
+        self._home(tensor)[self._places(tensor, index, offsets)] = rows
 
     def marked(self, index: Tensor, values: Tensor) -> Tensor:
         """Values of the rows at ``index``, where they lie in the tensor, and 0 elsewhere: float32.
@@ -137,11 +153,103 @@ class Slot:
 
     def take_entries(self, tensor: Tensor, positions: Tensor) -> Tensor:
         """A copy of single numbers: ``[len(positions)]``; position = neuron · width + offset in the neuron's row."""
-        return self.view(tensor)[torch.unravel_index(positions.to(tensor.device), self._rows)]
+        return self._home(tensor)[self._entries(tensor, positions)]
 
     def put_entries(self, tensor: Tensor, positions: Tensor, values: Tensor) -> None:
         """Write single numbers (the tensor's dtype and device) at those positions, in place."""
-        self.view(tensor)[torch.unravel_index(positions.to(tensor.device), self._rows)] = values
+        self._home(tensor)[self._entries(tensor, positions)] = values
+
+    def held(self, tensor: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Which neurons of a sharded tensor this process holds, and which numbers of each: pairs (index, offsets).
+
+        One pair, unless the cut between two processes goes through a neuron's own rows (a head of an attention).
+        """
+        rows, offsets = torch.arange(self.neurons), torch.arange(self.width)
+        whole, inside = torch.ones(self.neurons, dtype=torch.bool), torch.ones(self.width, dtype=torch.bool)
+        both: list[Tensor] = []  # a dimension along which the numbers of one neuron lie apart
+        for at, (along, across) in zip(places_in(tensor), self._apart(rows, offsets), strict=True):
+            here = at >= 0
+            if across is None and along is not None:
+                whole &= here[along]
+            elif along is None and across is not None:
+                inside &= here[across]
+            elif along is not None and across is not None:
+                values, back = across.unique(return_inverse=True)
+                both.append(here[along[:, None] + values][:, back])
+        if not both:
+            found = [(rows[whole], offsets[inside])]
+        else:
+            sorts, which = torch.stack(both).all(0).logical_and(inside).unique(dim=0, return_inverse=True)
+            found = [(rows[whole & (which == at)], offsets[one]) for at, one in enumerate(sorts)]
+        return [(index, some) for index, some in found if len(index) and len(some)]
+
+    def here(self, tensor: Tensor, positions: Tensor) -> Tensor:
+        """Which of some positions of a sharded tensor this process holds: bool ``[len(positions)]``."""
+        return torch.stack([at >= 0 for at in self._sharded(tensor, positions)]).all(0)
+
+    def _home(self, tensor: Tensor) -> Tensor:
+        return local(tensor) if is_sharded(tensor) else self.view(tensor)
+
+    def _places(self, tensor: Tensor, index: Tensor, offsets: Tensor | None) -> tuple[Tensor, ...]:
+        """Where rows lie: in the view, or in this process's part of a sharded tensor."""
+        if not is_sharded(tensor):
+            index = index.to(tensor.device)
+            if offsets is None:
+                return self._at(index)
+            return (*self._at(index[:, None]), *self._in_row(offsets.to(tensor.device)))
+        offsets = torch.arange(self.width) if offsets is None else offsets
+        found = []
+        for at, (along, across) in zip(places_in(tensor), self._apart(index, offsets), strict=True):
+            if across is None:
+                found.append(at[along][:, None])
+            else:
+                found.append(at[across if along is None else along[:, None] + across])
+        return self._checked(tensor, found)
+
+    def _checked(self, tensor: Tensor, places: list[Tensor]) -> tuple[Tensor, ...]:
+        if any(bool((one < 0).any()) for one in places):
+            raise ValueError(
+                f"{self.tensor!r} is sharded over several processes, and this one does not hold what it was asked "
+                f"for: pass the model's folder"
+            )
+        return tuple(one.to(tensor.device) for one in places)
+
+    def _entries(self, tensor: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+        """Where single numbers lie: in the view, or in this process's part of a sharded tensor."""
+        if is_sharded(tensor):
+            return self._checked(tensor, self._sharded(tensor, positions))
+        return torch.unravel_index(positions.to(tensor.device), self._rows)
+
+    def _sharded(self, tensor: Tensor, positions: Tensor) -> list[Tensor]:
+        at = torch.unravel_index(positions, self._rows)
+        return [here[one[at]] for here, one in zip(places_in(tensor), self._coordinates, strict=True)]
+
+    def _in_row(self, offsets: Tensor) -> tuple[Tensor, ...]:
+        axes = self._rows[1 + self.stacked :]
+        return torch.unravel_index(offsets, axes) if axes else ()
+
+    @cached_property
+    def _coordinates(self) -> tuple[Tensor, ...]:
+        """For each dimension of the tensor, where in it the view's numbers lie: shaped as the view, and expanded."""
+        ranges = torch.meshgrid([torch.arange(size) for size in self.shape], indexing="ij")
+        return tuple(self.view(one) for one in ranges)
+
+    def _apart(self, index: Tensor, offsets: Tensor) -> Iterator[tuple[Tensor | None, Tensor | None]]:
+        """The coordinates of rows' numbers, dimension by dimension, as a sum of what depends on the row and the rest.
+
+        One of the two is None where the coordinate does not depend on it.
+        """
+        units = 1 + self.stacked
+        for one in self._coordinates:
+            varies = [step > 0 and size > 1 for step, size in zip(one.stride(), one.shape, strict=True)]
+            row: Any = (*self._at(index), *[0] * (one.ndim - units))
+            inside: Any = (*[0] * units, *self._in_row(offsets))
+            if not any(varies[units:]):
+                yield one[row], None
+            elif not any(varies[:units]):
+                yield None, one[inside]
+            else:
+                yield one[row], one[inside] - one[(0,) * one.ndim]
 
 
 @dataclass(frozen=True)
@@ -212,16 +320,16 @@ class Block:
         """Parameters per neuron."""
         return sum(self.of(part)[0].width for part in self.parts)
 
-    def rows(self, tensors: Mapping[str, Tensor], part: str, index: Tensor) -> Tensor:
+    def rows(self, tensors: Mapping[str, Tensor], part: str, index: Tensor, offsets: Tensor | None = None) -> Tensor:
         """A copy of one part of the neurons at ``index``: ``[len(index), ...]``.
 
-        ``index`` is int64, sorted, on the CPU and not empty.
+        ``index`` is int64, sorted, on the CPU and not empty. With ``offsets`` only those numbers of each row.
         """
         pieces = []
         for slot in self._holding(part, int(index[0]), int(index[-1])):
             low, high = torch.searchsorted(index, torch.tensor([slot.start, slot.stop])).tolist()
             if low < high:
-                pieces.append(slot.take(tensors[slot.tensor], index[low:high] - slot.start))
+                pieces.append(slot.take(tensors[slot.tensor], index[low:high] - slot.start, offsets))
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def entries(self, tensors: Mapping[str, Tensor], part: str, positions: Tensor) -> Tensor:

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from surgery.checkpoints.checkpoint import folder_of
 from surgery.checkpoints.opening import sampled
 from surgery.files import Exists, path_of, whole_file
+from surgery.layout.sharding import ranks_of
 from surgery.live.heads import contiguous
-from surgery.live.hooks import evaluating
+from surgery.live.hooks import evaluating, untracked
 from surgery.live.lines import end_tokens
 from surgery.live.prompts import Batch, batches_of, check_fits, context_of, opened_tokenizer, padded, vocabulary_of
 from surgery.progress import steps
@@ -84,10 +85,12 @@ def respond(
         answers = _generate(model, asked, settings)
     else:
         head = {**settings.written(), "model": sampled(model.parameters())}
-        if not file.exists():
+        ranks = ranks_of(model)
+        if not ranks.from_first(file.exists):
+            new = _generate(model, asked, settings)
             with suppress(Exists):  # another process was faster: its answers count
-                _write(file, head, asked, _generate(model, asked, settings))
-        answers = _read(file, head, asked)
+                ranks.from_first(lambda: _write(file, head, asked, new))
+        answers = ranks.from_first(lambda: _read(file, head, asked))
     made = iter(zip(asked, answers, strict=True))
     pad = _special(model, "pad_token_id") or [0]
     return [batch if "labels" in batch else _joined(*next(made), pad[0]) for batch in batches]
@@ -143,7 +146,9 @@ def _generate(model: Any, asked: list[list[list[int]]], settings: _Settings) -> 
         how["suppress_tokens"] = [*range(settings.tokens, own)]
     answers = []
     forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-    with _ALONE, forked, torch.inference_mode(), evaluating(model), _own_settings(model), contiguous(model):
+    ranks = ranks_of(model)
+    how |= {"synced_gpus": True} if ranks.mesh is not None else {}  # all go on until the last answer has ended
+    with _ALONE, forked, untracked(ranks), evaluating(model), _own_settings(model), contiguous(model):
         torch.manual_seed(settings.seed)
         for rows in steps("the earlier model's answers", asked, len):
             length = max(map(len, rows))
@@ -158,7 +163,7 @@ def _generate(model: Any, asked: list[list[list[int]]], settings: _Settings) -> 
                 eos_token_id=ends or None, use_cache=True, **how,
             )  # fmt: skip
             answers.append([_until(row, ends) for row in out[:, length:].tolist()])
-    return answers
+    return ranks.from_first(lambda: answers)
 
 
 @contextmanager

@@ -19,7 +19,9 @@ from surgery.checkpoints.opening import Weights, open_weights
 from surgery.checkpoints.trajectory import Trajectory
 from surgery.compat import as_loaded, is_left_out
 from surgery.files import uninterrupted
+from surgery.layout.sharding import is_sharded, like, local, part_of
 from surgery.layout.slots import Block, Slot
+from surgery.masks.edits import Rows
 
 _SWAPPED = "the earlier model's weights are in its place"
 _inside: WeakKeyDictionary[nn.Module, list[tuple[Source, nn.Module]]] = WeakKeyDictionary()
@@ -62,6 +64,11 @@ def earlier_model(run: Trajectory) -> Iterator[nn.Module]:
     names, lacking = ([name for name in _names(model) if (name in there) is held] for held in (True, False))
     if isinstance(run.earlier, str | Path | Checkpoint) and not (check_alike(source, live) and _whole(there, lacking)):
         first = next(model.parameters())
+        if is_sharded(first):
+            raise ValueError(
+                f"{source.name} can't take the place of the sharded {live.name}, and whole it would lie in every "
+                f"process: load it sharded as well, and pass the model as earlier"
+            )
         beside = Trajectory(later=run.tensors("earlier")).load(device=first.device, dtype=first.dtype)
         with _known(outer, run.source("earlier"), beside):
             yield beside
@@ -169,11 +176,11 @@ def _swapped(names: list[str], live: Weights, to: Mapping[str, Tensor], back: Ma
     before = inside = moment_of(model)
     try:
         for name in names:
-            tensor = live.read(name)
-            known = name in back and _same_bits(tensor, back[name])
+            tensor = local(live.read(name))
+            known = name in back and _same_bits(tensor, local(back[name]))
             kept[name] = None if known else tensor.to("cpu", copy=True)
             with torch.no_grad():
-                tensor.copy_(to[name])
+                tensor.copy_(local(to[name]))
         inside = moment_of(model)
         yield
     finally:
@@ -192,7 +199,7 @@ def _put_back(kept: Mapping[str, Tensor | None], live: Weights, back: Mapping[st
     for name, old in kept.items():
         try:
             with torch.no_grad():
-                now[name].copy_(back[name] if old is None else old)
+                local(now[name]).copy_(local(back[name]) if old is None else old)
         except Exception as error:  # raised below, once the others are back
             failed[name] = error
     if failed:
@@ -219,6 +226,8 @@ def _names(model: nn.Module) -> list[str]:
 class AsLive(Mapping[str, Tensor]):
     """A source's tensors under the names and in the shapes of a live model's; only those that the source holds so.
 
+    Where the live model is sharded they are sharded as its own, and this process reads its part only.
+
     Args:
         source: a checkpoint of the live model, with the names that it has in memory or on disk.
         live: the live model, opened.
@@ -241,17 +250,17 @@ class AsLive(Mapping[str, Tensor]):
         return isinstance(name, str) and (name in self._parts or self._whole(name) is not None)
 
     def __getitem__(self, name: str) -> Tensor:
+        tensor = self.live.tensors[name]
         if (found := self._whole(name)) is not None:
-            return found
+            return like(tensor, part_of(found, tensor))
         if name not in self._parts:
             raise ValueError(
                 f"{self.source.name} holds no {name!r} of the shape that {self.live.name} has: are they one model's?"
             )
-        built = torch.empty(self.live.tensors[name].shape, dtype=self.live.tensors[name].dtype)
+        built = like(tensor, torch.empty(local(tensor).shape, dtype=tensor.dtype))
         for block, slot in self._parts[name]:
-            index = torch.arange(slot.start, slot.stop)
-            rows = self.source.layout[block.name].rows(self.source.tensors, slot.part, index)
-            slot.put(built, index - slot.start, rows.to("cpu", built.dtype))
+            for part in Rows(block, slot, torch.arange(slot.start, slot.stop)).held(tensor):
+                part.put(built, part.read(self.source).to(built.device, built.dtype))
         return built
 
     def __iter__(self) -> Iterator[str]:

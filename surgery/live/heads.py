@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgery.layout.sharding import ranks_of
 from surgery.live.hooks import removing
 from surgery.live.prompts import Batch, check_fits, response_mask, right_padded
 
@@ -134,6 +135,8 @@ def reading(model: nn.Module, batch: Batch) -> Reading:
         return found[:, -last:-1][where[:, first:].to(found.device)]
 
     head = _head(model)
+    if head is not None and ranks_of(model).mesh is not None:  # FSDP's own graph allows no second pass inside the first
+        return _at_once(model, head, gathered, inputs)
     if head is not None and (bodies := _bodies(model, head)):
         seen: list[Tensor] = []
         made: dict[nn.Module, list[Any]] = {}
@@ -153,6 +156,22 @@ def reading(model: nn.Module, batch: Batch) -> Reading:
             again = partial(_again, model, head, body, made[body][0], inputs)
             return Reading(seen[0], again, _outside(model, head, body), logits.shape[2])
     rows = gathered(_logits(model, inputs))
+    return Reading(rows, lambda some: some, (), rows.shape[1])
+
+
+def _at_once(
+    model: nn.Module, head: nn.Module, gathered: Callable[[Tensor], Tensor], inputs: dict[str, Any]
+) -> Reading:
+    """The logits of the positions that count, all of them, from one forward pass in which the head reads no others."""
+    seen: list[Tensor] = []
+
+    def before(hidden: Tensor) -> Tensor:
+        seen.append(gathered(hidden))
+        return seen[-1][None]
+
+    with _replaced(head, before):
+        logits = _logits(model, inputs)
+    rows = logits[0] if len(seen) == 1 and logits.shape[:2] == (1, len(seen[0])) else gathered(logits)
     return Reading(rows, lambda some: some, (), rows.shape[1])
 
 

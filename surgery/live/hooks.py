@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -14,7 +14,9 @@ from torch.overrides import TorchFunctionMode
 
 from surgery.checkpoints.opening import Weights
 from surgery.compat import declared, experts_implementation, gated_by, switches_experts
+from surgery.layout.sharding import Ranks, counts_here, is_sharded, local, stored
 from surgery.layout.slots import Block, Layout, Slot
+from surgery.masks.edits import Rows
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def untracked(ranks: Ranks) -> AbstractContextManager[None]:
+    """Without gradients; not in inference mode where FSDP gathers weights, which take gradients later on."""
+    return torch.inference_mode() if ranks.mesh is None else torch.no_grad()
 
 
 @contextmanager
@@ -156,8 +163,8 @@ class _Products(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def _is_part(self, tensor: Tensor) -> bool:
-        start = self.weight.data_ptr()
-        return start <= tensor.data_ptr() < start + self.weight.numel() * self.weight.element_size()
+        weight, start = local(self.weight), local(self.weight).data_ptr()
+        return start <= local(tensor).data_ptr() < start + weight.numel() * weight.element_size()
 
 
 def _listen_to_batched_experts(module: Any, hear: Hear, stack: ExitStack) -> None:
@@ -198,14 +205,16 @@ def collecting(model: nn.Module, layout: Layout, take: Take) -> Iterator[None]:
     for block in layout.blocks:
         for slot in block.slots:
             slots.setdefault(slot.tensor, []).append((block, slot))
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters: dict[str, Any] = dict(stored(model).named_parameters(remove_duplicate=False))
     if offloaded := [name for name in slots if parameters[name].is_meta]:
         raise ValueError(
             f"{offloaded[0]!r} is on the meta device: its weights are offloaded, and take no gradient there. Load the "
             f"model whole"
         )
 
-    def spread(name: str, grad: Tensor) -> None:
+    def spread(name: str, grad: Any) -> None:
+        if is_sharded(grad) and grad.placements != (home := parameters[name].placements):
+            grad = grad.redistribute(placements=home)
         for block, slot in slots[name]:
             take(block, slot, grad, parameters[name].detach())
 
@@ -256,28 +265,38 @@ def only_these(takes: Mapping[nn.Parameter, Callable[[Tensor], None]], model: nn
             p.grad = grad
 
 
-def in_runs(slot: Slot, *views: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
-    """Runs of a slot's neurons: the first one's index in the block, and each view's rows, float32 ``[neuron, width]``.
+def parts_of(block: Block, slot: Slot, tensor: Tensor) -> list[Rows]:
+    """All rows of a live slot; of a sharded tensor those that this process holds and counts (``Rows.held``)."""
+    whole = Rows(block, slot, torch.arange(slot.start, slot.stop))
+    return list(whole.held(tensor)) if counts_here(tensor) else []
 
-    The rows come on the device of the first view.
+
+def in_runs(part: Rows, *views: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+    """Runs of a part's rows: how many come before, and each view's rows, float32 ``[neuron, width]``.
+
+    The rows come on the device of the first view. ``views`` are shaped as ``rows_in`` gives them.
     """
-    inner = views[0].shape[1 : 1 + slot.stacked].numel()  # neurons per entry of the first axis
+    stacked = part.slot.stacked if part.offsets is None else 0
+    inner = views[0].shape[1 : 1 + stacked].numel()  # neurons per entry of the first axis
     chunk = CHUNK if views[0].device.type == "cpu" else LARGE
     step = max(1, chunk // max(1, views[0][:1].numel()))
     for at in range(0, len(views[0]), step):
         rows = [view[at : at + step] for view in views]
         count = len(rows[0]) * inner
-        yield (
-            slot.start + at * inner,
-            tuple(one.to(views[0].device, torch.float32).reshape(count, -1) for one in rows),
-        )
+        yield at * inner, tuple(one.to(views[0].device, torch.float32).reshape(count, -1) for one in rows)
 
 
-def as_live(source: Weights, live: Weights, block: Block, slot: Slot) -> Tensor:
-    """A live slot's rows in another checkpoint, shaped as in the live one: a view where the names agree."""
-    theirs = source.layout[block.name]
+def rows_in(part: Rows, tensor: Tensor) -> Tensor:
+    """A part's rows in a live tensor or its gradient: a view; of a sharded tensor a copy, ``[neuron, number]``."""
+    return part.slot.view(tensor) if part.offsets is None else part.take(tensor)
+
+
+def as_live(source: Weights, live: Weights, part: Rows) -> Tensor:
+    """A part's rows in another checkpoint, shaped as in the live one: a view where the names agree."""
+    theirs, slot = source.layout[part.block.name], part.slot
+    if part.offsets is not None:
+        return part.read(source)
     for other in theirs.of(slot.part):
         if replace(other, tensor=slot.tensor) == slot:
             return other.view(source.read(other.tensor))
-    rows = theirs.rows(source.tensors, slot.part, torch.arange(slot.start, slot.stop))
-    return rows.reshape(slot.view(live.tensors[slot.tensor]).shape)
+    return part.read(source).reshape(slot.view(live.tensors[slot.tensor]).shape)

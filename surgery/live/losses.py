@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from surgery.checkpoints.opening import sampled
 from surgery.files import path_of, whole_file
 from surgery.formats.shards import DTYPES, header_of, mapped
+from surgery.layout.sharding import ranks_of
 from surgery.live.heads import Reading, positions, reading
 from surgery.live.hooks import evaluating
 from surgery.live.prompts import Batch, batches_of, digest_of, each, fitting
@@ -125,9 +126,10 @@ def distillation(
     found = Distillation(place, sampled(earlier.parameters()), folder is None, divergence)
     for path in place.glob("*.safetensors"):
         _checked(path, found.model)
+    ranks = ranks_of(earlier)  # of a sharded model every process has its own files, or all share a folder
     with evaluating(earlier), torch.no_grad():
         for batch in each("the earlier model's predictions", fitting(batches_of(data))):
-            if not found.path(batch).exists():
+            if ranks.sum(torch.tensor(not found.path(batch).exists(), dtype=torch.int32)):
                 _keep(found.path(batch), reading(earlier, batch), found.model)
     return found
 
@@ -219,7 +221,7 @@ def mean_loss(loss: Loss, model: nn.Module, batches: Iterable[Batch]) -> float:
         for batch in each("the loss", fitting(batches) if isinstance(loss, Distillation) else batches):
             count = tokens_in([batch])
             total, tokens = total + float(loss(model, batch)) * count, tokens + count
-    return total / tokens
+    return ranks_of(model).same(total / tokens)
 
 
 def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:

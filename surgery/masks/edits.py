@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
+from surgery.layout.sharding import is_sharded
 from surgery.layout.slots import Block, Layout, Slot
 
 
@@ -28,6 +30,7 @@ class Rows:
     block: Block
     slot: Slot
     index: Tensor  # of the neurons in the block, int64, ascending
+    offsets: Tensor | None = None  # which numbers of each row, where not all of them
 
     @property
     def neurons(self) -> Tensor:
@@ -37,19 +40,29 @@ class Rows:
     @property
     def numbers(self) -> int:
         """How many numbers it writes."""
-        return len(self.index) * self.slot.width
+        return len(self.index) * (self.slot.width if self.offsets is None else len(self.offsets))
+
+    def held(self, tensor: Tensor) -> Iterator[Rows]:
+        """What of it this process holds: of a tensor that is not sharded, all."""
+        if not is_sharded(tensor):
+            yield self
+            return
+        for index, offsets in self.slot.held(tensor):
+            both = self.index[torch.isin(self.index, index + self.slot.start, assume_unique=True)]
+            if len(both):
+                yield replace(self, index=both, offsets=offsets)
 
     def take(self, tensor: Tensor) -> Tensor:
         """A copy of what the tensor holds there."""
-        return self.slot.take(tensor, self.index - self.slot.start)
+        return self.slot.take(tensor, self.index - self.slot.start, self.offsets)
 
     def put(self, tensor: Tensor, rows: Tensor) -> None:
         """Write there, in place."""
-        self.slot.put(tensor, self.index - self.slot.start, rows)
+        self.slot.put(tensor, self.index - self.slot.start, rows, self.offsets)
 
     def read(self, source: Held) -> Tensor:
         """A copy of what another checkpoint holds there, whatever its names and shapes."""
-        return source.layout[self.block.name].rows(source.tensors, self.slot.part, self.index)
+        return source.layout[self.block.name].rows(source.tensors, self.slot.part, self.index, self.offsets)
 
 
 @dataclass(frozen=True)
@@ -67,6 +80,14 @@ class Numbers:
     @property
     def numbers(self) -> int:
         return len(self.index)
+
+    def held(self, tensor: Tensor) -> Iterator[Numbers]:
+        if not is_sharded(tensor):
+            yield self
+            return
+        here = self.slot.here(tensor, self.index - self.slot.span[0])
+        if bool(here.any()):
+            yield replace(self, index=self.index[here])
 
     def take(self, tensor: Tensor) -> Tensor:
         return self.slot.take_entries(tensor, self.index - self.slot.span[0])

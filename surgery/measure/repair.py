@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from surgery.checkpoints.trajectory import Trajectory
+from surgery.layout.sharding import ranks_of
 from surgery.live.answers import respond
 from surgery.live.prompts import Batch, batches_of, halved
 from surgery.masks.mask import Mask
@@ -72,7 +73,9 @@ class Repair:
             raise ValueError(f"there is nothing to write: {self.verdict}")
         later, earlier = self.run.tensors("later"), self.run.tensors("earlier")
         view = rolled_back(later, to=earlier, mask=self.mask, layout=self.run.layout)
-        return save(view, folder, overwrite=overwrite, reset_optimizer=reset_optimizer)
+        return ranks_of(self.run.load()).from_first(
+            lambda: save(view, folder, overwrite=overwrite, reset_optimizer=reset_optimizer)
+        )
 
     @property
     def verdict(self) -> str:
@@ -230,7 +233,7 @@ class _Search:
         self.bench, self.selector, self.grid = bench, selector, grid
         self.later, self.earlier = bench.later(), bench.earlier()
         self.metric = metric_of(self.earlier, self.later, metric)
-        self.tell = partial(tell, log, earlier=self.earlier, later=self.later, metric=self.metric)
+        self.tell = partial(tell, bench.only_first(log), earlier=self.earlier, later=self.later, metric=self.metric)
         self.rows: dict[float, Row] = {}
         self.masks: dict[float, Mask] = {}
 

@@ -18,6 +18,7 @@ from surgery.checkpoints.opening import known
 from surgery.checkpoints.trajectory import Trajectory
 from surgery.compat import writes_to
 from surgery.files import alone, end_line, path_of, uncut
+from surgery.layout.sharding import local, ranks_of, stored
 from surgery.live.earlier import earlier_model
 from surgery.live.prompts import Batch, batches_of, digest_of
 from surgery.masks.mask import Mask
@@ -74,6 +75,7 @@ class Bench:
     ) -> None:
         run.check_whole()
         self.model, self.run = run.load(), run
+        self._ranks = ranks_of(self.model)  # every process measures every row; the first one's scores count
         self.data = None if data is None else list(batches_of(data))
         self.path = path_of(path) if path is not None else None
         self.evaluations = 0
@@ -116,9 +118,14 @@ class Bench:
         found: Mask = one.select(self.run, self.data)
         return found
 
+    def only_first(self, log: Log | None) -> Log | None:
+        """A log, in the first of the processes that hold the model together; None in the others."""
+        return log if self._ranks.first else None
+
     def _evaluate(self, model: nn.Module) -> Mapping[str, Score]:
         self.evaluations += 1
-        return self._scores(model)
+        found = self._scores(model)
+        return self._ranks.from_first(lambda: found)
 
     def _tried(self, mask: Mask) -> tuple[int, Mapping[str, Score]]:
         with rollback(self.model, to=self.run.tensors("earlier"), mask=mask, layout=self.run.layout) as done:
@@ -172,23 +179,29 @@ class Bench:
             "prompts": None if self.data is None else digest_of(self.data),
             "evaluate": how,
         }
+        held = self._ranks.from_first(lambda: self._begun(head))
+        self._settings = {(row.selector, row.budget): settings for row, settings in held if settings}
+        return {(row.selector, row.budget): row for row, _ in held}
+
+    def _begun(self, head: dict[str, Any]) -> list[tuple[Row, dict[str, str]]]:
+        """The rows of the file with their selectors' settings; a new one gets its first line."""
+        assert self.path is not None
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with alone(self.path) as file:
             text = uncut(file.read(), json.dumps(head))
             if not text.strip():
                 file.truncate(0)
                 file.write(json.dumps(head) + "\n")
-                return {}
+                return []
             found, held = read_rows(text, self.path)
             for name, mine in head.items():
                 if found.get(name) != mine:
                     raise ValueError(f"{self.path} holds rows of {_OTHERS[name]}: choose another file")
             end_line(self.path, file)
-        self._settings = {(row.selector, row.budget): settings for row, settings in held if settings}
-        return {(row.selector, row.budget): row for row, _ in held}
+        return held
 
     def _append(self, line: Mapping[str, Any]) -> None:
-        if self.path is not None:
+        if self.path is not None and self._ranks.first:
             with alone(self.path) as file:
                 end_line(self.path, file)  # another process may have been killed
                 file.write(json.dumps(line) + "\n")
@@ -205,7 +218,7 @@ def _watched(evaluate: Evaluate) -> Evaluate:
     """The evaluation, refused where it writes into or moves the parameters: later rows would be of another model."""
 
     def marks(model: nn.Module) -> dict[str, tuple[int, int]]:
-        named = model.named_parameters(remove_duplicate=False)
+        named = ((name, local(p)) for name, p in stored(model).named_parameters(remove_duplicate=False))
         return {name: (p.data_ptr(), writes_to(p)) for name, p in named if not p.is_inference()}
 
     def measure(model: nn.Module) -> Mapping[str, Score]:
@@ -324,7 +337,7 @@ def sweep(
     bench = Bench(run, data, evaluate, path, progress)
     later, earlier = bench.later(), bench.earlier()
     metric = metric_of(earlier, later, metric)
-    told = partial(tell, log, earlier=earlier, later=later, metric=metric)
+    told = partial(tell, bench.only_first(log), earlier=earlier, later=later, metric=metric)
     told(earlier)
     told(later)
     with remembered(own=True):

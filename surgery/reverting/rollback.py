@@ -25,6 +25,7 @@ from surgery.checkpoints.checkpoint import (
 from surgery.checkpoints.opening import Weights, open_weights
 from surgery.files import uninterrupted
 from surgery.formats.stored import Stored
+from surgery.layout.sharding import Ranks, counts_here, ranks_of
 from surgery.layout.slots import Block, Layout, Slot
 from surgery.masks.edits import Edit, Rows
 from surgery.masks.mask import Mask, checked
@@ -60,7 +61,8 @@ class Rollback:
     _before: Moment = field(repr=False)
 
     def __post_init__(self) -> None:
-        if self._old:  # where nothing was written there is nothing to undo
+        self._undone = not any(self.parameters.values())  # where nothing was written there is nothing to undo
+        if not self._undone:
             in_force(self._model).append(self._named())
         self._after = moment_of(self._model)
 
@@ -72,22 +74,27 @@ class Rollback:
 
         Undo overlapping rollbacks in the reverse order in which they were made.
         """
-        if not self._old:
+        if self._undone:
             return
+        self._undone = True
         in_force(self._model).remove(self._named())
         alone = moment_of(self._model) is self._after  # nobody else has written, or it was undone
         _put_back(self._model, self._old)
         if alone:
             returned(self._model, self._before)
 
-    def before(self, block: Block, slot: Slot) -> Tensor:
+    def before(self, block: Block, slot: Slot, offsets: Tensor | None = None) -> Tensor:
         """What the reverted rows of a live slot held before: ``[neuron, ...]``, in their order.
+
+        Of a slot that is sharded: those rows of which this process holds the numbers at ``offsets``.
 
         Raises:
             LookupError: none of its neurons was reverted, or the rollback was undone.
         """
         for edit, rows in self._old:
-            if isinstance(edit, Rows) and (edit.block.name, edit.slot) == (block.name, slot):
+            if not isinstance(edit, Rows) or (edit.block.name, edit.slot) != (block.name, slot):
+                continue
+            if edit.offsets is None or (offsets is not None and torch.equal(edit.offsets, offsets)):
                 return rows
         raise LookupError(f"no neuron of {slot.tensor} ({slot.part}) is reverted")
 
@@ -159,13 +166,15 @@ def rollback(
     live = open_weights(model, layout, units=checked(mask).units)
     check_strength(strength, live.layout)
     source = _opened(to, layout, live)
-    edits = list(mask.edits(live.layout, "the model"))
+    whole = list(mask.edits(live.layout, "the model"))
+    edits = [part for edit in whole for part in edit.held(live.tensors[edit.slot.tensor])]
     warn_if_made_for_others(mask, earlier=source)
     check_writable(live, edits)
+    ranks = ranks_of(model)
     old: list[tuple[Edit, Tensor]] = []
     finite: list[Tensor] = []  # read at the end: a GPU is waited for once, not once an edit
     changed: list[Tensor] = []
-    done, start = None, moment_of(model)
+    done, agreed, start = None, False, moment_of(model)
     try:
         with uninterrupted() as pending:
             for edit in edits:
@@ -173,7 +182,7 @@ def rollback(
                 before = edit.take(tensor)
                 after = new_values(edit, source, before, strength)
                 finite.append(after.isfinite().all())
-                changed.append((bits(before) != bits(after)).sum())
+                changed.append((bits(before) != bits(after)).sum() * counts_here(tensor))
                 old.append((edit, before.to(keep_on) if keep_on else before))
                 _write(tensor, edit, after)
                 if pending:
@@ -182,9 +191,12 @@ def rollback(
                 if not fine:
                     raise ValueError(_not_finite(edit, source, strength))
             written = dict.fromkeys(live.layout, 0)
-            for edit in edits:
+            for edit in whole:
                 written[edit.block.name] += edit.numbers
-            touched, differing = len({edit.slot.tensor for edit in edits}), sum(numbers(changed))
+            agreed = True
+            touched, differing = len({edit.slot.tensor for edit in whole}), _agreed(ranks, sum(numbers(changed)))
+            if ranks.mesh is not None and whole:
+                returned(model, Moment())  # also where this process holds none of the numbers
             told = recorded(strength, mask)
             done = Rollback(mask.count(), written, touched, differing, told, mask.noun, model, old, start)
     except BaseException:  # also of a Ctrl-C that was held back to the end: nobody would have the undo
@@ -192,8 +204,21 @@ def rollback(
             _put_back(model, old)
         else:
             done.undo()
+        if not agreed:
+            ranks.sum(torch.tensor([0, 1]))
         raise
     return done
+
+
+def _agreed(ranks: Ranks, changed: int) -> int:
+    """How many numbers changed on all processes together, once each has written its part."""
+    total, failed = ranks.sum(torch.tensor([changed, 0])).tolist()
+    if failed:
+        raise ValueError(
+            f"{failed} of the processes that hold the model could not write their part (each says why), and so the "
+            f"others have put back theirs"
+        )
+    return int(total)
 
 
 def _opened(to: Source, layout: Layout | None, later: Weights) -> Weights:

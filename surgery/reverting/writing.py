@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from surgery.checkpoints.opening import Weights
+from surgery.layout.sharding import local
 from surgery.layout.slots import Layout
 from surgery.masks.edits import Edit, Held
 from surgery.masks.mask import Mask
@@ -34,18 +35,19 @@ def check_writable(live: Weights, edits: list[Edit]) -> None:
     """Refuse weights that are offloaded, or share their storage with others (``ValueError``)."""
     names = {edit.slot.tensor for edit in edits}
     owners: dict[tuple[torch.device, int], set[str]] = {}
-    for name, tensor in live.tensors.items():
-        if tensor.device.type != "meta":
+    held = {name: local(tensor) for name, tensor in live.tensors.items()}
+    for name, tensor in held.items():
+        if tensor.device.type != "meta" and tensor.numel():
             owners.setdefault((tensor.device, tensor.untyped_storage().data_ptr()), set()).add(name)
     for name in names:
-        tensor = live.tensors[name]
+        tensor = held[name]
         if tensor.device.type == "meta":
             raise ValueError(
                 f"{name} is on the meta device: its weights are offloaded, and an edit would be lost. Load the model "
                 f"whole, or roll the folder back with rolled_back() and save()"
             )
-        ours, storage = name, owners[tensor.device, tensor.untyped_storage().data_ptr()]
-        if shared := sorted(other for other in storage - {ours} if _overlap(live.tensors[other], tensor)):
+        ours, storage = name, owners.get((tensor.device, tensor.untyped_storage().data_ptr()), {name})
+        if shared := sorted(other for other in storage - {ours} if _overlap(held[other], tensor)):
             raise ValueError(f"{name} shares its memory with {shared[0]!r}: writing the one would change the other too")
 
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from surgery.checkpoints.trajectory import Trajectory, check_finite, displacements
 from surgery.layout.finding import find_layout
+from surgery.layout.sharding import Ranks, ranks_of, share_along, stored
 from surgery.layout.slots import Block, Layout
-from surgery.live.hooks import Routing, evaluating, listening
+from surgery.live.hooks import Routing, evaluating, listening, untracked
 from surgery.live.prompts import Batch, batches_of, check_fits, each, passes, response_mask, right_padded
 from surgery.masks.neurons import Neurons
 from surgery.scores.adapters import squares_of
@@ -48,13 +49,15 @@ def activation(
     """
     layout = layout or find_layout(model, units=units)
     listeners = [_Listener(block) for block in layout.blocks]
-    inner = getattr(model, "base_model", model)
+    ranks = ranks_of(model)
+    inner = getattr(model, "base_model", model) if ranks.mesh is None else model  # FSDP gathers from the outside in
     device = next(model.parameters()).device
     if device.type == "meta":
         raise ValueError("the model's weights are on the meta device (offloaded or empty): load it before listening")
-    with evaluating(model), torch.inference_mode():
+    with evaluating(model), untracked(ranks):
         for batch in map(right_padded, each("activations", passes(batches_of(data))[0])):
             _run(model, inner, batch, listeners, device)
+    _together(model, ranks, listeners)
     return _mean(layout, listeners, model)
 
 
@@ -63,28 +66,54 @@ class _Listener:
 
     def __init__(self, block: Block) -> None:
         self.block = block
-        self.sums = torch.zeros(block.channels, dtype=torch.float64)
+        self.sums = torch.zeros((), dtype=torch.float64)
+        self.width = 0  # channels that are heard (of each expert); with tensor parallelism fewer than there are
         self.counts = torch.zeros(max(block.experts, 1), dtype=torch.float64)
         self.weights = torch.zeros(0)
         self.fired = False
 
     def __call__(self, h: Tensor, routing: Routing | None) -> None:
-        self.fired = True
+        self.fired, self.width = True, h.shape[-1]
         rows = h.reshape(-1, h.shape[-1]).abs()
         weights = self.weights.to(rows.device)
         if routing is None:
             if len(rows) != len(weights):
                 raise RuntimeError(f"{self.block.name}: {len(rows)} activations for {len(weights)} tokens")
-            self.sums += (weights @ rows.float()).double().cpu()
+            self.sums = self.sums + (weights @ rows.float()).double().cpu()
             self.counts += weights.sum().double().cpu()
             return
         # Experts come sorted or one at a time in most implementations; index_add does not care.
         per_row = weights[routing.tokens]
         sums = torch.zeros(self.block.experts, rows.shape[1], device=rows.device)
         sums.index_add_(0, routing.experts, rows.float() * per_row[:, None])
-        self.sums += sums.flatten().double().cpu()
+        self.sums = self.sums + sums.flatten().double().cpu()
         counts = torch.zeros(self.block.experts, device=rows.device).index_add_(0, routing.experts, per_row)
         self.counts += counts.double().cpu()
+
+
+def _together(model: nn.Module, ranks: Ranks, listeners: list[_Listener]) -> None:
+    """Put together what the processes heard; with tensor parallelism each hears the channels of its own neurons."""
+    if ranks.mesh is None:
+        return
+    weights = dict(stored(model).named_parameters(remove_duplicate=False))
+    sums, counts = {}, {}
+    for listener in (one for one in listeners if one.fired):
+        block, experts = listener.block, max(listener.block.experts, 1)
+        slot = (block.of("down") or block.of("o"))[0]
+        heard = sums[block.name] = torch.zeros(experts, block.channels // experts, dtype=torch.float64)
+        index, counted = (
+            (torch.arange(heard.shape[1]), ranks.first)
+            if listener.width == heard.shape[1]
+            else share_along(weights[slot.tensor], slot.dimension)
+        )
+        if len(index) != listener.width:
+            raise RuntimeError(f"{block.name}: {listener.width} channels, and this process holds {len(index)} of them")
+        if counted:
+            heard[:, index] = listener.sums.reshape(experts, -1)
+        counts[block.name] = listener.counts * ranks.first
+    sums, counts = ranks.sums(sums), ranks.sums(counts)
+    for listener in (one for one in listeners if one.fired):
+        listener.sums, listener.counts = sums[listener.block.name].flatten(), counts[listener.block.name]
 
 
 def _run(model: nn.Module, inner: Any, batch: Batch, listeners: list[_Listener], device: torch.device) -> None:

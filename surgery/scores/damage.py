@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from surgery.checkpoints.checkpoint import Checkpoint
 from surgery.checkpoints.opening import Weights
 from surgery.checkpoints.trajectory import Trajectory, check_finite
+from surgery.layout.sharding import ranks_of
 from surgery.layout.slots import Block, Slot
 from surgery.live.answers import respond
 from surgery.live.earlier import earlier_model, is_bare
-from surgery.live.hooks import as_live, collecting, in_runs
+from surgery.live.hooks import as_live, collecting, in_runs, parts_of, rows_in
 from surgery.live.losses import Distillation, Divergence, Loss, check_loss, distillation, summed, tokens_in
 from surgery.live.prompts import Batch, batches_of, each, fitting, passes, vocabulary_of
+from surgery.masks.edits import Rows
 from surgery.masks.neurons import Neurons
 from surgery.reverting.rollback import Rollback, rollback
 from surgery.scores.amc import dot
@@ -65,7 +67,7 @@ def damage(
             one.backward()
             value += float(one.detach())
     found = total.mean(tokens, run, units)
-    gain = sum(float(sums.sum()) for sums in total.sums.values()) / tokens
+    gain, value = sum(float(sums.sum()) for sums in total.sums.values()) / tokens, ranks_of(model).same(value)
     return Neurons(found, made_by={"damage": {"tokens": tokens, "sum": gain, "loss": value / tokens}})
 
 
@@ -180,7 +182,7 @@ def reversal_cost(
     far = distillation(model, batches, divergence=loss)
     tokens = tokens_in(batches)
     with _all_back(model, run, live) as done:
-        total = _Total(live, done.before)
+        total = _Total(live, lambda part: done.before(part.block, part.slot, part.offsets))
         with total.collecting(model):
             for batch in each("gradients of what it costs", batches):
                 summed(far, model, batch).backward()
@@ -200,8 +202,8 @@ def _total(run: Trajectory, units: Units) -> _Total:
     later = unrounded(run, live, units)
     return _Total(
         live,
-        lambda block, slot: as_live(earlier, live, block, slot),
-        lambda block, slot, _: as_live(later, live, block, slot),
+        lambda part: as_live(earlier, live, part),
+        lambda part, _: as_live(later, live, part),
     )
 
 
@@ -228,20 +230,26 @@ def _all_back(model: nn.Module, run: Trajectory, live: Weights) -> Rollback:
 class _Total:
     """Σ over backward passes of ⟨∇, θ − θ'⟩ per neuron; every gradient is reduced and freed as it comes.
 
-    ``other`` gives a slot's rows of θ', and ``own`` those of θ (default: the live tensor's), shaped as the live ones.
+    ``other`` gives rows of θ', and ``own`` those of θ (default: the live tensor's), shaped as the live ones.
     """
 
     live: Weights
-    other: Callable[[Block, Slot], Tensor]
-    own: Callable[[Block, Slot, Tensor], Tensor] = lambda _, slot, now: slot.view(now)
+    other: Callable[[Rows], Tensor]
+    own: Callable[[Rows, Tensor], Tensor] = rows_in
     sums: dict[str, Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
         self.sums = {block.name: torch.zeros(block.neurons, dtype=torch.float64) for block in self.live.layout.blocks}
 
-    def collecting(self, model: nn.Module) -> AbstractContextManager[None]:
-        """While the body runs, the weights of the neurons take gradients, and nothing else does."""
-        return collecting(model, self.live.layout, self.add)
+    @contextmanager
+    def collecting(self, model: nn.Module) -> Iterator[None]:
+        """While the body runs, the weights of the neurons take gradients, and nothing else does.
+
+        At the end the sums are those of all processes that hold the model together.
+        """
+        with collecting(model, self.live.layout, self.add):
+            yield
+        self.sums = ranks_of(model).sums(self.sums)
 
     def mean(self, tokens: int, run: Trajectory, units: Units) -> dict[str, Tensor]:
         """The sums per token; where they are NaN or infinite, a ``ValueError`` that names the cause."""
@@ -255,7 +263,8 @@ class _Total:
 
     def add(self, block: Block, slot: Slot, grad: Tensor, now: Tensor) -> None:
         """Reduce one slot of one tensor's gradient."""
-        there = self.own(block, slot, now)
-        views = slot.view(grad), there, self.other(block, slot).reshape(there.shape)
-        for first, (g, weight, other) in in_runs(slot, *views):
-            self.sums[block.name][first : first + len(g)] += dot(g, weight - other).cpu()
+        for part in parts_of(block, slot, now):
+            there = self.own(part, now)
+            views = rows_in(part, grad), there, self.other(part).reshape(there.shape)
+            for at, (g, weight, other) in in_runs(part, *views):
+                self.sums[block.name][part.index[at : at + len(g)]] += dot(g, weight - other).cpu()

@@ -13,14 +13,16 @@ from torch import Tensor, nn
 
 from surgery.checkpoints.opening import Weights
 from surgery.checkpoints.trajectory import Trajectory, check_finite, displacements
+from surgery.layout.sharding import ALONE, Ranks
 from surgery.layout.slots import Block, Slot
-from surgery.live.hooks import as_live, collecting, in_runs
+from surgery.live.hooks import as_live, collecting, in_runs, rows_in
 from surgery.live.losses import Divergence, Loss, summed, tokens_in
 from surgery.live.prompts import Batch, each
 from surgery.masks.budget import Allocation, share
 from surgery.masks.entries import Entries, shapes_of
 from surgery.scores.damage import answered, unrounded
 from surgery.scores.memory import remembering
+from surgery.scores.places import Places, starts_of
 from surgery.units import Units
 
 
@@ -63,6 +65,23 @@ def best(flat: Tensor, count: int) -> Tensor:
 
 
 _SAMPLE = 1 << 18  # how many numbers it looks at, at most
+
+
+def _best_of_all(flat: Tensor, places: Places, count: int) -> Tensor:
+    """``best`` of the numbers of all processes, on each of them.
+
+    They find the threshold together, by a histogram that they add up. Then each tells which of its own exceed it.
+    """
+    bits, _, equal = _threshold(flat, min(count, places.total), places.ranks)
+    found = _above(flat, bits, count)
+    assert found is not None
+    ties = [(some == bits).nonzero().flatten() + start for start, _, some in _chunks(flat)] if equal else []
+    which = places.positions(torch.cat([torch.zeros(0, dtype=torch.int64), *ties])).sort().values[:equal]
+    same = places.ranks.gathered(which).sort().values[:equal]
+    above, values = places.ranks.gathered(places.positions(found[0])), places.ranks.gathered(found[1])
+    order = above.argsort()
+    order = order[values[order].sort(descending=True, stable=True).indices]
+    return torch.cat([above[order], same])
 
 
 def _guess(flat: Tensor, count: int) -> int:
@@ -111,12 +130,6 @@ def entries_of(chosen: Tensor, shapes: dict[str, tuple[int, int]]) -> Entries:
     return Entries({part: found - first for (part, first), found in parts}, shapes=shapes)
 
 
-def starts_of(shapes: dict[str, tuple[int, int]]) -> dict[str, int]:
-    """Where the numbers of each part begin, part after part."""
-    sizes = [neurons * width for neurons, width in shapes.values()]
-    return dict(zip(shapes, torch.tensor([0, *sizes]).cumsum(0).tolist(), strict=False))
-
-
 def _chunks(flat: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Runs of the numbers, and their bits as integers: positive floats are ordered as those, all others are ≤ 0."""
     for start in range(0, len(flat), CHUNK):
@@ -136,7 +149,7 @@ def _histogram(flat: Tensor, prefix: int | None) -> Tensor:
     return found.flip(0)
 
 
-def _threshold(flat: Tensor, count: int) -> tuple[int, int, int]:
+def _threshold(flat: Tensor, count: int, ranks: Ranks = ALONE) -> tuple[int, int, int]:
     """The bits of the ``count``-th highest positive number, how many numbers that takes, and how many equal it of them.
 
     (0, how many are positive, 0) where there are fewer positive ones. Two passes: one over the upper halves of the
@@ -146,7 +159,7 @@ def _threshold(flat: Tensor, count: int) -> tuple[int, int, int]:
         return _HIGHEST, 0, 0
     prefix, above = None, 0.0
     for _ in range(2):
-        counts = _histogram(flat, prefix)
+        counts = ranks.sum(_histogram(flat, prefix))
         reached = counts.cumsum(0) + above
         if reached[-1] < count:
             return 0, int(reached[-1]), 0
@@ -160,7 +173,8 @@ def _threshold(flat: Tensor, count: int) -> tuple[int, int, int]:
 class Gains:
     """D of every candidate weight, and what it was measured with.
 
-    ``flat``: float32 ``[weight]``, part after part in the order of ``shapes``, mapped from a temporary file.
+    ``flat``: float32 ``[weight]``, part after part in the order of ``shapes``, mapped from a temporary file. Of a model
+    that several processes hold, those of this process.
     """
 
     flat: Tensor
@@ -170,10 +184,15 @@ class Gains:
     batches: list[Batch]
     tokens: int
     value: float  # the loss at the later model
+    places: Places | None = None  # where several processes hold the model: which of all weights ``flat`` is of
 
     def best(self, count: int) -> Tensor:
-        """Where the ``count`` highest positive gains lie (see ``surgery.scores.weights.best``)."""
-        return best(self.flat, count)
+        """Which weights have the ``count`` highest positive gains (see ``surgery.scores.weights.best``)."""
+        return best(self.flat, count) if self.places is None else _best_of_all(self.flat, self.places, count)
+
+    def drop(self, weights: Tensor) -> None:
+        """Set the gains of some weights to zero."""
+        self.flat[weights if self.places is None else self.places.places(weights)] = 0
 
     def entries(self, chosen: Tensor) -> Entries:
         """Indices into ``flat`` as a mask."""
@@ -204,14 +223,14 @@ def entry_gains(
     batches, loss = answered(run, data, loss)
     model = run.load()
     live, earlier = run.live("earlier", units=units)
-    shapes = shapes_of(live.layout)
-    starts = starts_of(shapes)
-    flat = zeros_on_disk(sum(neurons * width for neurons, width in shapes.values()))
+    places = Places(live)
+    flat = zeros_on_disk(places.here)
 
     def add(block: Block, slot: Slot, grad: Tensor, _: Tensor) -> None:
-        for first, (g,) in in_runs(slot, slot.view(grad)):
-            at = starts[f"{block.name}/{slot.part}"] + first * slot.width
-            flat[at : at + g.numel()] += g.flatten().cpu()
+        for part, start in places.of(block, slot):
+            for before, (g,) in in_runs(part, rows_in(part, grad)):
+                at = start + before * g.shape[1]
+                flat[at : at + g.numel()] += g.flatten().cpu()
 
     tokens, value = tokens_in(batches), 0.0
     with collecting(model, live.layout, add):
@@ -219,8 +238,9 @@ def entry_gains(
             one = summed(loss, model, batch)
             one.backward()
             value += float(one.detach())
-    _times_change(flat, starts, live, unrounded(run, live, units), earlier, tokens)
-    return Gains(flat, shapes, model, loss, batches, tokens, value / tokens)
+    _times_change(flat, places, unrounded(run, live, units), earlier, tokens)
+    value = places.ranks.same(value / tokens)
+    return Gains(flat, places.shapes, model, loss, batches, tokens, value, places if places.shared else None)
 
 
 def lower_gains(
@@ -251,19 +271,20 @@ def lower_gains(
     return found
 
 
-def _times_change(
-    flat: Tensor, starts: dict[str, int], live: Weights, later: Weights, earlier: Weights, tokens: int
-) -> None:
+def _times_change(flat: Tensor, places: Places, later: Weights, earlier: Weights, tokens: int) -> None:
     """Turn the gradients' sums into gains per token, in place."""
-    for block in live.layout.blocks:
-        for slot in block.slots:
-            views = as_live(later, live, block, slot), as_live(earlier, live, block, slot)
-            for first, (now, before) in in_runs(slot, *views):
-                at = starts[f"{block.name}/{slot.part}"] + first * slot.width
-                gains = flat[at : at + now.numel()]
-                gains *= ((now - before) / tokens).flatten().cpu()
-                if not bool(gains.sum().isfinite()) and not bool(gains.isfinite().all()):
-                    raise ValueError(f"the gradient of {slot.tensor!r} is NaN or infinite on these prompts")
+    live, wrong = places.live, []
+    slots = ((block, slot) for block in live.layout.blocks for slot in block.slots)
+    for (_, slot), part, start in ((one, *found) for one in slots for found in places.of(*one)):
+        for before, (now, then) in in_runs(part, as_live(later, live, part), as_live(earlier, live, part)):
+            at = start + before * now.shape[1]
+            gains = flat[at : at + now.numel()]
+            gains *= ((now - then) / tokens).flatten().cpu()
+            if not bool(gains.sum().isfinite()) and not bool(gains.isfinite().all()):
+                wrong.append(slot.tensor)
+    if places.ranks.sum(torch.tensor(len(wrong))):
+        which = repr(wrong[0]) if wrong else "a weight that another process holds"
+        raise ValueError(f"the gradient of {which} is NaN or infinite on these prompts")
 
 
 _Shapes = dict[str, tuple[int, int]]

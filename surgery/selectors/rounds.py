@@ -199,7 +199,7 @@ class _Path:
         wanted = max(1, self._end(at + 1) - len(self.taken))
         with self._reverted(len(self.taken)):
             gains = lower_gains(self.run, self._drawn(at), loss=self.loss, units=self.units)
-        gains.flat[self.taken] = 0  # where the earlier model is stored wider, what is left is rounding
+        gains.drop(self.taken)  # where the earlier model is stored wider, what is left is rounding
         best = gains.best(wanted)
         self.ended = len(best) < wanted
         if len(best):

@@ -1,5 +1,0 @@
-"""``python -m surgery.cli`` is ``surgery``."""
-
-from surgery.cli.entry import main
-
-main()

@@ -1,0 +1,265 @@
+"""The laws of models that several processes hold together; each process runs all of them (tests/sharded.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import pytest
+import sharded
+import torch
+import torch.distributed as dist
+from mutants import Mutant
+from torch import nn
+from torch.distributed.tensor import DTensor, Replicate
+
+from surgery import (
+    DamageSelector,
+    Entries,
+    Neurons,
+    Trajectory,
+    activation,
+    damage,
+    likelihood,
+    repair,
+    rollback,
+    sweep,
+)
+from surgery.layout import sharding
+from surgery.layout.finding import find_layout
+from surgery.masks.edits import Numbers, Rows
+from surgery.masks.entries import shapes_of
+from surgery.scores import entry_gains, reversal_cost
+from surgery.scores.damage import earlier_answers
+
+operators = import_module("surgery.reverting.rollback")
+
+
+def numbers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Every parameter, whole."""
+    from surgery.layout.sharding import is_sharded, stored
+
+    held = stored(model).named_parameters()
+    return {n: (p.full_tensor() if is_sharded(p) else p).detach().clone() for n, p in held}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def some_units(model: nn.Module, units: object, seed: int = 0) -> Neurons:
+    draw = torch.Generator().manual_seed(seed)
+    sizes = find_layout(model, units=units).sizes
+    return Neurons({name: torch.rand(size, generator=draw) < 0.3 for name, size in sizes.items()})
+
+
+def some_weights(model: nn.Module, units: object) -> Entries:
+    draw, shapes = torch.Generator().manual_seed(1), shapes_of(find_layout(model, units=units))
+    found = {part: (torch.rand(n * w, generator=draw) < 0.1).nonzero().flatten() for part, (n, w) in shapes.items()}
+    return Entries(found, shapes=shapes)
+
+
+def law_rollback(home: Path, family: str, how: str) -> None:
+    """Weights bit for bit as in one process, undo the identity, and each process reads only its own rows of ``to``."""
+    earlier, later = sharded.folders(home, family)
+    model, alone = sharded.sharded(later, how), sharded.one(later)
+    before = numbers(alone)
+    assert same(numbers(model), before)
+    read, asked = [0], {kind: kind.read for kind in (Rows, Numbers)}
+
+    def counting(self, source):
+        found = asked[type(self)](self, source)
+        read[0] += found.numel()
+        return found
+
+    both = ("mlp", "kv_group")
+    for mask in (
+        some_units(alone, "mlp"),
+        some_units(alone, both),
+        some_weights(alone, both),
+        some_units(alone, "value_channel"),
+    ):
+        for strength in (1.0, 0.5):
+            reference = rollback(alone, to=earlier, mask=mask, strength=strength)
+            read[0] = 0
+            with pytest.MonkeyPatch.context() as patch:
+                for kind in asked:
+                    patch.setattr(kind, "read", counting)
+                done = rollback(model, to=earlier, mask=mask, strength=strength)
+            total = torch.tensor(read[0])
+            dist.all_reduce(total)
+            assert same(numbers(model), numbers(alone)), (mask.units, strength)
+            assert (done.neurons, done.parameters, done.tensors, done.changed) == (
+                reference.neurons, reference.parameters, reference.tensors, reference.changed,
+            )  # fmt: skip
+            assert int(total) == sum(done.parameters.values())
+            assert read[0] < int(total)
+            with torch.no_grad():  # a forward pass leaves parameters gathered
+                model(input_ids=torch.arange(4, 10)[None])
+            done.undo()
+            reference.undo()
+            assert same(numbers(model), before)
+            assert same(numbers(alone), before)
+
+
+def prompts(labels: bool = True) -> list[dict[str, torch.Tensor]]:
+    draw, found = torch.Generator().manual_seed(5), []
+    for _ in range(3):
+        ids = torch.randint(3, 60, (8, 10), generator=draw)
+        mask = torch.ones_like(ids)
+        mask[0, 8:] = 0
+        batch = {"input_ids": ids, "attention_mask": mask}
+        marks = torch.where(mask.bool() & (torch.arange(10) > 4), ids, -100)
+        found.append({**batch, "labels": marks} if labels else batch)
+    return found
+
+
+def close(one: Neurons, other: Neurons) -> None:
+    assert one.sizes == other.sizes
+    for name, value in one.items():
+        torch.testing.assert_close(value, other[name], rtol=1e-5, atol=1e-6 * float(other[name].abs().max()))
+        assert torch.equal(one.available(name), other.available(name))
+
+
+def everywhere(mask: Neurons | Entries) -> bool:
+    """Whether every process has the same mask."""
+    mine = {name: value.tolist() for name, value in mask.items()}
+    held: list[object] = [None] * dist.get_world_size()
+    dist.all_gather_object(held, mine)
+    return all(one == mine for one in held)
+
+
+def runs(home: Path, family: str, how: str) -> tuple[Trajectory, Trajectory]:
+    """The same trajectory with a sharded live later model and with one in this process."""
+    earlier, later = sharded.folders(home, family)
+    return (
+        Trajectory(earlier=earlier, later=sharded.sharded(later, how)),
+        Trajectory(earlier=earlier, later=sharded.one(later)),
+    )
+
+
+def law_scores(home: Path, family: str, how: str) -> None:
+    """A and D are those of one process to 1e-6; the masks that follow are the same, on every process."""
+    run, alone = runs(home, family, how)
+    before, data = numbers(run.load()), prompts()
+    for units in ("mlp", ("mlp", "kv_group"), "value_channel"):
+        layouts = [find_layout(one.load(), units=units) for one in (run, alone)]
+        close(*(activation(one.load(), data, layout=found) for one, found in zip((run, alone), layouts, strict=True)))
+        close(*(damage(one, data, units=units) for one in (run, alone)))
+    close(*(reversal_cost(one, data) for one in (run, alone)))
+    for selector in (DamageSelector(0.1), DamageSelector(0.1, units="mlp", protect={"other": data[:1]}, weight=0.3)):
+        mask = selector.select(run, data)
+        assert mask.equal(selector.select(alone, data))
+        assert everywhere(mask)
+    assert same(numbers(run.load()), before)
+
+
+def law_weights(home: Path, family: str, how: str) -> None:
+    """Single weights by D: the same ones in the same order as in one process, on every process."""
+    run, alone = runs(home, family, how)
+    before, data = numbers(run.load()), prompts()
+    gains, reference = (entry_gains(one, data, units=("mlp", "kv_group")) for one in (run, alone))
+    for count in (0, 1, 100, 10**7):
+        found, wanted = gains.best(count), reference.best(count)
+        assert found.equal(wanted) or (
+            count > 100 and len(found) == len(wanted) and set(found.tolist()) == set(wanted.tolist())
+        )
+    mask = DamageSelector(0.003, units="weight", rounds=2).select(run, data)
+    assert mask.equal(DamageSelector(0.003, units="weight", rounds=2).select(alone, data))
+    assert everywhere(mask)
+    assert same(numbers(run.load()), before)
+
+
+def law_measured(home: Path, family: str, how: str) -> None:
+    """A sweep and a repair give what they give in one process; the first process alone writes, and rows are resumed."""
+    run, alone = runs(home, family, how)
+    before, data, path = numbers(run.load()), prompts(), home / f"{family} {how}.jsonl"
+    asked = {"selectors": [DamageSelector(0.1)], "budgets": [0.05, 0.3], "evaluate": likelihood({"a": data})}
+    found, wanted = sweep(run, data, path=path, **asked), sweep(alone, data, **asked)
+    for row, other in zip(found, wanted, strict=True):
+        assert (row.selector, row.budget, row.neurons) == (other.selector, other.budget, other.neurons)
+        assert abs(row.metrics["a"] - other.metrics["a"]) < 1e-5
+    dist.barrier()
+    written = path.read_text()
+    assert len(written.splitlines()) == len(found) + 1
+    again = sweep(run, data, path=path, **asked)
+    assert [row.metrics for row in again] == [row.metrics for row in found]
+    dist.barrier()
+    assert path.read_text() == written
+    one, other = (
+        repair(each, data, keep={"b": data[1:]}, limit=9, budgets=[0.02, 0.5], selector=DamageSelector(0.1))
+        for each in (run, alone)
+    )
+    assert one.outcome == other.outcome
+    assert (one.mask is None) == (other.mask is None)
+    assert one.mask is None or (one.mask.equal(other.mask) and everywhere(one.mask))
+    assert same(numbers(run.load()), before)
+
+
+def law_answers(home: Path, family: str, how: str) -> None:
+    """Prompts without responses are answered by the earlier model in the sharded one's place, as in one process."""
+    run, alone = runs(home, family, how)
+    before, data = numbers(run.load()), prompts(labels=False)
+    found, wanted = (earlier_answers(each, data, home / f"{at} {how}.jsonl") for at, each in enumerate((run, alone)))
+    for one, other in zip(found, wanted, strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(value, other[name]) for name, value in one.items())
+    assert same(numbers(run.load()), before)
+
+
+def wrong_rows(patch: pytest.MonkeyPatch) -> None:
+    """Each process takes another's rows for its own."""
+
+    def mutant(tensor: Any, dim: int, original: Any = sharding._indices) -> torch.Tensor:
+        found = original(tensor, dim)
+        return (found + len(found)) % tensor.shape[dim] if len(found) < tensor.shape[dim] else found
+
+    patch.setattr(sharding, "_indices", mutant)
+
+
+def index_copy(patch: pytest.MonkeyPatch) -> None:
+    """Rows are written by ``DTensor.index_copy_``, which corrupts without a word."""
+
+    def mutant(tensor: Any, edit: Any, rows: torch.Tensor, original: Any = operators._write) -> None:
+        if edit.slot.part != "gate" or not sharding.is_sharded(tensor) or not hasattr(edit, "offsets"):
+            return original(tensor, edit, rows)
+        ranks, whole = sharding.ranks_among([tensor]), [Replicate()] * tensor.device_mesh.ndim
+        index, flat = ranks.gathered(edit.index), ranks.gathered(rows.flatten())
+        given = (DTensor.from_local(one, tensor.device_mesh, whole) for one in (index, flat.view(len(index), -1)))
+        with torch.no_grad():
+            tensor.index_copy_(0, *given)
+
+    patch.setattr(operators, "_write", mutant)
+
+
+def law_mutants(home: Path, mutant: Mutant) -> None:
+    """The rollback's law notices a mutant, on every process, by an assertion."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "_owned", WeakKeyDictionary())
+        mutant(patch)
+        with pytest.raises(AssertionError):
+            law_rollback(home, "qwen3", "fsdp")
+
+
+KINDS = (("rollback", law_rollback), ("scores", law_scores), ("weights", law_weights))
+
+
+def laws(*hows: str) -> dict[str, Callable[[Path], None]]:
+    return {
+        f"{name}, {family}, {how}": partial(law, family=family, how=how)
+        for how in hows
+        for family in sharded.FAMILIES
+        for name, law in KINDS
+    }
+
+
+LAWS, LAWS_OF_FOUR = laws("fsdp", "tp"), laws("fsdp", "fsdp x tp")
+for family in ("qwen3", "phi3"):  # four processes run them with FSDP and tensor parallelism
+    del LAWS[f"weights, {family}, tp"]
+for name, law in (("measured", law_measured), ("answers", law_answers)):
+    LAWS |= {f"{name}, qwen3, {how}": partial(law, family="qwen3", how=how) for how in ("fsdp", "tp")}
+LAWS |= {f"mutant {one.__name__}": partial(law_mutants, mutant=one) for one in (wrong_rows, index_copy)}

@@ -252,6 +252,35 @@ def can_set_experts_implementation(model: Any) -> bool:
     return bool(getattr(model, "_can_set_experts_implementation", bool)())
 
 
+def offloaded_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that accelerate keeps in the CPU's memory between passes, by name: ``_hf_hook.weights_map``.
+
+    The parameters themselves are on the meta device then; a forward pass puts these in their place.
+    """
+    found: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        hook = getattr(module, "_hf_hook", None)
+        for one in (hook, *getattr(hook, "hooks", ())):
+            source = getattr(one, "weights_map", None)
+            held: Any = getattr(source, "dataset", None)
+            held = getattr(held, "state_dict", held)  # what is on the disk is in neither
+            for name, parameter in module.named_parameters(recurse=False) if held else ():
+                key = f"{getattr(source, 'prefix', '')}{name}"
+                if parameter.is_meta and isinstance(held.get(key), Tensor):
+                    found[f"{path}.{name}".strip(".")] = held[key]
+    return found
+
+
+def runs_on(model: nn.Module) -> Any:
+    """The device that a model takes its inputs on: of offloaded weights, its hook's ``execution_device``."""
+    first = next(model.parameters()).device
+    if first.type != "meta":
+        return first
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    each = (one for hook in hooks for one in (hook, *getattr(hook, "hooks", ())))
+    return next((one.execution_device for one in each if getattr(one, "offload", False)), first)
+
+
 def writes_to(tensor: Tensor) -> int:
     """How often a tensor was written in place: its ``_version``.
 

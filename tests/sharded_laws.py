@@ -260,6 +260,9 @@ def laws(*hows: str) -> dict[str, Callable[[Path], None]]:
 LAWS, LAWS_OF_FOUR = laws("fsdp", "tp"), laws("fsdp", "fsdp x tp")
 for family in ("qwen3", "phi3"):  # four processes run them with FSDP and tensor parallelism
     del LAWS[f"weights, {family}, tp"]
+for how in ("fsdp", "tp"):  # biases in attention and MLPs
+    LAWS[f"rollback, llama, {how}"] = partial(law_rollback, family="llama", how=how)
+LAWS["scores, llama, fsdp"] = partial(law_scores, family="llama", how="fsdp")
 for name, law in (("measured", law_measured), ("answers", law_answers)):
     LAWS |= {f"{name}, qwen3, {how}": partial(law, family="qwen3", how=how) for how in ("fsdp", "tp")}
 LAWS |= {f"mutant {one.__name__}": partial(law_mutants, mutant=one) for one in (wrong_rows, index_copy)}

@@ -215,3 +215,17 @@ def test_saved_tensor(tmp_path) -> None:
         "find where torch.save puts a tensor's numbers now (an archive's data/0, not compressed). Without it "
         "distributed checkpoints can't be read in place"
     )
+
+
+def test_offloaded_weights_and_runs_on() -> None:
+    """``_hf_hook``, its ``weights_map`` and ``execution_device``."""
+    from accelerate import cpu_offload
+
+    model = build("llama")
+    held = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    assert compat.offloaded_weights(model) == {}
+    lazy = cpu_offload(model, execution_device=torch.device("cpu"))
+    found = compat.offloaded_weights(lazy)
+    assert found.keys() == held.keys(), "find where accelerate keeps offloaded weights now; else they are refused"
+    assert all(torch.equal(found[name], held[name]) for name in held)
+    assert compat.runs_on(lazy) == torch.device("cpu")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.checkpoints.wrapped import plain_of
-from surgery.compat import writes_to
+from surgery.compat import offloaded_weights, writes_to
 from surgery.files import path_of
 from surgery.formats.adapters import Adapter, base_of
 from surgery.formats.folders import home_of, is_adapter, stored_in
@@ -208,15 +208,15 @@ class State(Mapping[str, Tensor]):
     Those of a sharded module have the shape of the whole tensor, and this process's numbers (``surgery.layout``).
 
     Args:
-        module: the model; its parameters may lie on any device, but not be offloaded to ``meta``. One of peft has its
-            adapters merged (``merge_adapter``).
+        module: the model; its parameters may lie on any device, also offloaded to the CPU by accelerate, but not to
+            the disk. One of peft has its adapters merged (``merge_adapter``).
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module = plain_of(module)
         named: list[tuple[str, Tensor]] = [*stored(module).named_parameters(remove_duplicate=False)]
         named += module.named_buffers(remove_duplicate=False)
-        self._tensors = {name: tensor.detach() for name, tensor in named}
+        self._tensors = {name: tensor.detach() for name, tensor in [*named, *offloaded_weights(module).items()]}
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
@@ -276,7 +276,8 @@ def returned(module: nn.Module, moment: Moment) -> None:
 
 
 def _written(module: nn.Module) -> tuple[Any, ...]:
-    tensors = [local(one) for one in stored(module).state_dict(keep_vars=True).values()]
+    held = [*stored(module).state_dict(keep_vars=True).values(), *offloaded_weights(module).values()]
+    tensors = [local(one) for one in held]
     return tuple((one.data_ptr(), one.dtype, 0 if one.is_inference() else writes_to(one)) for one in tensors)
 
 

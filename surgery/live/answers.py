@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from surgery.checkpoints.checkpoint import folder_of
 from surgery.checkpoints.opening import sampled
+from surgery.compat import runs_on
 from surgery.files import Exists, path_of, whole_file
 from surgery.layout.sharding import ranks_of
 from surgery.live.heads import contiguous
@@ -136,7 +137,7 @@ def _generate(model: Any, asked: list[list[list[int]]], settings: _Settings) -> 
         raise ValueError(
             f"{type(model).__name__} can't answer prompts (no generate): pass a causal LM, or batches with labels"
         )
-    device = next(model.parameters()).device
+    device = runs_on(model)
     ends = settings.ends
     pad = (_special(model, "pad_token_id") or [0])[0]  # masked, and cut off behind the end
     limit, own = context_of(model), vocabulary_of(model) or 0

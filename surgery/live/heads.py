@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgery.compat import runs_on
 from surgery.layout.sharding import ranks_of
 from surgery.live.hooks import removing
 from surgery.live.prompts import Batch, check_fits, response_mask, right_padded
@@ -125,7 +126,7 @@ def reading(model: nn.Module, batch: Batch) -> Reading:
     if not bool(where.any()):
         raise ValueError("the batch has no response token to predict: its labels are all -100, or it is one token long")
     check_fits(model, batch["input_ids"])
-    device = next(model.parameters()).device
+    device = runs_on(model)
     first = int(where.any(0).nonzero()[0])
     last = where.shape[1] + 1 - first
     inputs: dict[str, Any] = {k: batch[k].to(device) for k in ("input_ids", "attention_mask") if k in batch}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.checkpoints.trajectory import Trajectory, check_finite, displacements
+from surgery.compat import runs_on
 from surgery.layout.finding import find_layout
 from surgery.layout.sharding import Ranks, ranks_of, share_along, stored
 from surgery.layout.slots import Block, Layout
@@ -51,7 +52,7 @@ def activation(
     listeners = [_Listener(block) for block in layout.blocks]
     ranks = ranks_of(model)
     inner = getattr(model, "base_model", model) if ranks.mesh is None else model  # FSDP gathers from the outside in
-    device = next(model.parameters()).device
+    device = runs_on(model)
     if device.type == "meta":
         raise ValueError("the model's weights are on the meta device (offloaded or empty): load it before listening")
     with evaluating(model), untracked(ranks):

@@ -253,6 +253,21 @@ def test_every_mesh_and_every_copy(tmp_path: Path, world: int, copies: int, devi
             assert torch.equal(found[name].to_local(), whole[at * rows : (at + 1) * rows]), (rank, name)
 
 
+@pytest.mark.parametrize("inside", ["sharded", "pytorch_model_fsdp_0"])
+def test_where_trainers_nest_them(home: Path, tmp_path: Path, inside: str) -> None:
+    """torchtitan's ``sharded/`` and accelerate's folder below a checkpoint's own, with the configuration above."""
+    form = "cut" if inside == "sharded" else "dcp"
+    for stage in STAGES:
+        shutil.copytree(home / "phi3" / stage / form, tmp_path / stage / inside)
+        (tmp_path / stage / inside / "config.json").rename(tmp_path / stage / "config.json")
+    view = rolled_back(tmp_path / "later", to=tmp_path / "earlier", mask=halves("phi3", home))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = Checkpoint(save(view, tmp_path / "out"))
+    expected = Checkpoint(healed("phi3", home, "plain", tmp_path / "plain"))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 def test_the_model_inside_a_megatron_checkpoint(tmp_path: Path) -> None:
     """verl's Megatron checkpoints hold a plain folder, and an optimizer whose masters would undo the rollback."""
     for stage in STAGES:

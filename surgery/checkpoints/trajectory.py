@@ -160,7 +160,10 @@ class Trajectory:
 
     def tensors(self, name: str) -> Source:
         """The checkpoint of that name; for a folder, the opened one."""
-        source = self.source(name)
+        return self.held(self.source(name))
+
+    def held(self, source: Source) -> Source:
+        """One of ``checkpoints``; a folder is opened once for as long as its files stay as they are."""
         return self._folder(source) if isinstance(source, str | Path) else source
 
     def source(self, name: str) -> Source:

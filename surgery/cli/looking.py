@@ -134,15 +134,17 @@ def inspect(
     ] = None,
 ) -> None:
     """Print where the neurons of a checkpoint lie; of two or three, check all that can be told before a rollback."""
-    from surgery.checkpoints.checkpoint import Checkpoint
+    from surgery.checkpoints.checkpoint import Checkpoint, folder_of
     from surgery.checkpoints.opening import open_weights
+    from surgery.formats.folders import is_adapter
 
     if len(sources) > 1:
         _print_preflight(sources, units, layout, data)
         return
     source = sources[0]
     if data is not None:
-        _print_tokens(data, Checkpoint(source, base))
+        folder = folder_of(source)
+        _print_tokens(data, Checkpoint(folder, base) if is_adapter(folder) else folder)
         return
     if path_of(source).is_file():
         from surgery.masks.mask import load_mask

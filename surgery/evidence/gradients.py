@@ -227,7 +227,7 @@ def gradients_along(
     for name, source in run.checkpoints.items():
         if progress is not None:
             progress(f"gradients of {', '.join(kept)} at {name}")
-        model = (run if source is run.later else Trajectory(later=run.tensors(name))).load(device, dtype)
+        model = (run if source is run.later else Trajectory(later=run.held(source))).load(device, dtype)
         found[name] = gradients(model, kept, losses, strongest=strongest)
         del model
     return GradientSeries.over(found, strongest)

@@ -72,10 +72,11 @@ class Adapter(Mapping[str, Tensor]):
             before = self._pieces(parameter, self.held[self.replaced[parameter]])[name].to(before.device, before.dtype)
         if parameter in self.factors:
             factors = self.factors[parameter]
-            if self._last[0] != parameter:  # all experts of a layer are one product
-                delta = factors.delta(before.dtype, before.device)
-                self._last = parameter, self._pieces(parameter, delta)
-            found = factors.merged(before, self._last[1][name])
+            of, last = self._last
+            if of != parameter:  # all experts of a layer are one product; several threads may ask
+                last = self._pieces(parameter, factors.delta(before.dtype, before.device))
+                self._last = parameter, last
+            found = factors.merged(before, last[name])
             return found
         if parameter in self.biases:
             key, scale = self.biases[parameter]

@@ -120,7 +120,7 @@ def history(
     for name, source in run.checkpoints.items():
         if progress is not None:
             progress(f"evaluating {name}")
-        model = (run if source is run.later else Trajectory(later=run.tensors(name))).load(device, dtype)
+        model = (run if source is run.later else Trajectory(later=run.held(source))).load(device, dtype)
         means[name], items[name] = measured(measure(model))
         del model
     domains = list(means[names[0]])

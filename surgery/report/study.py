@@ -54,9 +54,7 @@ class Study:
                 found[domain] = batches
                 continue
             own = self.run.checkpoints.get(domain)
-            model = (
-                self.last if own is None else Trajectory(later=self.run.tensors(domain)).load(self.device, self.dtype)
-            )
+            model = self.last if own is None else Trajectory(later=self.run.held(own)).load(self.device, self.dtype)
             found[domain] = respond(model, batches)
         return found
 

@@ -24,6 +24,7 @@ from surgery import (
     Checkpoint,
     DamageSelector,
     Neurons,
+    RandomSelector,
     Trajectory,
     load_prompts,
     magnitude,
@@ -36,6 +37,8 @@ from surgery.checkpoints.opening import open_weights
 from surgery.cli import app
 from surgery.formats.factors import Factors
 from surgery.live.preflight import preflight
+from surgery.reverting.patch import Patch
+from surgery.reverting.patch_writing import save_patch
 
 UNITS = ("mlp", "value_channel")
 
@@ -428,6 +431,17 @@ def test_the_shell_takes_adapters(shelf, tmp_path, monkeypatch, capsys):
     same_bytes = (tmp_path / "one/adapter_config.json").read_bytes()
     assert same_bytes == (tmp_path / "adapter-moved/adapter_config.json").read_bytes()
     assert "once the adapter is merged" in (tmp_path / "one/README.md").read_text()
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_patch_is_not_lost_in_an_adapter(shelf, tmp_path, reverse):
+    """It can be made of one, for the merged model; an adapter's two matrices have no room for it."""
+    base, folder, merged = made(shelf, KINDS["dense"])
+    mask = RandomSelector(0.3).select(Trajectory(earlier=base, later=merged))
+    patch = Patch(save_patch(rolled_back(Checkpoint(folder, base=base), to=base, mask=mask), tmp_path / "patch"))
+    assert same(patch.applied(merged), rolled_back(merged, to=base, mask=mask)) == []
+    with pytest.raises(ValueError, match="is an adapter, and a patch is of a whole model: merge it"):
+        patch.applied(Checkpoint(folder, base=base), reverse=reverse)
 
 
 def test_a_tokenizer_beside_an_adapter_is_its_own(shelf, tmp_path):

@@ -13,6 +13,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
+from torch import Tensor
+
 from surgery.tables import briefly
 
 ALIGNED = 64  # bytes; where torch.save lets a tensor's numbers begin
@@ -30,9 +32,11 @@ def opened(path: Path, writable: bool = False) -> Any:
     flags = mmap.MAP_SHARED if writable else mmap.MAP_PRIVATE
     with open(path, "rb") as file:
         try:
-            check_archive(file)
+            sizes = check_archive(file)
             with _quiet(), torch.serialization.set_default_mmap_options(flags):
-                return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+                found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            _check_sizes(found, sizes)
+            return found
         except pickle.UnpicklingError as error:
             raise ValueError(
                 f"{path} needs code to be read, which is never run ({briefly(error)}): save tensors only, or pass a "
@@ -42,8 +46,21 @@ def opened(path: Path, writable: bool = False) -> Any:
             raise ValueError(f"{path} is damaged or no file of torch.save: {briefly(error)}") from error
 
 
-def check_archive(file: IO[bytes]) -> None:
-    """Raise unless every record lies where its own header and the directory say: torch, mapping, trusts the header."""
+def _check_sizes(found: Any, sizes: set[int]) -> None:
+    """Raise where a tensor would be read beyond its record: torch, mapping, trusts the pickle, too."""
+    for name, value in found.items() if isinstance(found, dict) else ():
+        if isinstance(value, Tensor):
+            held: Any = value.detach()
+            size = (held.to_local() if hasattr(held, "to_local") else held).untyped_storage().nbytes()
+            if size and size not in sizes:
+                raise ValueError(f"no record has the size of {name!r}, {size} bytes")
+
+
+def check_archive(file: IO[bytes]) -> set[int]:
+    """The sizes of its records, in bytes.
+
+    Raises unless every record lies where its own header and the directory say: torch, mapping, trusts the header.
+    """
     with zipfile.ZipFile(file) as archive:
         records = sorted(archive.infolist(), key=lambda one: one.header_offset)
         ends = []
@@ -60,6 +77,7 @@ def check_archive(file: IO[bytes]) -> None:
             if not 0 <= other.header_offset - end <= _BETWEEN:
                 raise ValueError(f"its record {one.filename!r} ends at byte {end}, and the next begins elsewhere")
     file.seek(0)
+    return {one.file_size for one in records if "/data/" in one.filename}
 
 
 class Window(io.RawIOBase):

@@ -62,8 +62,8 @@ class _Writing:
             if to.adapter is not None and to.base is not None and _same(self.source, to.base, base):
                 return to.adapter
         raise ValueError(
-            f"{self.source.name} is neither the base of the adapter {self.later.name} ({base.folder}) nor another "
-            f"adapter of it, so the difference has no low rank: {MERGE}"
+            f"{self.source.name} is neither the folder of the base of the adapter {self.later.name} nor another "
+            f"adapter of it, so the difference has no low rank: pass {base.folder} to go back to the base, or {MERGE}"
         )
 
     def files(self) -> dict[str, bytes]:

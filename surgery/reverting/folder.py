@@ -74,7 +74,7 @@ def save(
     stored: Stored = tensors.stored  # type: ignore[attr-defined]
     moments = moments_in(source, stored) if reset_optimizer else None
     if reset_optimizer and moments is None:
-        raise ValueError(f"{source} holds no optimizer's state that could be reset: leave out reset_optimizer")
+        raise ValueError(f"{source} holds no optimizer's state that could be reset: leave out --reset-optimizer")
     with whole_folder(target, CHECKPOINT, overwrite=overwrite) as new:
         _copy(contents, new, tensors, parents, moments)
     for note in contents.notes:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from surgery.checkpoints.checkpoint import Checkpoint, Source, tensors_of
 from surgery.checkpoints.opening import Weights, open_weights
 from surgery.files import path_of
+from surgery.formats.folders import MERGE
 from surgery.formats.patches import (
     KIND,
     MANIFEST,
@@ -133,8 +134,8 @@ class Patch:
             reverse: take the patch back; then ``later`` is a checkpoint with the patch applied.
 
         Raises:
-            ValueError: it is another checkpoint, the patch is applied already (or, to be taken back, is not), or it is
-                damaged.
+            ValueError: it is another checkpoint, the patch is applied already (or, to be taken back, is not), it is
+                damaged, or ``later`` is an adapter.
         """
         return Patched(tensors_of(later), self, reverse)
 
@@ -323,6 +324,8 @@ class Patched(Mapping[str, Tensor]):
     def __init__(self, later: Mapping[str, Tensor], patch: Patch, reverse: bool) -> None:
         self.later, self.patch, self.reverse = later, patch, reverse
         self._name = str(self.folder or "the mapping")
+        if isinstance(later, Checkpoint) and later.adapter is not None:  # a low-rank product can't hold it
+            raise ValueError(f"{self._name} is an adapter, and a patch is of a whole model: {MERGE}")
         for name in steps("tensors", patch.tensors):
             if name not in later:
                 raise ValueError(f"{self._name} has no tensor {name!r}: {patch.folder} was made for another model")

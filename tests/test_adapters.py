@@ -252,10 +252,10 @@ def test_adapters_and_masks_that_do_not_fit(shelf, tmp_path):
         save(rolled_back(folder, to=base, mask=single), tmp_path / "out")
     mask = masked(KINDS["dense"], base)
     families.build("qwen3", seed=4).save_pretrained(tmp_path / "stranger")
-    with pytest.raises(ValueError, match=r"is neither the base of the adapter .* nor another adapter"):
+    with pytest.raises(ValueError, match=r"is neither the folder of the base of the adapter .* nor another adapter"):
         save(rolled_back(folder, to=tmp_path / "stranger", mask=mask), tmp_path / "out")
     stray = adapted.adapter(KINDS["dense"], tmp_path / "stranger", tmp_path / "stray")
-    with pytest.raises(ValueError, match=r"is neither the base of the adapter .* nor another adapter"):
+    with pytest.raises(ValueError, match=r"is neither the folder of the base of the adapter .* nor another adapter"):
         save(rolled_back(folder, to=stray, mask=mask), tmp_path / "out")
     whole = adapted.adapter(KINDS["saved whole"], base, tmp_path / "whole")
     with pytest.raises(ValueError, match=r"whole holds 'model.layers.\d.mlp.down_proj.weight' whole, and .* low rank"):

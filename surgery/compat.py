@@ -258,16 +258,14 @@ def offloaded_weights(model: nn.Module) -> dict[str, Tensor]:
     The parameters themselves are on the meta device then; a forward pass puts these in their place.
     """
     found: dict[str, Tensor] = {}
-    for path, module in model.named_modules():
-        hook = getattr(module, "_hf_hook", None)
-        for one in (hook, *getattr(hook, "hooks", ())):
-            source = getattr(one, "weights_map", None)
-            held: Any = getattr(source, "dataset", None)
-            held = getattr(held, "state_dict", held)  # what is on the disk is in neither
-            for name, parameter in module.named_parameters(recurse=False) if held else ():
-                key = f"{getattr(source, 'prefix', '')}{name}"
-                if parameter.is_meta and isinstance(held.get(key), Tensor):
-                    found[f"{path}.{name}".strip(".")] = held[key]
+    for path, module, hook in _accelerated(model):
+        source = getattr(hook, "weights_map", None)
+        held: Any = getattr(source, "dataset", None)
+        held = getattr(held, "state_dict", held)  # what is on the disk is in neither
+        for name, parameter in module.named_parameters(recurse=False) if held else ():
+            key = f"{getattr(source, 'prefix', '')}{name}"
+            if parameter.is_meta and isinstance(held.get(key), Tensor):
+                found[f"{path}.{name}".strip(".")] = held[key]
     return found
 
 
@@ -276,9 +274,15 @@ def runs_on(model: nn.Module) -> Any:
     first = next(model.parameters()).device
     if first.type != "meta":
         return first
-    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
-    each = (one for hook in hooks for one in (hook, *getattr(hook, "hooks", ())))
-    return next((one.execution_device for one in each if getattr(one, "offload", False)), first)
+    each = (hook for _, _, hook in _accelerated(model))
+    return next((hook.execution_device for hook in each if getattr(hook, "offload", False)), first)
+
+
+def _accelerated(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
+    """The modules that accelerate has put hooks on, with each hook."""
+    for path, module in model.named_modules():
+        hook = getattr(module, "_hf_hook", None)
+        yield from ((path, module, one) for one in (hook, *getattr(hook, "hooks", ())) if one is not None)
 
 
 def writes_to(tensor: Tensor) -> int:

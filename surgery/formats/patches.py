@@ -24,10 +24,14 @@ _SAME_WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 Numbers = NDArray[Any]
 
 
+def bits(tensor: Tensor) -> Tensor:
+    """A tensor's bits as integers, in the tensor's shape."""
+    return tensor.contiguous().view(_SAME_WIDTH[tensor.element_size()])
+
+
 def runs(tensor: Tensor) -> Iterator[Numbers]:
     """The bits of a tensor's numbers as unsigned integers, in the order of a file, a run at a time."""
-    flat = tensor.detach().contiguous().view(-1).view(_SAME_WIDTH[tensor.element_size()])
-    for run in flat.split(_RUN):
+    for run in bits(tensor.detach()).view(-1).split(_RUN):
         yield run.cpu().numpy().view(_UNSIGNED[tensor.element_size()])
 
 

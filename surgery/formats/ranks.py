@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,31 +55,17 @@ def stored_ranks(folder: Path, files: list[str]) -> Stored:
         ValueError: a file is damaged or needs more than tensors, tensors are split otherwise than FSDP does, or the
             parts do not make up whole tensors.
     """
-    shapes: dict[str, tuple[int, ...]] = {}
-    dtypes: dict[str, torch.dtype | str] = {}
-    pieces: dict[str, list[Piece]] = {}
     held: dict[str, dict[str, Tensor]] = {}  # views of the files, whose names and places take long to unpickle
-    for rank, file in enumerate(files):
-        held[file] = tensors_in(folder / file)
-        for name, tensor in held[file].items():
-            start, local = _part(tensor, rank, f"{name!r} of {folder / file}")
-            known = shapes.setdefault(name, tuple(tensor.shape)), dtypes.setdefault(name, local.dtype)
-            if known != (tuple(tensor.shape), local.dtype):
-                raise ValueError(
-                    f"{name!r} has the shape {tuple(tensor.shape)} and dtype {local.dtype} in {folder / file}, and "
-                    f"{known[0]} and {known[1]} in {files[0]}: the files are of different runs"
-                )
-            pieces.setdefault(name, []).append(Piece(file, name, start, tuple(local.shape)))
+
+    def read(path: Path, writable: bool) -> dict[str, Tensor]:
+        if writable or path.parent != folder:
+            return tensors_in(path, writable)
+        if path.name not in held:
+            held[path.name] = tensors_in(path)
+        return held[path.name]
+
     _check_steps(folder)
-    some = {name: tuple(one) for name, one in pieces.items()}
-
-    def views(path: Path, file: str, writable: bool) -> dict[str, Tensor]:
-        seen = not writable and path == folder / file
-        return {name: _local(tensor) for name, tensor in (held[file] if seen else tensors_in(path, writable)).items()}
-
-    found = Stored(RANKS, shapes, dtypes, some, views)
-    found.check_tiled(folder)
-    return found
+    return _put_together(folder, files, read)
 
 
 def moments(folder: Path) -> Stored | None:
@@ -94,21 +80,29 @@ def moments(folder: Path) -> Stored | None:
     files = rank_files(folder, OPTIMIZER)
     if not files:
         return None
+    return _put_together(folder, files, partial(_states, _parameters(folder / rank_files(folder)[0])))
+
+
+def _put_together(folder: Path, files: list[str], read: Callable[[Path, bool], dict[str, Tensor]]) -> Stored:
+    """The tensors that ``read`` finds in the file of each rank, from its path and whether it is to be written."""
     shapes: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, torch.dtype | str] = {}
     pieces: dict[str, list[Piece]] = {}
-    states = partial(_states, _parameters(folder / rank_files(folder)[0]))
     for rank, file in enumerate(files):
-        for name, tensor in states(folder / file).items():
+        for name, tensor in read(folder / file, False).items():
             start, local = _part(tensor, rank, f"{name!r} of {folder / file}")
-            shapes[name], dtypes[name] = tuple(tensor.shape), local.dtype
+            known = shapes.setdefault(name, tuple(tensor.shape)), dtypes.setdefault(name, local.dtype)
+            if known != (tuple(tensor.shape), local.dtype):
+                raise ValueError(
+                    f"{name!r} has the shape {tuple(tensor.shape)} and dtype {local.dtype} in {folder / file}, and "
+                    f"{known[0]} and {known[1]} in {files[0]}: the files are of different runs"
+                )
             pieces.setdefault(name, []).append(Piece(file, name, start, tuple(local.shape)))
-    some = {name: tuple(one) for name, one in pieces.items()}
 
     def views(path: Path, file: str, writable: bool) -> dict[str, Tensor]:
-        return {name: _local(tensor) for name, tensor in states(path, writable).items()}
+        return {name: _local(tensor) for name, tensor in read(path, writable).items()}
 
-    found = Stored(RANKS, shapes, dtypes, some, views)
+    found = Stored(RANKS, shapes, dtypes, {name: tuple(one) for name, one in pieces.items()}, views)
     found.check_tiled(folder)
     return found
 
@@ -172,7 +166,7 @@ def _placed(tensor: Any, rank: int, what: str) -> tuple[tuple[int, ...], Tensor]
     return tuple(start), local
 
 
-def _states(parameters: Mapping[str, tuple[int, ...]], path: Path, writable: bool = False) -> dict[str, Tensor]:
+def _states(parameters: Mapping[str, tuple[int, ...]], path: Path, writable: bool) -> dict[str, Tensor]:
     """The tensors of an optimizer's file that have their parameter's shape, by ``NAME/KEY``."""
     found = opened(path, writable)
     state = found.get("state") if isinstance(found, dict) else None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from surgery.checkpoints.checkpoint import Checkpoint
+from surgery.files import path_of
 from surgery.formats.stored import Stored
 
 _WEIGHTS = (  # a second copy of the weights, or another model's
@@ -70,6 +72,16 @@ class Contents:
             "taken over as they are, though they may hold weights that were not rolled back": self.doubtful,
         }
         return self.remarks + [f"{what}: {', '.join(names)}" for what, names in told.items() if names]
+
+
+def output_of(folder: str | Path, parents: Iterable[Checkpoint]) -> Path:
+    """The path of a folder to write; ``ValueError`` where it is an input, or one lies in the other."""
+    target = Path(os.path.abspath(path_of(folder)))
+    for parent in parents:
+        here, there = target.resolve(), parent.folder.resolve()
+        if here.is_relative_to(there) or there.is_relative_to(here):
+            raise ValueError(f"the output {target} is, holds or lies in one of the inputs: choose another folder")
+    return target
 
 
 def contents_of(tensors: Mapping[str, Tensor], source: Path) -> Contents:

@@ -15,11 +15,11 @@ from pathlib import Path
 from torch import Tensor
 
 from surgery.checkpoints.checkpoint import Checkpoint
-from surgery.files import path_of, sync, whole_folder
+from surgery.files import sync, whole_folder
 from surgery.formats.folders import holds_moments, moments_in
 from surgery.formats.stored import Stored
 from surgery.progress import steps
-from surgery.reverting.contents import Contents, Edited, contents_of
+from surgery.reverting.contents import Contents, Edited, contents_of, output_of
 
 CHECKPOINT = (
     "surgery.json",
@@ -58,7 +58,6 @@ def save(
 
     Source: ours.
     """
-    target = Path(os.path.abspath(path_of(folder)))
     source: Path | None = getattr(tensors, "folder", None)
     if source is None:
         raise ValueError(
@@ -66,10 +65,7 @@ def save(
             "write a live model with model.save_pretrained(folder)"
         )
     parents: list[Checkpoint] = getattr(tensors, "parents", [tensors])
-    for parent in parents:
-        here, there = target.resolve(), parent.folder.resolve()
-        if here.is_relative_to(there) or there.is_relative_to(here):
-            raise ValueError(f"the output {target} is, holds or lies in one of the inputs: choose another folder")
+    target = output_of(folder, parents)
     contents = contents_of(tensors, source)
     stored: Stored = tensors.stored  # type: ignore[attr-defined]
     moments = moments_in(source, stored) if reset_optimizer else None

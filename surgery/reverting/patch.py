@@ -23,6 +23,7 @@ from surgery.formats.patches import (
     Numbers,
     Place,
     as_bits,
+    bits,
     digest,
     flip,
     patched,
@@ -35,7 +36,6 @@ from surgery.masks.entries import Entries, shapes_of
 from surgery.progress import steps
 from surgery.reverting.provenance import papers_of_patch
 from surgery.reverting.rollback import Rollback, rollback
-from surgery.reverting.writing import bits
 from surgery.tables import read_json
 from surgery.units import kinds_of
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from surgery.files import path_of, sync, whole_folder
-from surgery.formats.deltas import ENCODINGS, write_delta
+from surgery.files import sync, whole_folder
 from surgery.formats.patches import KIND, MANIFEST, NUMBERS, VERSION, Place, changes, digest, pack
 from surgery.formats.shards import WORDS, write_tensors
+from surgery.formats.slime import ENCODINGS, write_delta
 from surgery.progress import steps
+from surgery.reverting.contents import output_of
 from surgery.reverting.rollback import RolledBack
 from surgery.tables import json_text
 
@@ -63,11 +63,7 @@ def save_patch(
             raise ValueError(f"{what}={value!r}: expected {', '.join(known[:-1])} or {known[-1]}")
     if not 0 <= base_version < 999_999:
         raise ValueError(f"base_version={base_version}: expected a number from 0 to 999998")
-    target = Path(os.path.abspath(path_of(folder)))
-    for parent in view.parents:
-        here, there = target.resolve(), parent.folder.resolve()
-        if here.is_relative_to(there) or there.is_relative_to(here):
-            raise ValueError(f"the output {target} is, holds or lies in one of the inputs: choose another folder")
+    target = output_of(folder, view.parents)
 
     def versions() -> Iterator[tuple[str, Tensor, Tensor]]:
         for name in steps("tensors", view.edited):

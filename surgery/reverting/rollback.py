@@ -24,6 +24,7 @@ from surgery.checkpoints.checkpoint import (
 )
 from surgery.checkpoints.opening import Weights, open_weights
 from surgery.files import uninterrupted
+from surgery.formats.patches import bits
 from surgery.formats.stored import Stored
 from surgery.layout.sharding import Ranks, counts_here, ranks_of
 from surgery.layout.slots import Block, Layout, Slot
@@ -33,7 +34,6 @@ from surgery.reverting.adapters import adapter_files
 from surgery.reverting.provenance import papers, record_of, warn_if_made_for_others
 from surgery.reverting.writing import (
     Strength,
-    bits,
     check_strength,
     check_writable,
     new_values,

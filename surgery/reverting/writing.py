@@ -14,13 +14,6 @@ from surgery.masks.edits import Edit, Held
 from surgery.masks.mask import Mask
 from surgery.masks.neurons import Neurons
 
-_WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def bits(tensor: Tensor) -> Tensor:
-    """A tensor's bits as integers."""
-    return tensor.contiguous().view(_WIDTH[tensor.element_size()])
-
 
 def numbers(scalars: list[Tensor]) -> list[int]:
     """The values of scalars, read with one wait per device."""

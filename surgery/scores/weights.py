@@ -22,7 +22,7 @@ from surgery.masks.budget import Allocation, share
 from surgery.masks.entries import Entries, shapes_of
 from surgery.scores.damage import answered, unrounded
 from surgery.scores.memory import remembering
-from surgery.scores.places import Places, starts_of
+from surgery.scores.weight_places import Places, starts_of
 from surgery.units import Units
 
 

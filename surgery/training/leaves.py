@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from surgery.checkpoints.opening import open_weights
 from surgery.files import uninterrupted
+from surgery.formats.patches import bits
 from surgery.layout.plain import check_stored
 from surgery.layout.slots import Layout
 from surgery.live.hooks import only_these
 from surgery.masks.edits import Edit
 from surgery.masks.mask import Mask, checked
-from surgery.reverting.writing import bits, check_writable, numbers
+from surgery.reverting.writing import check_writable, numbers
 
 
 @dataclass(frozen=True)

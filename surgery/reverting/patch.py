@@ -181,7 +181,7 @@ class Patch:
         if (shape, WORDS.get(dtype, dtype)) != expected:  # type: ignore[arg-type]
             raise ValueError(
                 f"{name!r} of {whose} is {WORDS.get(dtype, dtype)} {shape}, and {self.folder} changes one that is "  # type: ignore[arg-type]
-                f"{expected[1]} {expected[0]}: it was made for another checkpoint"
+                f"{expected[1][:10]} {str(expected[0])[:50]}: it was made for another checkpoint"
             )
         size, width = int(np.prod(shape, dtype=object)), DTYPES[told["dtype"]].itemsize
         try:
@@ -239,7 +239,7 @@ class Patch:
             for place in told["places"]:
                 try:
                     which, positions = Place(**place).positions(at)
-                except ValueError as error:
+                except (ValueError, TypeError) as error:  # TypeError: another field
                     raise ValueError(f"{self.folder} is damaged in {name!r}: {error}. Copy it again") from error
                 if len(which):
                     order = positions.argsort()

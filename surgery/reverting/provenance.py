@@ -87,7 +87,7 @@ Nothing was trained. Every other byte of the weights is as it was.
 - made with surgery {versions().get("surgery", "")}
 """
     told = {"versions": versions(), "patch": record, "reverse": reverse}
-    return {RECORD: _json(told), CARD: _above(text, home).encode(errors="surrogateescape")}
+    return {RECORD: _json(as_json(told)), CARD: _above(text, home).encode(errors="surrogateescape")}
 
 
 def _json(record: dict[str, Any]) -> bytes:

@@ -27,12 +27,15 @@ from surgery import (
     likelihood,
     repair,
     rollback,
+    rolled_back,
     sweep,
 )
 from surgery.layout import sharding
 from surgery.layout.finding import find_layout
 from surgery.masks.edits import Numbers, Rows
 from surgery.masks.entries import shapes_of
+from surgery.reverting.patch import Patch
+from surgery.reverting.patch_writing import save_patch
 from surgery.scores import entry_gains, reversal_cost
 from surgery.scores.damage import earlier_answers
 
@@ -245,6 +248,18 @@ def law_mutants(home: Path, mutant: Mutant) -> None:
             law_rollback(home, "qwen3", "fsdp")
 
 
+def law_patch(home: Path, how: str) -> None:
+    """A patch is refused before anything is written: what it expects to find lies in several processes."""
+    earlier, later = sharded.folders(home, "qwen3")
+    model, alone = sharded.sharded(later, how), sharded.one(later)
+    if dist.get_rank() == 0:
+        save_patch(rolled_back(later, to=earlier, mask=some_units(alone, "mlp")), home / f"patch-{how}")
+    dist.barrier()
+    with pytest.raises(ValueError, match="is sharded over several processes"):
+        Patch(home / f"patch-{how}").apply(model)
+    assert same(numbers(model), numbers(alone))
+
+
 KINDS = (("rollback", law_rollback), ("scores", law_scores), ("weights", law_weights))
 
 
@@ -260,6 +275,8 @@ def laws(*hows: str) -> dict[str, Callable[[Path], None]]:
 LAWS, LAWS_OF_FOUR = laws("fsdp", "tp"), laws("fsdp", "fsdp x tp")
 for family in ("qwen3", "phi3"):  # four processes run them with FSDP and tensor parallelism
     del LAWS[f"weights, {family}, tp"]
+for how in ("fsdp", "tp"):
+    LAWS[f"patch, qwen3, {how}"] = partial(law_patch, how=how)
 for how in ("fsdp", "tp"):  # biases in attention and MLPs
     LAWS[f"rollback, llama, {how}"] = partial(law_rollback, family="llama", how=how)
 LAWS["scores, llama, fsdp"] = partial(law_scores, family="llama", how="fsdp")

@@ -14,6 +14,7 @@ from training_folders import KINDS, STAGES, as_ranks, model_of, written
 
 from surgery import Checkpoint, Neurons, Patch, RandomSelector, Trajectory, rolled_back, save, save_patch
 from surgery.checkpoints.opening import open_weights
+from surgery.cli import app
 from surgery.formats import ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # torch's own reader says so
@@ -373,6 +374,10 @@ def test_nothing_to_reset(home: Path, tmp_path: Path) -> None:
     view = rolled_back(folder, to=home / "phi3/earlier/ranks", mask=halves("phi3", home))
     with pytest.raises(ValueError, match="no optimizer's state"):
         save(view, tmp_path / "out", reset_optimizer=True)
+    halves("phi3", home).save(tmp_path / "mask")
+    words = f"rollback {folder} --to {home}/phi3/earlier/ranks --mask {tmp_path}/mask --reset-optimizer --dry-run"
+    with pytest.raises(ValueError, match="no optimizer's state"):
+        app(words.split(), standalone_mode=False)
     assert not (tmp_path / "out").exists()
 
 

@@ -141,7 +141,7 @@ def rollback(
 ) -> None:
     """Write the later checkpoint with the masked neurons set back; every other byte of its weights stays the same."""
     from surgery.reverting.contents import contents_of
-    from surgery.reverting.folder import CHECKPOINT, save
+    from surgery.reverting.folder import CHECKPOINT, resettable, save
 
     if output is None and not dry_run:
         raise ValueError("name the folder to write: -o FOLDER (or --dry-run to see the counts only)")
@@ -164,6 +164,8 @@ def rollback(
         out.print(f"  {file}: {len(view.touched(file))} of {len(names)} tensors touched")
     if dry_run or output is None:
         assert view.folder is not None
+        if reset_optimizer and view.stored is not None:
+            resettable(view.folder, view.stored)
         contents = contents_of(view, view.folder)
         for note in contents.notes:
             out.print(note, markup=False)

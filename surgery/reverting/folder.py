@@ -68,9 +68,7 @@ def save(
     target = output_of(folder, parents)
     contents = contents_of(tensors, source)
     stored: Stored = tensors.stored  # type: ignore[attr-defined]
-    moments = moments_in(source, stored) if reset_optimizer else None
-    if reset_optimizer and moments is None:
-        raise ValueError(f"{source} holds no optimizer's state that could be reset: leave out --reset-optimizer")
+    moments = resettable(source, stored) if reset_optimizer else None
     with whole_folder(target, CHECKPOINT, overwrite=overwrite) as new:
         _copy(contents, new, tensors, parents, moments)
     for note in contents.notes:
@@ -82,6 +80,14 @@ def save(
             stacklevel=2,
         )
     return target
+
+
+def resettable(source: Path, stored: Stored) -> Stored:
+    """The optimizer's state of a training checkpoint; ``ValueError`` where there is none."""
+    moments = moments_in(source, stored)
+    if moments is None:
+        raise ValueError(f"{source} holds no optimizer's state that could be reset: leave out --reset-optimizer")
+    return moments
 
 
 def _copy(

@@ -222,7 +222,7 @@ def forget_all(found: moments.Moments) -> None:
         lambda patch: patch.setattr(stages, "forget", lambda _: None),
         lambda patch: patch.setattr(stages, "forget", lambda found: moments.forget(found[:-1])),
         lambda patch: patch.setattr(stages, "forget", forget_all),
-        lambda patch: patch.setattr(moments, "_MOMENTS", ("exp_avg",)),
+        lambda patch: patch.setattr(moments, "MOMENTS", ("exp_avg",)),
         lambda patch: patch.setattr(stages, "rollback", lambda *_, **__: ""),
     ],
 )

@@ -381,6 +381,20 @@ def test_nothing_to_reset(home: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_an_optimizer_that_keeps_weights_is_not_reset(home: Path, tmp_path: Path) -> None:
+    """The ``z`` of schedule-free optimizers has the shape of a moment, and zeros there would be other weights."""
+    folder = copied(home, "ranks", tmp_path)
+    for path in folder.glob("optim_*"):
+        state = torch.load(path, weights_only=True)
+        for value in state["state"].values():
+            value["z"] = value["exp_avg"]
+        torch.save(state, path)
+    view = rolled_back(folder, to=home / "phi3/earlier/ranks", mask=halves("phi3", home))
+    with pytest.raises(ValueError, match=r"keeps 'z' of .*, which may be the weights themselves"):
+        save(view, tmp_path / "out", reset_optimizer=True)
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_folder_above_names_what_to_pass(home: Path, tmp_path: Path) -> None:
     (tmp_path / "global_step_7").mkdir()
     shutil.copytree(home / "phi3/later/ranks", tmp_path / "global_step_7" / "actor")

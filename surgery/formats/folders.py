@@ -17,6 +17,11 @@ _HOMES = ("", "huggingface/", "model/huggingface/")  # where config.json may lie
 _DISTRIBUTED = ("", "pytorch_model_fsdp_0/")  # where .metadata may lie: torch's own, accelerate's
 _OPTIMIZERS = (*_DISTRIBUTED, "optimizer_0/")
 _SHARDED = ("", "sharded/")  # where distributed safetensors may lie: torch's own, torchtitan's
+# what torch's optimizers call their running means; anything else of a parameter's shape may be the weights themselves
+MOMENTS = (
+    "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg", "grad_avg", "acc_delta",
+    "sum",
+)  # fmt: skip
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 

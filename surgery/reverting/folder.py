@@ -16,7 +16,7 @@ from torch import Tensor
 
 from surgery.checkpoints.checkpoint import Checkpoint
 from surgery.files import sync, whole_folder
-from surgery.formats.folders import holds_moments, moments_in
+from surgery.formats.folders import MOMENTS, holds_moments, moments_in
 from surgery.formats.stored import Stored
 from surgery.progress import steps
 from surgery.reverting.contents import Contents, Edited, contents_of, output_of
@@ -83,10 +83,17 @@ def save(
 
 
 def resettable(source: Path, stored: Stored) -> Stored:
-    """The optimizer's state of a training checkpoint; ``ValueError`` where there is none."""
+    """The optimizer's running means in a training checkpoint; ``ValueError`` where it holds none, or something else."""
     moments = moments_in(source, stored)
     if moments is None:
         raise ValueError(f"{source} holds no optimizer's state that could be reset: leave out --reset-optimizer")
+    for moment, shape in moments.shapes.items():
+        name, _, entry = moment.rpartition("/")
+        if entry not in MOMENTS and shape and shape == stored.shapes.get(name):
+            raise ValueError(
+                f"the optimizer in {source} keeps {entry!r} of {name!r}, which may be the weights themselves and is "
+                f"not reset: leave out --reset-optimizer, and start a new optimizer"
+            )
     return moments
 
 

@@ -8,15 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from surgery.checkpoints.opening import open_weights
+from surgery.formats.folders import MOMENTS
 from surgery.layout.slots import Layout
 from surgery.masks.edits import Edit
 from surgery.masks.mask import Mask
 
-# what torch's optimisers call their running means; anything else of a parameter's shape may be the weights themselves
-_MOMENTS = (
-    "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg", "grad_avg", "acc_delta",
-    "sum",
-)  # fmt: skip
 _ADVICE = (
     "and its next steps would undo a rollback: train with torch.optim.AdamW in one process, or repair the saved folder"
 )
@@ -42,7 +38,7 @@ def moments_of(optimizer: Any, model: nn.Module, mask: Mask, layout: Layout | No
         for name, value in optimizer.state.get(parameter, {}).items():
             if not isinstance(value, Tensor) or value.shape != parameter.shape:
                 continue
-            if name not in _MOMENTS or type(value) is not Tensor or not value.is_floating_point():
+            if name not in MOMENTS or type(value) is not Tensor or not value.is_floating_point():
                 raise ValueError(f"{whose} keeps {name!r} for {tensor}, which can't be set to zero, {_ADVICE}")
             found.append((edit, name, value))
     return found

@@ -33,7 +33,7 @@ from surgery.masks.entries import shapes_of
 from surgery.masks.mask import load_mask
 from surgery.measure import jaccard
 from surgery.reverting.provenance import CARD, MASK, RECORD
-from surgery.scores import places
+from surgery.scores import weight_places
 from surgery.scores import weights as weight_damage
 from surgery.scores import weights as weight_ranking
 from surgery.scores.weights import Gains, entry_gains
@@ -624,7 +624,7 @@ def gradient_alone(patch: pytest.MonkeyPatch) -> None:
 
 
 def parts_from_zero(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(places, "starts_of", lambda shapes: dict.fromkeys(shapes, 0))
+    patch.setattr(weight_places, "starts_of", lambda shapes: dict.fromkeys(shapes, 0))
 
 
 def last_batch_only(patch: pytest.MonkeyPatch) -> None:

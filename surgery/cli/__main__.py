@@ -1,0 +1,5 @@
+"""``python -m surgery.cli`` is ``surgery``."""
+
+from surgery.cli.entry import main
+
+main()

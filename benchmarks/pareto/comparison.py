@@ -167,7 +167,14 @@ class Store:
             self.runs = json.loads(gzip.decompress(path.read_bytes()))["runs"]
 
     def run(self, seed: str, pair: Pair, checkpoints: dict[str, Any]) -> dict[str, Any]:
-        """The run of that seed and pair; an empty one if it is new or was measured on other checkpoints or data."""
+        """The run of that seed and pair; an empty one if it is new or was measured on other checkpoints or data.
+
+        Checkpoints are told by their files' hashes.
+        """
+        checkpoints = {
+            name: {key: value for key, value in one.items() if key != "neurons"} if isinstance(one, dict) else one
+            for name, one in checkpoints.items()
+        }
         for run in self.runs:
             if (run["seed"], run["pair"]["name"]) == (seed, pair.name):
                 if run["checkpoints"] == json.loads(json.dumps(checkpoints)):

@@ -261,6 +261,8 @@ def test_the_store_gives_rows_back_only_for_the_same_checkpoints(tmp_path: Path)
     store.write()
     again = Store(path)
     assert again.run("seed0", PAIR, {"later": {"sha256": "one"}})["rows"] == [{"method": "ü", "value": 0.02}]
+    sampled = {"later": {"sha256": "one", "neurons": "what newer fingerprints hold"}}
+    assert again.run("seed0", PAIR, sampled)["rows"] == [{"method": "ü", "value": 0.02}]
     assert len(again.runs) == 2
     assert again.run("seed0", PAIR, {"later": {"sha256": "other"}})["rows"] == []
     assert len(again.runs) == 2

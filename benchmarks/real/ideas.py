@@ -77,9 +77,9 @@ IDEAS = {
 class Bench:
     """The pair's setting, prompts to draw from, and the scores of the earlier and the later model."""
 
-    def __init__(self, lab: Path, pair: Pair) -> None:
-        self.pair, self.setting = pair, setting_of(lab, 0, pair)
-        data, tokenizer = lab / "data", AutoTokenizer.from_pretrained(place(lab, pair.later, 0))
+    def __init__(self, lab: Path, pair: Pair, seed: int = 0) -> None:
+        self.pair, self.setting = pair, setting_of(lab, seed, pair)
+        data, tokenizer = lab / "data", AutoTokenizer.from_pretrained(place(lab, pair.later, seed))
         self.rows = encoded(data / f"{pair.metric}.calibration.jsonl", tokenizer)
         self.rows += encoded(data / f"{pair.metric}.train.jsonl", tokenizer, 3000)[::4]
         self.kept = encoded(data / f"{pair.kept}.calibration.jsonl", tokenizer)

@@ -37,7 +37,7 @@ def measured(name: str, out: Path, rehearse: bool) -> bool:
     """Run one part in this process and keep what it found; whether all of its checks held."""
     part, start = import_module(f"benchmarks.gpu.{name}"), time.perf_counter()
     found = part.run(torch.device("cpu" if rehearse else "cuda"), rehearse)
-    kept = {"statement": said(rehearse), "seconds": time.perf_counter() - start, "found": found}
+    kept = {"rehearse": rehearse, "statement": said(rehearse), "seconds": time.perf_counter() - start, "found": found}
     temporary = out / f"{name}.part"
     temporary.write_text(json.dumps(kept), encoding="utf-8")
     os.replace(temporary, out / f"{name}.json")
@@ -59,9 +59,14 @@ def section(name: str, kept: dict[str, Any]) -> str:
     return f"## {part.NAME}\n\n{part.table(kept['found'])}\n\n{told} {kept['seconds']:.0f} s.\n"
 
 
-def page(out: Path) -> str:
-    """All parts that are done, the ones that ran together under one statement."""
-    kept = {name: json.loads((out / f"{name}.json").read_text()) for name in PARTS if (out / f"{name}.json").exists()}
+def held(out: Path, rehearse: bool) -> dict[str, dict[str, Any]]:
+    """The parts that are done; what a rehearsal found is not what a GPU found."""
+    found = {name: json.loads((out / f"{name}.json").read_text()) for name in PARTS if (out / f"{name}.json").exists()}
+    return {name: kept for name, kept in found.items() if kept["rehearse"] == rehearse}
+
+
+def page(kept: dict[str, dict[str, Any]]) -> str:
+    """All parts that are done, those that ran together under one statement."""
     told = " ".join(dict.fromkeys(one["statement"] for one in kept.values()))
     head = f"# On the GPU\n\nWritten by `python -m benchmarks.gpu`. {told}\n"
     missing = [NAMES[name] for name in PARTS if name not in kept]
@@ -85,8 +90,9 @@ def main() -> None:
     began, fine = time.perf_counter(), True
     environment = os.environ | ({"TRITON_INTERPRET": "1"} if asked.rehearse else {})
     for name in PARTS:
-        if (asked.out / f"{name}.json").exists():
+        if name in (done := held(asked.out, asked.rehearse)):
             print(f"{NAMES[name]}: measured already", flush=True)
+            fine &= all(done[name]["found"]["checks"].values())
             continue
         left = 60 * asked.minutes - (time.perf_counter() - began)
         if left < 10:
@@ -103,7 +109,7 @@ def main() -> None:
         except subprocess.TimeoutExpired:
             print(f"{NAMES[name]}: stopped, it took too long", flush=True)
             fine = False
-        (asked.out / "gpu.md").write_text(page(asked.out), encoding="utf-8")
+        (asked.out / "gpu.md").write_text(page(held(asked.out, asked.rehearse)), encoding="utf-8")
     print(f"wrote {asked.out / 'gpu.md'}")
     sys.exit(0 if fine else 1)
 

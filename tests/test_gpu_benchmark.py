@@ -1,0 +1,92 @@
+"""The GPU's one command: what fails is said, what is done is not done again, what is missing is named."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks.gpu import __main__ as gpu
+
+
+@pytest.fixture
+def part(monkeypatch):
+    made = SimpleNamespace(NAME="A part", held=True, runs=[])
+    made.run = lambda device, rehearse: made.runs.append((device, rehearse)) or {"checks": {"it holds": made.held}}
+    made.table = lambda found: f"| {len(found['checks'])} |"
+    monkeypatch.setitem(sys.modules, "benchmarks.gpu.rollback", made)
+    return made
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_a_check_that_does_not_hold_is_told_and_fails(part, held, tmp_path, capsys):
+    part.held = held
+    assert gpu.measured("rollback", tmp_path, True) is held
+    text = gpu.page(gpu.held(tmp_path, True))
+    assert ("did not hold**: it holds" in text) is not held
+    assert ("1 checks held" in text) is held
+    assert text.count("| 1 |") == 1
+    assert "## A part" in capsys.readouterr().out
+    assert part.runs == [(torch.device("cpu"), True)]
+
+
+def test_the_page_names_what_is_missing_and_says_that_it_is_a_rehearsal(part, tmp_path):
+    gpu.measured("rollback", tmp_path, True)
+    text = gpu.page(gpu.held(tmp_path, True))
+    assert "a rehearsal" in text
+    for name in set(gpu.PARTS) - {"rollback"}:
+        assert gpu.NAMES[name] in text.split("Not measured:")[1]
+    assert gpu.NAMES["rollback"] not in text.split("Not measured:")[1]
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_what_is_done_is_not_done_again(part, tmp_path, monkeypatch, capsys, held):
+    asked, part.held = [], held
+    monkeypatch.setattr(gpu, "PARTS", ("rollback", "exact"))
+    monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path), "--rehearse"])
+    monkeypatch.setattr(
+        subprocess, "run", lambda command, **_: asked.append(command[-2]) or SimpleNamespace(returncode=0)
+    )
+    gpu.measured("rollback", tmp_path, True)
+    with pytest.raises(SystemExit) as stopped:
+        gpu.main()
+    assert stopped.value.code == (0 if held else 1)
+    assert asked == ["exact"]
+    assert "measured already" in capsys.readouterr().out
+
+
+def test_what_a_rehearsal_found_is_not_what_a_gpu_found(part, tmp_path):
+    gpu.measured("rollback", tmp_path, True)
+    assert set(gpu.held(tmp_path, True)) == {"rollback"}
+    assert gpu.held(tmp_path, False) == {}
+
+
+@pytest.mark.parametrize("error", [None, subprocess.TimeoutExpired("gpu", 1)])
+def test_a_part_that_fails_or_takes_too_long_fails_the_run_and_not_the_others(tmp_path, monkeypatch, error):
+    asked = []
+
+    def child(command, **_):
+        asked.append(command[-2])
+        if error is not None:
+            raise error
+        return SimpleNamespace(returncode=1)
+
+    monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path), "--rehearse"])
+    monkeypatch.setattr(subprocess, "run", child)
+    with pytest.raises(SystemExit) as stopped:
+        gpu.main()
+    assert stopped.value.code == 1
+    assert asked == list(gpu.PARTS)
+    assert (tmp_path / "gpu.md").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_what_to_type(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="--rehearse"):
+        gpu.main()
+    assert not json.dumps([str(one) for one in tmp_path.iterdir()]).count(".json")

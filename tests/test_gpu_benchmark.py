@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu import floor
+from benchmarks.gpu.shapes import QWEN3_4B
 
 
 @pytest.fixture
@@ -90,3 +92,13 @@ def test_without_a_gpu_it_says_what_to_type(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="--rehearse"):
         gpu.main()
     assert not json.dumps([str(one) for one in tmp_path.iterdir()]).count(".json")
+
+
+@pytest.mark.parametrize("size", [32, 64])
+@pytest.mark.parametrize("share", [0.002, 0.02, 0.3])
+def test_the_sectors_that_are_expected_are_those_of_random_neurons(share, size):
+    neurons, hidden, layers = (QWEN3_4B[one] for one in ("intermediate_size", "hidden_size", "num_hidden_layers"))
+    torch.manual_seed(0)
+    chosen = torch.rand(2000, neurons) < share
+    touched = chosen.reshape(2000, -1, size // 2).any(-1).sum(1).double().mean()  # in one row of down
+    assert floor.sectors(QWEN3_4B, share, size) == pytest.approx(float(touched) * size * hidden * layers, rel=0.01)

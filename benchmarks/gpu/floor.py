@@ -61,10 +61,8 @@ def main() -> None:
     """A page with both shapes' tables."""
     assert __doc__ is not None
     told = " ".join(__doc__.split("\n\n")[1].split())
-    head = (
-        "# The least that a rollback on a GPU can cost\n\nComputed by `python -m benchmarks.gpu.floor`, not measured."
-    )
-    lines = [f"{head} {told}\n"]
+    text = textwrap.fill(f"Computed by `python -m benchmarks.gpu.floor`, not measured. {told}", 120)
+    lines = [f"# The least that a rollback on a GPU can cost\n\n{text}\n"]
     for name, shape in (("Qwen3-4B", QWEN3_4B), ("Qwen3-30B-A3B", QWEN3_30B_A3B)):
         lines.append(f"## {name} shape, bf16\n\n{table(shape)}\n")
     write(RESULTS, "gpu-floor", "\n".join(lines))

@@ -366,8 +366,8 @@ def run(device: torch.device, rehearse: bool) -> dict[str, Any]:
 def table(found: dict[str, Any]) -> str:
     """The rows as Markdown."""
     lines = [
-        f"A copy on the device moves {found['copy_gb_s']:.0f} GB/s, read and written; the last column is the traffic in "
-        f"64-byte sectors as a share of that. Without traffic it is left out.",
+        f"A copy on the device moves {found['copy_gb_s']:.0f} GB/s, read and written. The last column: the traffic in "
+        "64-byte sectors as a share of that.",
         "",
         "| shape | mask | what | by | ms | payload MB | 32 B sectors MB | 64 B sectors MB | traffic GB | of a copy |",
         "|---|---|---|---|---:|---:|---:|---:|---:|---:|",

@@ -1,0 +1,388 @@
+"""A mask's numbers in a model on a GPU, exchanged with a packed buffer in one launch over all tensors."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.util import find_spec
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from surgery.checkpoints.checkpoint import State
+from surgery.checkpoints.opening import Weights
+from surgery.compat import writes_to
+from surgery.layout.slots import Block, Slot
+from surgery.masks.edits import Edit, Rows
+from surgery.masks.mask import Mask
+from surgery.reverting.writing import Strength, blended
+
+_PAD = 16  # numbers: every edit begins at a multiple of it in packed, so that it is aligned to 16 bytes
+# dtype → the integers of its width, and the bits of its exponent: where all are set, a number is NaN or infinite
+_BITS = {
+    torch.float16: (torch.int16, 0x7C00),
+    torch.bfloat16: (torch.int16, 0x7F80),
+    torch.float32: (torch.int32, 0x7F800000),
+    torch.float64: (torch.int64, 0x7FF0000000000000),
+}
+_asked: list[bool] = []
+_plans: dict[int, tuple[weakref.ref[Any], Any, Plan]] = {}  # by the identity of a mask that is still there
+
+
+@contextmanager
+def by_kernel(wanted: bool) -> Iterator[None]:
+    """While the body runs, rollbacks take the kernel, or the index path, whatever there is; the bits are the same.
+
+    For comparisons. Off a GPU the kernel needs Triton's interpreter (``TRITON_INTERPRET=1`` before it is imported).
+    """
+    _asked.append(wanted)
+    try:
+        yield
+    finally:
+        _asked.pop()
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where an edit lies in packed: number f of row i at start + i · unit + f · inner.
+
+    f counts the axes inside a row in an order of their own, the one with the longest way in the tensor first.
+    """
+
+    start: int
+    unit: int
+    inner: int
+    order: tuple[int, ...]
+
+    def rows(self, packed: Tensor, count: int, sizes: Sequence[int], start: int = 0) -> Tensor:
+        """The edit's rows as a view of packed, or of a part of it that begins at ``start``: ``[row, ...]``."""
+        ways, way = dict[int, int](), self.inner
+        for axis in reversed(self.order):
+            ways[axis], way = way, way * sizes[axis]
+        return packed.as_strided(
+            (count, *sizes), (self.unit, *(ways[axis] for axis in sorted(ways))), self.start - start
+        )
+
+
+class Plan:
+    """Where edits lie in tensors of one device and dtype, and in a packed buffer; made once, launched often.
+
+    An edit is the sum of two lists of offsets: of its rows' first numbers, and of the numbers inside a row. The one
+    whose neighbours lie closer in the tensor comes last in packed, and its neighbours are moved by neighbouring lanes.
+    What is held on the device does not depend on where the tensors lie, and goes there in one piece.
+
+    Args:
+        edits: what is moved; no two of them share a number.
+        tensors: the tensors by name, all of them ``plain`` and alike.
+        places: where each edit lies in packed (default: one after the other).
+    """
+
+    def __init__(self, edits: Sequence[Edit], tensors: Mapping[str, Tensor], places: Sequence[_Place] = ()) -> None:
+        from surgery.reverting.kernel import TILE
+
+        first = tensors[edits[0].slot.tensor]
+        self.edits, self.device, self.dtype, self.form = list(edits), first.device, first.dtype, form(edits, tensors)
+        self.vector = 16 // first.element_size()
+        self.shapes: list[tuple[int, list[int]]] = []
+        self.places: list[_Place] = []
+        self.size = self.tiles = at = 0
+        table, counts, lists = [], [], []
+        for number, edit in enumerate(edits):
+            rows, way, axes = edit.spread(tensors[edit.slot.tensor])
+            order = places[number].order if places else tuple(sorted(range(len(axes)), key=lambda one: -axes[one][1]))
+            ways = [axes[axis] for axis in order]
+            inside = torch.zeros(1, dtype=torch.int64)
+            for size, stride in ways:
+                inside = (inside[:, None] + torch.arange(size) * stride).flatten()
+            beside = all(way < stride for size, stride in axes if size > 1)  # rows lie closer than a row's numbers
+            steps = (1, len(rows)) if beside else (len(inside), 1)
+            place = places[number] if places else _Place(self.size, *steps, order)
+            self.places.append(place)
+            self.shapes.append((len(rows), [size for size, _ in axes]))
+            self.size = -(-(self.size + len(rows) * len(inside)) // _PAD) * _PAD
+            down, lanes = (inside, rows) if beside else (rows, inside)
+            steps = (place.inner, place.unit) if beside else (place.unit, place.inner)
+            whole = not beside and steps[1] == 1 and self._in_vectors(rows, ways, place.start, steps[0])
+            tiles, shift = min((_tiles(len(down), len(lanes), one, TILE), -one) for one in range(4, TILE.bit_length()))
+            table.append(
+                [at, at + len(down), len(down), len(lanes), place.start, *steps, self.tiles, -shift, int(whole)]
+            )
+            counts.append(tiles)
+            self.tiles += tiles
+            lists += [down, lanes]
+            at += len(down) + len(lanes)
+        offsets = torch.cat(lists)
+        if int(offsets.max()) < 2**30:  # so their sums fit, too
+            offsets = offsets.to(torch.int32)
+        which = torch.arange(len(table), dtype=torch.int32).repeat_interleave(torch.tensor(counts))
+        self._table, self._which, self._offsets = sent([torch.tensor(table), which, offsets], self.device)
+        self._addresses: tuple[list[list[int]], Tensor] | None = None  # of the last launch
+
+    def _in_vectors(self, rows: Tensor, ways: Sequence[tuple[int, int]], start: int, step: int) -> bool:
+        """Whether every run of numbers that 16 bytes hold is one in the tensor and in packed, and begins at one."""
+        *outer, (size, stride) = ways
+        rests = [start, step, size, *(stride for _, stride in outer)]
+        return stride == 1 and not any(one % self.vector for one in rests) and not bool((rows % self.vector).any())
+
+    def empty(self, dtype: torch.dtype | None = None) -> Tensor:
+        """A packed buffer."""
+        return torch.empty(self.size, dtype=dtype or self.dtype, device=self.device)
+
+    def rows(self, packed: Tensor) -> list[Tensor]:
+        """Each edit's rows as a view of packed, shaped as ``Edit.take`` gives them."""
+        return [place.rows(packed, *shape) for place, shape in zip(self.places, self.shapes, strict=True)]
+
+    def fits(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether tensors still lie as they did, wherever in memory."""
+        return all(edit.slot.tensor in tensors for edit in self.edits) and form(self.edits, tensors) == self.form
+
+    def gather(self, tensors: Mapping[str, Tensor], packed: Tensor) -> None:
+        """Copy the tensors' numbers into packed."""
+        self._launch(2, tensors, packed)
+
+    def swap(self, tensors: Mapping[str, Tensor], packed: Tensor, *, count: bool = False) -> Tensor | None:
+        """Exchange the tensors' numbers and packed; with ``count`` as ``fetch`` does."""
+        return self._launch(0, tensors, packed, count=count)
+
+    def fetch(self, tensors: Mapping[str, Tensor], packed: Tensor, sources: Sequence[Tensor]) -> Tensor:
+        """Copy from a tensor that lies alike for each edit; packed gets what was there.
+
+        Returns:
+            int32 ``[2, tile]`` on the device: how many numbers changed, and how many new ones are NaN or infinite.
+        """
+        found = self._launch(1, tensors, packed, sources, count=True)
+        assert found is not None
+        return found
+
+    def edit_of(self, tile: int) -> Edit:
+        """The edit that a tile belongs to."""
+        return self.edits[int(self._which[tile])]
+
+    def _launch(
+        self,
+        how: int,
+        tensors: Mapping[str, Tensor],
+        packed: Tensor,
+        sources: Sequence[Tensor] | None = None,
+        count: bool = False,
+    ) -> Tensor | None:
+        from surgery.reverting.kernel import FIELDS, TILE, walk
+
+        ours = [tensors[edit.slot.tensor] for edit in self.edits]
+        pairs = [(one.data_ptr(), other.data_ptr()) for one, other in zip(ours, sources or ours, strict=True)]
+        where = [[one, other, int(one % 16 == 0 and other % 16 == 0)] for one, other in pairs]
+        if self._addresses is None or self._addresses[0] != where:
+            self._addresses = where, sent([torch.tensor(where)], self.device)[0]
+        integers, exponent = _BITS[self.dtype]
+        found = torch.empty(2, self.tiles, dtype=torch.int32, device=self.device) if count else None
+        if how != 2:
+            for tensor in {id(one): one for one in ours}.values():
+                increment_version(tensor)  # what torch itself does when it writes
+        real = self.device.type == "cuda" and torch.cuda.is_available()
+        with torch.cuda.device(self.device) if real else nullcontext():
+            if real:
+                for held in (packed, self._which, self._addresses[1]):  # not given away before the launch is done
+                    held.record_stream(torch.cuda.current_stream())
+            walk[(self.tiles,)](
+                self._which, self._table, self._offsets, self._addresses[1], packed.view(integers),
+                self._which if found is None else found, self.tiles,
+                HOW=how, COUNT=count, EXPONENT=exponent, VECTOR=self.vector, TILE=TILE, FIELDS=FIELDS,
+                num_warps=4, enable_fp_fusion=False,
+            )  # fmt: skip
+        return found
+
+
+@dataclass
+class Exchanged:
+    """A rollback by the kernel: packed holds what the model held."""
+
+    plan: Plan
+    packed: Tensor
+    found: Tensor  # as ``Plan.fetch`` returns it
+
+    def read(self) -> tuple[int, Edit | None]:
+        """How many numbers changed, and the first edit with a number that is not finite; the device is waited for."""
+        changed, wild = self.found.sum(1).tolist()
+        return changed, self.plan.edit_of(int(self.found[1].nonzero()[0])) if wild else None
+
+    def pairs(self) -> list[tuple[Edit, Tensor]]:
+        """Each edit with the rows that it overwrote, as a view."""
+        return list(zip(self.plan.edits, self.plan.rows(self.packed), strict=True))
+
+    def undo(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Swap back; False, and nothing is done, where the tensors lie otherwise now."""
+        if not self.plan.fits(tensors):
+            return False
+        self.plan.swap(tensors, self.packed)
+        return True
+
+
+def planned(mask: Mask, edits: Sequence[Edit], tensors: Mapping[str, Tensor]) -> Plan | None:
+    """A mask's plan on a model, the same for as long as both stay; None where the index path is to be taken."""
+    now = form(edits, tensors) if edits else None
+    if now is None or not _wanted(now[0][-1]):
+        return None
+    values = [value for value in getattr(mask, "values", list)() if not value.is_inference()]
+    state = now, [(id(value), writes_to(value)) for value in values], [edit.slot for edit in edits]
+    known = _plans.get(id(mask))
+    if known is None or known[0]() is not mask or known[1] != state:
+        key = id(mask)
+        known = _plans[key] = weakref.ref(mask, lambda _: _plans.pop(key, None)), state, Plan(edits, tensors)
+    return known[2]
+
+
+def exchanged(plan: Plan, tensors: Mapping[str, Tensor], source: Weights, strength: Strength) -> Exchanged:
+    """Write what a rollback writes, by the kernel; what may fail comes before the launch that writes."""
+    if isinstance(strength, float | int) and strength == 1:
+        if (there := _alike(plan, tensors, source)) is not None:
+            packed = plan.empty()
+            return Exchanged(plan, packed, plan.fetch(tensors, packed, there))
+        found = _gathered(plan, source)
+        packed = _read(plan, source) if found is None else found.to(plan.dtype)
+    else:
+        found, packed = _gathered(plan, source), plan.empty()
+        plan.gather(tensors, packed)
+        read = (edit.read(source) for edit in plan.edits) if found is None else iter(plan.rows(found))
+        for edit, rows, new in zip(plan.edits, plan.rows(packed), read, strict=True):
+            rows.copy_(blended(edit, new, rows, strength))
+    counts = plan.swap(tensors, packed, count=True)
+    assert counts is not None
+    return Exchanged(plan, packed, counts)
+
+
+def _alike(plan: Plan, tensors: Mapping[str, Tensor], source: Weights) -> list[Tensor] | None:
+    """For each edit the source's tensor, if it lies as the model's does, and in memory of its own."""
+    if not isinstance(source.tensors, State | dict):  # others make their tensors anew when they are asked for them
+        return None
+    found, written = [], {tensors[edit.slot.tensor].untyped_storage().data_ptr() for edit in plan.edits}
+    for edit in plan.edits:
+        pieces = [piece for _, piece in edit.pieces(source.layout)]
+        ours, there = tensors[edit.slot.tensor], source.tensors[pieces[0].slot.tensor]
+        if len(pieces) > 1 or replace(pieces[0].slot, tensor=edit.slot.tensor) != edit.slot:
+            return None
+        if not plain(there) or _looks(there) != _looks(ours) or there.untyped_storage().data_ptr() in written:
+            return None
+        found.append(there)
+    return found
+
+
+def _gathered(plan: Plan, source: Weights) -> Tensor | None:
+    """The source's numbers in packed's order, by the kernel; None where they lie elsewhere, or in several dtypes."""
+    if not isinstance(source.tensors, State | dict):
+        return None
+    pieces, places = [], []
+    for edit, place in zip(plan.edits, plan.places, strict=True):
+        for run, piece in edit.pieces(source.layout):
+            if len(piece.spread(source.tensors[piece.slot.tensor])[2]) != len(place.order):
+                return None
+            pieces.append(piece)
+            places.append(replace(place, start=place.start + run.start * place.unit))
+    known = form(pieces, source.tensors)
+    if known is None or known[0][-1] != plan.device:
+        return None
+    there = Plan(pieces, source.tensors, places)
+    packed = plan.empty(there.dtype)
+    there.gather(source.tensors, packed)
+    return packed
+
+
+def _read(plan: Plan, source: Weights) -> Tensor:
+    """The source's numbers in packed's order, read edit by edit.
+
+    What lies on the CPU is sent block by block, through pinned memory: while one is on its way, the next is gathered.
+    """
+    packed = plan.empty()
+    pinned = plan.device.type == "cuda" and torch.cuda.is_available()
+    numbered = zip(range(len(plan.edits)), plan.edits, strict=True)
+    for _, some in groupby(numbered, key=lambda one: one[1].block.name):
+        run = list(some)
+        low = plan.places[run[0][0]].start
+        last = run[-1][0] + 1
+        high = plan.places[last].start if last < len(plan.places) else plan.size
+        stage: Tensor | None = None
+        for number, edit in run:
+            rows = edit.read(source).detach()
+            if number == run[0][0] and pinned and rows.device.type == "cpu":
+                stage = torch.empty(high - low, dtype=plan.dtype, pin_memory=True)
+            home, start = (packed, 0) if stage is None else (stage, low)
+            plan.places[number].rows(home, *plan.shapes[number], start).copy_(rows)
+        if stage is not None:
+            packed[low:high].copy_(stage, non_blocking=True)
+    return packed
+
+
+def form(edits: Sequence[Edit], tensors: Mapping[str, Tensor]) -> list[Any] | None:
+    """How the tensors of edits lie, device last; None unless all are ``plain``, on one device, and of one dtype."""
+    held = {name: tensors[name] for name in dict.fromkeys(edit.slot.tensor for edit in edits)}
+    if not all(map(plain, held.values())) or len({(one.device, one.dtype) for one in held.values()}) != 1:
+        return None
+    return [(name, *_looks(tensor)) for name, tensor in held.items()]
+
+
+def _looks(tensor: Tensor) -> tuple[Any, ...]:
+    return tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
+
+
+def plain(tensor: Tensor) -> bool:
+    """Whether its numbers lie in memory of its own at a stride along each axis, no two at one place."""
+    if type(tensor) is not Tensor or tensor.layout != torch.strided or tensor.dtype not in _BITS:
+        return False
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return False
+        reach += (size - 1) * stride
+    return bool(tensor.numel()) and not tensor.is_meta and not tensor.is_inference()
+
+
+def sent(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Tensors of the CPU on a device: one piece of memory, one copy, which nothing waits for."""
+    parts = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors]
+    starts = [0]
+    for part in parts:
+        starts.append(-(-(starts[-1] + len(part)) // 16) * 16)
+    real = device.type == "cuda" and torch.cuda.is_available()
+    here = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=real)
+    for part, start in zip(parts, starts, strict=False):
+        here[start : start + len(part)] = part
+    there = here.to(device, non_blocking=True)
+    sizes = zip(tensors, parts, starts, strict=False)
+    return [there[at : at + len(part)].view(one.dtype).view(one.shape) for one, part, at in sizes]
+
+
+def _tiles(height: int, width: int, shift: int, tile: int) -> int:
+    """How many tiles cover a box, each 2^shift lanes wide."""
+    return -(-width // (1 << shift)) * -(-height // (tile >> shift))
+
+
+def _wanted(device: torch.device) -> bool:
+    if _asked:
+        return _asked[-1]
+    return device.type == "cuda" and torch.cuda.is_available() and _works(device)
+
+
+@cache
+def _works(device: torch.device) -> bool:
+    """Whether the kernel runs on a device, tried on a few numbers: Triton needs a driver and a C compiler, too."""
+    if find_spec("triton") is None:
+        return False
+    try:
+        square = torch.arange(1024.0, device=device).view(32, 32)
+        slot = Slot("gate", "square", "n d -> n d", (32, 32))
+        plan = Plan([Rows(Block("try", 32, (slot,), "try"), slot, torch.arange(0, 32, 3))], {"square": square})
+        packed = torch.zeros_like(plan.empty())
+        plan.swap({"square": square}, packed)
+        moved = torch.arange(1024.0).view(32, 32)[::3]
+        return not bool(square[::3].any()) and torch.equal(plan.rows(packed)[0].cpu(), moved)
+    except Exception as error:  # whatever Triton, its compiler or the driver raise where they don't go together
+        warnings.warn(
+            f"Triton can't run on {device}, so rollbacks take a slower path to the same bits: {error}", stacklevel=2
+        )
+        return False

@@ -199,7 +199,7 @@ def test_a_gather_reads_tensors_of_other_names_and_shapes(family, units, tmp_pat
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("family", ["llama", "phi3", "gpt_oss", "jetmoe"])
 def test_what_is_called_a_vector_is_one(family, dtype):
-    """Sixteen bytes that begin at a multiple of 16, in the tensor and in packed; what lies along rows is made of them."""
+    """Sixteen bytes that begin at a multiple of 16, in the tensor and in packed: all that lies along rows."""
     earlier, later = pair(family, dtype)
     mask, tensors = some(earlier, later), State(later)
     with by_kernel(True):
@@ -377,6 +377,29 @@ def test_a_source_that_lies_among_what_is_written_is_read_first():
         for slot in (slot for block in layout.blocks for slot in block.slots):
             assert torch.equal(State(later)[slot.tensor], want[slot.tensor])
     assert same(memory(later), before)
+
+
+def test_where_triton_can_not_run_it_is_said_and_the_index_path_taken(monkeypatch):
+    device, tried = torch.device(DEVICE), exchange._works.__wrapped__
+    assert tried(device)
+    monkeypatch.setattr(exchange.Plan, "swap", lambda self, tensors, packed: None)  # it runs, and does nothing
+    with pytest.warns(UserWarning, match="slower path to the same bits: it does not give the bits that it should"):
+        assert not tried(device)
+
+    def uncompiled(self: Any, tensors: Any, packed: Any) -> None:
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(exchange.Plan, "swap", uncompiled)
+    with pytest.warns(UserWarning, match="slower path to the same bits: Failed to find C compiler"):
+        assert not tried(device)
+    monkeypatch.setattr(exchange, "find_spec", lambda name: None)
+    assert not tried(device)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU the kernel is taken")
+def test_off_a_gpu_the_index_path_is_taken():
+    earlier, later = pair("llama")
+    assert rollback(later, to=earlier, mask=some(earlier, later))._exchanged is None
 
 
 # Mutants: each is a plausible mistake that the law has to notice.

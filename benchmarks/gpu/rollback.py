@@ -235,11 +235,31 @@ class Case:
             plan = planned(mask, edits, self.live)
             assert plan is not None
             sources, packed = [self.earlier[edit.slot.tensor] for edit in edits], plan.empty()
+            whole, first = (list(one.edits(self.layout, "the model")) for one in (large, small))
+            before, after = (planned(one, few, self.live) for one, few in ((small, first), (large, whole)))
+            assert before is not None
+            assert after is not None
+            there, taken = [self.earlier[edit.slot.tensor] for edit in whole], after.empty()
+            kept = before.empty()
+            before.gather(self.earlier, kept)
+            before.swap(self.live, kept)
+
+            def anew() -> None:
+                before.swap(self.live, kept)
+                after.fetch(self.live, taken, there)
+
+            def back() -> None:
+                after.swap(self.live, taken)
+                before.swap(self.live, kept)
+
+            milliseconds = self.clock.device(anew, back)
+            before.swap(self.live, kept)
+            self.row("a sweep's step: undo, and the next budget", "kernel, device", label, milliseconds)
             with rollback(self.model, to=self.earlier, mask=small, layout=self.layout):
                 milliseconds = self.clock.device(
                     lambda: plan.fetch(self.live, packed, sources), lambda: plan.swap(self.live, packed)
                 )
-        self.row("a sweep's step to the next budget", "kernel, device", label, milliseconds)
+        self.row("a sweep's step: the difference alone", "kernel, device", label, milliseconds)
 
     def others(self, mask: Neurons, label: str) -> None:
         """What else one could do: index_put_, torch.where, a reload."""

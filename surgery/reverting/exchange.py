@@ -101,23 +101,23 @@ class Plan:
             inside = torch.zeros(1, dtype=torch.int64)
             for size, stride in ways:
                 inside = (inside[:, None] + torch.arange(size) * stride).flatten()
+            count, width = len(rows), len(inside)
             beside = all(way < stride for size, stride in axes if size > 1)  # rows lie closer than a row's numbers
-            steps = (1, len(rows)) if beside else (len(inside), 1)
-            place = places[number] if places else _Place(self.size, *steps, order)
+            place = places[number] if places else _Place(self.size, *((1, count) if beside else (width, 1)), order)
             self.places.append(place)
-            self.shapes.append((len(rows), [size for size, _ in axes]))
-            self.size = -(-(self.size + len(rows) * len(inside)) // _PAD) * _PAD
-            down, lanes = (inside, rows) if beside else (rows, inside)
-            steps = (place.inner, place.unit) if beside else (place.unit, place.inner)
-            whole = not beside and steps[1] == 1 and self._in_vectors(rows, ways, place.start, steps[0])
-            tiles, shift = min((_tiles(len(down), len(lanes), one, TILE), -one) for one in range(4, TILE.bit_length()))
-            table.append(
-                [at, at + len(down), len(down), len(lanes), place.start, *steps, self.tiles, -shift, int(whole)]
-            )
+            self.shapes.append((count, [size for size, _ in axes]))
+            self.size = -(-(self.size + count * width) // _PAD) * _PAD
+            whole = not beside and place.inner == 1 and self._in_vectors(rows, ways, place.start, place.unit)
+            if beside:  # the last are the lanes
+                sizes, steps = (width, count), (place.inner, place.unit)
+            else:
+                sizes, steps = (count, width), (place.unit, place.inner)
+            lists += [inside, rows] if beside else [rows, inside]
+            tiles, shift = min((_tiles(*sizes, one, TILE), -one) for one in range(4, TILE.bit_length()))
+            table.append([at, at + sizes[0], *sizes, place.start, *steps, self.tiles, -shift, int(whole)])
             counts.append(tiles)
             self.tiles += tiles
-            lists += [down, lanes]
-            at += len(down) + len(lanes)
+            at += count + width
         offsets = torch.cat(lists)
         if int(offsets.max()) < 2**30:  # so their sums fit, too
             offsets = offsets.to(torch.int32)
@@ -262,10 +262,11 @@ def _alike(plan: Plan, tensors: Mapping[str, Tensor], source: Weights) -> list[T
     if not isinstance(source.tensors, State | dict):  # others make their tensors anew when they are asked for them
         return None
     found, written = [], {tensors[edit.slot.tensor].untyped_storage().data_ptr() for edit in plan.edits}
+    alike = {name: block == source.layout[name] for name, block in {e.block.name: e.block for e in plan.edits}.items()}
     for edit in plan.edits:
-        pieces = [piece for _, piece in edit.pieces(source.layout)]
-        ours, there = tensors[edit.slot.tensor], source.tensors[pieces[0].slot.tensor]
-        if len(pieces) > 1 or replace(pieces[0].slot, tensor=edit.slot.tensor) != edit.slot:
+        slots = [edit.slot] if alike[edit.block.name] else [one.slot for _, one in edit.pieces(source.layout)]
+        ours, there = tensors[edit.slot.tensor], source.tensors[slots[0].tensor]
+        if len(slots) > 1 or replace(slots[0], tensor=edit.slot.tensor) != edit.slot:
             return None
         if not plain(there) or _looks(there) != _looks(ours) or there.untyped_storage().data_ptr() in written:
             return None
@@ -380,7 +381,9 @@ def _works(device: torch.device) -> bool:
         packed = torch.zeros_like(plan.empty())
         plan.swap({"square": square}, packed)
         moved = torch.arange(1024.0).view(32, 32)[::3]
-        return not bool(square[::3].any()) and torch.equal(plan.rows(packed)[0].cpu(), moved)
+        if bool(square[::3].any()) or not torch.equal(plan.rows(packed)[0].cpu(), moved):
+            raise RuntimeError("it does not give the bits that it should")
+        return True
     except Exception as error:  # whatever Triton, its compiler or the driver raise where they don't go together
         warnings.warn(
             f"Triton can't run on {device}, so rollbacks take a slower path to the same bits: {error}", stacklevel=2

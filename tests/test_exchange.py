@@ -5,8 +5,12 @@ Off a GPU Triton's interpreter runs it on the CPU.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -215,6 +219,33 @@ def test_what_is_called_a_vector_is_one(family, dtype):
             assert not (runs[..., 0] % size).any()
             assert (across, start % size, down % size, width % size, (1 << shift) % size) == (1, 0, 0, 0, 0)
         assert bool(whole) == edit.slot.pattern.split(" ->")[0].endswith(" d")
+
+
+COMPILED = """
+import sys, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from surgery.reverting.kernel import FIELDS, TILE, walk
+kinds = {"tiles": "*i32", "table": "*i64", "lists": "*i32", "addresses": "*i64", "packed": "*i16", "found": "*i32"}
+fixed = {"HOW": 1, "COUNT": True, "EXPONENT": 0x7F80, "VECTOR": 8, "TILE": TILE, "FIELDS": FIELDS}
+source = ASTSource(
+    walk, kinds | {"count": "i32"} | dict.fromkeys(fixed, "constexpr"), fixed,
+    attrs={(at,): [["tt.divisibility", 16]] for at in range(6)},
+)
+found = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "enable_fp_fusion": False})
+print(found.asm["ttgir"].count("convert_layout"), found.asm["ptx"].count("ld.global.v4.b32"),
+      found.asm["ptx"].count("st.global.v4.b32"), found.asm["ptx"].count("ld.global.b16"))
+"""
+
+
+def test_compiled_for_a_gpu_rows_are_vectors_and_columns_are_not():
+    """Two vectors of 8 numbers a thread, read twice and written twice; columns a number each; nothing is shuffled."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    where = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILED], env=environment, cwd=where, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split() == ["0", "4", "4", "32"], done.stderr
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from families import REPRESENTATIVES, build
+from simulated import gpu
 from torch import Tensor, nn
 
 from surgery import Checkpoint, Entries, Neurons, RandomSelector, Trajectory, rolled_back
@@ -25,6 +26,7 @@ from surgery.layout import find_layout
 from surgery.layout.on_disk import folder_layout
 from surgery.masks import edits
 from surgery.reverting import exchange
+from surgery.reverting import plan as plans
 from surgery.reverting.exchange import by_kernel
 
 pytest.importorskip("triton", reason="the kernel needs Triton: pip install triton")
@@ -259,12 +261,12 @@ def counted(monkeypatch) -> dict[str, int]:
             found["launches"] += 1
             return real[grid]
 
-    def sending(tensors: Any, device: Any, original: Any = exchange.sent) -> Any:
+    def sending(tensors: Any, device: Any, original: Any = plans.sent) -> Any:
         found["plans"] += len(tensors) > 1
         return original(tensors, device)
 
     monkeypatch.setattr(kernel, "walk", Counting())
-    monkeypatch.setattr(exchange, "sent", sending)
+    monkeypatch.setattr(plans, "sent", sending)
     return found
 
 
@@ -288,6 +290,14 @@ def test_a_mask_that_was_written_into_gets_a_new_plan():
     law(later, earlier, mask)
     for value in mask.values():
         value ^= True
+    law(later, earlier, mask)
+    for value in mask.values():
+        value.numpy()[:] ^= True  # torch notices nothing
+    law(later, earlier, mask)
+    mask = some(earlier, later, "weight", 0.05)
+    law(later, earlier, mask)
+    for value in mask.values():
+        value.copy_(torch.arange(len(value)))
     law(later, earlier, mask)
 
 
@@ -413,18 +423,36 @@ def test_a_source_that_lies_among_what_is_written_is_read_first():
 def test_where_triton_can_not_run_it_is_said_and_the_index_path_taken(monkeypatch):
     device, tried = torch.device(DEVICE), exchange._works.__wrapped__
     assert tried(device)
-    monkeypatch.setattr(exchange.Plan, "swap", lambda self, tensors, packed: None)  # it runs, and does nothing
+    monkeypatch.setattr(plans.Plan, "swap", lambda self, tensors, packed: None)  # it runs, and does nothing
     with pytest.warns(UserWarning, match="slower path to the same bits: it does not give the bits that it should"):
         assert not tried(device)
 
     def uncompiled(self: Any, tensors: Any, packed: Any) -> None:
         raise RuntimeError("Failed to find C compiler")
 
-    monkeypatch.setattr(exchange.Plan, "swap", uncompiled)
+    monkeypatch.setattr(plans.Plan, "swap", uncompiled)
     with pytest.warns(UserWarning, match="slower path to the same bits: Failed to find C compiler"):
         assert not tried(device)
     monkeypatch.setattr(exchange, "find_spec", lambda name: None)
     assert not tried(device)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
+def test_between_two_devices_nothing_is_mixed():
+    """A model on a (simulated) GPU; the earlier one there, elsewhere, in another dtype."""
+    earlier, later = pair("llama")
+    mask = some(earlier, later)
+    with gpu():
+        later = later.to("cuda")
+        for source in (pair("llama")[0].to("cuda"), earlier, build("llama", torch.float32, 1).to("cuda")):
+            for strength in (1.0, 0.4):
+                before = {name: tensor.clone() for name, tensor in later.state_dict().items()}
+                with by_kernel(False), rollback(later, to=source, mask=mask, strength=strength):
+                    want = {name: tensor.clone() for name, tensor in later.state_dict().items()}
+                with by_kernel(True), rollback(later, to=source, mask=mask, strength=strength) as done:
+                    assert same(want, later.state_dict())
+                    assert {rows.device.type for _, rows in done._old} == {"cuda"}
+                assert same(before, later.state_dict())
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU the kernel is taken")
@@ -446,7 +474,7 @@ def beside(patch: pytest.MonkeyPatch) -> None:
 
 def vectors_everywhere(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
-        exchange._Place,
+        plans.Place,
         "rows",
         lambda self, packed, count, sizes, start=0: packed[: count * max(sizes, default=1)].view(count, -1),
     )

@@ -25,7 +25,8 @@ from surgery import Checkpoint, Entries, Neurons, rollback
 from surgery.checkpoints.checkpoint import State
 from surgery.layout.slots import Block, Layout, Slot
 from surgery.masks.entries import shapes_of
-from surgery.reverting.exchange import Plan, by_kernel, planned
+from surgery.reverting.exchange import by_kernel, planned
+from surgery.reverting.plan import Plan
 
 NAME = "Rollback, undo, a sweep's step"
 Row = dict[str, Any]

@@ -126,9 +126,10 @@ class Numbers:
 def _flat(view: Tensor, index: Tensor, axes: int) -> Tensor:
     """Where in the storage the numbers lie that an index over a view's first axes leads to."""
     first = torch.full_like(index, int(view.storage_offset()))
-    for at, stride in zip(torch.unravel_index(index, view.shape[:axes]), view.stride()[:axes], strict=True):
-        first += at * stride
-    return first
+    for size, stride in zip(view.shape[1:axes][::-1], view.stride()[1:axes][::-1], strict=True):
+        first += index % size * stride
+        index = index // size
+    return first.add_(index, alpha=view.stride(0))
 
 
 Edit = Rows | Numbers

@@ -97,8 +97,7 @@ def test_single_weights(family):
     law(later, earlier, some(earlier, later, "weight", 0.05))
 
 
-@pytest.mark.parametrize("units", ["mlp", "weight"])
-@pytest.mark.parametrize("family", ["phi3", "gpt_oss"])
+@pytest.mark.parametrize(("family", "units"), [("gpt_oss", "mlp"), ("phi3", "weight")])
 def test_strengths(family, units):
     earlier, later = pair(family)
     mask = some(earlier, later, units, 0.2)
@@ -109,7 +108,7 @@ def test_strengths(family, units):
     }
     for value in each.values():
         value[::3], value[1::5] = 1.0, 0.0
-    for strength in (0.0, 0.3, 1.7, Neurons(each)):
+    for strength in (0.0, 1.7, Neurons(each)):
         law(later, earlier, mask, strength=strength)
     law(later, {name: tensor.double() for name, tensor in State(earlier).items()}, mask, strength=Neurons(each))
 
@@ -445,7 +444,7 @@ def test_between_two_devices_nothing_is_mixed():
     with gpu():
         later = later.to("cuda")
         for source in (pair("llama")[0].to("cuda"), earlier, build("llama", torch.float32, 1).to("cuda")):
-            for strength in (1.0, 0.4):
+            for strength in (1.0, 0.4) if source is earlier else (1.0,):
                 before = {name: tensor.clone() for name, tensor in later.state_dict().items()}
                 with by_kernel(False), rollback(later, to=source, mask=mask, strength=strength):
                     want = {name: tensor.clone() for name, tensor in later.state_dict().items()}

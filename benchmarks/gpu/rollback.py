@@ -25,6 +25,7 @@ from surgery import Checkpoint, Entries, Neurons, rollback
 from surgery.checkpoints.checkpoint import State
 from surgery.layout.slots import Block, Layout, Slot
 from surgery.masks.entries import shapes_of
+from surgery.reverting import kernel
 from surgery.reverting.exchange import by_kernel, planned
 from surgery.reverting.plan import Plan
 
@@ -211,21 +212,35 @@ class Case:
         )
         moved = {**size, "traffic": 3 * wide + payload}
         self.row("from the earlier model on the device", "kernel, device", label, fetching, **moved)
-        for kernel in (True, False) if index_path else (True,):
+        for ours in (True, False) if index_path else (True,):
             held: list[Any] = []
 
-            def there(kernel: bool = kernel, held: list[Any] = held) -> None:
-                with by_kernel(kernel):
+            def there(ours: bool = ours, held: list[Any] = held) -> None:
+                with by_kernel(ours):
                     held.append(rollback(self.model, to=self.earlier, mask=mask, layout=self.layout))
 
             def back(held: list[Any] = held) -> None:
                 held.pop().undo()
 
-            how = "kernel, whole call" if kernel else "index path, whole call"
+            how = "kernel, whole call" if ours else "index path, whole call"
             self.row("from the earlier model on the device", how, label, self.clock.wall(there, back), **size)
             there()
             self.row("undo", how, label, self.clock.wall(back, there), **size)
             back()
+
+    def tiles(self, mask: Neurons, label: str) -> None:
+        """Other sizes of a program's share, to see whether the kernel's are good ones."""
+        edits, held = list(mask.edits(self.layout, "the model")), (kernel.TILE, kernel.WARPS)
+        for kernel.TILE, kernel.WARPS in ((1024, 4), (2048, 8), (4096, 4), (4096, 8)):
+            plan, sources = Plan(edits, self.live), [self.earlier[edit.slot.tensor] for edit in edits]
+            packed = plan.empty()
+            milliseconds = self.clock.device(
+                lambda plan=plan, packed=packed, sources=sources: plan.fetch(self.live, packed, sources),
+                lambda plan=plan, packed=packed: plan.swap(self.live, packed),
+            )
+            how = f"kernel of {kernel.TILE} numbers, {kernel.WARPS} warps, device"
+            self.row("from the earlier model on the device", how, label, milliseconds)
+        kernel.TILE, kernel.WARPS = held
 
     def step(self, fractions: tuple[float, float]) -> None:
         """From one budget of a sweep to the next: what is new is written, on top of what is."""
@@ -333,6 +348,8 @@ def rows(shape: Shape, device: torch.device, rehearse: bool) -> list[Row]:
         if rehearse:
             break
     two = neurons(case.layout, 0.3 if rehearse else 0.02)
+    if not shape.experts:
+        case.tiles(two, "2.0% of neurons")
     case.step((0.1, 0.3) if rehearse else (0.02, 0.08))
     case.others(two, "2.0% of neurons")
     case.reload()
@@ -359,8 +376,8 @@ def checks(device: torch.device) -> dict[str, bool]:
 def _alike(model: Mlps, source: Any, mask: Neurons | Entries, strength: float, layout: Layout) -> bool:
     before = {name: tensor.clone() for name, tensor in State(model).items()}
     seen, reports = [], []
-    for kernel in (False, True):
-        with by_kernel(kernel), rollback(model, to=source, mask=mask, strength=strength, layout=layout) as done:
+    for ours in (False, True):
+        with by_kernel(ours), rollback(model, to=source, mask=mask, strength=strength, layout=layout) as done:
             seen.append({name: tensor.clone() for name, tensor in State(model).items()})
             reports.append(str(done))
         seen.append(before)

@@ -22,7 +22,7 @@ from surgery.compat import writes_to
 from surgery.layout.slots import Block, Slot
 from surgery.masks.edits import Edit, Rows
 from surgery.masks.mask import Mask
-from surgery.reverting.plan import Plan, form, looks, plain
+from surgery.reverting.plan import Plan, form, looks, plain, real
 from surgery.reverting.writing import Strength, blended
 
 _asked: list[bool] = []
@@ -152,7 +152,6 @@ def _read(plan: Plan, source: Weights) -> Tensor:
     is gathered.
     """
     packed = plan.empty()
-    pinned = plan.device.type == "cuda" and torch.cuda.is_available()
     numbered = zip(range(len(plan.edits)), plan.edits, strict=True)
     most = (1 << 28) // plan.dtype.itemsize
     for _, some in groupby(numbered, key=lambda one: (one[1].block.name, plan.places[one[0]].start // most)):
@@ -163,8 +162,8 @@ def _read(plan: Plan, source: Weights) -> Tensor:
         stage: Tensor | None = None
         for number, edit in run:
             rows = edit.read(source).detach()
-            if number == run[0][0] and pinned and rows.device.type == "cpu":
-                stage = torch.empty(high - low, dtype=plan.dtype, pin_memory=True)
+            if number == run[0][0] and rows.device.type == "cpu" != plan.device.type:
+                stage = torch.empty(high - low, dtype=plan.dtype, pin_memory=real(plan.device))
             home, start = (packed, 0) if stage is None else (stage, low)
             plan.places[number].rows(home, *plan.shapes[number], start).copy_(rows)
         if stage is not None:
@@ -179,7 +178,7 @@ def _wanted(device: torch.device) -> bool:
         "",
         "0",
     )  # it would take a GPU's addresses for its own
-    return device.type == "cuda" and torch.cuda.is_available() and not interpreted and _works(device)
+    return real(device) and not interpreted and _works(device)
 
 
 @cache

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-TILE = 2048  # numbers of a program
+TILE, WARPS = 2048, 4  # numbers of a program, and who moves them
 FIELDS = 10  # numbers of a box in the table
 SWAP, FETCH, GATHER = 0, 1, 2  # model ↔ packed; source → model → packed; model → packed
 

@@ -147,7 +147,7 @@ class Plan:
         sources: Sequence[Tensor] | None = None,
         count: bool = False,
     ) -> Tensor | None:
-        from surgery.reverting.kernel import FIELDS, TILE, walk
+        from surgery.reverting.kernel import FIELDS, TILE, WARPS, walk
 
         ours = [tensors[edit.slot.tensor] for edit in self.edits]
         pairs = [(one.data_ptr(), other.data_ptr()) for one, other in zip(ours, sources or ours, strict=True)]
@@ -159,16 +159,15 @@ class Plan:
         if how != 2:
             for tensor in {id(one): one for one in ours}.values():
                 increment_version(tensor)  # what torch itself does when it writes
-        real = self.device.type == "cuda" and torch.cuda.is_available()
-        with torch.cuda.device(self.device) if real else nullcontext():
-            if real:
+        with torch.cuda.device(self.device) if real(self.device) else nullcontext():
+            if real(self.device):
                 for held in (packed, self._which, self._addresses[1]):  # not given away before the launch is done
                     held.record_stream(torch.cuda.current_stream())
             walk[(self.tiles,)](
                 self._which, self._table, self._offsets, self._addresses[1], packed.view(integers),
                 self._which if found is None else found, self.tiles,
                 HOW=how, COUNT=count, EXPONENT=exponent, VECTOR=self.vector, TILE=TILE, FIELDS=FIELDS,
-                num_warps=4, enable_fp_fusion=False,
+                num_warps=WARPS, enable_fp_fusion=False,
             )  # fmt: skip
         return found
 
@@ -197,14 +196,18 @@ def plain(tensor: Tensor) -> bool:
     return bool(tensor.numel()) and not tensor.is_meta and not tensor.is_inference()
 
 
+def real(device: torch.device) -> bool:
+    """Whether it is a GPU that is there."""
+    return device.type == "cuda" and torch.cuda.is_available()
+
+
 def sent(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """Tensors of the CPU on a device: one piece of memory, one copy, which nothing waits for."""
     parts = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors]
     starts = [0]
     for part in parts:
         starts.append(-(-(starts[-1] + len(part)) // 16) * 16)
-    real = device.type == "cuda" and torch.cuda.is_available()
-    here = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=real)
+    here = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=real(device))
     for part, start in zip(parts, starts, strict=False):
         here[start : start + len(part)] = part
     there = here.to(device, non_blocking=True)

@@ -6,6 +6,7 @@ Off a GPU Triton's interpreter runs it on the CPU.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from simulated import gpu
 from torch import Tensor, nn
 
 from surgery import Checkpoint, Entries, Neurons, RandomSelector, Trajectory, rolled_back
-from surgery.checkpoints.checkpoint import State, moment_of
+from surgery.checkpoints.checkpoint import State, in_force, moment_of
 from surgery.checkpoints.opening import Weights, open_weights
 from surgery.layout import find_layout
 from surgery.layout.on_disk import folder_layout
@@ -357,6 +358,41 @@ def test_an_error_after_the_launch_restores_the_model(error, monkeypatch):
             with by_kernel(True), pytest.raises(error):
                 rollback(later, to=earlier, mask=mask)
         assert same(memory(later), before)
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_ctrl_c_anywhere_leaves_the_old_weights():
+    """At whichever line of a rollback the signal comes: nobody would have the undo."""
+    earlier, later = pair("llama")
+    sizes, original, lines = find_layout(later).sizes, sys.gettrace(), set()
+    mask = Neurons({name: (torch.arange(size) < 3) & name.endswith("0.mlp") for name, size in sizes.items()})
+    before = memory(later)
+
+    def traced(line: int | None) -> None:
+        def trace(frame: Any, event: str, _: Any) -> Any:
+            if frame.f_code is not rollback.__code__:
+                return None
+            if event == "line":
+                lines.add(frame.f_lineno)
+                if frame.f_lineno == line and not sent:
+                    sent.append(1)
+                    os.kill(os.getpid(), signal.SIGINT)
+            return trace
+
+        sent: list[int] = []
+        sys.settrace(trace)
+        try:
+            rollback(later, to=earlier, mask=mask).undo()
+        finally:
+            sys.settrace(original)
+
+    with by_kernel(True):
+        traced(None)
+        for line in sorted(lines - {max(lines)}):  # at the last line, the return, the caller has the undo
+            with pytest.raises(KeyboardInterrupt):
+                traced(line)
+            assert same(memory(later), before), line
+            assert in_force(later) == [], line
 
 
 @pytest.mark.parametrize("change", [lambda model: model.float(), lambda model: laid(model, transposed)])

@@ -224,6 +224,19 @@ def test_what_is_called_a_vector_is_one(family, dtype):
         assert bool(whole) == edit.slot.pattern.split(" ->")[0].endswith(" d")
 
 
+@pytest.mark.parametrize("whose", ["the model's", "the earlier model's", "nobody's"])
+def test_tensors_that_begin_elsewhere_are_not_read_as_vectors(whose):
+    earlier, later = pair("phi3")
+    mask = some(earlier, later)
+    earlier, later = (
+        laid(one, shifted) if whose == of else one
+        for of, one in (("the earlier model's", earlier), ("the model's", later))
+    )
+    with by_kernel(True), rollback(later, to=earlier, mask=mask) as done:
+        _, sent = done._exchanged.plan._addresses
+        assert set(sent[:, 2].tolist()) == {int(whose == "nobody's")}
+
+
 COMPILED = """
 import sys, triton
 from triton.backends.compiler import GPUTarget

@@ -114,7 +114,7 @@ def _alike(plan: Plan, tensors: Mapping[str, Tensor], source: Weights) -> list[T
     for edit in plan.edits:
         slots = [edit.slot] if alike[edit.block.name] else [one.slot for _, one in edit.pieces(source.layout)]
         ours, there = tensors[edit.slot.tensor], source.tensors[slots[0].tensor]
-        if len(slots) > 1 or replace(slots[0], tensor=edit.slot.tensor) != edit.slot:
+        if len(slots) > 1 or not (alike[edit.block.name] or replace(slots[0], tensor=edit.slot.tensor) == edit.slot):
             return None
         if not plain(there) or looks(there) != looks(ours) or there.untyped_storage().data_ptr() in written:
             return None

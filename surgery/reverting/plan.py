@@ -87,8 +87,8 @@ class Plan:
             else:
                 sizes, steps = (count, width), (place.unit, place.inner)
             lists += [inside, rows] if beside else [rows, inside]
-            tiles, shift = min((_tiles(*sizes, one, TILE), -one) for one in range(4, TILE.bit_length()))
-            table.append([at, at + sizes[0], *sizes, place.start, *steps, self.tiles, -shift, int(whole)])
+            tiles, shift = _tiles(*sizes, TILE)
+            table.append([at, at + sizes[0], *sizes, place.start, *steps, self.tiles, shift, int(whole)])
             counts.append(tiles)
             self.tiles += tiles
             at += count + width
@@ -215,6 +215,8 @@ def sent(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     return [there[at : at + len(part)].view(one.dtype).view(one.shape) for one, part, at in sizes]
 
 
-def _tiles(height: int, width: int, shift: int, tile: int) -> int:
-    """How many tiles cover a box, each 2^shift lanes wide."""
-    return -(-width // (1 << shift)) * -(-height // (tile >> shift))
+def _tiles(height: int, width: int, tile: int) -> tuple[int, int]:
+    """How many tiles cover a box, and log2 of their width: the widest of those that leave few lanes idle."""
+    counts = {one: -(-width // (1 << one)) * -(-height // (tile >> one)) for one in range(4, tile.bit_length())}
+    shift = max(one for one, count in counts.items() if 8 * count <= 9 * min(counts.values()))
+    return counts[shift], shift

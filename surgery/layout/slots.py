@@ -320,26 +320,38 @@ class Block:
         """Parameters per neuron."""
         return sum(self.of(part)[0].width for part in self.parts)
 
-    def rows(self, tensors: Mapping[str, Tensor], part: str, index: Tensor, offsets: Tensor | None = None) -> Tensor:
-        """A copy of one part of the neurons at ``index``: ``[len(index), ...]``.
+    def cut(self, part: str, index: Tensor) -> Iterator[tuple[Slot, int, int]]:
+        """The slots that hold some neurons of one part, each with the run of ``index`` that it holds.
 
-        ``index`` is int64, sorted, on the CPU and not empty. With ``offsets`` only those numbers of each row.
+        ``index`` is int64, sorted, on the CPU and not empty.
         """
-        pieces = []
         for slot in self._holding(part, int(index[0]), int(index[-1])):
             low, high = torch.searchsorted(index, torch.tensor([slot.start, slot.stop])).tolist()
             if low < high:
-                pieces.append(slot.take(tensors[slot.tensor], index[low:high] - slot.start, offsets))
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+                yield slot, low, high
 
-    def entries(self, tensors: Mapping[str, Tensor], part: str, positions: Tensor) -> Tensor:
-        """A copy of single numbers of one part, at sorted positions neuron · width + offset: ``[len(positions)]``."""
-        pieces, width = [], self.of(part)[0].width
+    def cut_entries(self, part: str, positions: Tensor) -> Iterator[tuple[Slot, int, int]]:
+        """The same for single numbers, at sorted positions neuron · width + offset."""
+        width = self.of(part)[0].width
         for slot in self._holding(part, int(positions[0]) // width, int(positions[-1]) // width):
             low, high = torch.searchsorted(positions, torch.tensor(slot.span)).tolist()
             if low < high:
-                local = positions[low:high] - slot.span[0]
-                pieces.append(slot.take_entries(tensors[slot.tensor], local))
+                yield slot, low, high
+
+    def rows(self, tensors: Mapping[str, Tensor], part: str, index: Tensor, offsets: Tensor | None = None) -> Tensor:
+        """A copy of one part of the neurons at ``index`` (see ``cut``), or of those ``offsets``: ``[neuron, ...]``."""
+        pieces = [
+            slot.take(tensors[slot.tensor], index[low:high] - slot.start, offsets)
+            for slot, low, high in self.cut(part, index)
+        ]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def entries(self, tensors: Mapping[str, Tensor], part: str, positions: Tensor) -> Tensor:
+        """A copy of single numbers of one part, at positions as for ``cut_entries``: ``[len(positions)]``."""
+        pieces = [
+            slot.take_entries(tensors[slot.tensor], positions[low:high] - slot.span[0])
+            for slot, low, high in self.cut_entries(part, positions)
+        ]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 

@@ -64,6 +64,22 @@ class Rows:
         """A copy of what another checkpoint holds there, whatever its names and shapes."""
         return source.layout[self.block.name].rows(source.tensors, self.slot.part, self.index, self.offsets)
 
+    def spread(self, tensor: Tensor) -> tuple[Tensor, int, list[tuple[int, int]]]:
+        """Where it lies in a tensor's memory, counted in numbers from the tensor's first.
+
+        The first number of each row (int64, on the CPU), the way from a neuron to the next, and inside a row (size,
+        way) of each axis. Nothing is read.
+        """
+        view, units = self.slot.view(tensor), 1 + self.slot.stacked
+        axes = list(zip(view.shape[units:], view.stride()[units:], strict=True))
+        first = _flat(view, self.index - self.slot.start, units)
+        return first - int(tensor.storage_offset()), view.stride(units - 1), axes
+
+    def pieces(self, layout: Layout) -> Iterator[tuple[slice, Rows]]:
+        """The same rows in another layout, slot by slot, each with which of them it holds."""
+        for slot, low, high in layout[self.block.name].cut(self.slot.part, self.index):
+            yield slice(low, high), replace(self, slot=slot, index=self.index[low:high])
+
 
 @dataclass(frozen=True)
 class Numbers:
@@ -97,6 +113,23 @@ class Numbers:
 
     def read(self, source: Held) -> Tensor:
         return source.layout[self.block.name].entries(source.tensors, self.slot.part, self.index)
+
+    def spread(self, tensor: Tensor) -> tuple[Tensor, int, list[tuple[int, int]]]:
+        view = self.slot.view(tensor)
+        return _flat(view, self.index - self.slot.span[0], view.ndim) - int(tensor.storage_offset()), 1, []
+
+    def pieces(self, layout: Layout) -> Iterator[tuple[slice, Numbers]]:
+        for slot, low, high in layout[self.block.name].cut_entries(self.slot.part, self.index):
+            yield slice(low, high), replace(self, slot=slot, index=self.index[low:high])
+
+
+def _flat(view: Tensor, index: Tensor, axes: int) -> Tensor:
+    """Where in the storage the numbers lie that an index over a view's first axes leads to."""
+    first = torch.full_like(index, int(view.storage_offset()))
+    for size, stride in zip(view.shape[1:axes][::-1], view.stride()[1:axes][::-1], strict=True):
+        first += index % size * stride
+        index = index // size
+    return first.add_(index, alpha=view.stride(0))
 
 
 Edit = Rows | Numbers

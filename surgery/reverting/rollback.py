@@ -26,14 +26,16 @@ from surgery.checkpoints.opening import Weights, open_weights
 from surgery.files import uninterrupted
 from surgery.formats.patches import bits
 from surgery.formats.stored import Stored
-from surgery.layout.sharding import Ranks, counts_here, ranks_of
+from surgery.layout.sharding import counts_here, ranks_of
 from surgery.layout.slots import Block, Layout, Slot
 from surgery.masks.edits import Edit, Rows
 from surgery.masks.mask import Mask, checked
 from surgery.reverting.adapters import adapter_files
+from surgery.reverting.exchange import Exchanged, exchanged, planned
 from surgery.reverting.provenance import papers, record_of, warn_if_made_for_others
 from surgery.reverting.writing import (
     Strength,
+    agreed_on,
     check_strength,
     check_writable,
     new_values,
@@ -59,6 +61,7 @@ class Rollback:
     _model: nn.Module = field(repr=False)
     _old: list[tuple[Edit, Tensor]] = field(repr=False)
     _before: Moment = field(repr=False)
+    _exchanged: Exchanged | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         self._undone = not any(self.parameters.values())  # where nothing was written there is nothing to undo
@@ -79,7 +82,8 @@ class Rollback:
         self._undone = True
         in_force(self._model).remove(self._named())
         alone = moment_of(self._model) is self._after  # nobody else has written, or it was undone
-        _put_back(self._model, self._old)
+        _put_back(self._model, self._old, self._exchanged)
+        self._exchanged = None
         if alone:
             returned(self._model, self._before)
 
@@ -170,38 +174,33 @@ def rollback(
     edits = [part for edit in whole for part in edit.held(live.tensors[edit.slot.tensor])]
     warn_if_made_for_others(mask, earlier=source)
     check_writable(live, edits)
-    ranks = ranks_of(model)
+    ranks, plan = ranks_of(model), None if keep_on else planned(mask, edits, live.tensors)
     old: list[tuple[Edit, Tensor]] = []
-    finite: list[Tensor] = []  # read at the end: a GPU is waited for once, not once an edit
-    changed: list[Tensor] = []
-    done, agreed, start = None, False, moment_of(model)
+    done, swapped, agreed, start = None, None, False, moment_of(model)
     try:
         with uninterrupted() as pending:
-            for edit in edits:
-                tensor = live.tensors[edit.slot.tensor]
-                before = edit.take(tensor)
-                after = new_values(edit, source, before, strength)
-                finite.append(after.isfinite().all())
-                changed.append((bits(before) != bits(after)).sum() * counts_here(tensor))
-                old.append((edit, before.to(keep_on) if keep_on else before))
-                _write(tensor, edit, after)
-                if pending:
-                    raise KeyboardInterrupt
-            for edit, fine in zip(edits, numbers(finite), strict=True):
-                if not fine:
-                    raise ValueError(_not_finite(edit, source, strength))
+            if plan is not None:
+                swapped = exchanged(plan, live.tensors, source, strength)
+                old += swapped.pairs()
+                changed, wild = swapped.read()
+            else:
+                changed, wild = _by_index(live, source, edits, strength, keep_on, old, pending)
+            if pending:
+                raise KeyboardInterrupt
+            if wild is not None:
+                raise ValueError(_not_finite(wild, source, strength))
             written = dict.fromkeys(live.layout, 0)
             for edit in whole:
                 written[edit.block.name] += edit.numbers
             agreed = True
-            touched, differing = len({edit.slot.tensor for edit in whole}), _agreed(ranks, sum(numbers(changed)))
+            touched, differing = len({edit.slot.tensor for edit in whole}), agreed_on(ranks, changed)
             if ranks.mesh is not None and whole:
                 returned(model, Moment())  # also where this process holds none of the numbers
             told = recorded(strength, mask)
-            done = Rollback(mask.count(), written, touched, differing, told, mask.noun, model, old, start)
+            done = Rollback(mask.count(), written, touched, differing, told, mask.noun, model, old, start, swapped)
     except BaseException:  # also of a Ctrl-C that was held back to the end: nobody would have the undo
         if done is None:
-            _put_back(model, old)
+            _put_back(model, old, swapped)
         else:
             done.undo()
         if not agreed:
@@ -210,15 +209,27 @@ def rollback(
     return done
 
 
-def _agreed(ranks: Ranks, changed: int) -> int:
-    """How many numbers changed on all processes together, once each has written its part."""
-    total, failed = ranks.sum(torch.tensor([changed, 0])).tolist()
-    if failed:
-        raise ValueError(
-            f"{failed} of the processes that hold the model could not write their part (each says why), and so the "
-            f"others have put back theirs"
-        )
-    return int(total)
+_Old = list[tuple[Edit, Tensor]]
+
+
+def _by_index(
+    live: Weights, source: Weights, edits: list[Edit], strength: Strength, keep_on: Any, old: _Old, pending: list[int]
+) -> tuple[int, Edit | None]:
+    """Write edit by edit, and note in ``old`` what was there: how many numbers changed, and an edit that has a NaN."""
+    finite: list[Tensor] = []  # read at the end: a GPU is waited for once, not once an edit
+    changed: list[Tensor] = []
+    for edit in edits:
+        tensor = live.tensors[edit.slot.tensor]
+        before = edit.take(tensor)
+        after = new_values(edit, source, before, strength)
+        finite.append(after.isfinite().all())
+        changed.append((bits(before) != bits(after)).sum() * counts_here(tensor))
+        old.append((edit, before.to(keep_on) if keep_on else before))
+        _write(tensor, edit, after)
+        if pending:
+            raise KeyboardInterrupt
+    wild = (edit for edit, fine in zip(edits, numbers(finite), strict=True) if not fine)
+    return sum(numbers(changed)), next(wild, None)
 
 
 def _opened(to: Source, layout: Layout | None, later: Weights) -> Weights:
@@ -230,10 +241,10 @@ def _opened(to: Source, layout: Layout | None, later: Weights) -> Weights:
     return open_weights(to, layout if layout is None or layout.fits(tensors_of(to)) else None, later)
 
 
-def _put_back(model: nn.Module, old: list[tuple[Edit, Tensor]]) -> None:
-    tensors = State(model) if old else {}  # as they are now: a model that is moved gets other tensors
+def _put_back(model: nn.Module, old: list[tuple[Edit, Tensor]], swapped: Exchanged | None) -> None:
+    tensors = State(model) if old or swapped else {}  # as they are now: a model that is moved gets other tensors
     with uninterrupted():
-        for edit, rows in reversed(old):
+        for edit, rows in () if swapped is not None and swapped.undo(tensors) else reversed(old):
             tensor = tensors[edit.slot.tensor]
             _write(tensor, edit, rows.to(tensor.device, tensor.dtype))
         old.clear()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from surgery.checkpoints.opening import Weights
-from surgery.layout.sharding import local
+from surgery.layout.sharding import Ranks, local
 from surgery.layout.slots import Layout
 from surgery.masks.edits import Edit, Held
 from surgery.masks.mask import Mask
@@ -55,6 +55,17 @@ def _span(tensor: Tensor) -> int:
     return (reach + 1) * tensor.element_size() if tensor.numel() else 0
 
 
+def agreed_on(ranks: Ranks, changed: int) -> int:
+    """How many numbers changed on all processes together, once each has written its part."""
+    total, failed = ranks.sum(torch.tensor([changed, 0])).tolist()
+    if failed:
+        raise ValueError(
+            f"{failed} of the processes that hold the model could not write their part (each says why), and so the "
+            f"others have put back theirs"
+        )
+    return int(total)
+
+
 Strength = float | Neurons
 MOST = 3.0  # the furthest: three times the way from the later values to the earlier ones
 
@@ -80,7 +91,11 @@ def new_values(edit: Edit, source: Held, old: Tensor, strength: Strength) -> Ten
 
     Strength 1 copies the source's bits and 0 leaves the old ones, also where it is that of some neurons only.
     """
-    found = edit.read(source)
+    return blended(edit, edit.read(source), old, strength)
+
+
+def blended(edit: Edit, found: Tensor, old: Tensor, strength: Strength) -> Tensor:
+    """The same, where the source's rows are at hand."""
     there = found.to(old.device, old.dtype)
     if not isinstance(strength, Neurons) and strength in (0, 1):
         return there if strength else old

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from surgery.checkpoints.opening import Weights
 from surgery.compat import declared, experts_implementation, gated_by, switches_experts
-from surgery.layout.sharding import Ranks, counts_here, is_sharded, local, stored
+from surgery.layout.sharding import Ranks, is_sharded, local, stored
 from surgery.layout.slots import Block, Layout, Slot
 from surgery.masks.edits import Rows
 
@@ -265,10 +265,10 @@ def only_these(takes: Mapping[nn.Parameter, Callable[[Tensor], None]], model: nn
             p.grad = grad
 
 
-def parts_of(block: Block, slot: Slot, tensor: Tensor) -> list[Rows]:
-    """All rows of a live slot; of a sharded tensor those that this process holds and counts (``Rows.held``)."""
+def parts_of(block: Block, slot: Slot, tensor: Tensor, ranks: Ranks) -> list[Rows]:
+    """All rows of a live slot; of several processes each has those that it holds and counts (``Rows.held``)."""
     whole = Rows(block, slot, torch.arange(slot.start, slot.stop))
-    return list(whole.held(tensor)) if counts_here(tensor) else []
+    return list(whole.held(tensor)) if ranks.counts(tensor) else []
 
 
 def in_runs(part: Rows, *views: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...]]]:

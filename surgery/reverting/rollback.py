@@ -26,7 +26,7 @@ from surgery.checkpoints.opening import Weights, open_weights
 from surgery.files import uninterrupted
 from surgery.formats.patches import bits
 from surgery.formats.stored import Stored
-from surgery.layout.sharding import counts_here, ranks_of
+from surgery.layout.sharding import ranks_of
 from surgery.layout.slots import Block, Layout, Slot
 from surgery.masks.edits import Edit, Rows
 from surgery.masks.mask import Mask, checked
@@ -218,12 +218,13 @@ def _by_index(
     """Write edit by edit, and note in ``old`` what was there: how many numbers changed, and an edit that has a NaN."""
     finite: list[Tensor] = []  # read at the end: a GPU is waited for once, not once an edit
     changed: list[Tensor] = []
+    ranks = live.ranks
     for edit in edits:
         tensor = live.tensors[edit.slot.tensor]
         before = edit.take(tensor)
         after = new_values(edit, source, before, strength)
         finite.append(after.isfinite().all())
-        changed.append((bits(before) != bits(after)).sum() * counts_here(tensor))
+        changed.append((bits(before) != bits(after)).sum() * ranks.counts(tensor))
         old.append((edit, before.to(keep_on) if keep_on else before))
         _write(tensor, edit, after)
         if pending:

@@ -31,6 +31,7 @@ from surgery.formats.patches import (
 )
 from surgery.formats.shards import DTYPES, WORDS, header_of, mapped
 from surgery.formats.stored import Stored
+from surgery.layout.boxes import Lying, at_flat
 from surgery.layout.slots import Layout, Slot
 from surgery.masks.entries import Entries, shapes_of
 from surgery.progress import steps
@@ -367,16 +368,16 @@ class Patched(Mapping[str, Tensor]):
         """The tensors of a file that the patch changes."""
         return [name for name in (self.stored.files[file] if self.stored else ()) if name in self.patch.tensors]
 
-    def edit(self, name: str, tensor: Tensor) -> None:
+    def edit(self, name: str, tensor: Lying) -> None:
         """Apply the patch to ``tensor``, which holds the later checkpoint's numbers."""
         flip(tensor, *self._change(name, tensor))
 
-    def reset(self, name: str, tensor: Tensor) -> None:
+    def reset(self, name: str, tensor: Lying) -> None:
         """Write zeros where the patch changes the tensor of that name."""
         at, _ = self._change(name, self.later[name])
-        tensor[torch.unravel_index(torch.from_numpy(at), tensor.shape)] = 0
+        tensor[at_flat(tensor, torch.from_numpy(at))] = torch.zeros(len(at), dtype=tensor.dtype)
 
-    def _change(self, name: str, tensor: Tensor) -> tuple[Numbers, Numbers]:
+    def _change(self, name: str, tensor: Lying) -> tuple[Numbers, Numbers]:
         return self.patch.change(name, tuple(tensor.shape), tensor.dtype, self._name)
 
     def remarks(self) -> list[str]:

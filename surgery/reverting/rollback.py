@@ -26,6 +26,7 @@ from surgery.checkpoints.opening import Weights, open_weights
 from surgery.files import uninterrupted
 from surgery.formats.patches import bits
 from surgery.formats.stored import Stored
+from surgery.layout.boxes import Lying
 from surgery.layout.sharding import ranks_of
 from surgery.layout.slots import Block, Layout, Slot
 from surgery.masks.edits import Edit, Rows
@@ -251,7 +252,7 @@ def _put_back(model: nn.Module, old: list[tuple[Edit, Tensor]], swapped: Exchang
         old.clear()
 
 
-def _write(tensor: Tensor, edit: Edit, rows: Tensor) -> None:
+def _write(tensor: Lying, edit: Edit, rows: Tensor) -> None:
     with torch.no_grad():
         edit.put(tensor, rows)
 
@@ -331,7 +332,7 @@ class RolledBack(Mapping[str, Tensor]):
         """The tensors of a file that differ from the later checkpoint's."""
         return [name for name in (self.stored.files[file] if self.stored else ()) if name in self._edits]
 
-    def edit(self, name: str, tensor: Tensor) -> None:
+    def edit(self, name: str, tensor: Lying) -> None:
         """Write the reverted rows into ``tensor``, which holds the later checkpoint's numbers."""
         for edit in self._edits.get(name, ()):
             before = edit.take(tensor)
@@ -340,7 +341,7 @@ class RolledBack(Mapping[str, Tensor]):
                 raise ValueError(_not_finite(edit, self.source, self.strength))
             _write(tensor, edit, after)
 
-    def reset(self, name: str, tensor: Tensor) -> None:
+    def reset(self, name: str, tensor: Lying) -> None:
         """Write zeros on the reverted rows of ``tensor``, a moment of the optimizer for the tensor of that name."""
         for edit in self._edits[name]:
             _write(tensor, edit, torch.zeros_like(edit.take(tensor)))

@@ -333,16 +333,28 @@ def law_mutants(home: Path, mutant: Mutant) -> None:
             law_rollback(home, "qwen3", "fsdp")
 
 
-def law_patch(home: Path, how: str) -> None:
-    """A patch is refused before anything is written: what it expects to find lies in several processes."""
-    earlier, later = sharded.folders(home, "qwen3")
+def law_patch(home: Path, family: str, how: str) -> None:
+    """A patch flips each process's own bits, and back; one for another model is refused before anything is written."""
+    earlier, later = sharded.folders(home, family)
     model, alone = sharded.sharded(later, how), sharded.one(later)
+    before, place = numbers(alone), home / f"patch, {family}, {how}"
     if dist.get_rank() == 0:
-        save_patch(rolled_back(later, to=earlier, mask=some_units(alone, "mlp")), home / f"patch-{how}")
+        save_patch(rolled_back(later, to=earlier, mask=some_units(alone, ("mlp", "kv_group"))), place)
     dist.barrier()
-    with pytest.raises(ValueError, match="is sharded over several processes"):
-        Patch(home / f"patch-{how}").apply(model)
+    done, wanted = Patch(place).apply(model), Patch(place).apply(alone)
     assert same(numbers(model), numbers(alone))
+    assert not same(numbers(model), before)
+    assert (done.parameters, done.changed) == (wanted.parameters, wanted.changed)
+    with pytest.raises(ValueError, match="applied already"):
+        Patch(place).apply(model)
+    back = Patch(place).apply(model, reverse=True)
+    assert same(numbers(model), before)
+    back.undo()
+    done.undo()
+    assert same(numbers(model), before)
+    with pytest.raises(ValueError, match="is not applied"):
+        Patch(place).apply(model, reverse=True)
+    assert same(numbers(model), before)
 
 
 KINDS = (("rollback", law_rollback), ("scores", law_scores), ("amc", law_amc), ("weights", law_weights))
@@ -360,8 +372,9 @@ def laws(*hows: str) -> dict[str, Callable[[Path], None]]:
 LAWS, LAWS_OF_FOUR = laws("fsdp", "tp"), laws("fsdp", "fsdp x tp")
 for family in ("qwen3", "phi3"):  # four processes run them with FSDP and tensor parallelism
     del LAWS[f"weights, {family}, tp"]
-for how in ("fsdp", "tp"):
-    LAWS[f"patch, qwen3, {how}"] = partial(law_patch, how=how)
+for family, how in (("qwen3", "fsdp"), ("phi3", "tp"), ("qwen3_moe", "fsdp"), ("qwen3_moe", "tp"), ("qwen2_moe", "tp")):
+    LAWS[f"patch, {family}, {how}"] = partial(law_patch, family=family, how=how)
+LAWS_OF_FOUR["patch, qwen3, fsdp x tp"] = partial(law_patch, family="qwen3", how="fsdp x tp")
 for how in ("fsdp", "tp"):  # biases in attention and MLPs
     LAWS[f"rollback, llama, {how}"] = partial(law_rollback, family="llama", how=how)
     LAWS[f"scores, llama, {how}"] = partial(law_scores, family="llama", how=how)

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import adapted
 import families
 import pytest
 import sharded
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from mutants import Mutant
 from small_lab import SEED0, copy_seed0
 from torch import nn
@@ -22,6 +24,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from surgery import (
     AMCSelector,
+    Checkpoint,
     DamageSelector,
     Entries,
     Neurons,
@@ -39,6 +42,7 @@ from surgery import (
 from surgery.cli import main
 from surgery.cli.options import out
 from surgery.layout import sharding
+from surgery.layout.boxes import Boxes
 from surgery.layout.finding import find_layout
 from surgery.masks.edits import Numbers, Rows
 from surgery.masks.entries import shapes_of
@@ -357,6 +361,52 @@ def law_patch(home: Path, family: str, how: str) -> None:
     assert same(numbers(model), before)
 
 
+def law_unplanned(home: Path) -> None:
+    """A model that transformers has no plan for is refused: else every process would take itself for the only one."""
+    _, later = sharded.folders(home, "gpt_oss")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORLD_SIZE", str(dist.get_world_size()))
+        with pytest.raises(ValueError, match="no plan to shard a GptOss"):
+            Trajectory(later=later).load(shard="tp")
+
+
+def law_loaded(home: Path, form: str, how: str) -> None:
+    """Rank files, a distributed checkpoint and an adapter are read into a sharded model as into one process."""
+    earlier, later = sharded.folders(home, "qwen3_moe")
+    place, rank, world = home / f"loaded {form}", dist.get_rank(), dist.get_world_size()
+    made = place.exists()
+    dist.barrier()
+    if form == "adapter" and rank == 0 and not made:
+        adapted.adapter(adapted.KINDS["experts on disk one by one"], earlier, place, 1)
+    elif form != "adapter" and not made:
+        model = sharded.sharded(later, "fsdp")
+        model.config.save_pretrained(place)
+        if form == "ranks":
+            torch.save(model.state_dict(), place / f"model_world_size_{world}_rank_{rank}.pt")
+        else:
+            dcp.save({"model": model.state_dict()}, checkpoint_id=place)
+    dist.barrier()
+    source = Checkpoint(place, *[earlier] * (form == "adapter"))
+    run, alone = (Trajectory(earlier=earlier, later=source) for _ in range(2))
+    read, cut = [0], Boxes.cut
+
+    def counted(self, box):
+        found = cut(self, box)
+        read[0] += found.numel()
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORLD_SIZE", str(world))
+        patch.setattr(Boxes, "cut", counted)
+        model = run.load(shard=how)
+    wanted = numbers(alone.load())
+    assert same(numbers(model), wanted)
+    assert form == "adapter" or 0 < read[0] < sum(one.numel() for one in wanted.values())
+    mask = DamageSelector(0.1, units="mlp").select(run, prompts())
+    assert mask.equal(DamageSelector(0.1, units="mlp").select(alone, prompts()))
+    assert everywhere(mask)
+
+
 KINDS = (("rollback", law_rollback), ("scores", law_scores), ("amc", law_amc), ("weights", law_weights))
 
 
@@ -383,6 +433,12 @@ for name, law in KINDS:  # its shared expert is not sharded: every process has a
     LAWS_OF_FOUR[f"{name}, qwen2_moe, fsdp x tp"] = partial(law, family="qwen2_moe", how="fsdp x tp")
 for name, law in (("measured", law_measured), ("answers", law_answers)):
     LAWS |= {f"{name}, qwen3, {how}": partial(law, family="qwen3", how=how) for how in ("fsdp", "tp")}
+LAWS |= {
+    f"loaded, {form}, {how}": partial(law_loaded, form=form, how=how)
+    for form in ("ranks", "distributed", "adapter")
+    for how in ("fsdp", "tp")
+}
+LAWS["unplanned, gpt_oss, tp"] = law_unplanned
 for how in ("fsdp", "tp") if SEED0.is_dir() else ():
     LAWS[f"shell, lab, {how}"] = partial(law_shell, how=how)
 LAWS |= {f"mutant {one.__name__}": partial(law_mutants, mutant=one) for one in (wrong_rows, index_copy)}

@@ -18,6 +18,7 @@ from surgery.compat import as_loaded, model_class, tied_weights
 from surgery.formats.shards import INDEX
 from surgery.formats.stored import SAFETENSORS
 from surgery.layout.on_disk import class_of
+from surgery.layout.sharding import is_sharded
 from surgery.tables import briefly
 
 Sharding = Literal["fsdp", "tp"]
@@ -52,11 +53,6 @@ def loaded(
     bare = source.stored.kind != SAFETENSORS
     weights = {name: _Unread(source, name, device_map == "meta") for name in source} if bare else None
     placed = _over_processes(shard)
-    if bare and shard is not None:
-        raise ValueError(
-            f"shard={shard!r} reads safetensors, and {source.folder} holds {source.stored.kind}: load and shard the "
-            f"model as it was trained, and pass it as later"
-        )
     try:
         found: Any = (model_class(kind.__name__, config) if bare else kind).from_pretrained(
             None if bare else source.home, config=config, state_dict=weights, device_map=device_map,
@@ -67,6 +63,11 @@ def loaded(
     except (ValueError, ImportError) as error:
         raise ValueError(f"transformers can't load {source.folder}: {briefly(error)}") from error
     model: nn.Module = found[0]
+    if shard is not None and not any(map(is_sharded, model.parameters())):
+        raise ValueError(
+            f'shard="{shard}" would leave all of {source.folder} in every process, since transformers has no plan to '
+            f'shard a {type(model).__name__} so: pass shard="fsdp" (--shard fsdp)'
+        )
     if bare:
         _settle(model, source.home)
     _check_told(source, found[1])
@@ -86,7 +87,12 @@ class _Unread:
         dtype = self.source.dtypes[self.name]
         if self.empty and isinstance(dtype, torch.dtype):
             return torch.empty(self.source.shapes[self.name], dtype=dtype, device="meta")[index]
-        return self.source[self.name][index].clone()
+        boxes = self.source.boxes(self.name) if isinstance(index, tuple) else None
+        return self.source[self.name][index].clone() if boxes is None else boxes.cut(index)
+
+    def get_shape(self) -> list[int]:
+        """As a slice of safetensors has it: a process that holds a part asks for no more than that."""
+        return list(self.source.shapes[self.name])
 
 
 def _dtype(source: Checkpoint) -> torch.dtype:

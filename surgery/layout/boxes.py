@@ -34,6 +34,19 @@ class Boxes:
         """The same bits as another dtype of that width."""
         return Boxes(self.shape, tuple((start, box.view(dtype)) for start, box in self.boxes))
 
+    def cut(self, box: Sequence[slice]) -> Tensor:
+        """A copy of a box of the whole tensor, of which only the numbers in it are read."""
+        edges = [one.indices(size)[:2] for one, size in zip(box, self.shape, strict=True)]
+        found = torch.empty([stop - start for start, stop in edges], dtype=self.dtype)
+        for begin, held in dict(self.boxes).items():
+            ends = [first + size for first, size in zip(begin, held.shape, strict=True)]
+            both = [(max(a, c), min(b, d)) for (a, b), c, d in zip(edges, begin, ends, strict=True)]
+            if all(start < stop for start, stop in both):
+                there = tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(both, edges, strict=True))
+                here = tuple(slice(a - start, b - start) for (a, b), start in zip(both, begin, strict=True))
+                found[there] = held[here]
+        return found
+
     def __getitem__(self, apart: Apart) -> Tensor:
         """A copy of some numbers of some rows: ``[row, number]``; ``[row]`` where a row is a single number."""
         found = torch.empty(*_sizes(apart), dtype=self.dtype)

@@ -28,30 +28,36 @@ from surgery import (
     DamageSelector,
     Entries,
     Neurons,
+    RandomSelector,
     Trajectory,
     activation,
+    analyse,
     conflict,
     damage,
     likelihood,
     magnitude,
+    refresh,
     repair,
     rollback,
     rolled_back,
+    strengths,
     sweep,
 )
 from surgery.cli import main
 from surgery.cli.options import out
+from surgery.evidence import changes, directions, gradients
 from surgery.layout import sharding
 from surgery.layout.boxes import Boxes
 from surgery.layout.finding import find_layout
 from surgery.masks.edits import Numbers, Rows
 from surgery.masks.entries import shapes_of
 from surgery.masks.mask import load_mask
-from surgery.measure import load_sweep
+from surgery.measure import history, load_sweep, stability, stage_damage
 from surgery.reverting.patch import Patch
 from surgery.reverting.patch_writing import save_patch
 from surgery.scores import entry_gains, reversal_cost
 from surgery.scores.damage import earlier_answers
+from surgery.theory import Landscape
 
 operators = import_module("surgery.reverting.rollback")
 
@@ -361,13 +367,52 @@ def law_patch(home: Path, family: str, how: str) -> None:
     assert same(numbers(model), before)
 
 
-def law_unplanned(home: Path) -> None:
-    """A model that transformers has no plan for is refused: else every process would take itself for the only one."""
-    _, later = sharded.folders(home, "gpt_oss")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WORLD_SIZE", str(dist.get_world_size()))
-        with pytest.raises(ValueError, match="no plan to shard a GptOss"):
-            Trajectory(later=later).load(shard="tp")
+def loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return model(**batch).loss
+
+
+ALIKE: dict[str, Callable[[Trajectory], Any]] = {  # what a sharded model gives as one process does
+    "random": lambda run: RandomSelector(0.1).select(run),
+    "random weights": lambda run: RandomSelector(0.01, units="weight").select(run),
+    "stability": lambda run: stability(run, prompts(), DamageSelector(0.1, units="mlp"), sizes=(4, 8), draws=2),
+    "history": lambda run: history(run, likelihood({"a": prompts()})),
+    "stage": lambda run: (
+        stage_damage(run, {"a": prompts()}, selector=DamageSelector(0.1, units="mlp"), budgets=[0.1]).verdict
+    ),
+}
+REFUSED: dict[str, Callable[[Trajectory, Neurons], Any]] = {
+    "strengths": lambda run, mask: strengths(run, prompts(), mask, passes=2),
+    "M of single weights": lambda run, mask: AMCSelector(0.01, "M", "M", units="weight").select(run),
+    "refresh": lambda run, mask: refresh(run.load(), loss, prompts(), 1, 1e-3, mask),
+    "refresh of all": lambda run, mask: refresh(run.load(), loss, prompts(), 1, 1e-3),
+    "rolled_back": lambda run, mask: rolled_back(run.later, to=run.earlier, mask=mask),
+    "changes": lambda run, mask: changes(run),
+    "directions": lambda run, mask: directions(Trajectory(run.earlier, run.earlier, run.later), permutations=2),
+    "gradients": lambda run, mask: gradients(run.load(), {"a": prompts(), "b": prompts()[:1]}),
+    "landscape": lambda run, mask: Landscape.around(run, prompts()),
+    "landscape there": lambda run, mask: Landscape.around(Trajectory(earlier=run.later, later=run.earlier), prompts()),
+    "analyse": lambda run, mask: analyse(run, {"a": prompts()}),
+    "back to it": lambda run, mask: rollback(sharded.one(run.earlier), to=run.later, mask=mask),
+    "D of it": lambda run, mask: damage(Trajectory(earlier=run.later, later=sharded.one(run.earlier)), prompts()),
+}
+
+
+def law_verbs(home: Path, how: str) -> None:
+    """Every other verb gives what it gives in one process, or is refused in one sentence, on every process alike."""
+    run, alone = runs(home, "qwen3", how)
+    before, sizes = numbers(run.load()), find_layout(alone.load()).sizes
+    one_alone = Neurons({name: torch.arange(size) == 0 for name, size in sizes.items()})  # the first process holds it
+    for name, verb in ALIKE.items():
+        found, wanted = str(verb(run)), str(verb(alone))
+        assert found == wanted, name
+    both = Trajectory(earlier=sharded.sharded(Path(str(run.earlier)), how), later=run.later)
+    found, wanted = (DamageSelector(0.1, units="mlp").select(one, prompts()) for one in (both, alone))
+    assert found.equal(wanted), "an earlier model that is sharded alike"
+    for name, verb in REFUSED.items():
+        with pytest.raises(ValueError, match="is sharded over") as refused:
+            verb(run, one_alone)
+        assert "one process" in str(refused.value), name
+        assert same(numbers(run.load()), before), name
 
 
 def law_loaded(home: Path, form: str, how: str) -> None:
@@ -438,7 +483,7 @@ LAWS |= {
     for form in ("ranks", "distributed", "adapter")
     for how in ("fsdp", "tp")
 }
-LAWS["unplanned, gpt_oss, tp"] = law_unplanned
 for how in ("fsdp", "tp") if SEED0.is_dir() else ():
     LAWS[f"shell, lab, {how}"] = partial(law_shell, how=how)
+LAWS |= {f"verbs, qwen3, {how}": partial(law_verbs, how=how) for how in ("fsdp", "tp")}
 LAWS |= {f"mutant {one.__name__}": partial(law_mutants, mutant=one) for one in (wrong_rows, index_copy)}

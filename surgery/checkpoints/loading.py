@@ -18,7 +18,6 @@ from surgery.compat import as_loaded, model_class, tied_weights
 from surgery.formats.shards import INDEX
 from surgery.formats.stored import SAFETENSORS
 from surgery.layout.on_disk import class_of
-from surgery.layout.sharding import is_sharded
 from surgery.tables import briefly
 
 Sharding = Literal["fsdp", "tp"]
@@ -63,11 +62,6 @@ def loaded(
     except (ValueError, ImportError) as error:
         raise ValueError(f"transformers can't load {source.folder}: {briefly(error)}") from error
     model: nn.Module = found[0]
-    if shard is not None and not any(map(is_sharded, model.parameters())):
-        raise ValueError(
-            f'shard="{shard}" would leave all of {source.folder} in every process, since transformers has no plan to '
-            f'shard a {type(model).__name__} so: pass shard="fsdp" (--shard fsdp)'
-        )
     if bare:
         _settle(model, source.home)
     _check_told(source, found[1])

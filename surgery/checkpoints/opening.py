@@ -21,7 +21,7 @@ from surgery.compat import passing_buffers
 from surgery.layout.finding import find_layout
 from surgery.layout.on_disk import folder_layout
 from surgery.layout.plain import check_stored
-from surgery.layout.sharding import ALONE, Ranks, is_sharded, local, places_in, ranks_among, ranks_of
+from surgery.layout.sharding import ALONE, Ranks, check_one_process, is_sharded, local, places_in, ranks_among, ranks_of
 from surgery.layout.slots import Block, Layout
 from surgery.units import Units, kinds_of
 
@@ -71,6 +71,8 @@ def open_weights(
             padded or extended vocabulary) is only a warning: such tensors are never touched. Other floating dtypes are
             fine, and so are tensors that only one has.
     """
+    if like is not None and like.ranks.mesh is None:
+        check_one_process(source, "a comparison with another checkpoint")
     tensors = tensors_of(source)
     name = _name(source)
     check_source(tensors, name)

@@ -114,6 +114,15 @@ def stored(model: nn.Module) -> nn.Module:
     return model
 
 
+def check_one_process(source: object, what: str) -> None:
+    """Raise ``ValueError`` where a source is a live model that is sharded: on every process, before any waits."""
+    if isinstance(source, nn.Module) and any(map(is_sharded, source.parameters())):
+        raise ValueError(
+            f"the live {type(source).__name__} is sharded over several processes, and {what} needs whole tensors: pass "
+            f"the model's folder, or load the model in one process"
+        )
+
+
 @dataclass(frozen=True)
 class Ranks:
     """The processes that hold a model together: those of a device mesh, or this one alone (``mesh`` is None)."""

@@ -27,7 +27,7 @@ from surgery.files import uninterrupted
 from surgery.formats.patches import bits
 from surgery.formats.stored import Stored
 from surgery.layout.boxes import Lying
-from surgery.layout.sharding import ranks_of
+from surgery.layout.sharding import check_one_process, ranks_of
 from surgery.layout.slots import Block, Layout, Slot
 from surgery.masks.edits import Edit, Rows
 from surgery.masks.mask import Mask, checked
@@ -393,6 +393,7 @@ def rolled_back(
 
     Source: ours.
     """
+    check_one_process(later, "rolled_back")
     found = opened(later, to)
     weights = open_weights(found, layout, units=checked(mask).units)
     check_strength(strength, weights.layout)

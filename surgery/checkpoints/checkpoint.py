@@ -30,8 +30,8 @@ class Checkpoint(Mapping[str, Tensor]):
     The folder holds safetensors (one file, or shards with their index), the rank files of FSDP (verl, SkyRL), or a
     distributed checkpoint of torch (``.metadata``, also in its safetensors form). A tensor that lies in one piece is a
     view of the memory-mapped file: getting one takes no memory until its numbers are used, and a slice reads only its
-    own pages. One that several ranks hold is put together when it is asked for. The views are read-only; ``save``
-    writes.
+    own pages. One that several ranks hold is put together when it is asked for, but its rows are read where they lie
+    (``boxes``). The views are read-only; ``save`` writes.
 
     The folder of an adapter (LoRA) is read as its base with the adapter merged into it: each tensor is computed when it
     is asked for, bit for bit as peft's merge does.

@@ -334,13 +334,23 @@ def index_copy(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(operators, "_write", mutant)
 
 
-def law_mutants(home: Path, mutant: Mutant) -> None:
-    """The rollback's law notices a mutant, on every process, by an assertion."""
+def counted_twice(patch: pytest.MonkeyPatch) -> None:
+    """Every process counts the numbers of which all have a copy."""
+    patch.setattr(sharding.Ranks, "counts", lambda *_: True)
+
+
+def own_part_alone(patch: pytest.MonkeyPatch) -> None:
+    """No process adds what the others found."""
+    patch.setattr(sharding.Ranks, "sums", lambda self, found: dict(found))
+
+
+def law_mutants(home: Path, mutant: Mutant, law: Callable[[Path], None]) -> None:
+    """A law notices a mutant, on every process, by an assertion."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "_owned", WeakKeyDictionary())
         mutant(patch)
         with pytest.raises(AssertionError):
-            law_rollback(home, "qwen3", "fsdp")
+            law(home)
 
 
 def law_patch(home: Path, family: str, how: str) -> None:
@@ -486,4 +496,11 @@ LAWS |= {
 for how in ("fsdp", "tp") if SEED0.is_dir() else ():
     LAWS[f"shell, lab, {how}"] = partial(law_shell, how=how)
 LAWS |= {f"verbs, qwen3, {how}": partial(law_verbs, how=how) for how in ("fsdp", "tp")}
-LAWS |= {f"mutant {one.__name__}": partial(law_mutants, mutant=one) for one in (wrong_rows, index_copy)}
+MUTANTS = (
+    (wrong_rows, "rollback, qwen3, fsdp"),
+    (wrong_rows, "amc, qwen3_moe, fsdp"),
+    (index_copy, "rollback, qwen3, fsdp"),
+    (counted_twice, "scores, qwen2_moe, tp"),
+    (own_part_alone, "amc, qwen3, fsdp"),
+)
+LAWS |= {f"mutant {one.__name__} of {law}": partial(law_mutants, mutant=one, law=LAWS[law]) for one, law in MUTANTS}

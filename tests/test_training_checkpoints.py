@@ -108,9 +108,12 @@ def test_a_patch_makes_the_same_files_and_is_taken_back(home: Path, kind: str, f
     patch = Patch(save_patch(view, tmp_path / "patch"))
     out = save(patch.applied(later), tmp_path / "out")
     back = save(patch.applied(out, reverse=True), tmp_path / "back")
-    for file in Checkpoint(later).files:
-        assert (out / file).read_bytes() == (expected / file).read_bytes() != (later / file).read_bytes()
+    files = Checkpoint(later).files
+    for file in files:
+        assert (out / file).read_bytes() == (expected / file).read_bytes()
         assert (back / file).read_bytes() == (later / file).read_bytes()
+    changed = [file for file in files if (out / file).read_bytes() != (later / file).read_bytes()]
+    assert len(changed) >= min(len(files), 3)  # the fourth of four ranks holds none of three experts
 
 
 def test_a_patch_resets_the_optimizer_where_it_changes_weights(home: Path, tmp_path: Path) -> None:
@@ -311,9 +314,9 @@ def test_two_world_sizes(home: Path, tmp_path: Path) -> None:
 
 def test_ranks_in_each_others_files(home: Path, tmp_path: Path) -> None:
     folder = copied(home, "ranks", tmp_path)
-    one, other = (next(folder.glob(f"model_*_rank_{rank}.pt")) for rank in (0, 1))
+    one, *_, other = sorted(folder.glob("model_*_rank_*.pt"))  # the last rank holds fewer rows
     shutil.copy(one, other)
-    with pytest.raises(ValueError, match=r"rank 1 should hold|does not hold all of"):
+    with pytest.raises(ValueError, match=r"rank \d should hold|does not hold all of"):
         Checkpoint(folder)
 
 

@@ -320,6 +320,16 @@ def test_ranks_in_each_others_files(home: Path, tmp_path: Path) -> None:
         Checkpoint(folder)
 
 
+@pytest.mark.parametrize("kind", KINDS)  # of three experts the fourth rank has none
+def test_a_file_of_another_rank_with_as_many_rows(tmp_path: Path, kind: str) -> None:
+    model_of(kind, "later").save_pretrained(tmp_path / "plain", save_original_format=False)
+    as_ranks(tmp_path / "plain", tmp_path / "ranks", world=4)
+    assert len(Checkpoint(tmp_path / "ranks"))
+    shutil.copy(tmp_path / "ranks/model_world_size_4_rank_0.pt", tmp_path / "ranks/model_world_size_4_rank_1.pt")
+    with pytest.raises(ValueError, match=r"rank_1\.pt holds the same numbers as model_world_size_4_rank_0\.pt"):
+        Checkpoint(tmp_path / "ranks")
+
+
 def test_ranks_of_two_steps(home: Path, tmp_path: Path) -> None:
     folder = copied(home, "ranks", tmp_path)
     path = next(folder.glob("optim_*_rank_1.pt"))

@@ -477,6 +477,8 @@ def laws(*hows: str) -> dict[str, Callable[[Path], None]]:
 LAWS, LAWS_OF_FOUR = laws("fsdp", "tp"), laws("fsdp", "fsdp x tp")
 for family in ("qwen3", "phi3"):  # four processes run them with FSDP and tensor parallelism
     del LAWS[f"weights, {family}, tp"]
+for one in ("amc, phi3, fsdp", "amc, qwen3, tp"):  # and these
+    del LAWS[one]
 for family, how in (("qwen3", "fsdp"), ("phi3", "tp"), ("qwen3_moe", "fsdp"), ("qwen3_moe", "tp"), ("qwen2_moe", "tp")):
     LAWS[f"patch, {family}, {how}"] = partial(law_patch, family=family, how=how)
 LAWS_OF_FOUR["patch, qwen3, fsdp x tp"] = partial(law_patch, family="qwen3", how="fsdp x tp")
@@ -490,8 +492,7 @@ for name, law in (("measured", law_measured), ("answers", law_answers)):
     LAWS |= {f"{name}, qwen3, {how}": partial(law, family="qwen3", how=how) for how in ("fsdp", "tp")}
 LAWS |= {
     f"loaded, {form}, {how}": partial(law_loaded, form=form, how=how)
-    for form in ("ranks", "distributed", "adapter")
-    for how in ("fsdp", "tp")
+    for form, how in (("ranks", "fsdp"), ("ranks", "tp"), ("distributed", "fsdp"), ("adapter", "tp"))
 }
 for how in ("fsdp", "tp") if SEED0.is_dir() else ():
     LAWS[f"shell, lab, {how}"] = partial(law_shell, how=how)

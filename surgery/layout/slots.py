@@ -192,9 +192,7 @@ class Slot:
         return torch.stack([at >= 0 for at in self._sharded(tensor, positions)]).all(0)
 
     def _home(self, tensor: Any) -> Any:
-        if isinstance(tensor, Boxes):
-            return tensor
-        return local(tensor) if is_sharded(tensor) else self.view(tensor)
+        return tensor if isinstance(tensor, Boxes) else local(tensor) if is_sharded(tensor) else self.view(tensor)
 
     def _places(self, tensor: Any, index: Tensor, offsets: Tensor | None) -> tuple[Any, ...]:
         """Where rows lie: in the view, in this process's part of a sharded tensor, or in the whole that boxes make."""
@@ -245,10 +243,7 @@ class Slot:
         return tuple(self.view(one) for one in ranges)
 
     def _apart(self, index: Tensor, offsets: Tensor) -> Iterator[tuple[Tensor | None, Tensor | None]]:
-        """The coordinates of rows' numbers, dimension by dimension, as a sum of what depends on the row and the rest.
-
-        One of the two is None where the coordinate does not depend on it.
-        """
+        """For each dimension, rows' coordinates as what depends on the row plus the rest; None where it does not."""
         units = 1 + self.stacked
         for one in self._coordinates:
             varies = [step > 0 and size > 1 for step, size in zip(one.stride(), one.shape, strict=True)]
@@ -350,18 +345,14 @@ class Block:
 
     def rows(self, tensors: Mapping[str, Tensor], part: str, index: Tensor, offsets: Tensor | None = None) -> Tensor:
         """A copy of one part of the neurons at ``index`` (see ``cut``), or of those ``offsets``: ``[neuron, ...]``."""
-        pieces = [
-            slot.take(lying(tensors, slot.tensor), index[low:high] - slot.start, offsets)
-            for slot, low, high in self.cut(part, index)
-        ]
+        found = self.cut(part, index)
+        pieces = [slot.take(lying(tensors, slot.tensor), index[a:b] - slot.start, offsets) for slot, a, b in found]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def entries(self, tensors: Mapping[str, Tensor], part: str, positions: Tensor) -> Tensor:
         """A copy of single numbers of one part, at positions as for ``cut_entries``: ``[len(positions)]``."""
-        pieces = [
-            slot.take_entries(lying(tensors, slot.tensor), positions[low:high] - slot.span[0])
-            for slot, low, high in self.cut_entries(part, positions)
-        ]
+        found = self.cut_entries(part, positions)
+        pieces = [slot.take_entries(lying(tensors, slot.tensor), positions[a:b] - slot.span[0]) for slot, a, b in found]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 

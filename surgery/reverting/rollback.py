@@ -210,16 +210,12 @@ def rollback(
     return done
 
 
-_Old = list[tuple[Edit, Tensor]]
-
-
 def _by_index(
-    live: Weights, source: Weights, edits: list[Edit], strength: Strength, keep_on: Any, old: _Old, pending: list[int]
+    live: Weights, source: Weights, edits: list[Edit], strength: Strength, keep_on: Any, old: list[Any], pending: Any
 ) -> tuple[int, Edit | None]:
     """Write edit by edit, and note in ``old`` what was there: how many numbers changed, and an edit that has a NaN."""
     finite: list[Tensor] = []  # read at the end: a GPU is waited for once, not once an edit
-    changed: list[Tensor] = []
-    ranks = live.ranks
+    changed, ranks = list[Tensor](), live.ranks
     for edit in edits:
         tensor = live.tensors[edit.slot.tensor]
         before = edit.take(tensor)

@@ -75,9 +75,9 @@ def run(rank: int, world: int, home: Path, laws: dict[str, Callable[[Path], None
             found[name] = ""
         except Exception as error:
             found[name] = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
-        if not isinstance(found[name], str) or "Timed out" in found[name]:
+        (home / f"{rank}.json").write_text(json.dumps(found))
+        if "Timed out" in found[name]:
             break
-    (home / f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
@@ -9,35 +10,54 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import adapted
+import families
 import pytest
 import sharded
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from mutants import Mutant
+from small_lab import SEED0, copy_seed0
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate
 
 from surgery import (
+    AMCSelector,
+    Checkpoint,
     DamageSelector,
     Entries,
     Neurons,
+    RandomSelector,
     Trajectory,
     activation,
+    analyse,
+    conflict,
     damage,
     likelihood,
+    magnitude,
+    refresh,
     repair,
     rollback,
     rolled_back,
+    strengths,
     sweep,
 )
+from surgery.cli import main
+from surgery.cli.options import out
+from surgery.evidence import changes, directions, gradients
 from surgery.layout import sharding
+from surgery.layout.boxes import Boxes
 from surgery.layout.finding import find_layout
 from surgery.masks.edits import Numbers, Rows
 from surgery.masks.entries import shapes_of
+from surgery.masks.mask import load_mask
+from surgery.measure import history, load_sweep, stability, stage_damage
 from surgery.reverting.patch import Patch
 from surgery.reverting.patch_writing import save_patch
 from surgery.scores import entry_gains, reversal_cost
 from surgery.scores.damage import earlier_answers
+from surgery.theory import Landscape
 
 operators = import_module("surgery.reverting.rollback")
 
@@ -99,7 +119,10 @@ def law_rollback(home: Path, family: str, how: str) -> None:
             assert (done.neurons, done.parameters, done.tensors, done.changed) == (
                 reference.neurons, reference.parameters, reference.tensors, reference.changed,
             )  # fmt: skip
-            assert int(total) == sum(done.parameters.values())
+            copies = family == "qwen2_moe" and how != "fsdp"  # of its shared expert, which each process reads
+            assert (
+                int(total) >= sum(done.parameters.values()) if copies else int(total) == sum(done.parameters.values())
+            )
             assert read[0] < int(total)
             with torch.no_grad():  # a forward pass leaves parameters gathered
                 model(input_ids=torch.arange(4, 10)[None])
@@ -161,6 +184,25 @@ def law_scores(home: Path, family: str, how: str) -> None:
     assert same(numbers(run.load()), before)
 
 
+def law_amc(home: Path, family: str, how: str) -> None:
+    """M, C and what the paper's selector makes of them and A are those of one process, for a live later model."""
+    earlier, later = sharded.folders(home, family)
+    base = families.build(family, seed=2)
+    found = sharded.sharded(later, how), sharded.one(later)
+    run, alone = (Trajectory(base=base, earlier=earlier, later=one) for one in found)
+    data = prompts()
+    for units in ("mlp", ("mlp", "kv_group"), "value_channel"):
+        close(magnitude(run, units=units), magnitude(alone, units=units))
+        one, other = (conflict(each, units=units) for each in (run, alone))
+        for name, value in one.items():
+            torch.testing.assert_close(value, other[name], rtol=1e-4, atol=1e-6)
+    for letters, budget, units in (("AMC", 0.2, "mlp"), ("MC", 0.1, ("mlp", "value_channel")), ("M", 0.3, "mlp")):
+        selector = AMCSelector(budget, letters, letters, units=units)
+        mask = selector.select(run, data)
+        assert mask.equal(selector.select(alone, data))
+        assert everywhere(mask)
+
+
 def law_weights(home: Path, family: str, how: str) -> None:
     """Single weights by D: the same ones in the same order as in one process, on every process."""
     run, alone = runs(home, family, how)
@@ -214,6 +256,59 @@ def law_answers(home: Path, family: str, how: str) -> None:
     assert same(numbers(run.load()), before)
 
 
+def shell(home: Path, words: str, together: bool) -> None:
+    """A command of the shell, in the folder of the lab, by all processes together or by this one alone."""
+    told = {"RANK": dist.get_rank(), "LOCAL_RANK": dist.get_rank(), "WORLD_SIZE": dist.get_world_size()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home / "lab")
+        patch.setattr(sys, "argv", ["surgery", *words.split()])
+        patch.setattr(out, "quiet", False)
+        for name, value in told.items() if together else ():
+            patch.setenv(name, str(value))
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        assert not stopped.value.code, stopped.value.code
+
+
+def law_shell(home: Path, how: str) -> None:
+    """sweep and repair in the shell: the rows, the mask and every byte of the weights are those of one process."""
+    if dist.get_rank() == 0 and not (home / "lab").exists():
+        copy_seed0(home / "lab", evaluation=8, calibration=32)
+        (home / "lab/loss.py").write_text(LOSS)
+    dist.barrier()
+    words = "--data data/math.calibration.jsonl --dtype float32 --batch-size 8"
+    asked = {
+        "sweep": f"sweep base math qa {words} --selectors D,AMC,random --budgets 0.05,0.2 --evaluate loss.py:loss",
+        "repair": f"repair math qa {words} --keep qa=data/qa.calibration.jsonl --recovery 0.3 --limit 1 "
+        "--units mlp --budgets 0.02,0.1",
+    }
+    for command, line in asked.items():
+        rows, folder = {"sweep": ("-o", ""), "repair": ("--rows", "-o {}.out")}[command]
+        both = f"{command}-{how}", f"{command}-{how}-alone"
+        shell(home, f"{line} {rows} {both[0]}.jsonl {folder.format(both[0])} --shard {how}", True)
+        if dist.get_rank() == 0:
+            shell(home, f"{line} {rows} {both[1]}.jsonl {folder.format(both[1])}", False)
+        dist.barrier()
+        one, other = (load_sweep(home / "lab" / f"{name}.jsonl") for name in both)
+        for row, alone in zip(one, other, strict=True):
+            assert (row.selector, row.budget, row.neurons) == (alone.selector, alone.budget, alone.neurons)
+            for metric, value in alone.metrics.items():
+                assert abs(row.metrics[metric] - value) < 1e-5
+    one, other = (home / "lab" / f"{name}.out" for name in both)
+    assert load_mask(one / "surgery/mask.safetensors").equal(load_mask(other / "surgery/mask.safetensors"))
+    files = sorted(path.name for path in other.iterdir() if path.is_file())
+    assert sorted(path.name for path in one.iterdir() if path.is_file()) == files
+    for name in set(files) - {"surgery.json", "README.md"}:  # the sums of scores that they tell are added in parts
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+LOSS = """
+from surgery import likelihood, load_prompts
+
+loss = likelihood({name: load_prompts(f"data/{name}.evaluation.jsonl", "qa") for name in ("math", "qa")})
+"""
+
+
 def wrong_rows(patch: pytest.MonkeyPatch) -> None:
     """Each process takes another's rows for its own."""
 
@@ -239,28 +334,135 @@ def index_copy(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(operators, "_write", mutant)
 
 
-def law_mutants(home: Path, mutant: Mutant) -> None:
-    """The rollback's law notices a mutant, on every process, by an assertion."""
+def counted_twice(patch: pytest.MonkeyPatch) -> None:
+    """Every process counts the numbers of which all have a copy."""
+    patch.setattr(sharding.Ranks, "counts", lambda *_: True)
+
+
+def own_part_alone(patch: pytest.MonkeyPatch) -> None:
+    """No process adds what the others found."""
+    patch.setattr(sharding.Ranks, "sums", lambda self, found: dict(found))
+
+
+def law_mutants(home: Path, mutant: Mutant, law: Callable[[Path], None]) -> None:
+    """A law notices a mutant, on every process, by an assertion."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "_owned", WeakKeyDictionary())
         mutant(patch)
         with pytest.raises(AssertionError):
-            law_rollback(home, "qwen3", "fsdp")
+            law(home)
 
 
-def law_patch(home: Path, how: str) -> None:
-    """A patch is refused before anything is written: what it expects to find lies in several processes."""
-    earlier, later = sharded.folders(home, "qwen3")
+def law_patch(home: Path, family: str, how: str) -> None:
+    """A patch flips each process's own bits, and back; one for another model is refused before anything is written."""
+    earlier, later = sharded.folders(home, family)
     model, alone = sharded.sharded(later, how), sharded.one(later)
+    before, place = numbers(alone), home / f"patch, {family}, {how}"
     if dist.get_rank() == 0:
-        save_patch(rolled_back(later, to=earlier, mask=some_units(alone, "mlp")), home / f"patch-{how}")
+        save_patch(rolled_back(later, to=earlier, mask=some_units(alone, ("mlp", "kv_group"))), place)
     dist.barrier()
-    with pytest.raises(ValueError, match="is sharded over several processes"):
-        Patch(home / f"patch-{how}").apply(model)
+    done, wanted = Patch(place).apply(model), Patch(place).apply(alone)
     assert same(numbers(model), numbers(alone))
+    assert not same(numbers(model), before)
+    assert (done.parameters, done.changed) == (wanted.parameters, wanted.changed)
+    with pytest.raises(ValueError, match="applied already"):
+        Patch(place).apply(model)
+    back = Patch(place).apply(model, reverse=True)
+    assert same(numbers(model), before)
+    back.undo()
+    done.undo()
+    assert same(numbers(model), before)
+    with pytest.raises(ValueError, match="is not applied"):
+        Patch(place).apply(model, reverse=True)
+    assert same(numbers(model), before)
 
 
-KINDS = (("rollback", law_rollback), ("scores", law_scores), ("weights", law_weights))
+def loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return model(**batch).loss
+
+
+ALIKE: dict[str, Callable[[Trajectory], Any]] = {  # what a sharded model gives as one process does
+    "random": lambda run: RandomSelector(0.1).select(run),
+    "random weights": lambda run: RandomSelector(0.01, units="weight").select(run),
+    "stability": lambda run: stability(run, prompts(), DamageSelector(0.1, units="mlp"), sizes=(4, 8), draws=2),
+    "history": lambda run: history(run, likelihood({"a": prompts()})),
+    "stage": lambda run: (
+        stage_damage(run, {"a": prompts()}, selector=DamageSelector(0.1, units="mlp"), budgets=[0.1]).verdict
+    ),
+}
+REFUSED: dict[str, Callable[[Trajectory, Neurons], Any]] = {
+    "strengths": lambda run, mask: strengths(run, prompts(), mask, passes=2),
+    "M of single weights": lambda run, mask: AMCSelector(0.01, "M", "M", units="weight").select(run),
+    "refresh": lambda run, mask: refresh(run.load(), loss, prompts(), 1, 1e-3, mask),
+    "refresh of all": lambda run, mask: refresh(run.load(), loss, prompts(), 1, 1e-3),
+    "rolled_back": lambda run, mask: rolled_back(run.later, to=run.earlier, mask=mask),
+    "changes": lambda run, mask: changes(run),
+    "directions": lambda run, mask: directions(Trajectory(run.earlier, run.earlier, run.later), permutations=2),
+    "gradients": lambda run, mask: gradients(run.load(), {"a": prompts(), "b": prompts()[:1]}),
+    "landscape": lambda run, mask: Landscape.around(run, prompts()),
+    "landscape there": lambda run, mask: Landscape.around(Trajectory(earlier=run.later, later=run.earlier), prompts()),
+    "analyse": lambda run, mask: analyse(run, {"a": prompts()}),
+    "back to it": lambda run, mask: rollback(sharded.one(run.earlier), to=run.later, mask=mask),
+    "D of it": lambda run, mask: damage(Trajectory(earlier=run.later, later=sharded.one(run.earlier)), prompts()),
+}
+
+
+def law_verbs(home: Path, how: str) -> None:
+    """Every other verb gives what it gives in one process, or is refused in one sentence, on every process alike."""
+    run, alone = runs(home, "qwen3", how)
+    before, sizes = numbers(run.load()), find_layout(alone.load()).sizes
+    one_alone = Neurons({name: torch.arange(size) == 0 for name, size in sizes.items()})  # the first process holds it
+    for name, verb in ALIKE.items():
+        found, wanted = str(verb(run)), str(verb(alone))
+        assert found == wanted, name
+    both = Trajectory(earlier=sharded.sharded(Path(str(run.earlier)), how), later=run.later)
+    found, wanted = (DamageSelector(0.1, units="mlp").select(one, prompts()) for one in (both, alone))
+    assert found.equal(wanted), "an earlier model that is sharded alike"
+    for name, verb in REFUSED.items():
+        with pytest.raises(ValueError, match="is sharded over") as refused:
+            verb(run, one_alone)
+        assert "one process" in str(refused.value), name
+        assert same(numbers(run.load()), before), name
+
+
+def law_loaded(home: Path, form: str, how: str) -> None:
+    """Rank files, a distributed checkpoint and an adapter are read into a sharded model as into one process."""
+    earlier, later = sharded.folders(home, "qwen3_moe")
+    place, rank, world = home / f"loaded {form}", dist.get_rank(), dist.get_world_size()
+    made = place.exists()
+    dist.barrier()
+    if form == "adapter" and rank == 0 and not made:
+        adapted.adapter(adapted.KINDS["experts on disk one by one"], earlier, place, 1)
+    elif form != "adapter" and not made:
+        model = sharded.sharded(later, "fsdp")
+        model.config.save_pretrained(place)
+        if form == "ranks":
+            torch.save(model.state_dict(), place / f"model_world_size_{world}_rank_{rank}.pt")
+        else:
+            dcp.save({"model": model.state_dict()}, checkpoint_id=place)
+    dist.barrier()
+    source = Checkpoint(place, *[earlier] * (form == "adapter"))
+    run, alone = (Trajectory(earlier=earlier, later=source) for _ in range(2))
+    read, cut = [0], Boxes.cut
+
+    def counted(self, box):
+        found = cut(self, box)
+        read[0] += found.numel()
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORLD_SIZE", str(world))
+        patch.setattr(Boxes, "cut", counted)
+        model = run.load(shard=how)
+    wanted = numbers(alone.load())
+    assert same(numbers(model), wanted)
+    assert form == "adapter" or 0 < read[0] < sum(one.numel() for one in wanted.values())
+    mask = DamageSelector(0.1, units="mlp").select(run, prompts())
+    assert mask.equal(DamageSelector(0.1, units="mlp").select(alone, prompts()))
+    assert everywhere(mask)
+
+
+KINDS = (("rollback", law_rollback), ("scores", law_scores), ("amc", law_amc), ("weights", law_weights))
 
 
 def laws(*hows: str) -> dict[str, Callable[[Path], None]]:
@@ -275,11 +477,31 @@ def laws(*hows: str) -> dict[str, Callable[[Path], None]]:
 LAWS, LAWS_OF_FOUR = laws("fsdp", "tp"), laws("fsdp", "fsdp x tp")
 for family in ("qwen3", "phi3"):  # four processes run them with FSDP and tensor parallelism
     del LAWS[f"weights, {family}, tp"]
-for how in ("fsdp", "tp"):
-    LAWS[f"patch, qwen3, {how}"] = partial(law_patch, how=how)
+for one in ("amc, phi3, fsdp", "amc, qwen3, tp"):  # and these
+    del LAWS[one]
+for family, how in (("qwen3", "fsdp"), ("phi3", "tp"), ("qwen3_moe", "fsdp"), ("qwen3_moe", "tp"), ("qwen2_moe", "tp")):
+    LAWS[f"patch, {family}, {how}"] = partial(law_patch, family=family, how=how)
+LAWS_OF_FOUR["patch, qwen3, fsdp x tp"] = partial(law_patch, family="qwen3", how="fsdp x tp")
 for how in ("fsdp", "tp"):  # biases in attention and MLPs
     LAWS[f"rollback, llama, {how}"] = partial(law_rollback, family="llama", how=how)
-LAWS["scores, llama, fsdp"] = partial(law_scores, family="llama", how="fsdp")
+    LAWS[f"scores, llama, {how}"] = partial(law_scores, family="llama", how=how)
+for name, law in KINDS:  # its shared expert is not sharded: every process has all of it
+    LAWS[f"{name}, qwen2_moe, tp"] = partial(law, family="qwen2_moe", how="tp")
+    LAWS_OF_FOUR[f"{name}, qwen2_moe, fsdp x tp"] = partial(law, family="qwen2_moe", how="fsdp x tp")
 for name, law in (("measured", law_measured), ("answers", law_answers)):
     LAWS |= {f"{name}, qwen3, {how}": partial(law, family="qwen3", how=how) for how in ("fsdp", "tp")}
-LAWS |= {f"mutant {one.__name__}": partial(law_mutants, mutant=one) for one in (wrong_rows, index_copy)}
+LAWS |= {
+    f"loaded, {form}, {how}": partial(law_loaded, form=form, how=how)
+    for form, how in (("ranks", "fsdp"), ("ranks", "tp"), ("distributed", "fsdp"), ("adapter", "tp"))
+}
+for how in ("fsdp", "tp") if SEED0.is_dir() else ():
+    LAWS[f"shell, lab, {how}"] = partial(law_shell, how=how)
+LAWS |= {f"verbs, qwen3, {how}": partial(law_verbs, how=how) for how in ("fsdp", "tp")}
+MUTANTS = (
+    (wrong_rows, "rollback, qwen3, fsdp"),
+    (wrong_rows, "amc, qwen3_moe, fsdp"),
+    (index_copy, "rollback, qwen3, fsdp"),
+    (counted_twice, "scores, qwen2_moe, tp"),
+    (own_part_alone, "amc, qwen3, fsdp"),
+)
+LAWS |= {f"mutant {one.__name__} of {law}": partial(law_mutants, mutant=one, law=LAWS[law]) for one, law in MUTANTS}

@@ -28,10 +28,11 @@ def outcomes(folder: Path, world: int) -> dict[str, list[str]]:
         for rank in range(world):
             log = stack.enter_context(open(folder / f"log{rank}", "w"))
             one = subprocess.Popen([*command, str(rank), str(world), str(folder)], env=env, stdout=log, stderr=log)
+            stack.callback(one.wait)
             stack.callback(one.kill)
             started.append(one)
         for one in started:
-            one.wait(timeout=300)
+            one.wait(timeout=600)
     told = "\n".join((folder / f"log{rank}").read_text()[-3000:] for rank in range(world))
     assert [one.returncode for one in started] == [0] * world, told
     found = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]

@@ -19,6 +19,7 @@ from surgery.formats.adapters import Adapter, base_of
 from surgery.formats.folders import home_of, is_adapter, stored_in
 from surgery.formats.shards import INDEX, weight_map
 from surgery.formats.stored import SAFETENSORS
+from surgery.layout.boxes import Boxes
 from surgery.layout.on_disk import meta_model
 from surgery.layout.sharding import local, stored
 
@@ -29,8 +30,8 @@ class Checkpoint(Mapping[str, Tensor]):
     The folder holds safetensors (one file, or shards with their index), the rank files of FSDP (verl, SkyRL), or a
     distributed checkpoint of torch (``.metadata``, also in its safetensors form). A tensor that lies in one piece is a
     view of the memory-mapped file: getting one takes no memory until its numbers are used, and a slice reads only its
-    own pages. One that several ranks hold is put together when it is asked for. The views are read-only; ``save``
-    writes.
+    own pages. One that several ranks hold is put together when it is asked for, but its rows are read where they lie
+    (``boxes``). The views are read-only; ``save`` writes.
 
     The folder of an adapter (LoRA) is read as its base with the adapter merged into it: each tensor is computed when it
     is asked for, bit for bit as peft's merge does.
@@ -74,6 +75,10 @@ class Checkpoint(Mapping[str, Tensor]):
         if isinstance(dtype := self.dtypes[name], str):
             raise ValueError(f"{name!r} of {self.folder} has the dtype {dtype}, which can be copied but not read here")
         return self.stored.read(name, self._mapped)
+
+    def boxes(self, name: str) -> Boxes | None:
+        """The pieces of a tensor that several ranks hold, none of which is read yet; None where it is in one piece."""
+        return self.stored.boxes(name, self._mapped)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)

@@ -52,11 +52,6 @@ def loaded(
     bare = source.stored.kind != SAFETENSORS
     weights = {name: _Unread(source, name, device_map == "meta") for name in source} if bare else None
     placed = _over_processes(shard)
-    if bare and shard is not None:
-        raise ValueError(
-            f"shard={shard!r} reads safetensors, and {source.folder} holds {source.stored.kind}: load and shard the "
-            f"model as it was trained, and pass it as later"
-        )
     try:
         found: Any = (model_class(kind.__name__, config) if bare else kind).from_pretrained(
             None if bare else source.home, config=config, state_dict=weights, device_map=device_map,
@@ -86,7 +81,12 @@ class _Unread:
         dtype = self.source.dtypes[self.name]
         if self.empty and isinstance(dtype, torch.dtype):
             return torch.empty(self.source.shapes[self.name], dtype=dtype, device="meta")[index]
-        return self.source[self.name][index].clone()
+        boxes = self.source.boxes(self.name) if isinstance(index, tuple) else None
+        return self.source[self.name][index].clone() if boxes is None else boxes.cut(index)
+
+    def get_shape(self) -> list[int]:
+        """As a slice of safetensors has it: a process that holds a part asks for no more than that."""
+        return list(self.source.shapes[self.name])
 
 
 def _dtype(source: Checkpoint) -> torch.dtype:

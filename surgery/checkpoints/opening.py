@@ -21,7 +21,7 @@ from surgery.compat import passing_buffers
 from surgery.layout.finding import find_layout
 from surgery.layout.on_disk import folder_layout
 from surgery.layout.plain import check_stored
-from surgery.layout.sharding import counts_here, is_sharded, local, places_in, ranks_among
+from surgery.layout.sharding import ALONE, Ranks, check_one_process, is_sharded, local, places_in, ranks_among, ranks_of
 from surgery.layout.slots import Block, Layout
 from surgery.units import Units, kinds_of
 
@@ -33,6 +33,11 @@ class Weights:
     tensors: Mapping[str, Tensor]
     layout: Layout
     name: str
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that hold them together: of a live model that is sharded."""
+        return ranks_of(self.tensors.module) if isinstance(self.tensors, State) else ALONE
 
     def read(self, tensor: str) -> Tensor:
         """A tensor whose numbers are asked for.
@@ -66,6 +71,8 @@ def open_weights(
             padded or extended vocabulary) is only a warning: such tensors are never touched. Other floating dtypes are
             fine, and so are tensors that only one has.
     """
+    if like is not None and like.ranks.mesh is None:
+        check_one_process(source, "a comparison with another checkpoint")
     tensors = tensors_of(source)
     name = _name(source)
     check_source(tensors, name)
@@ -267,20 +274,22 @@ def sampled(tensors: Iterable[Tensor]) -> str:
 
 def _samples(tensors: list[Tensor]) -> list[Tensor]:
     """The bits of those values; of sharded tensors the processes put them together, in one message."""
-    found = {str(at): _bits(tensor) for at, tensor in enumerate(tensors)}
-    found |= ranks_among(tensors).sums({at: bits for at, bits in found.items() if is_sharded(tensors[int(at)])})
+    ranks = ranks_among(tensors)
+    found = {str(at): _bits(tensor, ranks) for at, tensor in enumerate(tensors)}
+    found |= ranks.sums({at: bits for at, bits in found.items() if is_sharded(tensors[int(at)])})
     return list(found.values())
 
 
-def _bits(tensor: Tensor) -> Tensor:
+def _bits(tensor: Tensor, ranks: Ranks) -> Tensor:
     """The values' bits as bf16 (int32 ``[value]``); 0 in place of those that another process holds."""
     places = torch.linspace(0, max(0, tensor.numel() - 1), min(_SAMPLES, tensor.numel()), dtype=torch.float64)
     found = torch.zeros(len(places), dtype=torch.int32)
     if tensor.is_meta:
         return found
     at = torch.unravel_index(places.long().to(tensor.device), tensor.shape)
-    here = torch.ones(len(places), dtype=torch.bool) if counts_here(tensor) else torch.zeros_like(found).bool()
+    here = torch.ones(len(places), dtype=torch.bool)
     if is_sharded(tensor):
+        here &= ranks.counts(tensor)
         at = tuple(table[one.cpu()] for table, one in zip(places_in(tensor), at, strict=True))
         here &= torch.stack(at).ge(0).all(0)
     where = tuple(one[here.to(one.device)].to(tensor.device) for one in at)

@@ -15,7 +15,8 @@ from surgery.checkpoints.checkpoint import Checkpoint, Source, in_force, opened
 from surgery.checkpoints.loading import Sharding, loaded
 from surgery.checkpoints.opening import Weights, open_weights
 from surgery.checkpoints.wrapped import plain_of
-from surgery.layout.slots import Block, Layout
+from surgery.layout.boxes import Boxes, boxes_in
+from surgery.layout.slots import Block, Layout, Slot
 from surgery.progress import steps
 from surgery.units import Units, kinds_of, noun
 
@@ -303,16 +304,18 @@ def pieces(block: Block, part: str, others: list[Block], chunk: int = CHUNK) -> 
 
 def reading(weights: Weights, name: str, part: str) -> Callable[[int, int], Tensor]:
     """A function that reads neurons start…stop of one part as float32 ``[neuron, width]`` on the CPU."""
-    views: dict[int, Tensor] = {}  # of the slot that was read last: making a view takes longer than reading a chunk
+    # of the slot that was read last: making a view takes longer than reading a chunk
+    views: dict[int, Tensor | Boxes] = {}
 
     def read(start: int, stop: int) -> Tensor:
         slot = next(s for s in weights.layout[name].of(part) if s.start <= start < s.stop)
         if slot.start not in views:
             views.clear()
-            view = slot.view(weights.read(slot.tensor)).detach()
-            views[slot.start] = view.flatten(1, slot.stacked) if slot.stacked else view
+            views[slot.start] = boxes_in(weights.tensors, slot.tensor) or _viewed(slot, weights.read(slot.tensor))
         view, first, last = views[slot.start], start - slot.start, stop - slot.start
-        if slot.stacked:
+        if isinstance(view, Boxes):
+            view = slot.take(view, torch.arange(first, last))
+        elif slot.stacked:
             rows = view.shape[1]
             one, other = divmod(first, rows)[0], (last - 1) // rows
             view = view[one : other + 1].flatten(0, 1)[first - one * rows : last - one * rows]
@@ -321,6 +324,11 @@ def reading(weights: Weights, name: str, part: str) -> Callable[[int, int], Tens
         return view.to("cpu", torch.float32).reshape(stop - start, -1)
 
     return read
+
+
+def _viewed(slot: Slot, tensor: Tensor) -> Tensor:
+    view = slot.view(tensor).detach()
+    return view.flatten(1, slot.stacked) if slot.stacked else view
 
 
 def displacements(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -13,6 +12,7 @@ import typer
 from surgery.cli.looking import analyse, inspect
 from surgery.cli.measuring import repair, sweep
 from surgery.cli.options import err, out
+from surgery.cli.processes import first_alone, follows, leave, left, say, started
 from surgery.cli.selecting import patch, rollback, select, strengths
 
 INTERRUPTED = 130  # the exit code
@@ -42,7 +42,7 @@ def _told_once() -> Callable[..., None]:
 
 def _check_processes() -> None:
     """Refuse the processes of torchrun where each would do, and write, the same."""
-    if "TORCHELASTIC_RUN_ID" in os.environ and not any(one.startswith("--shard") for one in sys.argv):
+    if started() and not any(one.startswith("--shard") for one in sys.argv):
         raise ValueError(
             "torchrun starts several processes, and without --shard each would do the same: pass --shard fsdp or "
             "--shard tp to select, sweep or repair, or start the command without torchrun"
@@ -53,18 +53,24 @@ def main() -> None:
     """The command ``surgery``.
 
     The exit code is 0 on success; 1 for an error that the user can mend, printed in one line; 2 for wrong usage; 3
-    where ``repair`` finds damage that can't be repaired within the limits.
+    where ``repair`` finds damage that can't be repaired within the limits. torchrun makes 1 of every code but 0.
     """
     try:
-        with warnings.catch_warnings():
+        with first_alone(), warnings.catch_warnings():
             warnings.showwarning = _told_once()
             _check_processes()
             app()
     except (ValueError, LookupError, OSError) as error:
         text = error.args[0] if isinstance(error, KeyError) and error.args else error
-        err.print(f"error: {text}", markup=False)
-        sys.exit(1)
+        sys.exit(say(f"error: {text}", 1))
+    except RuntimeError:
+        if not follows():
+            raise
+        sys.exit(left(0))
     except SystemExit as end:  # what typer makes of Ctrl-C, without a word
         if end.code == INTERRUPTED:
-            err.print("interrupted: inputs are unchanged, and no output is left half-written", markup=False)
-        raise
+            told = "interrupted: inputs are unchanged, and no output is left half-written"
+            sys.exit(say(told, INTERRUPTED))
+        if not end.code:
+            leave()
+        sys.exit(left(int(end.code or 0)))

@@ -16,6 +16,7 @@ from surgery.checkpoints.checkpoint import tensors_of
 from surgery.checkpoints.checks import check_source
 from surgery.checkpoints.trajectory import Trajectory
 from surgery.evidence.matching import KINDS, alike, places_of
+from surgery.layout.sharding import check_one_process
 from surgery.tables import Cell, Table, write_json
 
 CHUNK = 1 << 18  # numbers per checkpoint that are in memory at a time
@@ -279,6 +280,8 @@ def changes(run: Trajectory, *, absolute: float = 1e-7, relative: float = 1e-3) 
     found = run.checkpoints
     if len(found) < 2:
         raise ValueError(f"changes compares two or more checkpoints, got {list(found) or 'none'}")
+    for source in found.values():
+        check_one_process(source, "changes")
     names, opened = list(found), [tensors_of(source) for source in found.values()]
     for name, tensors in zip(names, opened, strict=True):
         check_source(tensors, name)

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from surgery.layout.boxes import Lying, at_flat
 from surgery.layout.slots import Slot
 
 MANIFEST, NUMBERS = "patch.json", "patch.safetensors"  # the files of a patch's folder
@@ -84,11 +85,12 @@ def patched(tensor: Tensor, at: Numbers, xor: Numbers) -> tuple[str, str]:
     return before.hexdigest(), after.hexdigest()
 
 
-def flip(tensor: Tensor, at: Numbers, xor: Numbers) -> None:
+def flip(tensor: Lying, at: Numbers, xor: Numbers) -> None:
     """Flip the bits ``xor`` of the numbers at flat positions, in place; once more takes it back."""
-    kind = _SAME_WIDTH[tensor.element_size()]
-    places = torch.unravel_index(torch.from_numpy(at).to(tensor.device), tensor.shape)
-    held = tensor.detach().view(kind)
+    if isinstance(tensor, Tensor):
+        tensor = tensor.detach()
+    held = tensor.view(_SAME_WIDTH[tensor.dtype.itemsize])
+    places = at_flat(tensor, torch.from_numpy(at).to(tensor.device))
     held[places] = held[places] ^ as_bits(xor).to(tensor.device)
 
 

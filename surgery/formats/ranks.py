@@ -65,7 +65,26 @@ def stored_ranks(folder: Path, files: list[str]) -> Stored:
         return held[path.name]
 
     _check_steps(folder)
-    return _put_together(folder, files, read)
+    found = _put_together(folder, files, read)
+    _check_apart(folder, found)
+    return found
+
+
+def _check_apart(folder: Path, stored: Stored) -> None:
+    """Raise ``ValueError`` where a rank's file is another's: the first numbers of the layers' largest tensor tell."""
+    layers = [name for name in stored.pieces if re.search(r"\.\d+\.", name)]
+    name = max(layers, key=lambda one: torch.Size(stored.shapes[one]).numel(), default=None)
+    seen: dict[bytes, Piece] = {}
+    for piece in {one.start: one for one in stored.pieces[name]}.values() if name else ():
+        first = stored.views(folder / piece.file, piece.file, False)[piece.key].flatten()[:1024]
+        held = first.view(torch.uint8).reshape(len(first), first.element_size())
+        if bool((held == held[:1]).all()):
+            continue
+        if (other := seen.setdefault(held.numpy().tobytes(), piece)) is not piece:
+            raise ValueError(
+                f"{folder / piece.file} holds the same numbers as {other.file}: copy each rank's own file into the "
+                f"folder"
+            )
 
 
 def moments(folder: Path) -> Stored | None:

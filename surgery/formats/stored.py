@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from surgery.layout.boxes import Boxes, Lying
+
 SAFETENSORS, RANKS, DISTRIBUTED = "safetensors", "FSDP rank files", "a distributed checkpoint"
 CUT, ADAPTED = "distributed safetensors", "an adapter"
 
@@ -75,12 +77,16 @@ class Stored:
                 found.setdefault(file, []).append(name)
         return found
 
-    def change(self, name: str, views: Callable[[str], Mapping[str, Tensor]], edit: Callable[[Tensor], None]) -> None:
-        """Edit a tensor in writable views: in place where it lies in one piece, else as a whole, put back in pieces."""
-        whole = self.read(name, views)
-        edit(whole)
-        for piece in self.pieces[name] if len(self.pieces[name]) > 1 else ():
-            views(piece.file)[piece.key].copy_(piece.of(whole))
+    def boxes(self, name: str, views: Callable[[str], Mapping[str, Tensor]]) -> Boxes | None:
+        """The tensor's pieces with their copies; None where it lies in one piece."""
+        pieces = self.pieces[name]
+        if len(pieces) == 1:
+            return None
+        return Boxes(self.shapes[name], tuple((piece.start, views(piece.file)[piece.key]) for piece in pieces))
+
+    def lying(self, name: str, views: Callable[[str], Mapping[str, Tensor]]) -> Lying:
+        """The tensor where it lies: what is written into it reaches writable views."""
+        return self.boxes(name, views) or self.read(name, views)
 
     def read(self, name: str, views: Callable[[str], Mapping[str, Tensor]]) -> Tensor:
         """The tensor: a view where it lies in one piece, else put together anew.

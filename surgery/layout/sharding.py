@@ -101,20 +101,6 @@ def part_of(whole: Tensor, tensor: Any) -> Tensor:
     return whole
 
 
-def counts_here(tensor: Any) -> bool:
-    """Whether this process is the one of those with the same numbers of a tensor that counts them."""
-    if not is_sharded(tensor):
-        return True
-    at = zip(tensor.device_mesh.get_coordinate(), tensor.placements, strict=True)
-    return all(where == 0 for where, placement in at if _dim(placement, tensor) is None)
-
-
-def share_along(tensor: Any, dim: int) -> tuple[Tensor, bool]:
-    """The indices of one dimension that are here, and whether this process is the one that counts them."""
-    at = zip(tensor.device_mesh.get_coordinate(), tensor.placements, strict=True)
-    return owned(tensor)[dim], all(where == 0 for where, placement in at if _dim(placement, tensor) != dim)
-
-
 def stored(model: nn.Module) -> nn.Module:
     """The model with every parameter as it is stored: FSDP leaves some gathered after a forward pass.
 
@@ -128,6 +114,15 @@ def stored(model: nn.Module) -> nn.Module:
     return model
 
 
+def check_one_process(source: object, what: str) -> None:
+    """Raise ``ValueError`` where a source is a live model that is sharded: on every process, before any waits."""
+    if isinstance(source, nn.Module) and any(map(is_sharded, source.parameters())):
+        raise ValueError(
+            f"the live {type(source).__name__} is sharded over several processes, and {what} needs whole tensors: pass "
+            f"the model's folder, or load the model in one process"
+        )
+
+
 @dataclass(frozen=True)
 class Ranks:
     """The processes that hold a model together: those of a device mesh, or this one alone (``mesh`` is None)."""
@@ -138,6 +133,21 @@ class Ranks:
     def first(self) -> bool:
         """Whether this process is the first of them, the one that writes files."""
         return self.mesh is None or not any(self.mesh.get_coordinate())
+
+    def counts(self, tensor: Any, along: int | None = None) -> bool:
+        """Whether this process is the one of those with the same numbers of a tensor that counts them.
+
+        With ``along`` of those with the same indices of that dimension. A tensor may be sharded over some of the
+        processes only, and the others hold copies; of one that is not sharded each has all.
+        """
+        if self.mesh is None:
+            return True
+        if not is_sharded(tensor):
+            return self.first
+        at = zip(tensor.device_mesh.get_coordinate(), tensor.placements, strict=True)
+        apart = (None,) if along is None else {None, *range(tensor.ndim)} - {along}
+        mine = all(where == 0 for where, placement in at if _dim(placement, tensor) in apart)
+        return mine and bool((tensor.device_mesh.mesh == self.mesh.mesh.flatten()[0]).any())
 
     def sum(self, numbers: Tensor) -> Tensor:
         """The sum over all processes, the same on each: ``numbers`` of one shape on all of them."""

@@ -28,6 +28,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from surgery.layout.boxes import Boxes, Lying, lying
 from surgery.layout.sharding import is_sharded, local, places_in
 from surgery.units import kind_of, units_in
 
@@ -126,15 +127,17 @@ class Slot:
             found, index = [index % size, *found], index // size
         return (index, *found)
 
-    def take(self, tensor: Tensor, index: Tensor, offsets: Tensor | None = None) -> Tensor:
+    def take(self, tensor: Lying, index: Tensor, offsets: Tensor | None = None) -> Tensor:
         """A copy of the rows at ``index`` (int64, counted from the slot's own first neuron): ``[len(index), ...]``.
 
         With ``offsets`` only those numbers of each row: ``[len(index), len(offsets)]``. Of a sharded tensor this
         process holds those of ``held``.
         """
-        return self._home(tensor)[self._places(tensor, index, offsets)]
+        found: Tensor = self._home(tensor)[self._places(tensor, index, offsets)]
+        shape = self._rows[1 + self.stacked :] if offsets is None else offsets.shape
+        return found.reshape(len(index), *shape) if isinstance(tensor, Boxes) else found
 
-    def put(self, tensor: Tensor, index: Tensor, rows: Tensor, offsets: Tensor | None = None) -> None:
+    def put(self, tensor: Lying, index: Tensor, rows: Tensor, offsets: Tensor | None = None) -> None:
         """Write ``rows`` (shaped as ``take`` gives them, the tensor's dtype and device) at ``index``, in place."""
         self._home(tensor)[self._places(tensor, index, offsets)] = rows
 
@@ -151,11 +154,12 @@ class Slot:
         view[self._at(index)] = values.float().reshape(-1, *[1] * (view.ndim - stacked))
         return found
 
-    def take_entries(self, tensor: Tensor, positions: Tensor) -> Tensor:
+    def take_entries(self, tensor: Lying, positions: Tensor) -> Tensor:
         """A copy of single numbers: ``[len(positions)]``; position = neuron · width + offset in the neuron's row."""
-        return self._home(tensor)[self._entries(tensor, positions)]
+        found: Tensor = self._home(tensor)[self._entries(tensor, positions)]
+        return found
 
-    def put_entries(self, tensor: Tensor, positions: Tensor, values: Tensor) -> None:
+    def put_entries(self, tensor: Lying, positions: Tensor, values: Tensor) -> None:
         """Write single numbers (the tensor's dtype and device) at those positions, in place."""
         self._home(tensor)[self._entries(tensor, positions)] = values
 
@@ -187,11 +191,13 @@ class Slot:
         """Which of some positions of a sharded tensor this process holds: bool ``[len(positions)]``."""
         return torch.stack([at >= 0 for at in self._sharded(tensor, positions)]).all(0)
 
-    def _home(self, tensor: Tensor) -> Tensor:
-        return local(tensor) if is_sharded(tensor) else self.view(tensor)
+    def _home(self, tensor: Any) -> Any:
+        return tensor if isinstance(tensor, Boxes) else local(tensor) if is_sharded(tensor) else self.view(tensor)
 
-    def _places(self, tensor: Tensor, index: Tensor, offsets: Tensor | None) -> tuple[Tensor, ...]:
-        """Where rows lie: in the view, or in this process's part of a sharded tensor."""
+    def _places(self, tensor: Any, index: Tensor, offsets: Tensor | None) -> tuple[Any, ...]:
+        """Where rows lie: in the view, in this process's part of a sharded tensor, or in the whole that boxes make."""
+        if isinstance(tensor, Boxes):
+            return tuple(self._apart(index, torch.arange(self.width) if offsets is None else offsets))
         if not is_sharded(tensor):
             index = index.to(tensor.device)
             if offsets is None:
@@ -214,8 +220,10 @@ class Slot:
             )
         return tuple(one.to(tensor.device) for one in places)
 
-    def _entries(self, tensor: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
-        """Where single numbers lie: in the view, or in this process's part of a sharded tensor."""
+    def _entries(self, tensor: Any, positions: Tensor) -> tuple[Any, ...]:
+        """Where single numbers lie (see ``_places``)."""
+        if isinstance(tensor, Boxes):
+            return tuple((one[torch.unravel_index(positions, self._rows)], None) for one in self._coordinates)
         if is_sharded(tensor):
             return self._checked(tensor, self._sharded(tensor, positions))
         return torch.unravel_index(positions.to(tensor.device), self._rows)
@@ -235,10 +243,7 @@ class Slot:
         return tuple(self.view(one) for one in ranges)
 
     def _apart(self, index: Tensor, offsets: Tensor) -> Iterator[tuple[Tensor | None, Tensor | None]]:
-        """The coordinates of rows' numbers, dimension by dimension, as a sum of what depends on the row and the rest.
-
-        One of the two is None where the coordinate does not depend on it.
-        """
+        """For each dimension, rows' coordinates as what depends on the row plus the rest; None where it does not."""
         units = 1 + self.stacked
         for one in self._coordinates:
             varies = [step > 0 and size > 1 for step, size in zip(one.stride(), one.shape, strict=True)]
@@ -340,18 +345,14 @@ class Block:
 
     def rows(self, tensors: Mapping[str, Tensor], part: str, index: Tensor, offsets: Tensor | None = None) -> Tensor:
         """A copy of one part of the neurons at ``index`` (see ``cut``), or of those ``offsets``: ``[neuron, ...]``."""
-        pieces = [
-            slot.take(tensors[slot.tensor], index[low:high] - slot.start, offsets)
-            for slot, low, high in self.cut(part, index)
-        ]
+        found = self.cut(part, index)
+        pieces = [slot.take(lying(tensors, slot.tensor), index[a:b] - slot.start, offsets) for slot, a, b in found]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def entries(self, tensors: Mapping[str, Tensor], part: str, positions: Tensor) -> Tensor:
         """A copy of single numbers of one part, at positions as for ``cut_entries``: ``[len(positions)]``."""
-        pieces = [
-            slot.take_entries(tensors[slot.tensor], positions[low:high] - slot.span[0])
-            for slot, low, high in self.cut_entries(part, positions)
-        ]
+        found = self.cut_entries(part, positions)
+        pieces = [slot.take_entries(lying(tensors, slot.tensor), positions[a:b] - slot.span[0]) for slot, a, b in found]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 

@@ -14,7 +14,8 @@ from torch.overrides import TorchFunctionMode
 
 from surgery.checkpoints.opening import Weights
 from surgery.compat import declared, experts_implementation, gated_by, switches_experts
-from surgery.layout.sharding import Ranks, counts_here, is_sharded, local, stored
+from surgery.layout.boxes import boxes_in
+from surgery.layout.sharding import Ranks, is_sharded, local, stored
 from surgery.layout.slots import Block, Layout, Slot
 from surgery.masks.edits import Rows
 
@@ -265,10 +266,10 @@ def only_these(takes: Mapping[nn.Parameter, Callable[[Tensor], None]], model: nn
             p.grad = grad
 
 
-def parts_of(block: Block, slot: Slot, tensor: Tensor) -> list[Rows]:
-    """All rows of a live slot; of a sharded tensor those that this process holds and counts (``Rows.held``)."""
+def parts_of(block: Block, slot: Slot, tensor: Tensor, ranks: Ranks) -> list[Rows]:
+    """All rows of a live slot; of several processes each has those that it holds and counts (``Rows.held``)."""
     whole = Rows(block, slot, torch.arange(slot.start, slot.stop))
-    return list(whole.held(tensor)) if counts_here(tensor) else []
+    return list(whole.held(tensor)) if ranks.counts(tensor) else []
 
 
 def in_runs(part: Rows, *views: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
@@ -291,11 +292,36 @@ def rows_in(part: Rows, tensor: Tensor) -> Tensor:
     return part.slot.view(tensor) if part.offsets is None else part.take(tensor)
 
 
-def as_live(source: Weights, live: Weights, part: Rows) -> Tensor:
+@dataclass(frozen=True)
+class Unread:
+    """A part's rows in another checkpoint that has them in boxes: each run is read when it is asked for."""
+
+    part: Rows
+    source: Weights
+    shape: torch.Size
+    device = torch.device("cpu")
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, some: slice) -> Tensor:
+        stacked = self.part.slot.stacked if self.part.offsets is None else 0
+        inner = self.shape[1 : 1 + stacked].numel()
+        first, last, _ = some.indices(len(self))
+        run = replace(self.part, index=self.part.index[first * inner : last * inner])
+        return run.read(self.source).reshape(-1, *self.shape[1:])
+
+    def reshape(self, shape: torch.Size) -> Unread:
+        return replace(self, shape=shape)
+
+
+def as_live(source: Weights, live: Weights, part: Rows) -> Any:
     """A part's rows in another checkpoint, shaped as in the live one: a view where the names agree."""
     theirs, slot = source.layout[part.block.name], part.slot
     if part.offsets is not None:
         return part.read(source)
+    if any(boxes_in(source.tensors, other.tensor) for other in theirs.of(slot.part)):
+        return Unread(part, source, slot.view(live.tensors[slot.tensor]).shape)
     for other in theirs.of(slot.part):
         if replace(other, tensor=slot.tensor) == slot:
             return other.view(source.read(other.tensor))

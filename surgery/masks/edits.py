@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from surgery.layout.boxes import Lying
 from surgery.layout.sharding import is_sharded
 from surgery.layout.slots import Block, Layout, Slot
 
@@ -52,11 +53,11 @@ class Rows:
             if len(both):
                 yield replace(self, index=both, offsets=offsets)
 
-    def take(self, tensor: Tensor) -> Tensor:
+    def take(self, tensor: Lying) -> Tensor:
         """A copy of what the tensor holds there."""
         return self.slot.take(tensor, self.index - self.slot.start, self.offsets)
 
-    def put(self, tensor: Tensor, rows: Tensor) -> None:
+    def put(self, tensor: Lying, rows: Tensor) -> None:
         """Write there, in place."""
         self.slot.put(tensor, self.index - self.slot.start, rows, self.offsets)
 
@@ -105,10 +106,10 @@ class Numbers:
         if bool(here.any()):
             yield replace(self, index=self.index[here])
 
-    def take(self, tensor: Tensor) -> Tensor:
+    def take(self, tensor: Lying) -> Tensor:
         return self.slot.take_entries(tensor, self.index - self.slot.span[0])
 
-    def put(self, tensor: Tensor, values: Tensor) -> None:
+    def put(self, tensor: Lying, values: Tensor) -> None:
         self.slot.put_entries(tensor, self.index - self.slot.span[0], values)
 
     def read(self, source: Held) -> Tensor:

@@ -129,7 +129,7 @@ def _copy(
 
 
 def _edit(tensors: Edited, stored: Stored, moments: Stored | None, places: dict[str, Path]) -> None:
-    """Write the edits into the copies through the page cache: a tensor in one piece is never held in memory whole."""
+    """Write the edits into the copies through the page cache, where the numbers lie: no tensor is held whole."""
 
     @cache
     def views(of: Stored, file: str) -> Mapping[str, Tensor]:
@@ -138,11 +138,11 @@ def _edit(tensors: Edited, stored: Stored, moments: Stored | None, places: dict[
     files = [file for file in sorted(stored.files) if file in places]  # those of an adapter are written anew
     touched = dict.fromkeys(name for file in files for name in tensors.touched(file))
     for name in touched:
-        stored.change(name, partial(views, stored), partial(tensors.edit, name))
+        tensors.edit(name, stored.lying(name, partial(views, stored)))
     for moment, shape in moments.shapes.items() if moments else ():
         name = moment.rpartition("/")[0]
         if moments and name in touched and shape == stored.shapes[name]:
-            moments.change(moment, partial(views, moments), partial(tensors.reset, name))
+            tensors.reset(name, moments.lying(moment, partial(views, moments)))
 
 
 def _stamps(contents: Contents) -> dict[Path, tuple[int, int, int]]:

@@ -22,8 +22,6 @@ from surgery.formats.patches import (
     VERSION,
     Numbers,
     Place,
-    as_bits,
-    bits,
     digest,
     flip,
     patched,
@@ -31,9 +29,10 @@ from surgery.formats.patches import (
 )
 from surgery.formats.shards import DTYPES, WORDS, header_of, mapped
 from surgery.formats.stored import Stored
-from surgery.layout.slots import Layout, Slot
-from surgery.masks.entries import Entries, shapes_of
+from surgery.layout.boxes import Lying, at_flat
+from surgery.layout.slots import Layout
 from surgery.progress import steps
+from surgery.reverting.flipped import Flipped, bits_at
 from surgery.reverting.provenance import papers_of_patch
 from surgery.reverting.rollback import Rollback, rollback
 from surgery.tables import read_json
@@ -165,7 +164,7 @@ class Patch:
             ValueError: as ``applied``; or the model can't be rolled back (see ``rollback``).
         """
         live = open_weights(model, layout, units=tuple(self._told["units"]))
-        target = _Flipped(live, self._found(live, reverse))
+        target = Flipped(live, self._found(live, reverse))
         return rollback(model, to=target, mask=target.mask, keep_on=keep_on, layout=live.layout)
 
     def change(
@@ -268,54 +267,13 @@ class Patch:
                 f"{other[0]!r} of {live.name} is {live.read(other[0]).dtype}, and {self.folder} changes {expected}: "
                 f"load the model in its checkpoint's dtype"
             )
-        held = bits(block.entries(live.tensors, place["part"], torch.from_numpy(positions))).cpu().numpy()
+        held = bits_at(live, block, place["part"], torch.from_numpy(positions)).numpy()
         return held if held.itemsize == 1 else held.view(f"u{held.itemsize}")
 
 
 def _size(live: Weights, block: str, part: str) -> int:
     slots = live.layout[block].of(part) if block in live.layout else ()
     return slots[-1].span[1] if slots else 0
-
-
-class _Flipped(Mapping[str, Tensor]):
-    """A live model as it is once a patch is applied, a tensor at a time; nothing is written into it."""
-
-    def __init__(self, live: Weights, found: dict[str, list[tuple[Numbers, Numbers]]]) -> None:
-        self.live, self.flips = live, dict[str, list[tuple[Slot, Tensor, Tensor]]]()
-        positions: dict[str, Tensor] = {}
-        for block in live.layout.blocks:
-            for part in block.parts:
-                if f"{block.name}/{part}" not in found:
-                    continue
-                at, xor = (np.concatenate(one) for one in zip(*found[f"{block.name}/{part}"], strict=True))
-                order = at.argsort()
-                places, flips = torch.from_numpy(at[order]), as_bits(xor[order])
-                positions[f"{block.name}/{part}"] = places
-                for slot in block.of(part):
-                    low, high = torch.searchsorted(places, torch.tensor(slot.span)).tolist()
-                    if low < high:
-                        one = slot, places[low:high] - slot.span[0], flips[low:high]
-                        self.flips.setdefault(slot.tensor, []).append(one)
-        self.mask = Entries(positions, shapes=shapes_of(live.layout))
-        self._last: tuple[str, Tensor] | None = None
-
-    def __getitem__(self, name: str) -> Tensor:
-        tensor = self.live.tensors[name]
-        if name not in self.flips:
-            return tensor
-        if self._last is None or self._last[0] != name:
-            made = tensor.detach().clone()
-            held = bits(made)
-            for slot, places, flips in self.flips[name]:
-                slot.put_entries(held, places, slot.take_entries(held, places) ^ flips.to(held.device))
-            self._last = name, held.view(tensor.dtype)
-        return self._last[1]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.live.tensors)
-
-    def __len__(self) -> int:
-        return len(self.live.tensors)
 
 
 class Patched(Mapping[str, Tensor]):
@@ -367,16 +325,16 @@ class Patched(Mapping[str, Tensor]):
         """The tensors of a file that the patch changes."""
         return [name for name in (self.stored.files[file] if self.stored else ()) if name in self.patch.tensors]
 
-    def edit(self, name: str, tensor: Tensor) -> None:
+    def edit(self, name: str, tensor: Lying) -> None:
         """Apply the patch to ``tensor``, which holds the later checkpoint's numbers."""
         flip(tensor, *self._change(name, tensor))
 
-    def reset(self, name: str, tensor: Tensor) -> None:
+    def reset(self, name: str, tensor: Lying) -> None:
         """Write zeros where the patch changes the tensor of that name."""
         at, _ = self._change(name, self.later[name])
-        tensor[torch.unravel_index(torch.from_numpy(at), tensor.shape)] = 0
+        tensor[at_flat(tensor, torch.from_numpy(at))] = torch.zeros(len(at), dtype=tensor.dtype)
 
-    def _change(self, name: str, tensor: Tensor) -> tuple[Numbers, Numbers]:
+    def _change(self, name: str, tensor: Lying) -> tuple[Numbers, Numbers]:
         return self.patch.change(name, tuple(tensor.shape), tensor.dtype, self._name)
 
     def remarks(self) -> list[str]:

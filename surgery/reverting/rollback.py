@@ -26,7 +26,8 @@ from surgery.checkpoints.opening import Weights, open_weights
 from surgery.files import uninterrupted
 from surgery.formats.patches import bits
 from surgery.formats.stored import Stored
-from surgery.layout.sharding import counts_here, ranks_of
+from surgery.layout.boxes import Lying
+from surgery.layout.sharding import check_one_process, ranks_of
 from surgery.layout.slots import Block, Layout, Slot
 from surgery.masks.edits import Edit, Rows
 from surgery.masks.mask import Mask, checked
@@ -209,21 +210,18 @@ def rollback(
     return done
 
 
-_Old = list[tuple[Edit, Tensor]]
-
-
 def _by_index(
-    live: Weights, source: Weights, edits: list[Edit], strength: Strength, keep_on: Any, old: _Old, pending: list[int]
+    live: Weights, source: Weights, edits: list[Edit], strength: Strength, keep_on: Any, old: list[Any], pending: Any
 ) -> tuple[int, Edit | None]:
     """Write edit by edit, and note in ``old`` what was there: how many numbers changed, and an edit that has a NaN."""
     finite: list[Tensor] = []  # read at the end: a GPU is waited for once, not once an edit
-    changed: list[Tensor] = []
+    changed, ranks = list[Tensor](), live.ranks
     for edit in edits:
         tensor = live.tensors[edit.slot.tensor]
         before = edit.take(tensor)
         after = new_values(edit, source, before, strength)
         finite.append(after.isfinite().all())
-        changed.append((bits(before) != bits(after)).sum() * counts_here(tensor))
+        changed.append((bits(before) != bits(after)).sum() * ranks.counts(tensor))
         old.append((edit, before.to(keep_on) if keep_on else before))
         _write(tensor, edit, after)
         if pending:
@@ -250,7 +248,7 @@ def _put_back(model: nn.Module, old: list[tuple[Edit, Tensor]], swapped: Exchang
         old.clear()
 
 
-def _write(tensor: Tensor, edit: Edit, rows: Tensor) -> None:
+def _write(tensor: Lying, edit: Edit, rows: Tensor) -> None:
     with torch.no_grad():
         edit.put(tensor, rows)
 
@@ -330,7 +328,7 @@ class RolledBack(Mapping[str, Tensor]):
         """The tensors of a file that differ from the later checkpoint's."""
         return [name for name in (self.stored.files[file] if self.stored else ()) if name in self._edits]
 
-    def edit(self, name: str, tensor: Tensor) -> None:
+    def edit(self, name: str, tensor: Lying) -> None:
         """Write the reverted rows into ``tensor``, which holds the later checkpoint's numbers."""
         for edit in self._edits.get(name, ()):
             before = edit.take(tensor)
@@ -339,7 +337,7 @@ class RolledBack(Mapping[str, Tensor]):
                 raise ValueError(_not_finite(edit, self.source, self.strength))
             _write(tensor, edit, after)
 
-    def reset(self, name: str, tensor: Tensor) -> None:
+    def reset(self, name: str, tensor: Lying) -> None:
         """Write zeros on the reverted rows of ``tensor``, a moment of the optimizer for the tensor of that name."""
         for edit in self._edits[name]:
             _write(tensor, edit, torch.zeros_like(edit.take(tensor)))
@@ -391,6 +389,7 @@ def rolled_back(
 
     Source: ours.
     """
+    check_one_process(later, "rolled_back")
     found = opened(later, to)
     weights = open_weights(found, layout, units=checked(mask).units)
     check_strength(strength, weights.layout)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from surgery.checkpoints.trajectory import Trajectory, check_finite, displacements
+from surgery.checkpoints.trajectory import CHUNK, Trajectory, check_finite, displacements
 from surgery.compat import runs_on
 from surgery.layout.finding import find_layout
-from surgery.layout.sharding import Ranks, ranks_of, share_along, stored
+from surgery.layout.sharding import Ranks, owned, ranks_of, stored
 from surgery.layout.slots import Block, Layout
-from surgery.live.hooks import Routing, evaluating, listening, untracked
+from surgery.live.hooks import Routing, evaluating, listening, parts_of, untracked
 from surgery.live.prompts import Batch, batches_of, check_fits, each, passes, response_mask, right_padded
 from surgery.masks.neurons import Neurons
 from surgery.scores.adapters import squares_of
@@ -102,14 +104,12 @@ def _together(model: nn.Module, ranks: Ranks, listeners: list[_Listener]) -> Non
         block, experts = listener.block, max(listener.block.experts, 1)
         slot = (block.of("down") or block.of("o"))[0]
         heard = sums[block.name] = torch.zeros(experts, block.channels // experts, dtype=torch.float64)
-        index, counted = (
-            (torch.arange(heard.shape[1]), ranks.first)
-            if listener.width == heard.shape[1]
-            else share_along(weights[slot.tensor], slot.dimension)
-        )
+        tensor, at = weights[slot.tensor], slot.dimension
+        whole = listener.width == heard.shape[1]
+        index = torch.arange(listener.width) if whole else owned(tensor)[at]
         if len(index) != listener.width:
             raise RuntimeError(f"{block.name}: {listener.width} channels, and this process holds {len(index)} of them")
-        if counted:
+        if ranks.first if whole else ranks.counts(tensor, at):
             heard[:, index] = listener.sums.reshape(experts, -1)
         counts[block.name] = listener.counts * ranks.first
     sums, counts = ranks.sums(sums), ranks.sums(counts)
@@ -174,10 +174,10 @@ def magnitude(run: Trajectory, *, units: Units = "mlp") -> Neurons:
     squares = squares_of(later, earlier)
     if squares is None:
         squares = {name: torch.zeros(size, dtype=torch.float64) for name, size in later.layout.sizes.items()}
-        for name, _, start, stop, (b,) in displacements(run, "earlier", "later", units=units):
-            squares[name][start:stop] += _square(b)
-    if not all(bool(value.sum().isfinite()) for value in squares.values()):
-        check_finite(run, "earlier", "later", units=units)
+        for name, which, (b,) in _differences(run, "earlier", "later", units=units):
+            squares[name][which] += _square(b)
+        squares = later.ranks.sums(squares)
+    _check_finite(squares, run, "earlier", "later", units=units)
     return Neurons({name: value.sqrt().float() for name, value in squares.items()}, made_by={"magnitude": {}})
 
 
@@ -201,16 +201,47 @@ def conflict(run: Trajectory, *, units: Units = "mlp") -> Neurons:
         raise ValueError("C compares two updates and needs the base checkpoint: pass Trajectory(base=...)")
     (later,) = run.weights("later", units=units)
     zeros = {name: torch.zeros(3, size, dtype=torch.float64) for name, size in later.layout.sizes.items()}
-    for name, _, start, stop, (a, b) in displacements(run, "base", "earlier", "later", units=units):
+    for name, which, (a, b) in _differences(run, "base", "earlier", "later", units=units):
         for row, products in enumerate((dot(a, b), _square(a), _square(b))):
-            zeros[name][row, start:stop] += products
-    if not all(bool(value.sum().isfinite()) for value in zeros.values()):
-        check_finite(run, "base", "earlier", "later", units=units)
+            zeros[name][row, which] += products
+    found = later.ranks.sums(zeros)
+    _check_finite(found, run, "base", "earlier", "later", units=units)
     values = {}
-    for name, (ab, aa, bb) in zeros.items():
+    for name, (ab, aa, bb) in found.items():
         norm = (aa * bb).sqrt()
         values[name] = torch.where(norm > 0, -ab / norm.clamp(min=1e-300), 0.0).clamp(0, 1).float()
     return Neurons(values, made_by={"conflict": {}})
+
+
+def _differences(
+    run: Trajectory, *names: str, units: Units
+) -> Iterator[tuple[str, slice | Tensor, tuple[Tensor, ...]]]:
+    """Block, neurons, and what each step changed in some of their numbers: float32 ``[neuron, number]``.
+
+    Of a live model that several processes hold, each has the numbers that it counts.
+    """
+    *others, later = run.weights(*names, units=units)
+    if later.ranks.mesh is None:
+        for name, _, start, stop, found in displacements(run, *names, units=units):
+            yield name, slice(start, stop), found
+        return
+    for block in later.layout.blocks:
+        parts = (parts_of(block, slot, later.tensors[slot.tensor], later.ranks) for slot in block.slots)
+        for part in chain.from_iterable(parts):
+            tensor, width = later.tensors[part.slot.tensor], part.slot.width
+            for index in part.index.split(max(1, CHUNK // (4 * max(width, 1)))):
+                some = replace(part, index=index)
+                read = [*(some.read(one) for one in others), some.take(tensor)]
+                rows = [one.detach().to("cpu", torch.float32).reshape(len(index), -1) for one in read]
+                yield block.name, index, tuple((b - a).contiguous() for a, b in pairwise(rows))
+
+
+def _check_finite(sums: dict[str, Tensor], run: Trajectory, *names: str, units: Units) -> None:
+    bad = [name for name, value in sums.items() if not bool(value.sum().isfinite())]
+    if bad and run.weights("later", units=units)[0].ranks.mesh is not None:
+        raise ValueError(f"the weights of {bad[0]!r} hold NaN or infinite numbers in one of {', '.join(names)}")
+    if bad:
+        check_finite(run, *names, units=units)
 
 
 def _square(a: Tensor) -> Tensor:

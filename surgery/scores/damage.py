@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from surgery.checkpoints.checkpoint import Checkpoint
 from surgery.checkpoints.opening import Weights
 from surgery.checkpoints.trajectory import Trajectory, check_finite
-from surgery.layout.sharding import ranks_of
+from surgery.layout.sharding import Ranks, ranks_of
 from surgery.layout.slots import Block, Slot
 from surgery.live.answers import respond
 from surgery.live.earlier import earlier_model, is_bare
@@ -237,9 +237,11 @@ class _Total:
     other: Callable[[Rows], Tensor]
     own: Callable[[Rows, Tensor], Tensor] = rows_in
     sums: dict[str, Tensor] = field(init=False)
+    ranks: Ranks = field(init=False)
 
     def __post_init__(self) -> None:
         self.sums = {block.name: torch.zeros(block.neurons, dtype=torch.float64) for block in self.live.layout.blocks}
+        self.ranks = self.live.ranks
 
     @contextmanager
     def collecting(self, model: nn.Module) -> Iterator[None]:
@@ -249,7 +251,7 @@ class _Total:
         """
         with collecting(model, self.live.layout, self.add):
             yield
-        self.sums = ranks_of(model).sums(self.sums)
+        self.sums = self.ranks.sums(self.sums)
 
     def mean(self, tokens: int, run: Trajectory, units: Units) -> dict[str, Tensor]:
         """The sums per token; where they are NaN or infinite, a ``ValueError`` that names the cause."""
@@ -263,7 +265,7 @@ class _Total:
 
     def add(self, block: Block, slot: Slot, grad: Tensor, now: Tensor) -> None:
         """Reduce one slot of one tensor's gradient."""
-        for part in parts_of(block, slot, now):
+        for part in parts_of(block, slot, now, self.ranks):
             there = self.own(part, now)
             views = rows_in(part, grad), there, self.other(part).reshape(there.shape)
             for at, (g, weight, other) in in_runs(part, *views):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from surgery.checkpoints.checkpoint import State
 from surgery.checkpoints.opening import Weights
-from surgery.layout.sharding import Ranks, ranks_of
+from surgery.layout.sharding import Ranks
 from surgery.layout.slots import Block, Slot
 from surgery.live.hooks import parts_of
 from surgery.masks.edits import Rows
@@ -34,7 +34,7 @@ class Places:
     def __init__(self, live: Weights) -> None:
         assert isinstance(live.tensors, State)
         self.live, self.shapes = live, shapes_of(live.layout)
-        self.ranks: Ranks = ranks_of(live.tensors.module)
+        self.ranks: Ranks = live.ranks
         self._starts = starts_of(self.shapes)
 
     @property
@@ -63,7 +63,7 @@ class Places:
         for block in self.live.layout.blocks:
             for slot in block.slots:
                 home = found[block.name, slot] = []
-                for part in parts_of(block, slot, self.live.tensors[slot.tensor]):
+                for part in parts_of(block, slot, self.live.tensors[slot.tensor], self.ranks):
                     home.append((part, at if self.shared else self._start(part) + slot.span[0]))
                     at += part.numbers
         return found
@@ -77,7 +77,6 @@ class Places:
             return places
         found = [torch.zeros(0, dtype=torch.int64)]
         for part, start in (one for parts in self._parts.values() for one in parts):
-            assert part.offsets is not None or not part.numbers
             width = part.slot.width if part.offsets is None else len(part.offsets)
             low, high = torch.searchsorted(places, torch.tensor([start, start + part.numbers])).tolist()
             row, inside = (places[low:high] - start) // width, (places[low:high] - start) % width

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.checkpoints.trajectory import Trajectory
+from surgery.layout.sharding import check_one_process
 from surgery.layout.slots import Block, Slot
 from surgery.live.hooks import collecting
 from surgery.live.losses import Divergence, Loss, summed, tokens_in
@@ -66,6 +67,7 @@ def strengths(
     run.check_whole()
     batches, loss = answered(run, data, loss)
     model = run.load()
+    check_one_process(model, "strengths")
     check_wide(model)
     along = _Along(model, run, mask, batches, loss)
     seen = _search(along, most, passes)

@@ -17,6 +17,7 @@ from surgery.checkpoints.configuration import differences
 from surgery.checkpoints.opening import open_weights
 from surgery.checkpoints.trajectory import Trajectory
 from surgery.compat import can_set_experts_implementation
+from surgery.layout.sharding import check_one_process
 from surgery.layout.slots import Layout
 from surgery.live.answers import respond
 from surgery.live.earlier import AsLive
@@ -208,6 +209,8 @@ def _points(run: Trajectory) -> tuple[nn.Module, Vector, Vector]:
         if isinstance(earlier, nn.Module)
         else Trajectory(later=run.tensors("earlier")).load(dtype=torch.float32)
     )
+    for one in (model, later):
+        check_one_process(one, "its landscape")
     live = open_weights(model, run.layout)
     theta = {name: parameter.detach() for name, parameter in model.named_parameters()}
     for name, tensor in theta.items():

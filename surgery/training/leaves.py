@@ -14,6 +14,7 @@ from surgery.checkpoints.opening import open_weights
 from surgery.files import uninterrupted
 from surgery.formats.patches import bits
 from surgery.layout.plain import check_stored
+from surgery.layout.sharding import check_one_process
 from surgery.layout.slots import Layout
 from surgery.live.hooks import only_these
 from surgery.masks.edits import Edit
@@ -71,6 +72,7 @@ class Leaves:
         keep_on: torch.device | str | None = None,
         layout: Layout | None = None,
     ) -> None:
+        check_one_process(model, "training masked weights")
         self.model = model
         chosen = _everything(model) if mask is None else _masked(model, mask, layout)
         self.leaves: list[Leaf] = []

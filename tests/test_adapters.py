@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import adapted
 import families
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from test_scores import batches
 from test_vision_language import as_released, as_saved, pair
 from torch import Tensor
+from training_folders import as_distributed, as_ranks
 
 from benchmarks.lab.tokenizer import build_tokenizer
 from surgery import (
@@ -28,6 +30,7 @@ from surgery import (
     Trajectory,
     load_prompts,
     magnitude,
+    repair,
     rollback,
     rolled_back,
     save,
@@ -252,10 +255,10 @@ def test_adapters_and_masks_that_do_not_fit(shelf, tmp_path):
         save(rolled_back(folder, to=base, mask=single), tmp_path / "out")
     mask = masked(KINDS["dense"], base)
     families.build("qwen3", seed=4).save_pretrained(tmp_path / "stranger")
-    with pytest.raises(ValueError, match=r"is neither the folder of the base of the adapter .* nor another adapter"):
+    with pytest.raises(ValueError, match=r"is neither the base of the adapter .* nor another adapter"):
         save(rolled_back(folder, to=tmp_path / "stranger", mask=mask), tmp_path / "out")
     stray = adapted.adapter(KINDS["dense"], tmp_path / "stranger", tmp_path / "stray")
-    with pytest.raises(ValueError, match=r"is neither the folder of the base of the adapter .* nor another adapter"):
+    with pytest.raises(ValueError, match=r"is neither the base of the adapter .* nor another adapter"):
         save(rolled_back(folder, to=stray, mask=mask), tmp_path / "out")
     whole = adapted.adapter(KINDS["saved whole"], base, tmp_path / "whole")
     with pytest.raises(ValueError, match=r"whole holds 'model.layers.\d.mlp.down_proj.weight' whole, and .* low rank"):
@@ -387,6 +390,86 @@ def test_what_is_selected_is_what_would_be_after_merging(shelf, name):
 
 
 # --- the verbs
+
+
+LAWS = ["dense", "fused gate and up", "experts on disk one by one", "biased"]
+
+
+def nearness(to: Path) -> Callable[[torch.nn.Module], dict[str, float]]:
+    """An evaluation that is the better the nearer the weights of the units are to those of a plain folder."""
+    there = adapted.loaded(to).state_dict()
+
+    def score(model: torch.nn.Module) -> dict[str, float]:
+        found = {name: one for name, one in model.state_dict().items() if "mlp" in name or "_proj" in name}
+        return {"math": -sum(float((one.double() - there[name]).abs().sum()) for name, one in found.items())}
+
+    return score
+
+
+@pytest.mark.parametrize("other", [False, True], ids=["to its base", "to another"])
+@pytest.mark.parametrize("name", LAWS)
+def test_an_adapter_is_repaired_as_the_merged_model_is(shelf, tmp_path, name, other):
+    kind = KINDS[name]
+    base, folder, merged = made(shelf, kind)
+    earlier = adapted.adapter(kind, base, tmp_path / "earlier", seed=2) if other else base
+    there = adapted.merged(base, earlier, tmp_path / "there") if other else base
+    given = dict(evaluate=nearness(there), metric="math", recovery=0.4, budgets=[0.1, 0.3, 0.6, 1.0])
+    plain = Trajectory(earlier=there, later=merged)
+    expected = repair(plain, batches(labels=True), selector=DamageSelector(0.1), **given)
+    done = repair(Trajectory(earlier=earlier, later=folder), batches(labels=True), **given)
+    assert done.outcome == expected.outcome == "repaired"
+    assert done.mask is not None
+    assert expected.mask is not None
+    assert done.mask.equal(expected.mask)
+    assert done.verdict == expected.verdict
+    out = done.save(tmp_path / "out")
+    again = adapted.merged(base, out, tmp_path / "again")
+    assert same(Checkpoint(again), rolled(merged, there, expected.mask)) == []
+    assert same(Checkpoint(again), Checkpoint(merged)) != []
+    runs_alike(base, out, again)
+
+
+FORMS = ("rank files", "distributed", "a live model", "tensors by name")
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", LAWS)
+def test_the_base_may_be_in_another_form(shelf, tmp_path, name, form):
+    base, folder, merged = made(shelf, KINDS[name])
+    mask = masked(KINDS[name], base)
+    to: Any = tmp_path / "to"
+    if form == "rank files":
+        as_ranks(base, to)
+    elif form == "distributed":
+        as_distributed(base, to)
+    else:
+        to = adapted.loaded(base) if form == "a live model" else dict(Checkpoint(base))
+    out = save(rolled_back(folder, to=to, mask=mask), tmp_path / "out")
+    assert same(Checkpoint(adapted.merged(base, out, tmp_path / "again")), rolled(merged, base, mask)) == []
+    if form in ("rank files", "distributed"):  # also where the adapter names no base
+        adapted.settings(shutil.copytree(folder, tmp_path / "moved"), base_model_name_or_path=None)
+        view = rolled_back(tmp_path / "moved", to=to, mask=mask)
+        assert same(Checkpoint(save(view, tmp_path / "other"), base=base), rolled(merged, base, mask)) == []
+
+
+def test_a_base_of_other_numbers_is_no_base(shelf, tmp_path):
+    """One number of one reverted unit is enough, wherever it lies; what is not reverted does not matter."""
+    base, folder, _ = made(shelf, KINDS["dense"])
+    mask = masked(KINDS["dense"], base)
+    block = "model.layers.0.mlp"
+    at = {value: int((mask[block] == value).nonzero()[0]) for value in (False, True)}
+    for taken, row in at.items():
+        model = adapted.loaded(base)
+        with torch.no_grad():
+            model.get_submodule(block).up_proj.weight[row, 3] += 1
+        model.save_pretrained(tmp_path / f"moved-{taken}")
+        view = rolled_back(folder, to=tmp_path / f"moved-{taken}", mask=mask)
+        if taken:
+            with pytest.raises(ValueError, match="is neither the base of the adapter"):
+                save(view, tmp_path / "out")
+        else:
+            save(view, tmp_path / "out")
+            shutil.rmtree(tmp_path / "out")
 
 
 def test_a_sweep_measures_what_the_merged_model_is(shelf):

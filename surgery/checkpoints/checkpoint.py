@@ -98,8 +98,10 @@ class Checkpoint(Mapping[str, Tensor]):
 
     @property
     def tokenizer(self) -> Path:
-        """The folder with the tokenizer: an adapter's own where it has one, else ``home``."""
-        return self.folder if (self.folder / "tokenizer_config.json").is_file() else self.home
+        """The folder with the tokenizer: an adapter's own where it has one, else its base's."""
+        if (self.folder / "tokenizer_config.json").is_file():
+            return self.folder
+        return self.home if self.base is None else self.base.tokenizer
 
     def model(self) -> nn.Module | None:
         """The model on the meta device, without numbers; None where no ``config.json`` says which one it is."""
@@ -185,7 +187,7 @@ def tokenizer_of(source: str | Path | Checkpoint) -> Path:
     folder = path_of(source)
     if (folder / "tokenizer_config.json").is_file() or not is_adapter(folder):
         return home_of(folder)
-    return home_of(_under(folder))
+    return tokenizer_of(_under(folder))
 
 
 def opened(source: Source, *others: Source | None) -> Source:

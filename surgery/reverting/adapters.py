@@ -36,6 +36,20 @@ def adapter_files(later: Weights, source: Weights, mask: Mask, strength: Strengt
     return _Writing(later, source, mask, strength).files()
 
 
+def check_room(later: Weights, source: Weights) -> None:
+    """Raise ``ValueError`` unless an adapter can hold the rollback of any units, told before they are chosen."""
+    everything = {name: torch.ones(size, dtype=torch.bool) for name, size in later.layout.sizes.items()}
+    adapter_files(later, source, Neurons(everything), 1.0)
+
+
+def single_weights(adapter: object) -> ValueError:
+    """Why single weights can't be set back in an adapter."""
+    return ValueError(
+        f"a mask of single weights can't be rolled back in the adapter {adapter}, since a product of low rank has "
+        f"none: choose units (--units mlp,value_channel), or {MERGE}"
+    )
+
+
 @dataclass
 class _Writing:
     later: Weights
@@ -61,10 +75,20 @@ class _Writing:
                 return None
             if to.adapter is not None and to.base is not None and _same(self.source, to.base, base):
                 return to.adapter
+        if self._as_in(base):
+            return None
         raise ValueError(
-            f"{self.source.name} is neither the folder of the base of the adapter {self.later.name} nor another "
-            f"adapter of it, so the difference has no low rank: pass {base.folder} to go back to the base, or {MERGE}"
+            f"{self.source.name} is neither the base of the adapter {self.later.name} nor another adapter of it, so "
+            f"the difference has no low rank: pass {base.folder} to go back to the base, or {MERGE}"
         )
+
+    def _as_in(self, base: Checkpoint) -> bool:
+        """Whether what is reverted has in the earlier checkpoint, however that is stored, the bits of the base."""
+        for edit in self.mask.edits(self.later.layout, self.later.name):
+            there = edit.take(base[edit.slot.tensor])
+            if not torch.equal(there, new_values(edit, self.source, there, 1.0)):
+                return False
+        return True
 
     def files(self) -> dict[str, bytes]:
         from safetensors.torch import save
@@ -87,10 +111,7 @@ class _Writing:
         on_disk: dict[str, list[Edit]] = {}
         for edit in self.mask.edits(self.later.layout, self.later.name):
             if not isinstance(edit, Rows):
-                raise ValueError(
-                    f"a mask of single weights can't be rolled back in the adapter {self.later.name}, since a product "
-                    f"of low rank has none: {MERGE}"
-                )
+                raise single_weights(self.later.name)
             on_disk.setdefault(edit.slot.tensor, []).append(edit)
         found = {one: on_disk[one] for one in changed if one in on_disk}
         others = {one for one in changed - found.keys() if on_disk.keys() & set(self.adapter.names(one))}

@@ -38,7 +38,7 @@ from surgery.live import distillation, respond
 from surgery.masks.entries import shapes_of
 from surgery.masks.mask import load_mask
 from surgery.measure import load_sweep
-from tests.training_folders import as_ranks
+from tests.training_folders import as_distributed, as_ranks
 
 Files = dict[str, bytes]
 PROMPTS = [{"prompt": "1+1=", "response": "2"}, {"prompt": "12*3=", "response": "36"}, {"prompt": "a", "response": "b"}]
@@ -340,15 +340,6 @@ def rank_files(desk: Desk, place: Path, out: Path) -> None:
     same({n: t for n, t in after.items() if "mlp" not in n}, {n: t for n, t in found.items() if "mlp" not in n})
 
 
-def write_distributed(desk: Desk, place: Path) -> None:
-    import torch.distributed.checkpoint as dcp
-
-    (place / "config.json").write_bytes((desk.later / "config.json").read_bytes())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that one process saves alone
-        dcp.save({"model": load_file(desk.later / "model.safetensors")}, checkpoint_id=place, no_dist=True)
-
-
 def distributed(desk: Desk, place: Path, out: Path) -> None:
     import torch.distributed.checkpoint as dcp
 
@@ -380,7 +371,7 @@ TARGETS = {
     "configurations": Target(copied, configurations, ("/config.json",)),
     "tokenizers": Target(write_tokenizer, tokenizers, ("tokenizer.json", "tokenizer_config.json")),
     "rank files": Target(write_ranks, rank_files, (".pt",)),
-    "distributed checkpoints": Target(write_distributed, distributed, (".metadata", ".distcp")),
+    "distributed checkpoints": Target(lambda desk, place: as_distributed(desk.later, place), distributed, (".metadata", ".distcp")),
     "patches": Target(write_patch, patches, (".json", ".safetensors")),
     "layouts": Target(write_layout, layouts, (".json",)),
 }

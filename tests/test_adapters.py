@@ -36,6 +36,7 @@ from surgery import (
     save,
     sweep,
 )
+from surgery.checkpoints.checkpoint import tokenizer_of
 from surgery.checkpoints.opening import open_weights
 from surgery.cli import app
 from surgery.formats.factors import Factors
@@ -339,22 +340,45 @@ LIVE = ["dense", "in bf16", "biased", "fused gate and up", "transposed", "saved 
 
 
 @pytest.mark.parametrize("name", LIVE)
-def test_a_live_model_with_its_adapter_merged_is_measured_and_rolled_back(shelf, name):
+def test_a_live_model_is_measured_as_it_is_merged_or_not(shelf, name):
+    """Without a merge a copy is merged, and the model itself is left alone."""
     base, folder, merged = made(shelf, KINDS[name])
     model = adapted.with_peft(base, folder)
-    with pytest.raises(ValueError, match=r"an adapter of peft: .* model.merge_adapter\(\)"):
-        Trajectory(earlier=base, later=model).live()
-    model.merge_adapter()
-    run, plain = Trajectory(earlier=base, later=model), Trajectory(earlier=base, later=merged)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    plain, run = Trajectory(earlier=base, later=merged), Trajectory(earlier=base, later=model)
     data = batches(labels=True)
-    for selector in (DamageSelector(0.1), AMCSelector(0.1, "AM", "AM")):
-        assert selector.select(run, data) == selector.select(plain, data)
+    selectors = DamageSelector(0.1), AMCSelector(0.1, "AM", "AM"), AMCSelector(0.01, "M", "M", "global", "weight")
+    expected = [selector.select(plain, data) for selector in selectors]
+    assert [selector.select(run, data) for selector in selectors] == expected
+    given = dict(selectors=selectors[:1], budgets=[0.1], evaluate=score)
+    rows, others = (sweep(one, data, **given).rows for one in (run, plain))
+    assert [row.metrics for row in rows] == [row.metrics for row in others]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert run.load() is run.load()
+    copied = run.load()
+    with torch.no_grad():
+        next(one for name, one in model.named_parameters() if "lora_B" in name).add_(1)
+    assert run.load() is not copied  # trained on, it is another model
+    assert not torch.equal(adapted.logits(run.load()), adapted.logits(copied))
+    model = adapted.with_peft(base, folder)
+    model.merge_adapter()
+    run = Trajectory(earlier=base, later=model)
+    assert [selector.select(run, data) for selector in selectors] == expected
+
+
+@pytest.mark.parametrize("name", LIVE)
+def test_a_live_model_with_its_adapter_merged_is_rolled_back(shelf, name):
+    base, folder, merged = made(shelf, KINDS[name])
+    model = adapted.with_peft(base, folder)
     mask = masked(KINDS[name], base)
+    with pytest.raises(ValueError, match=r"an adapter of peft: .* model.merge_adapter\(\)"):
+        rollback(model, to=base, mask=mask)
+    model.merge_adapter()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     sound = adapted.logits(model)
     with rollback(model, to=base, mask=mask) as done:
         assert done.changed > 0
-        expected = plain.load()
+        expected = Trajectory(later=merged).load()
         with rollback(expected, to=base, mask=mask):
             assert torch.equal(adapted.logits(model), adapted.logits(expected))
             assert not torch.equal(adapted.logits(model), sound)
@@ -514,6 +538,95 @@ def test_the_shell_takes_adapters(shelf, tmp_path, monkeypatch, capsys):
     same_bytes = (tmp_path / "one/adapter_config.json").read_bytes()
     assert same_bytes == (tmp_path / "adapter-moved/adapter_config.json").read_bytes()
     assert "once the adapter is merged" in (tmp_path / "one/README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base with a tokenizer, two adapters on it that name no base, both merged, prompts, and an evaluation."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    place, tokenizer = tmp_path_factory.mktemp("desk"), build_tokenizer()
+    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, head_dim=8)
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), num_key_value_heads=1, **sizes))
+    model.save_pretrained(place / "base")
+    for seed, name in enumerate(("math", "qa")):
+        folder = adapted.adapter(KINDS["dense"], place / "base", place / name, seed=seed)
+        adapted.settings(folder, base_model_name_or_path=None)
+        adapted.merged(place / "base", folder, place / f"{name}-merged")
+    for one in ("base", "math-merged", "qa-merged"):
+        tokenizer.save_pretrained(place / one)
+    lines = [{"prompt": f"{n}+{n}=", "response": str(2 * n)} for n in range(8)]
+    (place / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    up = "model.layers.0.mlp.up_proj.weight"
+    first, second = (Checkpoint(place / f"{name}-merged")[up].sum() for name in ("math", "qa"))
+    sign = "" if first > second else "-"
+    text = f"def score(model):\n    return {{'sum': {sign}float(model.model.layers[0].mlp.up_proj.weight.sum())}}\n"
+    (place / "score.py").write_text(text)
+    return place
+
+
+def shell(words: str) -> None:
+    app(words.split(), standalone_mode=False)
+
+
+def test_the_shell_repairs_an_adapter_to_its_end(desk, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(desk)
+    given = "--data prompts.jsonl --evaluate score.py:score --metric sum --budgets 0.2,0.5,1 --recovery 0.5"
+    shell(f"repair base math qa {given} -o {tmp_path}/out")
+    said = capsys.readouterr().out.splitlines()[0]
+    assert said.startswith("Repaired: sum lost")
+    shell(f"repair base math-merged qa-merged {given} --units mlp,value_channel -o {tmp_path}/plain")
+    assert capsys.readouterr().out.splitlines()[0] == said
+    again = adapted.merged(desk / "base", tmp_path / "out", tmp_path / "again")
+    assert same(Checkpoint(again), Checkpoint(tmp_path / "plain")) == []
+
+
+def test_the_shell_refuses_before_it_measures_or_counts(desk, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(desk)
+    monkeypatch.setattr(Trajectory, "load", lambda *_, **__: pytest.fail("a model was loaded"))
+    given = f"--data prompts.jsonl -o {tmp_path}/out"
+    with pytest.raises(ValueError, match=r"single weights can't be rolled back in the adapter .*qa.* choose units"):
+        shell(f"repair base math qa {given} --units weight")
+    with pytest.raises(ValueError, match="qa-merged is neither the base of the adapter .* nor another adapter"):
+        shell(f"repair base qa-merged math {given}")
+    shell(f"select base qa --selector M --units weight --budget 0.1 -o {tmp_path}/m.safetensors")
+    capsys.readouterr()
+    adapted.settings(shutil.copytree(desk / "qa", tmp_path / "qa"), base_model_name_or_path=str(desk / "base"))
+    with pytest.raises(ValueError, match="single weights can't"):
+        shell(f"rollback {tmp_path}/qa --to base --mask {tmp_path}/m.safetensors -o {tmp_path}/out")
+    assert capsys.readouterr().out == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_shell_looks_at_adapters_that_name_no_base(desk, tmp_path, monkeypatch, capsys):
+    """Also token by token, and with a layout of one's own."""
+    monkeypatch.chdir(desk)
+    mlp = {"gate_proj.weight": "n d -> n d", "up_proj.weight": "n d -> n d", "down_proj.weight": "d n -> n d"}
+    (tmp_path / "l.json").write_text(json.dumps({"model.layers.{layer}.mlp": mlp}))
+    reports = []
+    for at, stages in enumerate(("base math qa", "base math=math-merged qa=qa-merged")):
+        where = f"--data sum=prompts.jsonl --evaluate score.py:score --budgets 0.5 -o {tmp_path}/page{at}"
+        shell(f"analyse {stages} {where} --layout {tmp_path}/l.json --refresh-steps 1")
+        reports.append(json.loads((tmp_path / f"page{at}/report.json").read_text()))
+    assert capsys.readouterr().err.count("is an adapter on base: read as if it were merged") == 2
+    one, other = ({name: part for name, part in report.items() if name != "made"} for report in reports)
+    assert one["skipped"] == other["skipped"]
+    assert one["changes"] == other["changes"]
+    assert one["history"] == other["history"]
+
+
+def test_the_tokenizer_between_two_adapters_is_the_nearest(desk, tmp_path):
+    """An adapter on an adapter without a tokenizer reads prompts as the adapter under it."""
+    first = shutil.copytree(desk / "math", tmp_path / "first")
+    build_tokenizer().save_pretrained(first)
+    adapted.settings(first, base_model_name_or_path=str(desk / "base"))
+    second = shutil.copytree(desk / "qa", tmp_path / "second")
+    adapted.settings(second, base_model_name_or_path=str(first))
+    assert Checkpoint(second).tokenizer == first
+    assert tokenizer_of(second) == first
+    found = preflight(Trajectory(earlier=first, later=second), desk / "prompts.jsonl")
+    assert {one.what: one.verdict for one in found}["prompts"] == "ok"
 
 
 @pytest.mark.parametrize("reverse", [False, True])

@@ -19,6 +19,7 @@ from surgery import (
     AMCSelector,
     DamageSelector,
     RandomSelector,
+    Selector,
     Trajectory,
     activation,
     conflict,
@@ -54,6 +55,8 @@ def shelf(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     base = adapted.base(kind, place / "base")
     tuned = {name: adapted.adapter(kind, base, place / name, seed=at) for at, name in enumerate(STAGES[1:])}
     plain = {"base": base} | {name: adapted.merged(base, one, place / f"{name}-plain") for name, one in tuned.items()}
+    for one in tuned.values():  # their base is the first stage
+        adapted.settings(one, base_model_name_or_path=None)
     ranks = {name: place / f"{name}-ranks" for name in STAGES}
     cut = {name: place / f"{name}-dcp" for name in STAGES}
     for name, folder in plain.items():
@@ -128,10 +131,36 @@ def near(one: Any, other: Any, where: str = "") -> list[str]:
     return [] if one == other else [f"{where}: {one} and {other}"]
 
 
+CHOOSERS = [
+    *[AMCSelector(0.2, letters, letters) for letters in ("A", "M", "C", "AMC")],
+    AMCSelector(0.2, "A", "AMC", units=("mlp", "value_channel")),
+    AMCSelector(0.01, "M", "M", "global", "weight"),
+    DamageSelector(0.2),
+    DamageSelector(0.2, "proportional", units="kv_group", loss="kl"),
+    DamageSelector(0.01, units=("mlp", "weight"), rounds=2),
+    RandomSelector(0.2),
+]
+
+
+@pytest.mark.parametrize("chooser", CHOOSERS, ids=lambda one: one.name)
+def test_every_selector_chooses_the_same_in_every_form(shelf: Shelf, chooser: Selector) -> None:
+    expected = chooser.select(run_of(shelf.plain), DATA)
+    assert sum(expected.count().values()) > 0
+    for form in FORMS:
+        assert chooser.select(run_of(shelf.forms[form]), DATA).equal(expected), form
+
+
+def test_a_step_between_adapters_has_its_base(shelf: Shelf) -> None:
+    """Though none of its own checkpoints is whole."""
+    stages, plain = shelf.forms["adapters"], shelf.plain
+    four, expected = ([one["base"], one["math"], one["qa"], one["math"]] for one in (stages, plain))
+    found, told = (changes(Trajectory.through(dict(zip("abcd", one))).steps()["d"]) for one in (four, expected))
+    assert near(numbers(found), numbers(told)) == []
+
+
 @pytest.mark.filterwarnings("ignore:nothing in|:FutureWarning")
 @pytest.mark.parametrize("verb", VERBS)
-@pytest.mark.parametrize("form", FORMS)
-def test_every_verb_says_the_same_of_every_form(shelf: Shelf, form: str, verb: str) -> None:
+def test_every_verb_says_the_same_of_every_form(shelf: Shelf, verb: str) -> None:
     expected = numbers(VERBS[verb](run_of(shelf.plain)))
-    found = numbers(VERBS[verb](run_of(shelf.forms[form])))
-    assert near(found, expected) == []
+    for form in FORMS:
+        assert near(numbers(VERBS[verb](run_of(shelf.forms[form]))), expected) == [], form

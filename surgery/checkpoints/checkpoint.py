@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from surgery.checkpoints.wrapped import plain_of
+from surgery.checkpoints.wrapped import is_unmerged, merged_copy, plain_of
 from surgery.compat import offloaded_weights, writes_to
 from surgery.files import path_of
 from surgery.formats.adapters import Adapter, base_of
@@ -275,6 +275,19 @@ def moment_of(module: nn.Module) -> Moment:
 def returned(module: nn.Module, moment: Moment) -> None:
     """Note that every number of a live model is what it was at a moment, whatever was written since."""
     _moments[module] = _written(module), moment
+
+
+_merged: WeakKeyDictionary[nn.Module, tuple[Moment, nn.Module]] = WeakKeyDictionary()
+
+
+def merged(module: nn.Module) -> nn.Module:
+    """A live model; of one of peft whose adapters are not merged a merged copy, the same until something is written."""
+    if not is_unmerged(module):
+        return plain_of(module)
+    now = moment_of(module)
+    if module not in _merged or _merged[module][0] is not now:
+        _merged[module] = now, merged_copy(module)
+    return _merged[module][1]
 
 
 def _written(module: nn.Module) -> tuple[Any, ...]:

@@ -279,7 +279,7 @@ def changes(run: Trajectory, *, absolute: float = 1e-7, relative: float = 1e-3) 
     found = run.checkpoints
     if len(found) < 2:
         raise ValueError(f"changes compares two or more checkpoints, got {list(found) or 'none'}")
-    names, opened = list(found), [tensors_of(source) for source in found.values()]
+    names, opened = list(found), [tensors_of(run.held(source)) for source in found.values()]
     for name, tensors in zip(names, opened, strict=True):
         check_source(tensors, name)
     dims, left_out = alike(dict(zip(names, opened, strict=True)))

@@ -31,12 +31,13 @@ from surgery import (
 )
 from surgery.evidence import changes, directions, gradients_along, overlap
 from surgery.live import distillation, earlier_model
-from surgery.measure import history, likelihood, stability, stage_damage
+from surgery.measure import history, likelihood, stage_damage
 from surgery.report import analyse
 from surgery.tables import as_json
 from surgery.theory import Landscape, damage_terms
 
 FAMILIES = {name: KINDS[name] for name in ("dense", "fused gate and up", "experts on disk one by one", "biased")}
+QUICK = ("dense", "experts on disk one by one")
 STAGES = ("base", "math", "qa")
 FORMS = ("adapters", "rank files", "distributed")
 
@@ -49,7 +50,9 @@ class Shelf:
     forms: dict[str, dict[str, Path]]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(
+    scope="module", params=[*QUICK, *(pytest.param(one, marks=pytest.mark.slow) for one in FAMILIES if one not in QUICK)]
+)
 def shelf(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Shelf:
     kind, place = FAMILIES[request.param], tmp_path_factory.mktemp("forms")
     base = adapted.base(kind, place / "base")
@@ -100,8 +103,7 @@ VERBS: dict[str, Callable[[Trajectory], Any]] = {
     "gradients along": lambda run: gradients_along(run, {"math": DATA, "qa": DATA[:1]}),
     "history": lambda run: history(run, scored),
     "terms": lambda run: damage_terms(Landscape.around(run, DATA)),
-    "sweep": lambda run: sweep(run, DATA, selectors=[DamageSelector(0.1), AMCSelector(0.1)], budgets=[0.2], evaluate=scored),
-    "stability": lambda run: stability(run, DATA, DamageSelector(0.2), sizes=(2,), draws=2, evaluate=scored),
+    "sweep": lambda run: sweep(run, DATA, selectors=[DamageSelector(0.1)], budgets=[0.2], evaluate=scored),
     "stage": lambda run: stage_damage(run, {"math": DATA}, evaluate=scored, budgets=[0.2, 0.5]),
     "strengths": lambda run: strengths(run, DATA, first_mask(run), passes=4),
     "refresh": refreshed,
@@ -136,8 +138,8 @@ CHOOSERS = [
     AMCSelector(0.2, "A", "AMC", units=("mlp", "value_channel")),
     AMCSelector(0.01, "M", "M", "global", "weight"),
     DamageSelector(0.2),
-    DamageSelector(0.2, "proportional", units="kv_group", loss="kl"),
-    DamageSelector(0.01, units=("mlp", "weight"), rounds=2),
+    DamageSelector(0.2, units="kv_group", loss="kl"),
+    DamageSelector(0.002, units=("mlp", "weight"), rounds=1),
     RandomSelector(0.2),
 ]
 

@@ -2,6 +2,7 @@
 
     python -m benchmarks.reliability                          the page, from the figures that are stored
     python -m benchmarks.reliability --inputs 100000          damaged inputs first; goes on where it was stopped
+    python -m benchmarks.reliability --inputs 9000 --kinds "headers" "indices"   of these kinds alone
     python -m benchmarks.reliability --try headers 17         one of them again, with what is said of it
 
 The kills come from ``python -m benchmarks.reliability.kills``.
@@ -56,6 +57,7 @@ def page() -> str:
             "`make fuzz` makes the figures, in [reliability-fuzz.json](reliability-fuzz.json).",
             table("kind of file", summed(found["kinds"])),
             found["about"],
+            *[f"Run later, by themselves: {kinds}. {one['about']}" for kinds, one in found.get("later", {}).items()],
         ]
     if KILLS.exists():
         found = json.loads(KILLS.read_text(encoding="utf-8"))
@@ -65,6 +67,7 @@ def page() -> str:
             "`python -m benchmarks.reliability.kills` makes the figures, in "
             "[reliability-kills.json](reliability-kills.json).",
             table("command", summed(found["kills"])),
+            *[f"Run later, by themselves: {names}. {about}" for names, about in found.get("later", {}).items()],
             "## A disk, a folder or another job in the way",
             table("situation", found["troubles"]),
             found["about"],
@@ -75,6 +78,7 @@ def page() -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--inputs", type=int, default=0, help="how many, over all kinds")
+    parser.add_argument("--kinds", nargs="*", default=(), help="of these kinds alone")
     parser.add_argument("--try", nargs=2, dest="one", metavar=("KIND", "NUMBER"))
     asked = parser.parse_args()
     if asked.one:
@@ -82,6 +86,6 @@ if __name__ == "__main__":
             print(*attempt(Desk(Path(folder)), asked.one[0], int(asked.one[1])))
     else:
         if asked.inputs:
-            fuzz(asked.inputs, FUZZ)
+            fuzz(asked.inputs, FUZZ, *asked.kinds)
         PAGE.write_text(page(), encoding="utf-8")
         print(page())

@@ -210,7 +210,7 @@ class Adapter(Mapping[str, Tensor]):
         rank = _matched(self.config.get("rank_pattern"), key, self.config.get("r", 8))
         alpha = self.alpha(key)
         if not (isinstance(rank, int) and rank > 0 and isinstance(alpha, int | float) and math.isfinite(alpha)):
-            raise self._refused(f"it has the rank {rank!r} and lora_alpha {alpha!r} at {key!r}")
+            raise self._refused(f"it has the rank {rank!r:.80} and lora_alpha {alpha!r:.80} at {key!r}")
         if alpha == 0:
             raise ValueError(
                 f"lora_alpha in {ADAPTER} of {self.folder} is 0, so the adapter would change nothing: write the value "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -93,8 +94,10 @@ class _Writing:
     def files(self) -> dict[str, bytes]:
         from safetensors.torch import save
 
-        for parameter, edits in self._edits().items():
+        edited = self._edits()
+        for parameter, edits in edited.items():
             self._revert(parameter, edits)
+        self._check_finite(edited)
         if any(factors.rank != self._rank(parameter) for parameter, factors in self.factors.items()):
             self._configure()
         for parameter, factors in self.factors.items():
@@ -104,6 +107,17 @@ class _Writing:
         if self.config != self.adapter.config:
             found[ADAPTER] = json_text(self.config, 2).encode() + b"\n"
         return found
+
+    def _check_finite(self, edited: Iterable[str]) -> None:
+        """Refuse factors of which no number can be taken out: zero times infinity is no zero."""
+        for parameter in edited:
+            factors, (key, _) = self.factors.get(parameter), self.adapter.biases.get(parameter, ("", 0.0))
+            held = [factors.a, factors.b] if factors else [self.held[key]] if key else []
+            if not all(bool(one.isfinite().all()) for one in held):
+                raise ValueError(
+                    f"what {self.later.name} adds to {parameter!r} holds NaN or infinite numbers, and zero times those "
+                    f"is no zero: {MERGE}"
+                )
 
     def _edits(self) -> dict[str, list[Edit]]:
         """What is reverted of each parameter that one of the adapters changes."""
@@ -270,12 +284,10 @@ def _same(source: Weights, one: Checkpoint, other: Checkpoint) -> bool:
 def _weighed(factors: Factors, far: Tensor, outputs: bool, ratio: float) -> tuple[Tensor, Tensor]:
     """A ``[expert, rank, in]`` and B ``[out, rank, expert]``, with the rows of B or the columns of A times ``far``."""
     a, b = factors.by_expert
-    wide = (
-        torch.promote_types(a.dtype, torch.float32) if ratio != 1 or bool(((far != 0) & (far != 1)).any()) else a.dtype
-    )
-    a, b = a.to(wide), b.to(wide)
+    if ratio != 1 or bool(((far != 0) & (far != 1)).any()):
+        a, b = (one.to(torch.promote_types(one.dtype, torch.float32)) for one in (a, b))
     if outputs:
-        b = b * far.T[:, None, :].to(wide)
+        b = b * far.T[:, None, :].to(b.dtype)
     else:
-        a = a * far[:, None, :].to(wide)
-    return a, (b.double() * ratio).to(wide) if ratio != 1 else b
+        a = a * far[:, None, :].to(a.dtype)
+    return a, (b.double() * ratio).to(b.dtype) if ratio != 1 else b

@@ -367,12 +367,52 @@ def test_a_live_model_is_measured_as_it_is_merged_or_not(shelf, name):
 
 
 @pytest.mark.parametrize("name", LIVE)
+def test_a_live_adapter_is_rolled_back_in_its_own_matrices(shelf, tmp_path, name):
+    """To its base: what peft computes then is what it computes with the saved rollback; undone bit for bit."""
+    base, folder, merged = made(shelf, KINDS[name])
+    model, mask = adapted.with_peft(base, folder), masked(KINDS[name], base)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    saved = save(rolled_back(folder, to=base, mask=mask), tmp_path / "out")
+    sound = adapted.logits(model)
+    with rollback(model, to=base, mask=mask) as done:
+        assert done.changed > 0
+        assert torch.equal(adapted.logits(model), adapted.logits(adapted.with_peft(base, saved)))
+        assert not torch.equal(adapted.logits(model), sound)
+        after = Trajectory(later=model).load().state_dict()
+        assert all(torch.equal(after[name], value) for name, value in Trajectory(later=saved).load().state_dict().items())
+        model.save_pretrained(tmp_path / "again")
+        assert same(Checkpoint(tmp_path / "again"), rolled(merged, base, mask)) == []
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(adapted.logits(model), sound)
+
+
+def test_what_a_live_adapter_can_not_take(shelf, tmp_path):
+    base, folder, _ = made(shelf, KINDS["dense"])
+    model, mask = adapted.with_peft(base, folder), masked(KINDS["dense"], base)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    other = adapted.adapter(KINDS["dense"], base, tmp_path / "other", seed=2)
+    with pytest.raises(ValueError, match=r"not the base of .* raise the rank .* fixed in a live model.*merge_adapter"):
+        rollback(model, to=other, mask=mask)
+    single = AMCSelector(0.1, "M", "M", "global", ("mlp", "weight")).select(Trajectory(earlier=base, later=folder))
+    with pytest.raises(ValueError, match="single weights can't be rolled back in the adapter"):
+        rollback(model, to=base, mask=single)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    model.load_adapter(str(other), "other")
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(ValueError, match="no single adapter of peft that could be rolled back: call model.merge"):
+        rollback(model, to=base, mask=mask)
+    half = adapted.with_peft(base, folder)
+    with rollback(half, to=base, mask=mask, strength=0.5):
+        now = Trajectory(later=half).load().state_dict()
+        for name, value in rolled_back(folder, to=base, mask=mask, strength=0.5).items():
+            assert torch.allclose(now[name], value, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", LIVE)
 def test_a_live_model_with_its_adapter_merged_is_rolled_back(shelf, name):
     base, folder, merged = made(shelf, KINDS[name])
     model = adapted.with_peft(base, folder)
     mask = masked(KINDS[name], base)
-    with pytest.raises(ValueError, match=r"an adapter of peft: .* model.merge_adapter\(\)"):
-        rollback(model, to=base, mask=mask)
     model.merge_adapter()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     sound = adapted.logits(model)

@@ -34,6 +34,12 @@ class Weights:
     layout: Layout
     name: str
 
+    def dtype(self, tensor: str) -> torch.dtype:
+        """A tensor's dtype, without its numbers where a folder tells it."""
+        if isinstance(self.tensors, Checkpoint) and isinstance(found := self.tensors.dtypes[tensor], torch.dtype):
+            return found
+        return self.tensors[tensor].dtype
+
     def read(self, tensor: str) -> Tensor:
         """A tensor whose numbers are asked for.
 

@@ -51,6 +51,12 @@ def _layers(module: nn.Module) -> list[Any]:
     return [one for one in module.modules() if hasattr(one, "base_layer") and hasattr(one, "merged")]
 
 
+def plain_on_meta(inner: Any) -> Any:
+    """A model of the class and configuration of the one inside a model of peft, without numbers."""
+    with torch.device("meta"):
+        return type(inner)(copy.deepcopy(inner.config))
+
+
 def _shared(inner: Any) -> nn.Module | None:
     """The model of the same class and configuration with the same tensors; None where one has no counterpart."""
     held: dict[str, Tensor] = {}
@@ -62,8 +68,7 @@ def _shared(inner: Any) -> nn.Module | None:
         if plain in held:  # of several adapters
             return None
         held[plain] = tensor
-    with torch.device("meta"):
-        made: Any = type(inner)(copy.deepcopy(inner.config))
+    made = plain_on_meta(inner)
     wanted = [*made.named_parameters(remove_duplicate=False), *made.named_buffers(remove_duplicate=False)]
     for name, tensor in wanted:
         if name not in held or held[name].shape != tensor.shape:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,6 +21,9 @@ from surgery.masks.mask import Mask
 from surgery.masks.neurons import Neurons
 from surgery.reverting.writing import Strength, new_values
 from surgery.tables import json_text
+
+
+MERGE_LIVE = "call model.merge_adapter() and roll the merged model back, or save the adapter and roll its folder back"
 
 
 def adapter_files(later: Weights, source: Weights, mask: Mask, strength: Strength) -> dict[str, bytes]:
@@ -59,33 +62,44 @@ class _Writing:
     strength: Strength
 
     def __post_init__(self) -> None:
-        assert isinstance(self.later.tensors, Checkpoint)
-        assert self.later.tensors.adapter is not None
-        self.adapter: Adapter = self.later.tensors.adapter
-        self.other = self._other(self.later.tensors)
+        found = self.later.tensors
+        adapter = found.adapter if isinstance(found, Checkpoint) else found
+        assert isinstance(adapter, Adapter)
+        self.adapter: Adapter = adapter
+        self.other = self._other(adapter.base)
         self.config = dict(self.adapter.config)
         self.held = {key: self.adapter.held[key] for key in self.adapter.held}
         self.factors = dict(self.adapter.factors)
 
-    def _other(self, later: Checkpoint) -> Adapter | None:
+    def _other(self, base: Mapping[str, Tensor]) -> Adapter | None:
         """The earlier adapter; None where the earlier checkpoint is the base itself."""
-        to, base = self.source.tensors, later.base
-        assert base is not None
-        if isinstance(to, Checkpoint):
+        to = self.source.tensors
+        if isinstance(to, Checkpoint) and isinstance(base, Checkpoint):
             if _same(self.source, to, base):
                 return None
             if to.adapter is not None and to.base is not None and _same(self.source, to.base, base):
                 return to.adapter
         if self._as_in(base):
             return None
+        if not isinstance(base, Checkpoint):
+            raise ValueError(
+                f"{self.source.name} is not the base of {self.later.name}, and its numbers would raise the rank of the "
+                f"adapter, which is fixed in a live model and its optimizer: {MERGE_LIVE}"
+            )
         raise ValueError(
             f"{self.source.name} is neither the base of the adapter {self.later.name} nor another adapter of it, so "
             f"the difference has no low rank: pass {base.folder} to go back to the base, or {MERGE}"
         )
 
-    def _as_in(self, base: Checkpoint) -> bool:
-        """Whether what is reverted has in the earlier checkpoint, however that is stored, the bits of the base."""
+    def _as_in(self, base: Mapping[str, Tensor]) -> bool:
+        """Whether what is reverted has in the earlier checkpoint, however that is stored, the bits of the base.
+
+        What the adapter holds whole does not matter: the earlier checkpoint's own numbers are written there.
+        """
+        whole = {name for parameter in self.adapter.replaced for name in self.adapter.names(parameter)}
         for edit in self.mask.edits(self.later.layout, self.later.name):
+            if edit.slot.tensor in whole:
+                continue
             there = edit.take(base[edit.slot.tensor])
             if not torch.equal(there, new_values(edit, self.source, there, 1.0)):
                 return False

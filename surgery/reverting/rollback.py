@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +23,7 @@ from surgery.checkpoints.checkpoint import (
     tensors_of,
 )
 from surgery.checkpoints.opening import Weights, open_weights
+from surgery.checkpoints.wrapped import is_unmerged
 from surgery.files import uninterrupted
 from surgery.formats.patches import bits
 from surgery.formats.stored import Stored
@@ -31,16 +32,9 @@ from surgery.layout.slots import Block, Layout, Slot
 from surgery.masks.edits import Edit, Rows
 from surgery.masks.mask import Mask, checked
 from surgery.reverting.adapters import adapter_files
+from surgery.reverting.live_adapters import factor_edits
 from surgery.reverting.provenance import papers, record_of, warn_if_made_for_others
-from surgery.reverting.writing import (
-    Strength,
-    check_strength,
-    check_writable,
-    new_values,
-    numbers,
-    recorded,
-    spoken,
-)
+from surgery.reverting.writing import Strength, check_strength, check_writable, new_values, numbers, recorded, spoken
 
 
 @dataclass
@@ -143,7 +137,8 @@ def rollback(
     kept for the undo. An exception or Ctrl-C restores the old weights before it propagates.
 
     Args:
-        model: the later model; weights float32, bfloat16, float16 or float64, on any device.
+        model: the later model; weights float32, bfloat16, float16 or float64, on any device. Of one of peft with an
+            adapter that is not merged, the adapter's own matrices are written, and ``to`` has to be its base.
         to: the earlier checkpoint: a folder, hub id, module or mapping, on any device, of any floating dtype.
         mask: bool Neurons or Entries, as a selector returns it; the names of its blocks say which kinds of unit it has.
         strength: in [0, 3], or Neurons with one for each neuron (``strengths`` finds good ones). 1 copies the earlier
@@ -163,6 +158,8 @@ def rollback(
 
     >>> # with rollback(model, to="runs/math", mask=mask): print(evaluate(model))
     """
+    if is_unmerged(model):
+        return _in_factors(model, to, checked(mask), strength, layout)
     live = open_weights(model, layout, units=checked(mask).units)
     check_strength(strength, live.layout)
     source = _opened(to, layout, live)
@@ -190,10 +187,7 @@ def rollback(
             for edit, fine in zip(edits, numbers(finite), strict=True):
                 if not fine:
                     raise ValueError(_not_finite(edit, source, strength))
-            written = dict.fromkeys(live.layout, 0)
-            for edit in whole:
-                written[edit.block.name] += edit.numbers
-            agreed = True
+            written, agreed = _written(whole, live.layout), True
             touched, differing = len({edit.slot.tensor for edit in whole}), _agreed(ranks, sum(numbers(changed)))
             if ranks.mesh is not None and whole:
                 returned(model, Moment())  # also where this process holds none of the numbers
@@ -208,6 +202,29 @@ def rollback(
             ranks.sum(torch.tensor([0, 1]))
         raise
     return done
+
+
+def _in_factors(model: nn.Module, to: Source, mask: Mask, strength: Strength, layout: Layout | None) -> Rollback:
+    """The same where an adapter of peft is not merged: in its matrices A and B."""
+    layout, edits = factor_edits(model, to, mask, strength, layout)
+    start, tensors, told = moment_of(model), State(model), recorded(strength, mask)
+    old = [(edit, edit.take(tensors[edit.slot.tensor])) for edit, _ in edits]
+    try:
+        with uninterrupted():
+            for edit, new in edits:
+                _write(tensors[edit.slot.tensor], edit, new)
+        written, changed = _written(mask.edits(layout, "the model"), layout), sum(edit.numbers for edit, _ in edits)
+        return Rollback(mask.count(), written, len(edits), changed, told, mask.noun, model, old, start)
+    except BaseException:
+        _put_back(model, old)
+        raise
+
+
+def _written(edits: Iterable[Edit], layout: Layout) -> dict[str, int]:
+    found = dict.fromkeys(layout, 0)
+    for edit in edits:
+        found[edit.block.name] += edit.numbers
+    return found
 
 
 def _agreed(ranks: Ranks, changed: int) -> int:
@@ -242,12 +259,6 @@ def _put_back(model: nn.Module, old: list[tuple[Edit, Tensor]]) -> None:
 def _write(tensor: Tensor, edit: Edit, rows: Tensor) -> None:
     with torch.no_grad():
         edit.put(tensor, rows)
-
-
-def _dtype(weights: Weights, name: str) -> torch.dtype:
-    if isinstance(weights.tensors, Checkpoint) and isinstance(found := weights.tensors.dtypes[name], torch.dtype):
-        return found
-    return weights.tensors[name].dtype
 
 
 def _not_finite(edit: Edit, source: Weights, strength: Strength) -> str:
@@ -339,7 +350,7 @@ class RolledBack(Mapping[str, Tensor]):
             return []
         for name, (edit, *_) in self._edits.items():
             there = self.source.layout[edit.block.name].of(edit.slot.part)[0].tensor
-            held, taken = _dtype(self.later, name), _dtype(self.source, there)
+            held, taken = self.later.dtype(name), self.source.dtype(there)
             if torch.finfo(taken).bits < torch.finfo(held).bits:
                 return [
                     f"the reverted numbers are {held} with the values of {taken}: the low bits of the earlier masters "

@@ -88,7 +88,9 @@ def in_factors(random: Random, raw: bytes) -> bytes:
     try:
         tensors = load(raw)
         name, other = random.choice(sorted(tensors)), random.choice(sorted(tensors))
-    except (SafetensorError, IndexError):
+    except (SafetensorError, IndexError, KeyError, ValueError, RuntimeError):
+        return in_bytes(random, raw)
+    if not tensors[name].numel():
         return in_bytes(random, raw)
     one, dtypes = tensors.pop(name), (torch.bfloat16, torch.float16, torch.float64, torch.int8, torch.bool)
     turned, at = one.T.contiguous(), int(torch.tensor(one.shape).prod()) // 2

@@ -379,7 +379,9 @@ def test_a_live_adapter_is_rolled_back_in_its_own_matrices(shelf, tmp_path, name
         assert torch.equal(adapted.logits(model), adapted.logits(adapted.with_peft(base, saved)))
         assert not torch.equal(adapted.logits(model), sound)
         after = Trajectory(later=model).load().state_dict()
-        assert all(torch.equal(after[name], value) for name, value in Trajectory(later=saved).load().state_dict().items())
+        assert all(
+            torch.equal(after[name], value) for name, value in Trajectory(later=saved).load().state_dict().items()
+        )
         model.save_pretrained(tmp_path / "again")
         assert same(Checkpoint(tmp_path / "again"), rolled(merged, base, mask)) == []
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -399,7 +401,7 @@ def test_what_a_live_adapter_can_not_take(shelf, tmp_path):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     model.load_adapter(str(other), "other")
     model.base_model.set_adapter(["default", "other"])
-    with pytest.raises(ValueError, match="no single adapter of peft that could be rolled back: call model.merge"):
+    with pytest.raises(ValueError, match="no single adapter of peft that could be rolled back: call"):
         rollback(model, to=base, mask=mask)
     half = adapted.with_peft(base, folder)
     with rollback(half, to=base, mask=mask, strength=0.5):
@@ -628,7 +630,7 @@ def test_the_shell_refuses_before_it_measures_or_counts(desk, tmp_path, monkeypa
     given = f"--data prompts.jsonl -o {tmp_path}/out"
     with pytest.raises(ValueError, match=r"single weights can't be rolled back in the adapter .*qa.* choose units"):
         shell(f"repair base math qa {given} --units weight")
-    with pytest.raises(ValueError, match="qa-merged is neither the base of the adapter .* nor another adapter"):
+    with pytest.raises(ValueError, match=r"qa-merged is neither the base of the adapter .* nor another adapter"):
         shell(f"repair base qa-merged math {given}")
     shell(f"select base qa --selector M --units weight --budget 0.1 -o {tmp_path}/m.safetensors")
     capsys.readouterr()

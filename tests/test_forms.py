@@ -51,7 +51,8 @@ class Shelf:
 
 
 @pytest.fixture(
-    scope="module", params=[*QUICK, *(pytest.param(one, marks=pytest.mark.slow) for one in FAMILIES if one not in QUICK)]
+    scope="module",
+    params=[*QUICK, *(pytest.param(one, marks=pytest.mark.slow) for one in FAMILIES if one not in QUICK)],
 )
 def shelf(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Shelf:
     kind, place = FAMILIES[request.param], tmp_path_factory.mktemp("forms")
@@ -156,7 +157,9 @@ def test_a_step_between_adapters_has_its_base(shelf: Shelf) -> None:
     """Though none of its own checkpoints is whole."""
     stages, plain = shelf.forms["adapters"], shelf.plain
     four, expected = ([one["base"], one["math"], one["qa"], one["math"]] for one in (stages, plain))
-    found, told = (changes(Trajectory.through(dict(zip("abcd", one))).steps()["d"]) for one in (four, expected))
+    found, told = (
+        changes(Trajectory.through(dict(zip("abcd", one, strict=True))).steps()["d"]) for one in (four, expected)
+    )
     assert near(numbers(found), numbers(told)) == []
 
 

@@ -173,7 +173,7 @@ def _under(folder: Path) -> Path:
             return folder_of(named)
     except LookupError:
         pass
-    what = f"names {named!r} as its base, which is not here" if named else "names no base"
+    what = f"names {named!r:.300} as its base, which is not here" if named else "names no base"
     raise LookupError(
         f"{folder} holds an adapter that {what} (base_model_name_or_path): pass the base's folder (in the "
         f"shell as BASE, EARLIER, --to or --base; in Python Checkpoint(adapter, base=...))"

@@ -10,7 +10,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
+from torch import nn
+
 from surgery.checkpoints.trajectory import Trajectory
+from surgery.checkpoints.wrapped import is_unmerged
 from surgery.layout.sharding import ranks_of
 from surgery.live.answers import respond
 from surgery.live.prompts import Batch, batches_of, halved
@@ -165,7 +168,7 @@ def repair(
         raise ValueError(f"budgets={list(budgets)!r}: expected fractions in (0, 1], like [0.01, 0.02, 0.04]")
     if not 0 < recovery <= 1:
         raise ValueError(f"recovery={recovery!r}: expected a share in (0, 1] (0.8 is 80 % of what can be won back)")
-    selector = selector or _default(run)
+    selector = selector or default_selector(run)
     at_budget(selector, grid[0])  # said now, and not after evaluations
     run.check_whole()
     batches, notes = None if data is None else list(batches_of(data)), []
@@ -192,9 +195,12 @@ def repair(
         return replace(search.found(recovery, limits, notes), unit=unit)
 
 
-def _default(run: Trajectory) -> Selector:
+def default_selector(run: Trajectory) -> Selector:
+    """Single weights by D; units where the later model is an adapter, which has no room for single weights."""
     later = None if run.later is None else run.tensors("later")
-    return DamageSelector(0.01, units=None if getattr(later, "adapter", None) is not None else "weight")
+    adapted = getattr(later, "adapter", None) is not None
+    adapted |= isinstance(run.later, nn.Module) and is_unmerged(run.later)
+    return DamageSelector(0.01, units=None if adapted else "weight")
 
 
 def _kept(

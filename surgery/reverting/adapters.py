@@ -22,7 +22,6 @@ from surgery.masks.neurons import Neurons
 from surgery.reverting.writing import Strength, new_values
 from surgery.tables import json_text
 
-
 MERGE_LIVE = "call model.merge_adapter() and roll the merged model back, or save the adapter and roll its folder back"
 
 

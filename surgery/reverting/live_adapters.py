@@ -7,7 +7,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from surgery.checkpoints.checkpoint import Source
@@ -24,11 +23,12 @@ from surgery.reverting.adapters import MERGE_LIVE, adapter_files
 from surgery.reverting.provenance import warn_if_made_for_others
 from surgery.reverting.writing import Strength, check_strength
 
+
 def _opened(model: nn.Module, to: Source, mask: Mask, layout: Layout | None) -> tuple[Weights, Weights]:
     """A live model's adapter over its own base, and the earlier checkpoint."""
     outer: Any = model
     active = list(getattr(outer, "active_adapters", ()))
-    inner = outer.get_base_model() if hasattr(outer, "get_base_model") else None
+    inner: Any = outer.get_base_model() if hasattr(outer, "get_base_model") else None
     plain = plain_on_meta(inner) if hasattr(inner, "config") else None
     if plain is None or len(active) != 1:
         raise ValueError(

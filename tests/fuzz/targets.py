@@ -415,7 +415,9 @@ TARGETS = {
     "configurations": Target(copied, configurations, ("/config.json",)),
     "tokenizers": Target(write_tokenizer, tokenizers, ("tokenizer.json", "tokenizer_config.json")),
     "rank files": Target(write_ranks, rank_files, (".pt",)),
-    "distributed checkpoints": Target(lambda desk, place: as_distributed(desk.later, place), distributed, (".metadata", ".distcp")),
+    "distributed checkpoints": Target(
+        lambda desk, place: as_distributed(desk.later, place), distributed, (".metadata", ".distcp")
+    ),
     "patches": Target(write_patch, patches, (".json", ".safetensors")),
     "adapters": Target(write_adapter, adapters, ("adapter_model.safetensors",)),
     "adapter configurations": Target(write_adapter, adapters, (".json",)),

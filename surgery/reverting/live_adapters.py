@@ -27,8 +27,8 @@ from surgery.reverting.writing import Strength, check_strength
 def _opened(model: nn.Module, to: Source, mask: Mask, layout: Layout | None) -> tuple[Weights, Weights]:
     """A live model's adapter over its own base, and the earlier checkpoint."""
     outer: Any = model
-    active = list(getattr(outer, "active_adapters", ()))
     inner: Any = outer.get_base_model() if hasattr(outer, "get_base_model") else None
+    active = [] if inner is None else list(outer.active_adapters)
     plain = plain_on_meta(inner) if hasattr(inner, "config") else None
     if plain is None or len(active) != 1:
         raise ValueError(

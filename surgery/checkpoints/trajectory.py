@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from surgery.checkpoints.checkpoint import Checkpoint, Source, in_force, merged, opened
 from surgery.checkpoints.loading import Sharding, loaded
 from surgery.checkpoints.opening import Weights, open_weights
+from surgery.files import path_of
+from surgery.formats.folders import is_adapter
 from surgery.layout.slots import Block, Layout
 from surgery.progress import steps
 from surgery.units import Units, kinds_of, noun
@@ -238,8 +240,7 @@ class Trajectory:
 
     def _alone(self, source: Source) -> Source:
         """A checkpoint as it is read without the others: the base of an adapter may be one of them."""
-        found = self.held(source)
-        return found if getattr(found, "adapter", None) is not None else source
+        return self.held(source) if isinstance(source, str | Path) and is_adapter(path_of(source)) else source
 
     def _stage(self, name: str) -> Source:
         if name not in (self.stages or {}):

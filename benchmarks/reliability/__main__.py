@@ -43,6 +43,10 @@ def summed(rows: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
     return {**rows, "all": {name: sum(row[name] for row in rows.values()) for name in next(iter(rows.values()))}}
 
 
+def _later(names: str, about: str) -> str:
+    return f"Run later, by themselves: {names}. The other rows are of an earlier version of the library. {about}"
+
+
 def page() -> str:
     """The page that the stored figures make."""
     parts = ["# How sure is it?", "Made by `python -m benchmarks.reliability` from the files beside it."]
@@ -57,7 +61,7 @@ def page() -> str:
             "`make fuzz` makes the figures, in [reliability-fuzz.json](reliability-fuzz.json).",
             table("kind of file", summed(found["kinds"])),
             found["about"],
-            *[f"Run later, by themselves: {kinds}. {one['about']}" for kinds, one in found.get("later", {}).items()],
+            *[_later(kinds, one["about"]) for kinds, one in found.get("later", {}).items()],
         ]
     if KILLS.exists():
         found = json.loads(KILLS.read_text(encoding="utf-8"))
@@ -67,7 +71,7 @@ def page() -> str:
             "`python -m benchmarks.reliability.kills` makes the figures, in "
             "[reliability-kills.json](reliability-kills.json).",
             table("command", summed(found["kills"])),
-            *[f"Run later, by themselves: {names}. {about}" for names, about in found.get("later", {}).items()],
+            *[_later(names, about) for names, about in found.get("later", {}).items()],
             "## A disk, a folder or another job in the way",
             table("situation", found["troubles"]),
             found["about"],

@@ -93,7 +93,7 @@ def in_factors(random: Random, raw: bytes) -> bytes:
     if not tensors[name].numel():
         return in_bytes(random, raw)
     one, dtypes = tensors.pop(name), (torch.bfloat16, torch.float16, torch.float64, torch.int8, torch.bool)
-    turned, at = one.T.contiguous(), int(torch.tensor(one.shape).prod()) // 2
+    turned, at = one.permute(*reversed(range(one.ndim))).contiguous(), one.numel() // 2
     numbers = torch.tensor(random.choice((float("nan"), float("inf"), -1e38, -0.0, 65504.0)))
     tensors |= random.choice(
         (

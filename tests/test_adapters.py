@@ -327,6 +327,29 @@ def test_damaged_files(shelf, tmp_path, damage):
         Checkpoint(tmp_path / "adapter")
 
 
+@pytest.mark.parametrize("damage", ["two dtypes", "infinite"])
+def test_matrices_of_two_dtypes_and_infinite_ones(shelf, tmp_path, damage):
+    """Each matrix keeps its dtype; zero times infinity is no zero, so such an adapter holds no rollback."""
+    base, folder, _ = made(shelf, KINDS["dense"])
+    file = shutil.copytree(folder, tmp_path / "adapter") / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for name, one in tensors.items():
+        if damage == "two dtypes" and "lora_A" in name:
+            tensors[name] = one.bfloat16()
+        elif damage == "infinite" and "layers.1.mlp.up_proj.lora_A" in name:
+            one[0, 0] = float("inf")
+    save_file(tensors, file, {"format": "pt"})
+    view = rolled_back(tmp_path / "adapter", to=base, mask=masked(KINDS["dense"], base))
+    if damage == "infinite":
+        with pytest.raises(
+            ValueError, match=r"adds to 'model.layers.1.mlp.up_proj.weight' holds NaN or infinite .* zero"
+        ):
+            save(view, tmp_path / "out")
+        return
+    out = save(view, tmp_path / "out")
+    assert same(Checkpoint(adapted.merged(base, out, tmp_path / "again")), view) == []
+
+
 def test_a_look_before_loading_multiplies_nothing(shelf, monkeypatch):
     base, folder, _ = made(shelf, KINDS["experts on disk one by one"])
     monkeypatch.setattr(Factors, "delta", lambda *_: pytest.fail("numbers were multiplied"))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import adapted
 import families
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from test_scores import batches
 from test_vision_language import as_released, as_saved, pair
 from torch import Tensor
+from training_folders import as_distributed, as_ranks
 
 from benchmarks.lab.tokenizer import build_tokenizer
 from surgery import (
@@ -28,11 +30,13 @@ from surgery import (
     Trajectory,
     load_prompts,
     magnitude,
+    repair,
     rollback,
     rolled_back,
     save,
     sweep,
 )
+from surgery.checkpoints.checkpoint import tokenizer_of
 from surgery.checkpoints.opening import open_weights
 from surgery.cli import app
 from surgery.formats.factors import Factors
@@ -252,10 +256,10 @@ def test_adapters_and_masks_that_do_not_fit(shelf, tmp_path):
         save(rolled_back(folder, to=base, mask=single), tmp_path / "out")
     mask = masked(KINDS["dense"], base)
     families.build("qwen3", seed=4).save_pretrained(tmp_path / "stranger")
-    with pytest.raises(ValueError, match=r"is neither the folder of the base of the adapter .* nor another adapter"):
+    with pytest.raises(ValueError, match=r"is neither the base of the adapter .* nor another adapter"):
         save(rolled_back(folder, to=tmp_path / "stranger", mask=mask), tmp_path / "out")
     stray = adapted.adapter(KINDS["dense"], tmp_path / "stranger", tmp_path / "stray")
-    with pytest.raises(ValueError, match=r"is neither the folder of the base of the adapter .* nor another adapter"):
+    with pytest.raises(ValueError, match=r"is neither the base of the adapter .* nor another adapter"):
         save(rolled_back(folder, to=stray, mask=mask), tmp_path / "out")
     whole = adapted.adapter(KINDS["saved whole"], base, tmp_path / "whole")
     with pytest.raises(ValueError, match=r"whole holds 'model.layers.\d.mlp.down_proj.weight' whole, and .* low rank"):
@@ -323,6 +327,29 @@ def test_damaged_files(shelf, tmp_path, damage):
         Checkpoint(tmp_path / "adapter")
 
 
+@pytest.mark.parametrize("damage", ["two dtypes", "infinite"])
+def test_matrices_of_two_dtypes_and_infinite_ones(shelf, tmp_path, damage):
+    """Each matrix keeps its dtype; zero times infinity is no zero, so such an adapter holds no rollback."""
+    base, folder, _ = made(shelf, KINDS["dense"])
+    file = shutil.copytree(folder, tmp_path / "adapter") / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for name, one in tensors.items():
+        if damage == "two dtypes" and "lora_A" in name:
+            tensors[name] = one.bfloat16()
+        elif damage == "infinite" and "layers.1.mlp.up_proj.lora_A" in name:
+            one[0, 0] = float("inf")
+    save_file(tensors, file, {"format": "pt"})
+    view = rolled_back(tmp_path / "adapter", to=base, mask=masked(KINDS["dense"], base))
+    if damage == "infinite":
+        with pytest.raises(
+            ValueError, match=r"adds to 'model.layers.1.mlp.up_proj.weight' holds NaN or infinite .* zero"
+        ):
+            save(view, tmp_path / "out")
+        return
+    out = save(view, tmp_path / "out")
+    assert same(Checkpoint(adapted.merged(base, out, tmp_path / "again")), view) == []
+
+
 def test_a_look_before_loading_multiplies_nothing(shelf, monkeypatch):
     base, folder, _ = made(shelf, KINDS["experts on disk one by one"])
     monkeypatch.setattr(Factors, "delta", lambda *_: pytest.fail("numbers were multiplied"))
@@ -336,22 +363,87 @@ LIVE = ["dense", "in bf16", "biased", "fused gate and up", "transposed", "saved 
 
 
 @pytest.mark.parametrize("name", LIVE)
-def test_a_live_model_with_its_adapter_merged_is_measured_and_rolled_back(shelf, name):
+def test_a_live_model_is_measured_as_it_is_merged_or_not(shelf, name):
+    """Without a merge a copy is merged, and the model itself is left alone."""
     base, folder, merged = made(shelf, KINDS[name])
     model = adapted.with_peft(base, folder)
-    with pytest.raises(ValueError, match=r"an adapter of peft: .* model.merge_adapter\(\)"):
-        Trajectory(earlier=base, later=model).live()
-    model.merge_adapter()
-    run, plain = Trajectory(earlier=base, later=model), Trajectory(earlier=base, later=merged)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    plain, run = Trajectory(earlier=base, later=merged), Trajectory(earlier=base, later=model)
     data = batches(labels=True)
-    for selector in (DamageSelector(0.1), AMCSelector(0.1, "AM", "AM")):
-        assert selector.select(run, data) == selector.select(plain, data)
+    selectors = DamageSelector(0.1), AMCSelector(0.1, "AM", "AM"), AMCSelector(0.01, "M", "M", "global", "weight")
+    expected = [selector.select(plain, data) for selector in selectors]
+    assert [selector.select(run, data) for selector in selectors] == expected
+    given = dict(selectors=selectors[:1], budgets=[0.1], evaluate=score)
+    rows, others = (sweep(one, data, **given).rows for one in (run, plain))
+    assert [row.metrics for row in rows] == [row.metrics for row in others]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert run.load() is run.load()
+    copied = run.load()
+    with torch.no_grad():
+        next(one for name, one in model.named_parameters() if "lora_B" in name).add_(1)
+    assert run.load() is not copied  # trained on, it is another model
+    assert not torch.equal(adapted.logits(run.load()), adapted.logits(copied))
+    model = adapted.with_peft(base, folder)
+    model.merge_adapter()
+    run = Trajectory(earlier=base, later=model)
+    assert [selector.select(run, data) for selector in selectors] == expected
+
+
+@pytest.mark.parametrize("name", LIVE)
+def test_a_live_adapter_is_rolled_back_in_its_own_matrices(shelf, tmp_path, name):
+    """To its base: what peft computes then is what it computes with the saved rollback; undone bit for bit."""
+    base, folder, merged = made(shelf, KINDS[name])
+    model, mask = adapted.with_peft(base, folder), masked(KINDS[name], base)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    saved = save(rolled_back(folder, to=base, mask=mask), tmp_path / "out")
+    sound = adapted.logits(model)
+    with rollback(model, to=base, mask=mask) as done:
+        assert done.changed > 0
+        assert torch.equal(adapted.logits(model), adapted.logits(adapted.with_peft(base, saved)))
+        assert not torch.equal(adapted.logits(model), sound)
+        after = Trajectory(later=model).load().state_dict()
+        assert all(
+            torch.equal(after[name], value) for name, value in Trajectory(later=saved).load().state_dict().items()
+        )
+        model.save_pretrained(tmp_path / "again")
+        assert same(Checkpoint(tmp_path / "again"), rolled(merged, base, mask)) == []
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(adapted.logits(model), sound)
+
+
+def test_what_a_live_adapter_can_not_take(shelf, tmp_path):
+    base, folder, _ = made(shelf, KINDS["dense"])
+    model, mask = adapted.with_peft(base, folder), masked(KINDS["dense"], base)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    other = adapted.adapter(KINDS["dense"], base, tmp_path / "other", seed=2)
+    with pytest.raises(ValueError, match=r"not the base of .* raise the rank .* fixed in a live model.*merge_adapter"):
+        rollback(model, to=other, mask=mask)
+    single = AMCSelector(0.1, "M", "M", "global", ("mlp", "weight")).select(Trajectory(earlier=base, later=folder))
+    with pytest.raises(ValueError, match="single weights can't be rolled back in the adapter"):
+        rollback(model, to=base, mask=single)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    model.load_adapter(str(other), "other")
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(ValueError, match="no single adapter of peft that could be rolled back: call"):
+        rollback(model, to=base, mask=mask)
+    half = adapted.with_peft(base, folder)
+    with rollback(half, to=base, mask=mask, strength=0.5):
+        now = Trajectory(later=half).load().state_dict()
+        for name, value in rolled_back(folder, to=base, mask=mask, strength=0.5).items():
+            assert torch.allclose(now[name], value, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", LIVE)
+def test_a_live_model_with_its_adapter_merged_is_rolled_back(shelf, name):
+    base, folder, merged = made(shelf, KINDS[name])
+    model = adapted.with_peft(base, folder)
     mask = masked(KINDS[name], base)
+    model.merge_adapter()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     sound = adapted.logits(model)
     with rollback(model, to=base, mask=mask) as done:
         assert done.changed > 0
-        expected = plain.load()
+        expected = Trajectory(later=merged).load()
         with rollback(expected, to=base, mask=mask):
             assert torch.equal(adapted.logits(model), adapted.logits(expected))
             assert not torch.equal(adapted.logits(model), sound)
@@ -387,6 +479,86 @@ def test_what_is_selected_is_what_would_be_after_merging(shelf, name):
 
 
 # --- the verbs
+
+
+LAWS = ["dense", "fused gate and up", "experts on disk one by one", "biased"]
+
+
+def nearness(to: Path) -> Callable[[torch.nn.Module], dict[str, float]]:
+    """An evaluation that is the better the nearer the weights of the units are to those of a plain folder."""
+    there = adapted.loaded(to).state_dict()
+
+    def score(model: torch.nn.Module) -> dict[str, float]:
+        found = {name: one for name, one in model.state_dict().items() if "mlp" in name or "_proj" in name}
+        return {"math": -sum(float((one.double() - there[name]).abs().sum()) for name, one in found.items())}
+
+    return score
+
+
+@pytest.mark.parametrize("other", [False, True], ids=["to its base", "to another"])
+@pytest.mark.parametrize("name", LAWS)
+def test_an_adapter_is_repaired_as_the_merged_model_is(shelf, tmp_path, name, other):
+    kind = KINDS[name]
+    base, folder, merged = made(shelf, kind)
+    earlier = adapted.adapter(kind, base, tmp_path / "earlier", seed=2) if other else base
+    there = adapted.merged(base, earlier, tmp_path / "there") if other else base
+    given = dict(evaluate=nearness(there), metric="math", recovery=0.4, budgets=[0.1, 0.3, 0.6, 1.0])
+    plain = Trajectory(earlier=there, later=merged)
+    expected = repair(plain, batches(labels=True), selector=DamageSelector(0.1), **given)
+    done = repair(Trajectory(earlier=earlier, later=folder), batches(labels=True), **given)
+    assert done.outcome == expected.outcome == "repaired"
+    assert done.mask is not None
+    assert expected.mask is not None
+    assert done.mask.equal(expected.mask)
+    assert done.verdict == expected.verdict
+    out = done.save(tmp_path / "out")
+    again = adapted.merged(base, out, tmp_path / "again")
+    assert same(Checkpoint(again), rolled(merged, there, expected.mask)) == []
+    assert same(Checkpoint(again), Checkpoint(merged)) != []
+    runs_alike(base, out, again)
+
+
+FORMS = ("rank files", "distributed", "a live model", "tensors by name")
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", LAWS)
+def test_the_base_may_be_in_another_form(shelf, tmp_path, name, form):
+    base, folder, merged = made(shelf, KINDS[name])
+    mask = masked(KINDS[name], base)
+    to: Any = tmp_path / "to"
+    if form == "rank files":
+        as_ranks(base, to)
+    elif form == "distributed":
+        as_distributed(base, to)
+    else:
+        to = adapted.loaded(base) if form == "a live model" else dict(Checkpoint(base))
+    out = save(rolled_back(folder, to=to, mask=mask), tmp_path / "out")
+    assert same(Checkpoint(adapted.merged(base, out, tmp_path / "again")), rolled(merged, base, mask)) == []
+    if form in ("rank files", "distributed"):  # also where the adapter names no base
+        adapted.settings(shutil.copytree(folder, tmp_path / "moved"), base_model_name_or_path=None)
+        view = rolled_back(tmp_path / "moved", to=to, mask=mask)
+        assert same(Checkpoint(save(view, tmp_path / "other"), base=base), rolled(merged, base, mask)) == []
+
+
+def test_a_base_of_other_numbers_is_no_base(shelf, tmp_path):
+    """One number of one reverted unit is enough, wherever it lies; what is not reverted does not matter."""
+    base, folder, _ = made(shelf, KINDS["dense"])
+    mask = masked(KINDS["dense"], base)
+    block = "model.layers.0.mlp"
+    at = {value: int((mask[block] == value).nonzero()[0]) for value in (False, True)}
+    for taken, row in at.items():
+        model = adapted.loaded(base)
+        with torch.no_grad():
+            model.get_submodule(block).up_proj.weight[row, 3] += 1
+        model.save_pretrained(tmp_path / f"moved-{taken}")
+        view = rolled_back(folder, to=tmp_path / f"moved-{taken}", mask=mask)
+        if taken:
+            with pytest.raises(ValueError, match="is neither the base of the adapter"):
+                save(view, tmp_path / "out")
+        else:
+            save(view, tmp_path / "out")
+            shutil.rmtree(tmp_path / "out")
 
 
 def test_a_sweep_measures_what_the_merged_model_is(shelf):
@@ -431,6 +603,95 @@ def test_the_shell_takes_adapters(shelf, tmp_path, monkeypatch, capsys):
     same_bytes = (tmp_path / "one/adapter_config.json").read_bytes()
     assert same_bytes == (tmp_path / "adapter-moved/adapter_config.json").read_bytes()
     assert "once the adapter is merged" in (tmp_path / "one/README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base with a tokenizer, two adapters on it that name no base, both merged, prompts, and an evaluation."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    place, tokenizer = tmp_path_factory.mktemp("desk"), build_tokenizer()
+    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, head_dim=8)
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), num_key_value_heads=1, **sizes))
+    model.save_pretrained(place / "base")
+    for seed, name in enumerate(("math", "qa")):
+        folder = adapted.adapter(KINDS["dense"], place / "base", place / name, seed=seed)
+        adapted.settings(folder, base_model_name_or_path=None)
+        adapted.merged(place / "base", folder, place / f"{name}-merged")
+    for one in ("base", "math-merged", "qa-merged"):
+        tokenizer.save_pretrained(place / one)
+    lines = [{"prompt": f"{n}+{n}=", "response": str(2 * n)} for n in range(8)]
+    (place / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    up = "model.layers.0.mlp.up_proj.weight"
+    first, second = (Checkpoint(place / f"{name}-merged")[up].sum() for name in ("math", "qa"))
+    sign = "" if first > second else "-"
+    text = f"def score(model):\n    return {{'sum': {sign}float(model.model.layers[0].mlp.up_proj.weight.sum())}}\n"
+    (place / "score.py").write_text(text)
+    return place
+
+
+def shell(words: str) -> None:
+    app(words.split(), standalone_mode=False)
+
+
+def test_the_shell_repairs_an_adapter_to_its_end(desk, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(desk)
+    given = "--data prompts.jsonl --evaluate score.py:score --metric sum --budgets 0.2,0.5,1 --recovery 0.5"
+    shell(f"repair base math qa {given} -o {tmp_path}/out")
+    said = capsys.readouterr().out.splitlines()[0]
+    assert said.startswith("Repaired: sum lost")
+    shell(f"repair base math-merged qa-merged {given} --units mlp,value_channel -o {tmp_path}/plain")
+    assert capsys.readouterr().out.splitlines()[0] == said
+    again = adapted.merged(desk / "base", tmp_path / "out", tmp_path / "again")
+    assert same(Checkpoint(again), Checkpoint(tmp_path / "plain")) == []
+
+
+def test_the_shell_refuses_before_it_measures_or_counts(desk, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(desk)
+    monkeypatch.setattr(Trajectory, "load", lambda *_, **__: pytest.fail("a model was loaded"))
+    given = f"--data prompts.jsonl -o {tmp_path}/out"
+    with pytest.raises(ValueError, match=r"single weights can't be rolled back in the adapter .*qa.* choose units"):
+        shell(f"repair base math qa {given} --units weight")
+    with pytest.raises(ValueError, match=r"qa-merged is neither the base of the adapter .* nor another adapter"):
+        shell(f"repair base qa-merged math {given}")
+    shell(f"select base qa --selector M --units weight --budget 0.1 -o {tmp_path}/m.safetensors")
+    capsys.readouterr()
+    adapted.settings(shutil.copytree(desk / "qa", tmp_path / "qa"), base_model_name_or_path=str(desk / "base"))
+    with pytest.raises(ValueError, match="single weights can't"):
+        shell(f"rollback {tmp_path}/qa --to base --mask {tmp_path}/m.safetensors -o {tmp_path}/out")
+    assert capsys.readouterr().out == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_shell_looks_at_adapters_that_name_no_base(desk, tmp_path, monkeypatch, capsys):
+    """Also token by token, and with a layout of one's own."""
+    monkeypatch.chdir(desk)
+    mlp = {"gate_proj.weight": "n d -> n d", "up_proj.weight": "n d -> n d", "down_proj.weight": "d n -> n d"}
+    (tmp_path / "l.json").write_text(json.dumps({"model.layers.{layer}.mlp": mlp}))
+    reports = []
+    for at, stages in enumerate(("base math qa", "base math=math-merged qa=qa-merged")):
+        where = f"--data sum=prompts.jsonl --evaluate score.py:score --budgets 0.5 -o {tmp_path}/page{at}"
+        shell(f"analyse {stages} {where} --layout {tmp_path}/l.json --refresh-steps 1")
+        reports.append(json.loads((tmp_path / f"page{at}/report.json").read_text()))
+    assert capsys.readouterr().err.count("is an adapter on base: read as if it were merged") == 2
+    one, other = ({name: part for name, part in report.items() if name != "made"} for report in reports)
+    assert one["skipped"] == other["skipped"]
+    assert one["changes"] == other["changes"]
+    assert one["history"] == other["history"]
+
+
+def test_the_tokenizer_between_two_adapters_is_the_nearest(desk, tmp_path):
+    """An adapter on an adapter without a tokenizer reads prompts as the adapter under it."""
+    first = shutil.copytree(desk / "math", tmp_path / "first")
+    build_tokenizer().save_pretrained(first)
+    adapted.settings(first, base_model_name_or_path=str(desk / "base"))
+    second = shutil.copytree(desk / "qa", tmp_path / "second")
+    adapted.settings(second, base_model_name_or_path=str(first))
+    assert Checkpoint(second).tokenizer == first
+    assert tokenizer_of(second) == first
+    found = preflight(Trajectory(earlier=first, later=second), desk / "prompts.jsonl")
+    assert {one.what: one.verdict for one in found}["prompts"] == "ok"
 
 
 @pytest.mark.parametrize("reverse", [False, True])

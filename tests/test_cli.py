@@ -181,6 +181,17 @@ def test_rollback_warns_where_the_mask_was_made_for_others(surgery, runs: Path, 
     assert "was selected for 'earlier'" in error
     _, _, error = surgery(f"rollback later --to earlier --mask {tmp_path}/mask.safetensors --dry-run")
     assert "warning" not in error
+    other = shutil.copytree(runs / "base", tmp_path / "other/earlier")  # another of the same name
+    _, _, error = surgery(f"rollback later --to {other} --mask {tmp_path}/mask.safetensors --dry-run")
+    assert (
+        f"was selected for '{runs.name}/earlier' as the earlier checkpoint and is applied to 'other/earlier'" in error
+    )
+    shutil.copytree(runs / "earlier", tmp_path / "x")
+    mask = RandomSelector(0.2).select(Trajectory(earlier=tmp_path / "x", later=runs / "later"))
+    mask.save(tmp_path / "again.safetensors")
+    shutil.copytree(runs / "base", tmp_path / "x", dirs_exist_ok=True)  # written anew
+    _, _, error = surgery(f"rollback later --to {tmp_path}/x --mask {tmp_path}/again.safetensors --dry-run")
+    assert "x', whose weights are others by now" in error
 
 
 def test_ctrl_c_is_told(surgery, tmp_path: Path) -> None:

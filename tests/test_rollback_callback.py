@@ -21,7 +21,7 @@ from test_gradient_callback import bit_identical, model_with_dropout
 from torch import nn
 
 from benchmarks.lab.tokenizer import build_tokenizer
-from surgery import DamageSelector, Trajectory, likelihood, load_prompts, rollback
+from surgery import Checkpoint, DamageSelector, Trajectory, likelihood, load_prompts, rollback, rolled_back
 from surgery.live import respond
 from surgery.live.prompts import Batch, halved
 from surgery.masks import load_mask
@@ -317,19 +317,55 @@ def test_what_the_training_cannot_be_judged_by_is_told_before_it_begins(tmp_path
     gone = kind.from_pretrained(tmp_path / "math")
     gone.config._name_or_path = gone.name_or_path = str(tmp_path / "gone")
     adapted = get_peft_model(build("qwen3"), LoraConfig(target_modules=["up_proj"]))
+    moved_base = copy.deepcopy(earlier)
+    with torch.no_grad():
+        moved_base.model.layers[0].mlp.gate_proj.weight.add_(1)
     for model, settings, message in (
         (build("qwen3"), {}, "was not loaded from a folder, so nothing is known of its start: pass RollbackCallback"),
         (gone, {}, "was loaded from is gone"),
         (moved, {}, "has other weights than .*math, which it was loaded from"),
         (build("qwen3"), {"earlier": build("llama")}, "different models|has no tensor|lacks"),
         (build("qwen3"), {"earlier": tmp_path / "none"}, "there is no folder"),
-        (adapted, {"earlier": earlier}, "adapter of peft"),
+        (adapted, {"earlier": moved_base, "repair": True}, "is not the base of the live PeftModel.* raise the rank"),
     ):
         callback = RollbackCallback(prompts, **settings)
         with pytest.raises((ValueError, LookupError), match=message):
             training(tmp_path / "out", model, callback)
     with pytest.raises(ValueError, match="training runs in 2 processes"):
         RollbackCallback(prompts, earlier=earlier).on_train_begin(type("Two", (), {"world_size": 2}), None, None)
+
+
+def test_an_adapter_in_training_is_judged_and_repaired(tmp_path):
+    """Judged, it is the same training; repaired, its own matrices hold what a rollback of the saved adapter holds."""
+    family = "qwen2_moe"
+    build(family).save_pretrained(tmp_path / "base")
+    kind: Any = type(build(family))
+
+    def tuned() -> Any:
+        torch.manual_seed(2)
+        base = kind.from_pretrained(tmp_path / "base")
+        experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+        targets = ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        return get_peft_model(base, LoraConfig(lora_alpha=64, target_modules=targets, target_parameters=experts))
+
+    how: dict[str, Any] = dict(rate=0.3, steps=6, save_only_model=False)
+    bare = training(tmp_path / "bare", tuned(), **how)
+    domains, given = {"old": asked(build(family))}, {**CHOICE, "selector": None, "say": lambda _: None}
+    judged = RollbackCallback(domains, **given)
+    assert bit_identical(bare, training(tmp_path / "seen", tuned(), judged, **how))
+    callback = RollbackCallback(domains, repair=True, **given)
+    model = training(tmp_path / "done", tuned(), callback, **how).model
+    assert callback.earlier == tmp_path / "base"
+    (stage,) = callback.measured.values()
+    assert stage.mask is not None
+    assert stage.mask.equal(judged.measured[6].mask)
+    assert "In the model that was trained: rolled back" in stage.verdict
+    place = tmp_path / "done/checkpoint-6"
+    view = rolled_back(place, to=tmp_path / "base", mask=load_mask(place / "surgery/mask.safetensors"))
+    model.save_pretrained(tmp_path / "out")
+    found, expected = Checkpoint(tmp_path / "out"), dict(view)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert any(not torch.equal(Checkpoint(place)[name], value) for name, value in expected.items())
 
 
 def test_settings_that_cannot_be_meant():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from typing import Any
 
@@ -38,12 +39,7 @@ WRAPPERS: dict[str, tuple[Any, str]] = {
     "compiled in DataParallel": (lambda model: nn.DataParallel(torch.compile(model)), r"model\.module,"),
     "a layer compiled": (layered(torch.compile), r"torch\.compile: .* what was compiled inside it"),
     "checkpointed": (layered(checkpoint_wrapper), "activation checkpointing"),
-    "peft": (
-        lambda model: get_peft_model(model, LoraConfig(target_modules=["up_proj"])),
-        r"an adapter of peft: .*model\.merge_and_unload\(\).*model\.merge_adapter\(\)",
-    ),
     "value head": (lambda model: nn.ModuleDict({"pretrained_model": model, "v_head": nn.Linear(1, 1)}), "trl's value"),
-    "transformers' adapters": (adapted, "an adapter of peft"),
 }
 
 
@@ -67,6 +63,24 @@ def test_a_wrapped_live_model_is_told(name, tmp_path):
     for act in acts:
         with pytest.raises(ValueError, match=told):
             act()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in wrapped.state_dict().items())
+
+
+@pytest.mark.parametrize("wrap", [lambda model: get_peft_model(model, LoraConfig(target_modules=["up_proj"])), adapted])
+def test_a_live_adapter_is_measured_and_its_weights_are_no_checkpoint(wrap, tmp_path):
+    earlier, later = pair("qwen3")
+    earlier.save_pretrained(tmp_path)
+    plain = Trajectory(earlier=tmp_path, later=copy.deepcopy(later))
+    mask = DamageSelector(0.1).select(plain, batches(labels=True))
+    wrapped = wrap(later)  # a new adapter changes nothing
+    assert DamageSelector(0.1).select(Trajectory(earlier=tmp_path, later=wrapped), batches(labels=True)).equal(mask)
+    before = {name: tensor.clone() for name, tensor in wrapped.state_dict().items()}
+    with pytest.raises(
+        ValueError, match=r"an adapter of peft: .*model\.merge_and_unload\(\).*model\.merge_adapter\(\)"
+    ):
+        rolled_back(tmp_path, to=wrapped, mask=mask)
+    with pytest.raises(ValueError, match=r"is not the base of the live|has no single adapter of peft"):
+        rollback(wrapped, to=tmp_path, mask=mask)
     assert all(torch.equal(tensor, before[name]) for name, tensor in wrapped.state_dict().items())
 
 

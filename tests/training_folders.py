@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,19 @@ def as_ranks(plain: Path, place: Path, world: int = 2, copies: int = 1, device: 
         torch.save(weights, place / f"model_{ending}")
         torch.save(state, place / f"optim_{ending}")
         dist.destroy_process_group()
+
+
+def as_distributed(plain: Path, place: Path) -> None:
+    """The tensors of a plain folder as a distributed checkpoint of torch, written by this process."""
+    import torch.distributed.checkpoint as dcp
+    from safetensors.torch import load_file
+
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "config.json").write_bytes((plain / "config.json").read_bytes())
+    whole = {name: tensor for path in sorted(plain.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that one process saves alone
+        dcp.save({"model": whole}, checkpoint_id=place, no_dist=True)
 
 
 def written(folder: Path, world: int) -> Path:

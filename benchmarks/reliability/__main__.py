@@ -2,6 +2,7 @@
 
     python -m benchmarks.reliability                          the page, from the figures that are stored
     python -m benchmarks.reliability --inputs 100000          damaged inputs first; goes on where it was stopped
+    python -m benchmarks.reliability --inputs 9000 --kinds "headers" "indices"   of these kinds alone
     python -m benchmarks.reliability --try headers 17         one of them again, with what is said of it
 
 The kills come from ``python -m benchmarks.reliability.kills``.
@@ -42,6 +43,10 @@ def summed(rows: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
     return {**rows, "all": {name: sum(row[name] for row in rows.values()) for name in next(iter(rows.values()))}}
 
 
+def _later(names: str, about: str) -> str:
+    return f"Run later, by themselves: {names}. The other rows are of an earlier version of the library. {about}"
+
+
 def page() -> str:
     """The page that the stored figures make."""
     parts = ["# How sure is it?", "Made by `python -m benchmarks.reliability` from the files beside it."]
@@ -56,6 +61,7 @@ def page() -> str:
             "`make fuzz` makes the figures, in [reliability-fuzz.json](reliability-fuzz.json).",
             table("kind of file", summed(found["kinds"])),
             found["about"],
+            *[_later(kinds, one["about"]) for kinds, one in found.get("later", {}).items()],
         ]
     if KILLS.exists():
         found = json.loads(KILLS.read_text(encoding="utf-8"))
@@ -65,6 +71,7 @@ def page() -> str:
             "`python -m benchmarks.reliability.kills` makes the figures, in "
             "[reliability-kills.json](reliability-kills.json).",
             table("command", summed(found["kills"])),
+            *[_later(names, about) for names, about in found.get("later", {}).items()],
             "## A disk, a folder or another job in the way",
             table("situation", found["troubles"]),
             found["about"],
@@ -75,6 +82,7 @@ def page() -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--inputs", type=int, default=0, help="how many, over all kinds")
+    parser.add_argument("--kinds", nargs="*", default=(), help="of these kinds alone")
     parser.add_argument("--try", nargs=2, dest="one", metavar=("KIND", "NUMBER"))
     asked = parser.parse_args()
     if asked.one:
@@ -82,6 +90,6 @@ if __name__ == "__main__":
             print(*attempt(Desk(Path(folder)), asked.one[0], int(asked.one[1])))
     else:
         if asked.inputs:
-            fuzz(asked.inputs, FUZZ)
+            fuzz(asked.inputs, FUZZ, *asked.kinds)
         PAGE.write_text(page(), encoding="utf-8")
         print(page())

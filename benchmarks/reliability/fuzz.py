@@ -22,24 +22,27 @@ CHUNK, MEMORY = 500, 32 << 30  # inputs of a kind in turn; bytes of address spac
 _fork = multiprocessing.get_context("fork")
 
 
-def fuzz(inputs: int, results: Path) -> dict[str, Any]:
+def fuzz(inputs: int, results: Path, *kinds: str) -> dict[str, Any]:
     """Try so many inputs, evenly over the kinds, and count what came of them.
 
-    The file is written after every chunk, and a run goes on where the last one with the same code ended.
+    The file is written after every chunk, and a run goes on where the last one with the same code ended. Of some kinds
+    alone it is a run of its own (``later``, with its code), whose rows stand beside those that are stored.
     """
     found: dict[str, Any] = json.loads(results.read_text(encoding="utf-8")) if results.exists() else {}
-    if found.get("code") != _code():
-        found = {
-            "code": _code(),
-            "kinds": {kind: dict.fromkeys(("inputs", *OUTCOMES), 0) for kind in TARGETS},
-            "found": [],
-        }
-    each = -(-inputs // len(TARGETS))
+    none = {kind: dict.fromkeys(("inputs", *OUTCOMES), 0) for kind in kinds or TARGETS}
+    if kinds:
+        later = found.setdefault("later", {}).setdefault(", ".join(kinds), {})
+        if later.get("code") != _code():
+            later["code"], found["kinds"] = _code(), found["kinds"] | none
+            found["found"] = [one for one in found["found"] if one[0] not in kinds]
+    elif found.get("code") != _code():
+        found = {"code": _code(), "kinds": none, "found": []}
+    each = -(-inputs // len(none))
     logging.disable(logging.CRITICAL)  # transformers tells of every damaged file
     with tempfile.TemporaryDirectory() as folder:
         desk = Desk(Path(folder))
         for start in range(0, each, CHUNK):
-            for kind, counts in found["kinds"].items():
+            for kind, counts in ((kind, found["kinds"][kind]) for kind in none):
                 stop = min(each, start + CHUNK)
                 for number, outcome, said in _tried(desk, kind, max(start, counts["inputs"]), stop):
                     counts["inputs"] += 1
@@ -48,7 +51,8 @@ def fuzz(inputs: int, results: Path) -> dict[str, Any]:
                         found["found"].append([kind, number, outcome, said])
                         print(f"{kind} {number}: {outcome}, {said}", flush=True)
                 if stop > start:
-                    results.write_text(json.dumps({"about": statement(), **found}, indent=1) + "\n", encoding="utf-8")
+                    (later if kinds else found)["about"] = statement()
+                    results.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
             print(f"{min(each, start + CHUNK)} of {each} inputs of each kind", flush=True)
     return found
 

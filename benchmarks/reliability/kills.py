@@ -1,6 +1,6 @@
 """Random SIGKILLs over the commands that write, and a disk, a folder or another job that stands in their way.
 
-    python -m benchmarks.reliability.kills [KILLS]
+    python -m benchmarks.reliability.kills [KILLS [COMMAND ...]]
 
 Every command runs on tiny checkpoints in a process that is killed at a random moment. What is there then is looked at,
 and the command is run again to its end: it has to give what it gives when nobody kills it, and to leave nothing else.
@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks.hardware import statement
 from benchmarks.lab.tokenizer import build_tokenizer
-from surgery import AMCSelector, Checkpoint, Trajectory
+from surgery import AMCSelector, Checkpoint, Patch, Trajectory, rolled_back, save_patch
 from surgery.cli import main as shell
 from tests.training_folders import as_ranks
 
@@ -48,6 +48,12 @@ COUNTS = (
 )
 
 
+INPUTS = (
+    "earlier", "later", "ranks", "adapter", "other", "patch", "mask.safetensors", "others.safetensors",
+    "prompts.jsonl", "score.py",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Command:
     """A command, what it writes, and whether something is there before it."""
@@ -65,6 +71,12 @@ COMMANDS = {
     "rollback of rank files": Command(
         "rollback ranks --to earlier --mask mask.safetensors -o OUT --reset-optimizer", "healed"
     ),
+    "rollback of an adapter": Command("rollback adapter --to earlier --mask mask.safetensors -o OUT", "healed"),
+    "rollback of an adapter to another": Command(
+        "rollback adapter --to other --mask others.safetensors -o OUT --overwrite", "healed", replaces=True
+    ),
+    "patch": Command("patch later --to earlier --mask mask.safetensors -o OUT", "parcel"),
+    "rollback --patch": Command("rollback later --patch patch -o OUT", "healed"),
     "repair": Command(
         "repair earlier later --data prompts.jsonl --evaluate score.py:score --metric sum --selector M --units mlp "
         "--budgets 0.2,0.5,1 --recovery 0.5 --rows repair.jsonl -o OUT",
@@ -95,8 +107,22 @@ def make(place: Path) -> None:
     lines = [{"prompt": f"{n}+{n}=", "response": str(2 * n)} for n in range(8)]
     (place / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     as_ranks(place / "later", place / "ranks")
+    for seed, name in enumerate(("adapter", "other")):
+        _adapter(place / "earlier", place / name, seed)
     mask = AMCSelector(0.3, "M", "M").select(Trajectory(earlier=place / "earlier", later=place / "later"))
     mask.save(place / "mask.safetensors")
+    two = AMCSelector(0.3, "M", "M").select(Trajectory(earlier=place / "other", later=place / "adapter"))
+    two.save(place / "others.safetensors")
+    save_patch(rolled_back(place / "later", to=place / "earlier", mask=mask), place / "patch")
+
+
+def _adapter(base: Path, folder: Path, seed: int) -> None:
+    """An adapter of some hundred kB."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    settings = LoraConfig(r=16, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype="auto"), settings).save_pretrained(folder)
 
 
 def started(words: str, place: Path, limits: Callable[[], None] = lambda: None) -> int:
@@ -147,6 +173,8 @@ def loads(path: Path) -> bool:
     if path.is_file():
         return True
     try:
+        if (path / "patch.json").exists():
+            return Patch(path).numbers > 0
         found = Checkpoint(path)
         return len([found[name].shape for name in found]) > 0
     except (ValueError, LookupError, OSError):
@@ -157,16 +185,14 @@ def kill(name: str, command: Command, place: Path, kills: int, seed: int) -> dic
     """Kill a command at random moments; how often each of ``COUNTS`` happened, and how often a rest was there."""
     out, rng = place / command.output, random.Random(seed)
     words = command.words.replace("OUT", command.output)
-    inputs = {
-        one: held(place / one) for one in ("earlier", "later", "ranks", "mask.safetensors", "prompts.jsonl", "score.py")
-    }
+    inputs = {one: held(place / one) for one in INPUTS}
     at_home = {path.name for path in place.iterdir()} | {"said", command.output, "repair.jsonl"}
 
     def clean() -> None:
         shutil.rmtree(out) if out.is_dir() else out.unlink(missing_ok=True)
         (place / "repair.jsonl").unlink(missing_ok=True)
         if command.replaces:
-            shutil.copytree(place / "earlier", out)
+            shutil.copytree(place / ("other" if "adapter" in words else "earlier"), out)
 
     def others() -> set[str]:
         return {path.name for path in place.iterdir()} - at_home
@@ -282,20 +308,23 @@ def _together(words: str, place: Path) -> tuple[list[int], list[str]]:
     return codes, texts
 
 
-def main(kills: int = 1000) -> None:
+def main(kills: int = 1000, *names: str) -> None:
+    """Of all commands; or of some, whose rows then take the place of those that are stored."""
+    each = -(-kills // len(names or COMMANDS))
+    stored = json.loads(RESULTS.read_text(encoding="utf-8")) if names else {"kills": {}}
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         make(place)
-        each = -(-kills // len(COMMANDS))
-        found = {
-            "about": statement(),
-            "kills": {
-                what: kill(what, one, place, each, seed) for seed, (what, one) in enumerate(COMMANDS.items())
-            },
-            "troubles": troubles(place),
-        }  # fmt: skip
-    RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        for seed, (what, one) in enumerate(COMMANDS.items()):
+            if what in (names or COMMANDS):
+                stored["kills"][what] = kill(what, one, place, each, seed)
+        if names:
+            stored.setdefault("later", {})[", ".join(names)] = statement()
+        else:
+            stored = {"about": statement(), "kills": stored["kills"], "troubles": troubles(place)}
+    stored["kills"] = {what: stored["kills"][what] for what in COMMANDS if what in stored["kills"]}
+    RESULTS.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main(*map(int, sys.argv[1:2]), *sys.argv[2:])

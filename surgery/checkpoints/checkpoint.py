@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from surgery.checkpoints.wrapped import plain_of
+from surgery.checkpoints.wrapped import is_unmerged, merged_copy, plain_of
 from surgery.compat import offloaded_weights, writes_to
 from surgery.files import path_of
 from surgery.formats.adapters import Adapter, base_of
@@ -103,8 +103,10 @@ class Checkpoint(Mapping[str, Tensor]):
 
     @property
     def tokenizer(self) -> Path:
-        """The folder with the tokenizer: an adapter's own where it has one, else ``home``."""
-        return self.folder if (self.folder / "tokenizer_config.json").is_file() else self.home
+        """The folder with the tokenizer: an adapter's own where it has one, else its base's."""
+        if (self.folder / "tokenizer_config.json").is_file():
+            return self.folder
+        return self.home if self.base is None else self.base.tokenizer
 
     def model(self) -> nn.Module | None:
         """The model on the meta device, without numbers; None where no ``config.json`` says which one it is."""
@@ -176,7 +178,7 @@ def _under(folder: Path) -> Path:
             return folder_of(named)
     except LookupError:
         pass
-    what = f"names {named!r} as its base, which is not here" if named else "names no base"
+    what = f"names {named!r:.300} as its base, which is not here" if named else "names no base"
     raise LookupError(
         f"{folder} holds an adapter that {what} (base_model_name_or_path): pass the base's folder (in the "
         f"shell as BASE, EARLIER, --to or --base; in Python Checkpoint(adapter, base=...))"
@@ -190,7 +192,7 @@ def tokenizer_of(source: str | Path | Checkpoint) -> Path:
     folder = path_of(source)
     if (folder / "tokenizer_config.json").is_file() or not is_adapter(folder):
         return home_of(folder)
-    return home_of(_under(folder))
+    return tokenizer_of(_under(folder))
 
 
 def opened(source: Source, *others: Source | None) -> Source:
@@ -278,6 +280,19 @@ def moment_of(module: nn.Module) -> Moment:
 def returned(module: nn.Module, moment: Moment) -> None:
     """Note that every number of a live model is what it was at a moment, whatever was written since."""
     _moments[module] = _written(module), moment
+
+
+_merged: WeakKeyDictionary[nn.Module, tuple[Moment, nn.Module]] = WeakKeyDictionary()
+
+
+def merged(module: nn.Module) -> nn.Module:
+    """A live model; of one of peft whose adapters are not merged a merged copy, the same until something is written."""
+    if not is_unmerged(module):
+        return plain_of(module)
+    now = moment_of(module)
+    if module not in _merged or _merged[module][0] is not now:
+        _merged[module] = now, merged_copy(module)
+    return _merged[module][1]
 
 
 def _written(module: nn.Module) -> tuple[Any, ...]:

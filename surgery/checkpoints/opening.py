@@ -39,6 +39,12 @@ class Weights:
         """The processes that hold them together: of a live model that is sharded."""
         return ranks_of(self.tensors.module) if isinstance(self.tensors, State) else ALONE
 
+    def dtype(self, tensor: str) -> torch.dtype:
+        """A tensor's dtype, without its numbers where a folder tells it."""
+        if isinstance(self.tensors, Checkpoint) and isinstance(found := self.tensors.dtypes[tensor], torch.dtype):
+            return found
+        return self.tensors[tensor].dtype
+
     def read(self, tensor: str) -> Tensor:
         """A tensor whose numbers are asked for.
 

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.checkpoints.checkpoint import Checkpoint, Source, in_force, opened
+from surgery.checkpoints.checkpoint import Checkpoint, Source, in_force, merged, opened
 from surgery.checkpoints.loading import Sharding, loaded
 from surgery.checkpoints.opening import Weights, open_weights
-from surgery.checkpoints.wrapped import plain_of
+from surgery.files import path_of
+from surgery.formats.folders import is_adapter
 from surgery.layout.boxes import Boxes, boxes_in
 from surgery.layout.slots import Block, Layout, Slot
 from surgery.progress import steps
@@ -118,7 +119,7 @@ class Trajectory:
 
     def steps(self) -> dict[str, Trajectory]:
         """Each stage as a trajectory of its own, by the name of the checkpoint that it led to (``later``)."""
-        found = self.checkpoints
+        found = {name: self._alone(source) for name, source in self.checkpoints.items()}
         bases = [None, *found.values()]
         return {
             after: Trajectory(base, found[before], found[after], self.layout)
@@ -164,8 +165,10 @@ class Trajectory:
         return self.held(self.source(name))
 
     def held(self, source: Source) -> Source:
-        """One of ``checkpoints``; a folder is opened once for as long as its files stay as they are."""
-        return self._folder(source) if isinstance(source, str | Path) else source
+        """One of ``checkpoints``: a folder, opened once for as long as its files stay as they are; a live model."""
+        if isinstance(source, str | Path):
+            return self._folder(source)
+        return merged(source) if isinstance(source, nn.Module) else source
 
     def source(self, name: str) -> Source:
         """The checkpoint of that name as it was given; ``ValueError`` if it was not given."""
@@ -194,7 +197,7 @@ class Trajectory:
                 already rounded to a narrower dtype than ``dtype``; with "auto" the model does not fit on the devices.
         """
         if isinstance(self.later, nn.Module):
-            return _moved(plain_of(self.later), device, dtype)
+            return _moved(merged(self.later), device, dtype)
         if self._held.model is None:
             self._held.model = self._read(device, dtype, shard)
             return self._held.model
@@ -236,6 +239,10 @@ class Trajectory:
         self._held.read = source
         return (model.to(device) if device and device != "auto" else model).eval()
 
+    def _alone(self, source: Source) -> Source:
+        """A checkpoint as it is read without the others: the base of an adapter may be one of them."""
+        return self.held(source) if isinstance(source, str | Path) and is_adapter(path_of(source)) else source
+
     def _stage(self, name: str) -> Source:
         if name not in (self.stages or {}):
             raise ValueError(f"no stage is called {name!r}: expected one of {', '.join(self.checkpoints)}")
@@ -255,7 +262,7 @@ class Trajectory:
         """A source's weights; of a folder those that were opened before, if nothing has changed."""
         kinds = self.kinds(units)
         if not isinstance(source, str | Path):
-            return open_weights(source, self.layout, like, kinds)
+            return open_weights(self.held(source), self.layout, like, kinds)
         tensors, key = self._folder(source), (str(source), kinds)
         known, found = self._held.weights.get(key, (None, None))
         if found is None or found.tensors is not tensors or known is not like:

@@ -1,4 +1,4 @@
-"""The model inside one of peft, as a plain model that shares its weights."""
+"""The model inside one of peft, as a plain model: one that shares its weights, or a merged copy."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def plain_of(module: nn.Module) -> nn.Module:
     What is written into the one is written into the other. Any other module is returned as it is; one whose adapters
     are not merged, too: no tensor of it holds what it computes with.
     """
-    layers: list[Any] = [one for one in module.modules() if hasattr(one, "base_layer") and hasattr(one, "merged")]
+    layers = _layers(module)
     if not layers or not all(one.merged for one in layers):
         return module
     if module not in _made:
@@ -30,6 +30,31 @@ def plain_of(module: nn.Module) -> nn.Module:
             return module
         _made[module] = made
     return _made[module].train(module.training)
+
+
+def is_unmerged(module: nn.Module) -> bool:
+    """Whether it is a model of peft that computes with adapters beside its weights."""
+    layers = _layers(module)
+    return bool(layers) and not any(one.merged or one.disable_adapters for one in layers)
+
+
+def merged_copy(module: nn.Module) -> nn.Module:
+    """A plain model of its own: one of peft with its active adapters merged as peft merges them, bit for bit."""
+    made: Any = copy.deepcopy(module).eval()
+    for one in _layers(made):
+        one.merge()
+    return plain_of(made)
+
+
+def _layers(module: nn.Module) -> list[Any]:
+    """Those to which adapters were added."""
+    return [one for one in module.modules() if hasattr(one, "base_layer") and hasattr(one, "merged")]
+
+
+def plain_on_meta(inner: Any) -> Any:
+    """A model of the class and configuration of the one inside a model of peft, without numbers."""
+    with torch.device("meta"):
+        return type(inner)(copy.deepcopy(inner.config))
 
 
 def _shared(inner: Any) -> nn.Module | None:
@@ -43,8 +68,7 @@ def _shared(inner: Any) -> nn.Module | None:
         if plain in held:  # of several adapters
             return None
         held[plain] = tensor
-    with torch.device("meta"):
-        made: Any = type(inner)(copy.deepcopy(inner.config))
+    made = plain_on_meta(inner)
     wanted = [*made.named_parameters(remove_duplicate=False), *made.named_buffers(remove_duplicate=False)]
     for name, tensor in wanted:
         if name not in held or held[name].shape != tensor.shape:

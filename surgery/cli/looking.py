@@ -80,7 +80,8 @@ def analyse(
     device_of(device)
     stages = _named(checkpoints)
     files = files_of(data or [], "--data")
-    run = Trajectory.through(stages, layout=layout_of(layout, list(stages.values())[-1]))
+    run = Trajectory.through(stages, layout=layout_of(layout, *reversed(stages.values())))
+    tell_adapters(*map(run.held, run.checkpoints.values()))
     prompts = {
         domain: load_prompts(file, run.tensors("later"), batch_size=batch_size, limit=limit)
         for domain, file in files.items()

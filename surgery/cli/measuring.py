@@ -142,6 +142,19 @@ def _kept(keep: list[str], evaluate: str | None, run: Trajectory, batch_size: in
     return keep
 
 
+def _check_room(run: Trajectory, selector: Any) -> None:
+    """Refuse before anything is measured what an adapter could not hold."""
+    from surgery.reverting.adapters import check_room, single_weights
+    from surgery.selectors.settings import units_asked
+    from surgery.units import single
+
+    if getattr(run.tensors("later"), "adapter", None) is None:
+        return
+    if single(selector.units):
+        raise single_weights(run.later)
+    check_room(*run.weights("later", "earlier", units=units_asked(run, selector.units)))
+
+
 def repair(
     checkpoints: Checkpoints,
     data: Annotated[Path, path_option(help="JSON lines of the damaged domain: half choose, half measure.")],
@@ -160,7 +173,10 @@ def repair(
         str | None, typer.Option(help="As in sweep (default: the likelihood of the measuring half's responses).")
     ] = None,
     selector: Annotated[str, typer.Option(help="As in select.")] = "D",
-    units: Selected = "weight",
+    units: Annotated[
+        str | None,
+        typer.Option(help='As in select (default: "weight"; of an adapter, which holds no single weights, as there).'),
+    ] = None,
     rounds: Rounds = None,
     how: How = None,
     budgets: Annotated[
@@ -184,6 +200,8 @@ def repair(
     overwrite: Overwrite = False,
 ) -> None:
     """Find the smallest rollback that repairs a domain and does not hurt others; exit code 3 if there is none."""
+    from surgery.checkpoints.checkpoint import folder_of
+    from surgery.formats.folders import is_adapter
     from surgery.measure.repair import BUDGETS
     from surgery.measure.repair import repair as run_repair
     from surgery.reverting.folder import CHECKPOINT
@@ -192,10 +210,13 @@ def repair(
         check_folder(output, CHECKPOINT, overwrite)
     tracker = None if log is None else function_of(log, "--log")
     fractions = [fraction(text) for text in budgets.split(",")] if budgets else list(BUDGETS)
+    units = units or (None if is_adapter(folder_of(checkpoints[-1])) else "weight")
     check_selectors([selector], checkpoints, data, how, units, None, answers)
     how_sharded = sharding_of(shard)
     run = checked(trajectory_of(checkpoints, layout), units)
     chosen = selector_of(selector, fractions[0], how, 0, units, ({}, 0.0), rounds)
+    if output is not None:
+        _check_room(run, chosen)
     kept = _kept(keep or [], evaluate, run, batch_size)
     with _loaded(run, data, evaluate, batch_size, device, dtype, how_sharded) as (prompts, function, say):
         batches, told = answered(run, prompts, answers)

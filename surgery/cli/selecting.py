@@ -140,6 +140,7 @@ def rollback(
     overwrite: Overwrite = False,
 ) -> None:
     """Write the later checkpoint with the masked neurons set back; every other byte of its weights stays the same."""
+    from surgery.formats.stored import ADAPTED
     from surgery.reverting.contents import contents_of
     from surgery.reverting.folder import CHECKPOINT, resettable, save
 
@@ -154,6 +155,9 @@ def rollback(
         if to is None or mask is None:
             raise ValueError("name the earlier checkpoint with --to and a mask with --mask, or a patch with --patch")
         view = _rolled_back(later, to, mask, strength, layout, base)
+        if view.stored is not None and view.stored.kind == ADAPTED:
+            view.papers()  # what an adapter can't hold is refused before anything is printed
+        _tell_counts(view)
     else:
         if to or mask or layout or base or strength != "1":
             raise ValueError(
@@ -181,11 +185,10 @@ def rollback(
 def _rolled_back(
     later: str, to: str, mask: Path, strength: str, layout: Path | None, base: str | None = None
 ) -> RolledBack:
-    """The later checkpoint with the mask set back; the counts are printed."""
+    """The later checkpoint with the mask set back."""
     from surgery.checkpoints.checkpoint import Checkpoint, opened
     from surgery.masks.mask import load_mask
     from surgery.reverting.rollback import rolled_back
-    from surgery.reverting.writing import recorded, spoken
 
     if not mask.is_file():
         raise LookupError(f"there is no mask file {mask}")
@@ -194,12 +197,17 @@ def _rolled_back(
     earlier = opened(to, found)
     tell_adapters(found, earlier)
     own = layout_of(layout, found)
-    view = rolled_back(found, to=earlier, mask=chosen, strength=strength_of(strength), layout=own)
-    counted = f"{sum(chosen.count().values())} of {chosen.total} {chosen.noun} ({chosen.fraction:.2%})"
+    return rolled_back(found, to=earlier, mask=chosen, strength=strength_of(strength), layout=own)
+
+
+def _tell_counts(view: RolledBack) -> None:
+    from surgery.reverting.writing import recorded, spoken
+
+    mask = view.mask
+    counted = f"{sum(mask.count().values())} of {mask.total} {mask.noun} ({mask.fraction:.2%})"
     out.print(f"{counted}, {view.parameters} parameters")
     if view.strength != 1:
-        out.print(spoken(recorded(view.strength, chosen)))
-    return view
+        out.print(spoken(recorded(view.strength, mask)))
 
 
 def _patched(later: str, folder: Path, reverse: bool) -> Patched:
@@ -236,6 +244,7 @@ def patch(
 
     check_folder(output, PATCH, overwrite)
     view = _rolled_back(later, to, mask, strength, layout)
+    _tell_counts(view)
     with working(f"writing {output}"):
         save_patch(
             view,
@@ -282,6 +291,7 @@ def strengths(
     device_of(device)
     chosen = load_mask(mask)
     run = trajectory_of([earlier, later], layout)
+    tell_adapters(*map(run.tensors, run.checkpoints))
     with working("finding strengths"):
         prompts = load_prompts(data, run.tensors("later"), batch_size=batch_size)
         run.load(device, dtype_of("float32"))

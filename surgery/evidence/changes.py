@@ -282,7 +282,7 @@ def changes(run: Trajectory, *, absolute: float = 1e-7, relative: float = 1e-3) 
         raise ValueError(f"changes compares two or more checkpoints, got {list(found) or 'none'}")
     for source in found.values():
         check_one_process(source, "changes")
-    names, opened = list(found), [tensors_of(source) for source in found.values()]
+    names, opened = list(found), [tensors_of(run.held(source)) for source in found.values()]
     for name, tensors in zip(names, opened, strict=True):
         check_source(tensors, name)
     dims, left_out = alike(dict(zip(names, opened, strict=True)))

@@ -210,7 +210,7 @@ class Adapter(Mapping[str, Tensor]):
         rank = _matched(self.config.get("rank_pattern"), key, self.config.get("r", 8))
         alpha = self.alpha(key)
         if not (isinstance(rank, int) and rank > 0 and isinstance(alpha, int | float) and math.isfinite(alpha)):
-            raise self._refused(f"it has the rank {rank!r} and lora_alpha {alpha!r} at {key!r}")
+            raise self._refused(f"it has the rank {rank!r:.80} and lora_alpha {alpha!r:.80} at {key!r}")
         if alpha == 0:
             raise ValueError(
                 f"lora_alpha in {ADAPTER} of {self.folder} is 0, so the adapter would change nothing: write the value "
@@ -314,8 +314,8 @@ def settings_of(folder: Path) -> dict[str, Any]:
                 f"expression: {error}"
             ) from error
     if (kind := found.get("peft_type")) != "LORA":
-        raise ValueError(f"{folder} holds an adapter of the type {kind!r}, and only LORA is read: {MERGE}")
-    begun = str(found.get("init_lora_weights")).lower()
+        raise ValueError(f"{folder} holds an adapter of the type {kind!r:.80}, and only LORA is read: {MERGE}")
+    begun = str(found.get("init_lora_weights")).lower()[:80]
     if begun.startswith(_RESIDUAL):
         raise ValueError(
             f"the adapter {folder} began with {begun} (init_lora_weights), which changes the base's own weights, so "
@@ -324,8 +324,8 @@ def settings_of(folder: Path) -> dict[str, Any]:
     for key, value in found.items():
         if value and not _IDLE.fullmatch(key):
             raise ValueError(
-                f"the adapter {folder} has the setting {key}, with which its model is another than base + scale · B·A: "
-                f"{MERGE}"
+                f"the adapter {folder} has the setting {key[:80]}, with which its model is another than base + scale · "
+                f"B·A: {MERGE}"
             )
     return found
 

@@ -53,8 +53,8 @@ def earlier_model(run: Trajectory) -> Iterator[nn.Module]:
     model, (live, source) = run.load(), run.live("earlier")  # another model is told before it is asked anything
     if isinstance(later := run.tensors("later"), Checkpoint):
         live = replace(live, name=str(later.folder))  # what was asked for
-    if isinstance(run.earlier, nn.Module):
-        yield run.earlier
+    if isinstance(earlier := run.tensors("earlier"), nn.Module):
+        yield earlier
         return
     outer = _inside.setdefault(model, [])
     if outer and outer[-1][0] is run.earlier and (outer[-1][1] is not model or in_force(model)[-1] == _SWAPPED):

@@ -113,7 +113,7 @@ def _configurations(run: Trajectory) -> str:
 
 def _tokens(run: Trajectory) -> str:
     """Warn where one id is two tokens: prompts are read by the later checkpoint's tokenizer."""
-    folders = [one.home for one in map(run.tensors, ("earlier", "later")) if isinstance(one, Checkpoint)]
+    folders = [one.tokenizer for one in map(run.tensors, ("earlier", "later")) if isinstance(one, Checkpoint)]
     known = [folder for folder in folders if (folder / "tokenizer_config.json").exists()]
     if len(known) < 2:
         return "not compared: not every checkpoint has a tokenizer beside it"
@@ -143,7 +143,7 @@ def _prompts(run: Trajectory, data: str | Path) -> str:
     tensors = run.tensors("later")
     if not isinstance(tensors, Checkpoint):
         return "not read: the later model has no folder, and so no tokenizer"
-    batches = load_prompts(data, tensors.home)
+    batches = load_prompts(data, tensors)
     count = sum(len(batch["input_ids"]) for batch in batches)
     if "labels" not in batches[0]:
         return f"{count} prompts without responses: the earlier model answers them"

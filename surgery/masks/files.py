@@ -33,7 +33,7 @@ def write_vectors(path: str | Path, kind: str, tensors: Mapping[str, Tensor], **
 
 
 # What made a mask, as far as anything is read from it again: which checkpoints it was selected for.
-MADE_BY = {"checkpoints?": {str: {"name": str, "sha256?": {str: str}}}}
+MADE_BY = {"checkpoints?": {str: {"name": str, "path?": str, "sha256?": {str: str}}}}
 
 
 def read_vectors(

@@ -10,7 +10,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
+from torch import nn
+
 from surgery.checkpoints.trajectory import Trajectory
+from surgery.checkpoints.wrapped import is_unmerged
 from surgery.layout.sharding import ranks_of
 from surgery.live.answers import respond
 from surgery.live.prompts import Batch, batches_of, halved
@@ -141,7 +144,8 @@ def repair(
         recovery: the wanted share of what can be won back, in (0, 1].
         limit: how much a kept metric may lose against the later model, ≥ 0, in its own unit (0.01 is one point of
             accuracy, or 1 % of the probability of each response token); or one for each by name.
-        selector: a dataclass with a field ``budget``, which is replaced (default: single weights by D).
+        selector: a dataclass with a field ``budget``, which is replaced (default: single weights by D; where the later
+            checkpoint is an adapter, which has no room for single weights, neurons and value channels).
         budgets: fractions in (0, 1] to choose among (default: 23 from 0.02 % to everything).
         evaluate: as in ``sweep``; with one score per item the result comes with intervals.
         metric: the damaged metric (default: "the damaged domain"; with ``evaluate`` the one that fell most).
@@ -164,7 +168,8 @@ def repair(
         raise ValueError(f"budgets={list(budgets)!r}: expected fractions in (0, 1], like [0.01, 0.02, 0.04]")
     if not 0 < recovery <= 1:
         raise ValueError(f"recovery={recovery!r}: expected a share in (0, 1] (0.8 is 80 % of what can be won back)")
-    at_budget(selector or DEFAULT, grid[0])  # said now, and not after evaluations
+    selector = selector or default_selector(run)
+    at_budget(selector, grid[0])  # said now, and not after evaluations
     run.check_whole()
     batches, notes = None if data is None else list(batches_of(data)), []
     unit = "" if evaluate is not None else NATS
@@ -184,13 +189,18 @@ def repair(
             raise ValueError("repair needs two prompts or more: one half chooses, the other half measures")
         evaluate = likelihood({metric: measuring, **kept})
         batches = choosing
-    search = _Search(Bench(run, batches, evaluate, path, progress), selector or DEFAULT, grid, metric, log)
+    search = _Search(Bench(run, batches, evaluate, path, progress), selector, grid, metric, log)
     limits = _limits(keep, limit, search)
     with remembered(own=True):
         return replace(search.found(recovery, limits, notes), unit=unit)
 
 
-DEFAULT = DamageSelector(0.01, units="weight")
+def default_selector(run: Trajectory) -> Selector:
+    """Single weights by D; units where the later model is an adapter, which has no room for single weights."""
+    later = None if run.later is None else run.tensors("later")
+    adapted = getattr(later, "adapter", None) is not None
+    adapted |= isinstance(run.later, nn.Module) and is_unmerged(run.later)
+    return DamageSelector(0.01, units=None if adapted else "weight")
 
 
 def _kept(

@@ -16,7 +16,7 @@ from surgery.live.answers import respond
 from surgery.live.prompts import Batch, batches_of, halved
 from surgery.masks.mask import Mask
 from surgery.measure.evaluators import likelihood
-from surgery.measure.repair import BUDGETS, NATS, Repair, repair, told_loss
+from surgery.measure.repair import BUDGETS, NATS, Repair, default_selector, repair, told_loss
 from surgery.measure.rows import Evaluate, Row, fell, judged
 from surgery.measure.statistics import needed
 from surgery.measure.sweep import Bench
@@ -156,7 +156,7 @@ def stage_damage(
 
     >>> # found = stage_damage(Trajectory(earlier="runs/math", later="runs/qa"), {"math": math}); print(found)
     """
-    data = answered(run, domains)
+    data, selector = answered(run, domains), selector or default_selector(run)
     kept, unit = list(keep or ()), ""
     if evaluate is None:
         if keep is not None and not isinstance(keep, Mapping):

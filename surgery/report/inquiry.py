@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from surgery.checkpoints.checkpoint import Checkpoint
 from surgery.checkpoints.opening import fingerprint
 from surgery.checkpoints.trajectory import Trajectory
 from surgery.evidence.changes import Changes, changes
@@ -147,7 +148,8 @@ def best(rollbacks: Sweep) -> Row | None:
 
 def _tokens(study: Study) -> Tokens:
     domain, run = study.focus
-    folder = getattr(run.tensors("later"), "folder", None) or getattr(study.last, "name_or_path", None)
+    last = run.tensors("later")
+    folder = last if isinstance(last, Checkpoint) else getattr(study.last, "name_or_path", None)
     if not folder:
         raise Missing("a tokenizer: pass the last checkpoint as a folder that has one")
     masks = {} if study.mask is None else {GIVEN: study.mask}

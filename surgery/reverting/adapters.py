@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,6 +22,8 @@ from surgery.masks.neurons import Neurons
 from surgery.reverting.writing import Strength, new_values
 from surgery.tables import json_text
 
+MERGE_LIVE = "call model.merge_adapter() and roll the merged model back, or save the adapter and roll its folder back"
+
 
 def adapter_files(later: Weights, source: Weights, mask: Mask, strength: Strength) -> dict[str, bytes]:
     """File name → content of the adapter that a rolled-back adapter is.
@@ -36,6 +39,20 @@ def adapter_files(later: Weights, source: Weights, mask: Mask, strength: Strengt
     return _Writing(later, source, mask, strength).files()
 
 
+def check_room(later: Weights, source: Weights) -> None:
+    """Raise ``ValueError`` unless an adapter can hold the rollback of any units, told before they are chosen."""
+    everything = {name: torch.ones(size, dtype=torch.bool) for name, size in later.layout.sizes.items()}
+    adapter_files(later, source, Neurons(everything), 1.0)
+
+
+def single_weights(adapter: object) -> ValueError:
+    """Why single weights can't be set back in an adapter."""
+    return ValueError(
+        f"a mask of single weights can't be rolled back in the adapter {adapter}, since a product of low rank has "
+        f"none: choose units (--units mlp,value_channel), or {MERGE}"
+    )
+
+
 @dataclass
 class _Writing:
     later: Weights
@@ -44,33 +61,56 @@ class _Writing:
     strength: Strength
 
     def __post_init__(self) -> None:
-        assert isinstance(self.later.tensors, Checkpoint)
-        assert self.later.tensors.adapter is not None
-        self.adapter: Adapter = self.later.tensors.adapter
-        self.other = self._other(self.later.tensors)
+        found = self.later.tensors
+        adapter = found.adapter if isinstance(found, Checkpoint) else found
+        assert isinstance(adapter, Adapter)
+        self.adapter: Adapter = adapter
+        self.other = self._other(adapter.base)
         self.config = dict(self.adapter.config)
         self.held = {key: self.adapter.held[key] for key in self.adapter.held}
         self.factors = dict(self.adapter.factors)
 
-    def _other(self, later: Checkpoint) -> Adapter | None:
+    def _other(self, base: Mapping[str, Tensor]) -> Adapter | None:
         """The earlier adapter; None where the earlier checkpoint is the base itself."""
-        to, base = self.source.tensors, later.base
-        assert base is not None
-        if isinstance(to, Checkpoint):
+        to = self.source.tensors
+        if isinstance(to, Checkpoint) and isinstance(base, Checkpoint):
             if _same(self.source, to, base):
                 return None
             if to.adapter is not None and to.base is not None and _same(self.source, to.base, base):
                 return to.adapter
+        if self._as_in(base):
+            return None
+        if not isinstance(base, Checkpoint):
+            raise ValueError(
+                f"{self.source.name} is not the base of {self.later.name}, and its numbers would raise the rank of the "
+                f"adapter, which is fixed in a live model and its optimizer: {MERGE_LIVE}"
+            )
         raise ValueError(
-            f"{self.source.name} is neither the folder of the base of the adapter {self.later.name} nor another "
-            f"adapter of it, so the difference has no low rank: pass {base.folder} to go back to the base, or {MERGE}"
+            f"{self.source.name} is neither the base of the adapter {self.later.name} nor another adapter of it, so "
+            f"the difference has no low rank: pass {base.folder} to go back to the base, or {MERGE}"
         )
+
+    def _as_in(self, base: Mapping[str, Tensor]) -> bool:
+        """Whether what is reverted has in the earlier checkpoint, however that is stored, the bits of the base.
+
+        What the adapter holds whole does not matter: the earlier checkpoint's own numbers are written there.
+        """
+        whole = {name for parameter in self.adapter.replaced for name in self.adapter.names(parameter)}
+        for edit in self.mask.edits(self.later.layout, self.later.name):
+            if edit.slot.tensor in whole:
+                continue
+            there = edit.take(base[edit.slot.tensor])
+            if not torch.equal(there, new_values(edit, self.source, there, 1.0)):
+                return False
+        return True
 
     def files(self) -> dict[str, bytes]:
         from safetensors.torch import save
 
-        for parameter, edits in self._edits().items():
+        edited = self._edits()
+        for parameter, edits in edited.items():
             self._revert(parameter, edits)
+        self._check_finite(edited)
         if any(factors.rank != self._rank(parameter) for parameter, factors in self.factors.items()):
             self._configure()
         for parameter, factors in self.factors.items():
@@ -81,16 +121,24 @@ class _Writing:
             found[ADAPTER] = json_text(self.config, 2).encode() + b"\n"
         return found
 
+    def _check_finite(self, edited: Iterable[str]) -> None:
+        """Refuse factors of which no number can be taken out: zero times infinity is no zero."""
+        for parameter in edited:
+            factors, (key, _) = self.factors.get(parameter), self.adapter.biases.get(parameter, ("", 0.0))
+            held = [factors.a, factors.b] if factors else [self.held[key]] if key else []
+            if not all(bool(one.isfinite().all()) for one in held):
+                raise ValueError(
+                    f"what {self.later.name} adds to {parameter!r} holds NaN or infinite numbers, and zero times those "
+                    f"is no zero: {MERGE}"
+                )
+
     def _edits(self) -> dict[str, list[Edit]]:
         """What is reverted of each parameter that one of the adapters changes."""
         changed = self.adapter.changed | (self.other.changed if self.other else set())
         on_disk: dict[str, list[Edit]] = {}
         for edit in self.mask.edits(self.later.layout, self.later.name):
             if not isinstance(edit, Rows):
-                raise ValueError(
-                    f"a mask of single weights can't be rolled back in the adapter {self.later.name}, since a product "
-                    f"of low rank has none: {MERGE}"
-                )
+                raise single_weights(self.later.name)
             on_disk.setdefault(edit.slot.tensor, []).append(edit)
         found = {one: on_disk[one] for one in changed if one in on_disk}
         others = {one for one in changed - found.keys() if on_disk.keys() & set(self.adapter.names(one))}
@@ -249,12 +297,10 @@ def _same(source: Weights, one: Checkpoint, other: Checkpoint) -> bool:
 def _weighed(factors: Factors, far: Tensor, outputs: bool, ratio: float) -> tuple[Tensor, Tensor]:
     """A ``[expert, rank, in]`` and B ``[out, rank, expert]``, with the rows of B or the columns of A times ``far``."""
     a, b = factors.by_expert
-    wide = (
-        torch.promote_types(a.dtype, torch.float32) if ratio != 1 or bool(((far != 0) & (far != 1)).any()) else a.dtype
-    )
-    a, b = a.to(wide), b.to(wide)
+    if ratio != 1 or bool(((far != 0) & (far != 1)).any()):
+        a, b = (one.to(torch.promote_types(one.dtype, torch.float32)) for one in (a, b))
     if outputs:
-        b = b * far.T[:, None, :].to(wide)
+        b = b * far.T[:, None, :].to(b.dtype)
     else:
-        a = a * far[:, None, :].to(wide)
-    return a, (b.double() * ratio).to(wide) if ratio != 1 else b
+        a = a * far[:, None, :].to(a.dtype)
+    return a, (b.double() * ratio).to(b.dtype) if ratio != 1 else b

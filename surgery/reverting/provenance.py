@@ -39,11 +39,26 @@ def warn_if_made_for_others(mask: Mask, **used: Weights) -> None:
         before, now = made_for.get(role, {}), fingerprint(weights)
         what = "neurons" if "neurons" in before else "sha256"
         if before.get(what) and now.get(what) and before[what] != now[what]:
+            one, other = before["name"], now["name"]
+            if one == other:
+                one, other = _apart(before.get("path", one), path_in(weights) or other)
+            there = "which has other weights" if one != other else "whose weights are others by now"
             warnings.warn(
-                f"the mask was selected for {before['name']!r} as the {role} checkpoint and is applied to "
-                f"{now['name']!r}, which has other weights",
+                f"the mask was selected for {one!r} as the {role} checkpoint and is applied to {other!r}, {there}",
                 stacklevel=4,
             )
+
+
+def path_in(weights: Weights) -> str | None:
+    """The end of a folder's path: longer than its name, to tell two of one name apart."""
+    return "/".join(weights.tensors.folder.resolve().parts[-6:]) if isinstance(weights.tensors, Checkpoint) else None
+
+
+def _apart(one: str, other: str) -> tuple[str, str]:
+    """The shortest ends of two paths that differ."""
+    both = one.split("/"), other.split("/")
+    ends = (tuple("/".join(parts[-count:]) for parts in both) for count in range(1, max(map(len, both))))
+    return next(((first, second) for first, second in ends if first != second), (one, other))
 
 
 def record_of(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -23,8 +23,8 @@ from surgery.checkpoints.checkpoint import (
     tensors_of,
 )
 from surgery.checkpoints.opening import Weights, open_weights
+from surgery.checkpoints.wrapped import is_unmerged
 from surgery.files import uninterrupted
-from surgery.formats.patches import bits
 from surgery.formats.stored import Stored
 from surgery.layout.boxes import Lying
 from surgery.layout.sharding import check_one_process, ranks_of
@@ -33,16 +33,18 @@ from surgery.masks.edits import Edit, Rows
 from surgery.masks.mask import Mask, checked
 from surgery.reverting.adapters import adapter_files
 from surgery.reverting.exchange import Exchanged, exchanged, planned
+from surgery.reverting.live_adapters import factor_edits
 from surgery.reverting.provenance import papers, record_of, warn_if_made_for_others
 from surgery.reverting.writing import (
     Strength,
     agreed_on,
+    by_index,
     check_strength,
     check_writable,
     new_values,
-    numbers,
     recorded,
     spoken,
+    write,
 )
 
 
@@ -148,7 +150,8 @@ def rollback(
     kept for the undo. An exception or Ctrl-C restores the old weights before it propagates.
 
     Args:
-        model: the later model; weights float32, bfloat16, float16 or float64, on any device.
+        model: the later model; weights float32, bfloat16, float16 or float64, on any device. Of one of peft with an
+            adapter that is not merged, the adapter's own matrices are written, and ``to`` has to be its base.
         to: the earlier checkpoint: a folder, hub id, module or mapping, on any device, of any floating dtype.
         mask: bool Neurons or Entries, as a selector returns it; the names of its blocks say which kinds of unit it has.
         strength: in [0, 3], or Neurons with one for each neuron (``strengths`` finds good ones). 1 copies the earlier
@@ -168,6 +171,8 @@ def rollback(
 
     >>> # with rollback(model, to="runs/math", mask=mask): print(evaluate(model))
     """
+    if is_unmerged(model):
+        return _in_factors(model, to, checked(mask), strength, layout)
     live = open_weights(model, layout, units=checked(mask).units)
     check_strength(strength, live.layout)
     source = _opened(to, layout, live)
@@ -185,15 +190,12 @@ def rollback(
                 old += swapped.pairs()
                 changed, wild = swapped.read()
             else:
-                changed, wild = _by_index(live, source, edits, strength, keep_on, old, pending)
+                changed, wild = by_index(live, source, edits, strength, keep_on, old, pending)
             if pending:
                 raise KeyboardInterrupt
             if wild is not None:
                 raise ValueError(_not_finite(wild, source, strength))
-            written = dict.fromkeys(live.layout, 0)
-            for edit in whole:
-                written[edit.block.name] += edit.numbers
-            agreed = True
+            written, agreed = _written(whole, live.layout), True
             touched, differing = len({edit.slot.tensor for edit in whole}), agreed_on(ranks, changed)
             if ranks.mesh is not None and whole:
                 returned(model, Moment())  # also where this process holds none of the numbers
@@ -210,24 +212,27 @@ def rollback(
     return done
 
 
-def _by_index(
-    live: Weights, source: Weights, edits: list[Edit], strength: Strength, keep_on: Any, old: list[Any], pending: Any
-) -> tuple[int, Edit | None]:
-    """Write edit by edit, and note in ``old`` what was there: how many numbers changed, and an edit that has a NaN."""
-    finite: list[Tensor] = []  # read at the end: a GPU is waited for once, not once an edit
-    changed, ranks = list[Tensor](), live.ranks
+def _in_factors(model: nn.Module, to: Source, mask: Mask, strength: Strength, layout: Layout | None) -> Rollback:
+    """The same where an adapter of peft is not merged: in its matrices A and B."""
+    layout, edits = factor_edits(model, to, mask, strength, layout)
+    start, tensors, told = moment_of(model), State(model), recorded(strength, mask)
+    old = [(edit, edit.take(tensors[edit.slot.tensor])) for edit, _ in edits]
+    try:
+        with uninterrupted():
+            for edit, new in edits:
+                write(tensors[edit.slot.tensor], edit, new)
+        written, changed = _written(mask.edits(layout, "the model"), layout), sum(edit.numbers for edit, _ in edits)
+        return Rollback(mask.count(), written, len(edits), changed, told, mask.noun, model, old, start)
+    except BaseException:
+        _put_back(model, old, None)
+        raise
+
+
+def _written(edits: Iterable[Edit], layout: Layout) -> dict[str, int]:
+    found = dict.fromkeys(layout, 0)
     for edit in edits:
-        tensor = live.tensors[edit.slot.tensor]
-        before = edit.take(tensor)
-        after = new_values(edit, source, before, strength)
-        finite.append(after.isfinite().all())
-        changed.append((bits(before) != bits(after)).sum() * ranks.counts(tensor))
-        old.append((edit, before.to(keep_on) if keep_on else before))
-        _write(tensor, edit, after)
-        if pending:
-            raise KeyboardInterrupt
-    wild = (edit for edit, fine in zip(edits, numbers(finite), strict=True) if not fine)
-    return sum(numbers(changed)), next(wild, None)
+        found[edit.block.name] += edit.numbers
+    return found
 
 
 def _opened(to: Source, layout: Layout | None, later: Weights) -> Weights:
@@ -244,19 +249,8 @@ def _put_back(model: nn.Module, old: list[tuple[Edit, Tensor]], swapped: Exchang
     with uninterrupted():
         for edit, rows in () if swapped is not None and swapped.undo(tensors) else reversed(old):
             tensor = tensors[edit.slot.tensor]
-            _write(tensor, edit, rows.to(tensor.device, tensor.dtype))
+            write(tensor, edit, rows.to(tensor.device, tensor.dtype))
         old.clear()
-
-
-def _write(tensor: Lying, edit: Edit, rows: Tensor) -> None:
-    with torch.no_grad():
-        edit.put(tensor, rows)
-
-
-def _dtype(weights: Weights, name: str) -> torch.dtype:
-    if isinstance(weights.tensors, Checkpoint) and isinstance(found := weights.tensors.dtypes[name], torch.dtype):
-        return found
-    return weights.tensors[name].dtype
 
 
 def _not_finite(edit: Edit, source: Weights, strength: Strength) -> str:
@@ -335,12 +329,12 @@ class RolledBack(Mapping[str, Tensor]):
             after = new_values(edit, self.source, before, self.strength)
             if not bool(after.isfinite().all()):
                 raise ValueError(_not_finite(edit, self.source, self.strength))
-            _write(tensor, edit, after)
+            write(tensor, edit, after)
 
     def reset(self, name: str, tensor: Lying) -> None:
         """Write zeros on the reverted rows of ``tensor``, a moment of the optimizer for the tensor of that name."""
         for edit in self._edits[name]:
-            _write(tensor, edit, torch.zeros_like(edit.take(tensor)))
+            write(tensor, edit, torch.zeros_like(edit.take(tensor)))
 
     def remarks(self) -> list[str]:
         """What is to be known about the numbers that were set back."""
@@ -348,7 +342,7 @@ class RolledBack(Mapping[str, Tensor]):
             return []
         for name, (edit, *_) in self._edits.items():
             there = self.source.layout[edit.block.name].of(edit.slot.part)[0].tensor
-            held, taken = _dtype(self.later, name), _dtype(self.source, there)
+            held, taken = self.later.dtype(name), self.source.dtype(there)
             if torch.finfo(taken).bits < torch.finfo(held).bits:
                 return [
                     f"the reverted numbers are {held} with the values of {taken}: the low bits of the earlier masters "

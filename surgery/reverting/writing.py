@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from surgery.checkpoints.opening import Weights
+from surgery.formats.patches import bits
+from surgery.layout.boxes import Lying
 from surgery.layout.sharding import Ranks, local
 from surgery.layout.slots import Layout
 from surgery.masks.edits import Edit, Held
@@ -137,3 +139,29 @@ def spoken(strength: Any) -> str:
     past = f", {strength['beyond']} of them past the earlier values" if strength["beyond"] else ""
     past += f", {strength['unmoved']} of them 0, which stay as they are" if strength["unmoved"] else ""
     return f"strengths from {strength['least']:.3g} to {strength['most']:.3g}, {strength['mean']:.3g} on average{past}"
+
+
+def write(tensor: Lying, edit: Edit, rows: Tensor) -> None:
+    """Write an edit's numbers into a live tensor, in place."""
+    with torch.no_grad():
+        edit.put(tensor, rows)
+
+
+def by_index(
+    live: Weights, source: Weights, edits: list[Edit], strength: Strength, keep_on: Any, old: list[Any], pending: Any
+) -> tuple[int, Edit | None]:
+    """Write edit by edit, and note in ``old`` what was there: how many numbers changed, and an edit that has a NaN."""
+    finite: list[Tensor] = []  # read at the end: a GPU is waited for once, not once an edit
+    changed, ranks = list[Tensor](), live.ranks
+    for edit in edits:
+        tensor = live.tensors[edit.slot.tensor]
+        before = edit.take(tensor)
+        after = new_values(edit, source, before, strength)
+        finite.append(after.isfinite().all())
+        changed.append((bits(before) != bits(after)).sum() * ranks.counts(tensor))
+        old.append((edit, before.to(keep_on) if keep_on else before))
+        write(tensor, edit, after)
+        if pending:
+            raise KeyboardInterrupt
+    wild = (edit for edit, fine in zip(edits, numbers(finite), strict=True) if not fine)
+    return sum(numbers(changed)), next(wild, None)

@@ -7,13 +7,13 @@ from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any, TypeVar
 
-from surgery.checkpoints.opening import fingerprint
+from surgery.checkpoints.opening import Weights, fingerprint
 from surgery.checkpoints.trajectory import Trajectory
 from surgery.layout.attention import NoAttention
 from surgery.live.losses import Divergence, Loss
 from surgery.live.prompts import Batch
 from surgery.masks.mask import Mask
-from surgery.reverting.provenance import versions
+from surgery.reverting.provenance import path_in, versions
 from surgery.units import FINEST, Units, kinds_of, noun, owners_of, single
 
 Data = Iterable[Batch]
@@ -105,6 +105,11 @@ def record(selector: Any, run: Trajectory, units: Units) -> dict[str, Any]:
         "units": list(later.layout.units),
         **({"not_covered": list(later.layout.notes)} if later.layout.notes else {}),
         "selector": {"class": type(selector).__name__, **told},
-        "checkpoints": {name: fingerprint(weights) for name, weights in zip(names, opened, strict=True)},
+        "checkpoints": {name: _told(weights) for name, weights in zip(names, opened, strict=True)},
         "versions": versions(),
     }
+
+
+def _told(weights: Weights) -> dict[str, Any]:
+    path = path_in(weights)
+    return fingerprint(weights) | ({} if path is None else {"path": path})

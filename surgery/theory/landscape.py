@@ -201,7 +201,7 @@ def differentiable(model: Any) -> Iterator[None]:
 
 def _points(run: Trajectory) -> tuple[nn.Module, Vector, Vector]:
     """The earlier model, live, its parameters θA, and δB."""
-    earlier, later = run.source("earlier"), run.source("later")
+    earlier, later = run.source("earlier"), run.tensors("later")
     if isinstance(earlier, Mapping) and not isinstance(earlier, Checkpoint):
         raise ValueError("the loss is taken on the earlier model: pass earlier as a folder, a hub id or an nn.Module")
     model = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -19,18 +20,23 @@ _ADVICE = (
 Moments = list[tuple[Edit, str, Tensor]]
 
 
-def moments_of(optimizer: Any, model: nn.Module, mask: Mask, layout: Layout | None = None) -> Moments:
+def moments_of(
+    optimizer: Any, model: nn.Module, mask: Mask, layout: Layout | None = None, edits: Iterable[Edit] | None = None
+) -> Moments:
     """The optimiser's running means of the masked slices: the edit, the mean's name, and the whole tensor.
+
+    ``edits`` are others than the mask makes in the weights: those of an adapter's matrices.
 
     Raises:
         ValueError: the optimiser steps on copies of the weights, or keeps something else of the parameter's shape
             (averaged or first weights, quantised moments): its next steps would write the reverted weights over.
     """
-    live = open_weights(model, layout, units=mask.units)
+    if edits is None:
+        edits = mask.edits(open_weights(model, layout, units=mask.units).layout, "the model")
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     named, found = dict(model.named_parameters(remove_duplicate=False)), []
     whose = f"the optimiser {type(getattr(optimizer, 'optimizer', optimizer)).__name__}"
-    for edit in mask.edits(live.layout, "the model"):
+    for edit in edits:
         tensor = edit.slot.tensor
         parameter = named[tensor]
         if parameter.requires_grad and id(parameter) not in held:

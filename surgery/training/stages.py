@@ -20,13 +20,17 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from surgery.checkpoints.checkpoint import Source, folder_of
 from surgery.checkpoints.opening import sampled
 from surgery.checkpoints.trajectory import Trajectory
+from surgery.checkpoints.wrapped import is_unmerged
 from surgery.layout.slots import Layout
 from surgery.live.earlier import AsLive
 from surgery.live.hooks import evaluating
+from surgery.masks.edits import Edit
 from surgery.masks.mask import Mask
+from surgery.masks.neurons import Neurons
 from surgery.measure.repair import BUDGETS
 from surgery.measure.rows import Evaluate, Log
 from surgery.measure.stage import Domains, Stage, answered, prompts, stage_damage
+from surgery.reverting.live_adapters import factor_edits
 from surgery.reverting.rollback import rollback
 from surgery.selectors.selectors import Selector
 from surgery.training.moments import Moments, forget, moments_of
@@ -103,7 +107,10 @@ class RollbackCallback(TrainerCallback):
         self.measured.clear()
         self.domains, given = self._given  # the earlier model of this training answers them
         self.earlier = given if given is not None else _start(told["model"], self.layout, state.global_step)
-        self._run(told["model"]).live("earlier")
+        live, _ = self._run(told["model"]).live("earlier")
+        if self.repair and is_unmerged(told["model"]):
+            everything = Neurons({name: torch.ones(n, dtype=torch.bool) for name, n in live.layout.sizes.items()})
+            self._factors(told["model"], everything)
 
     def on_save(self, args: Any, state: Any, control: Any, **told: Any) -> None:
         """Measure the model that was just saved."""
@@ -143,8 +150,9 @@ class RollbackCallback(TrainerCallback):
     def _repaired(self, mask: Mask, run: Trajectory, model: nn.Module, optimizer: Any, over: bool) -> str:
         """Roll back in place; what was done, or why it was not."""
         moments: Moments = []
+        edits = self._factors(model, mask) if is_unmerged(model) else None
         try:
-            moments = moments_of(optimizer, model, mask, self.layout)
+            moments = moments_of(optimizer, model, mask, self.layout, edits)
         except ValueError as error:
             if not over:
                 return f"The model was not changed: {error}."
@@ -153,6 +161,10 @@ class RollbackCallback(TrainerCallback):
         names = ", ".join(dict.fromkeys(name for _, name, _ in moments))
         reset = f"{names} of the optimiser were set to zero there" if names else "the optimiser was left as it is"
         return f"In the model that was trained: {done}; {reset}."
+
+    def _factors(self, model: nn.Module, mask: Mask) -> list[Edit]:
+        """What a rollback writes into the matrices of an adapter that is not merged."""
+        return [edit for edit, _ in factor_edits(model, self.earlier, mask, 1.0, self.layout)[1]]
 
 
 def _start(model: Any, layout: Layout | None, step: int) -> Path:

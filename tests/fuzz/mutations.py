@@ -9,6 +9,10 @@ from pathlib import PurePath
 from random import Random
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
 DEEP = '{"a":' * 100 + "1" + "}" * 100
 # What stands in the place of a value, as JSON text: some of it no JSON, and some that only looks like the right thing.
 FRAGMENTS = (
@@ -72,8 +76,40 @@ def damaged(random: Random, name: str, raw: bytes) -> bytes:
     """The bytes of a file with one to three things changed, mostly of what its kind is made of."""
     kind = PurePath(name).suffix if random.random() < 0.8 else ""
     for _ in range(random.choice((1, 1, 2, 3))):
-        raw = {".json": in_json, ".jsonl": in_lines, ".safetensors": in_tensors}.get(kind, in_bytes)(random, raw)
+        how = {".json": in_json, ".jsonl": in_lines, ".safetensors": in_tensors}.get(kind, in_bytes)
+        if name.endswith("adapter_model.safetensors") and random.random() < 0.6:
+            how = in_factors
+        raw = how(random, raw)
     return raw
+
+
+def in_factors(random: Random, raw: bytes) -> bytes:
+    """Another adapter in a sound file: a matrix lost, renamed, doubled, turned, cut, swapped, or of other numbers."""
+    try:
+        tensors = load(raw)
+        name, other = random.choice(sorted(tensors)), random.choice(sorted(tensors))
+    except (SafetensorError, IndexError, KeyError, ValueError, RuntimeError):
+        return in_bytes(random, raw)
+    if not tensors[name].numel():
+        return in_bytes(random, raw)
+    one, dtypes = tensors.pop(name), (torch.bfloat16, torch.float16, torch.float64, torch.int8, torch.bool)
+    turned, at = one.permute(*reversed(range(one.ndim))).contiguous(), one.numel() // 2
+    numbers = torch.tensor(random.choice((float("nan"), float("inf"), -1e38, -0.0, 65504.0)))
+    tensors |= random.choice(
+        (
+            {},
+            {random.choice((name.replace("_A", "_B"), name.replace("0", "1"), f"{name}x", name[17:])): one},
+            {name: one, f"{name[:-7]}.default.weight": one.clone()},
+            {name: turned},
+            {name: one[: len(one) // 2].clone()},
+            {name: torch.cat([one, one])},
+            {name: tensors.get(other, turned).clone(), other: one},
+            {name: one.to(random.choice(dtypes))},
+            {name: one.float().flatten().index_fill(0, torch.tensor([at]), numbers).view(one.shape)},
+            {name: torch.zeros(0, *one.shape[1:])},
+        )
+    )
+    return save(tensors)
 
 
 def in_bytes(random: Random, raw: bytes) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import warnings
@@ -38,7 +39,7 @@ from surgery.live import distillation, respond
 from surgery.masks.entries import shapes_of
 from surgery.masks.mask import load_mask
 from surgery.measure import load_sweep
-from tests.training_folders import as_ranks
+from tests.training_folders import as_distributed, as_ranks
 
 Files = dict[str, bytes]
 PROMPTS = [{"prompt": "1+1=", "response": "2"}, {"prompt": "12*3=", "response": "36"}, {"prompt": "a", "response": "b"}]
@@ -340,15 +341,6 @@ def rank_files(desk: Desk, place: Path, out: Path) -> None:
     same({n: t for n, t in after.items() if "mlp" not in n}, {n: t for n, t in found.items() if "mlp" not in n})
 
 
-def write_distributed(desk: Desk, place: Path) -> None:
-    import torch.distributed.checkpoint as dcp
-
-    (place / "config.json").write_bytes((desk.later / "config.json").read_bytes())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that one process saves alone
-        dcp.save({"model": load_file(desk.later / "model.safetensors")}, checkpoint_id=place, no_dist=True)
-
-
 def distributed(desk: Desk, place: Path, out: Path) -> None:
     import torch.distributed.checkpoint as dcp
 
@@ -366,6 +358,49 @@ def distributed(desk: Desk, place: Path, out: Path) -> None:
     same({n: t for n, t in after.items() if "mlp" not in n}, {n: t for n, t in found.items() if "mlp" not in n})
 
 
+def write_adapter(desk: Desk, place: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(2)
+    settings = LoraConfig(
+        r=3, lora_alpha=5, target_modules=["q_proj", "gate_proj", "up_proj", "down_proj"], init_lora_weights=False,
+        rank_pattern={"layers.1.mlp.up_proj": 2}, alpha_pattern={"down_proj": 4}, task_type="CAUSAL_LM",
+    )  # fmt: skip
+    get_peft_model(copy.deepcopy(desk.model), settings).save_pretrained(place)
+    (place / "README.md").unlink()
+
+
+def by_peft(desk: Desk, place: Path) -> dict[str, Tensor] | None:
+    """What peft's merge makes of an adapter; None where peft refuses it or does not read all of it."""
+    from peft import PeftModel, get_peft_model_state_dict
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            model = PeftModel.from_pretrained(copy.deepcopy(desk.model), place)
+            read = get_peft_model_state_dict(model).keys()
+            if read != load_file(place / "adapter_model.safetensors").keys():
+                return None
+            return dict(model.merge_and_unload().state_dict())
+        except Exception:  # whatever damage makes it raise
+            return None
+
+
+def adapters(desk: Desk, place: Path, out: Path) -> None:
+    found = dict(Checkpoint(place, base=desk.earlier))
+    expected = by_peft(desk, place)
+    same(found, found if expected is None else expected)
+    save(rolled_back(place, to=desk.earlier, mask=desk.mask), out / "healed")
+    base = load_file(desk.earlier / "model.safetensors")
+    for block, flags in desk.mask.items():
+        for part in ("gate", "up", "down"):
+            rows, there = (one[f"{block}.{part}_proj.weight"] for one in (found, base))
+            (rows.T if part == "down" else rows)[flags] = (there.T if part == "down" else there)[flags]
+    same(dict(Checkpoint(out / "healed", base=desk.earlier)), found)
+    again = by_peft(desk, out / "healed")
+    same(found, found if again is None else again)
+
+
 TARGETS = {
     "headers": Target(copied, headers, (".safetensors",)),
     "indices": Target(sharded, headers, (".index.json",)),
@@ -380,7 +415,11 @@ TARGETS = {
     "configurations": Target(copied, configurations, ("/config.json",)),
     "tokenizers": Target(write_tokenizer, tokenizers, ("tokenizer.json", "tokenizer_config.json")),
     "rank files": Target(write_ranks, rank_files, (".pt",)),
-    "distributed checkpoints": Target(write_distributed, distributed, (".metadata", ".distcp")),
+    "distributed checkpoints": Target(
+        lambda desk, place: as_distributed(desk.later, place), distributed, (".metadata", ".distcp")
+    ),
     "patches": Target(write_patch, patches, (".json", ".safetensors")),
+    "adapters": Target(write_adapter, adapters, ("adapter_model.safetensors",)),
+    "adapter configurations": Target(write_adapter, adapters, (".json",)),
     "layouts": Target(write_layout, layouts, (".json",)),
 }

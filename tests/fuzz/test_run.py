@@ -78,6 +78,21 @@ def test_figures_of_other_code_are_not_added(kind: str, tmp_path: Path, monkeypa
     assert run.fuzz(1, tmp_path / "found.json")["kinds"][kind]["inputs"] == 1
 
 
+def test_some_kinds_are_run_by_themselves(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other rows and what is said of them stay; with other code those kinds are counted anew."""
+    file, other = tmp_path / "found.json", dict.fromkeys(("inputs", *attempts.OUTCOMES), 7)
+    before = {"about": "then", "code": "old", "kinds": {"other": other}, "found": [["other", 3, "crash", "x"]]}
+    file.write_text(json.dumps(before))
+    for code, inputs in (("one", 3), ("one", 4), ("two", 2)):
+        monkeypatch.setattr(run, "_code", lambda code=code: code)
+        run.fuzz(inputs, file, kind)
+        found = json.loads(file.read_text())
+        assert (found["about"], found["code"], found["kinds"]["other"]) == ("then", "old", other)
+        assert found["kinds"][kind]["inputs"] == inputs
+        assert found["later"][kind]["code"] == code
+        assert [one[0] for one in found["found"]].count("other") == 1
+
+
 def test_the_page_is_what_the_stored_figures_make() -> None:
     assert reliability.PAGE.read_text(encoding="utf-8") == reliability.page()
     found = json.loads(reliability.FUZZ.read_text(encoding="utf-8"))

@@ -196,10 +196,13 @@ LARGE = 1 << 22  # the same on a GPU, which takes its time to start
 
 
 @contextmanager
-def collecting(model: nn.Module, layout: Layout, take: Take) -> Iterator[None]:
+def collecting(
+    model: nn.Module, layout: Layout, take: Take, complete: Callable[[], bool] | None = None
+) -> Iterator[None]:
     """While the body runs, the weights of a layout's neurons take gradients, and nothing else does.
 
-    Every backward pass calls ``take`` for each slot of each tensor. One tensor's gradient is in memory at a time.
+    Every backward pass calls ``take`` for each slot of each tensor. One tensor's gradient is in memory at a time. With
+    ``complete`` those passes call it in which that is true, with the sum of the gradients since the last of them.
     """
     slots: dict[str, list[tuple[Block, Slot]]] = {}
     for block in layout.blocks:
@@ -218,34 +221,44 @@ def collecting(model: nn.Module, layout: Layout, take: Take) -> Iterator[None]:
         for block, slot in slots[name]:
             take(block, slot, grad, parameters[name].detach())
 
-    with collecting_from(model, {name: p for name, p in parameters.items() if name in slots}, spread):
+    with collecting_from(model, {name: p for name, p in parameters.items() if name in slots}, spread, complete):
         yield
 
 
 @contextmanager
 def collecting_from(
-    model: nn.Module, parameters: Mapping[str, nn.Parameter], take: Callable[[str, Tensor], None]
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    take: Callable[[str, Tensor], None],
+    complete: Callable[[], bool] | None = None,
 ) -> Iterator[None]:
     """While the body runs, those parameters take gradients, nothing else does, and the model is in eval mode.
 
     Every backward pass calls ``take(name, gradient)`` once for each that has one, when it is complete (a parameter used
     in several places has one); then the gradient is freed. At the end all is as it was: gradients, flags, modes.
     """
-    with evaluating(model), only_these({p: partial(take, name) for name, p in parameters.items()}, model):
+    with evaluating(model), only_these({p: partial(take, name) for name, p in parameters.items()}, model, complete):
         yield
 
 
 @contextmanager
-def only_these(takes: Mapping[nn.Parameter, Callable[[Tensor], None]], model: nn.Module) -> Iterator[None]:
+def only_these(
+    takes: Mapping[nn.Parameter, Callable[[Tensor], None]],
+    model: nn.Module,
+    complete: Callable[[], bool] | None = None,
+) -> Iterator[None]:
     """While the body runs, those parameters take gradients, and nothing else does; at the end all is as it was.
 
-    A gradient is handed over when it is complete, and then freed: one parameter's is in memory at a time.
+    A gradient is handed over when it is complete, and then freed: one parameter's is in memory at a time. With
+    ``complete`` it is summed over the backward passes until that is true.
     """
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     handles = []
 
     def hook(parameter: Tensor) -> None:
         assert parameter.grad is not None
+        if complete is not None and not complete():
+            return
         takes[parameter](parameter.grad)  # type: ignore[index]
         parameter.grad = None
 

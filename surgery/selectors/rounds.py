@@ -19,8 +19,9 @@ from surgery.masks.entries import Entries, shapes_of
 from surgery.progress import steps
 from surgery.reverting.rollback import Rollback, rollback
 from surgery.scores.damage import answered, earlier_answers
+from surgery.scores.lots import best_of_lots
 from surgery.scores.memory import remember
-from surgery.scores.weights import CHUNK, best, chosen, entries_of, entry_magnitude, lower_gains, zeros_on_disk
+from surgery.scores.weights import CHUNK, best, chosen, entries_of, entry_magnitude, zeros_on_disk
 from surgery.selectors.settings import Data
 from surgery.units import Units
 
@@ -157,6 +158,7 @@ class _Path:
     taken: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     ends: list[int] = field(default_factory=list)  # how many weights are taken at the end of each round
     ended: bool = False  # there is nothing left to take
+    reach: float | None = None  # which fraction of the weights a round looks at
     losses: dict[int, float] = field(default_factory=dict)  # how many of them are reverted → the loss on ``held``
 
     @property
@@ -198,14 +200,16 @@ class _Path:
         at = len(self.ends)
         wanted = max(1, self._end(at + 1) - len(self.taken))
         with self._reverted(len(self.taken)):
-            gains = lower_gains(self.run, self._drawn(at), loss=self.loss, units=self.units)
-        gains.drop(self.taken)  # where the earlier model is stored wider, what is left is rounding
-        best = gains.best(wanted)
-        self.ended = len(best) < wanted
-        if len(best):
-            self.taken = torch.cat([self.taken, best])
+            found = best_of_lots(
+                self.run, self._drawn(at), wanted, loss=self.loss, units=self.units, reach=self.reach,
+                without=self.taken,  # where the earlier model is stored wider, what is left of them is rounding
+            )  # fmt: skip
+        self.reach, taken = found.reach, len(found.chosen)
+        self.ended = taken < wanted
+        if taken:
+            self.taken = torch.cat([self.taken, found.chosen])
             self.ends.append(len(self.taken))
-        return bool(len(best))
+        return bool(taken)
 
     def _drawn(self, at: int) -> list[list[Batch]]:
         """The two lots of a round: all are drawn before one is drawn again, each time in another order."""

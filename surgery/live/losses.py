@@ -21,7 +21,7 @@ from surgery.formats.shards import DTYPES, header_of, mapped
 from surgery.layout.sharding import ranks_of
 from surgery.live.heads import Reading, positions, reading
 from surgery.live.hooks import evaluating
-from surgery.live.prompts import Batch, batches_of, digest_of, each, fitting
+from surgery.live.prompts import Batch, batches_of, digest_of, each, fitting, joined, together
 
 Loss = Callable[[nn.Module, Batch], Tensor]
 Divergence = Literal["kl", "hellinger"]
@@ -53,13 +53,14 @@ class Distillation:
     def __init__(self, folder: Path, model: str, temporary: bool = False, divergence: Divergence = "kl") -> None:
         self.folder, self.model, self.divergence = folder, model, divergence
         self._files: Distillation | None = None
+        self._made_of: dict[str, list[Batch]] = {}
         if temporary:  # it lives as long as what reads from it
             weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
 
     def by(self, divergence: Divergence) -> Distillation:
         """The distance from the same predictions, measured in another way."""
         found = Distillation(self.folder, self.model, divergence=divergence)
-        found._files = self  # a temporary folder stays for as long as one of the two
+        found._files, found._made_of = self, self._made_of  # a temporary folder stays for as long as one of the two
         return found
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -82,11 +83,23 @@ class Distillation:
         """The earlier model's logits for a batch: ``[predicting position, token of the vocabulary]``."""
         path = self.path(batch)
         if not path.exists():
-            parts = list(fitting([batch]))
+            parts = self._made_of.get(digest_of([batch])) or list(fitting([batch]))
             if len(parts) > 1:
                 return torch.cat([self.of(part) for part in parts])
             raise LookupError("the earlier model was not asked about this batch: pass it to distillation() as well")
         return mapped(path, _checked(path, self.model), writable=False)["logits"]
+
+    def joined(self, batches: Iterable[Batch]) -> list[Batch]:
+        """The prompts of batches that the earlier model was asked about, in as few passes; the loss knows those, too.
+
+        A model reads all of its weights in every pass, however few tokens go through it.
+        """
+        found = []
+        for parts in together(batches):
+            found.append(joined(parts))
+            if len(parts) > 1:
+                self._made_of[digest_of(found[-1:])] = parts
+        return found
 
     def path(self, batch: Batch) -> Path:
         """The file that holds the earlier model's logits for a batch."""

@@ -190,6 +190,25 @@ def _stacked(rows: list[Batch]) -> Batch:
     return {name: pad([row[name] for row in rows], True, _FIELDS[name]) for name in rows[0]}
 
 
+def together(batches: Iterable[Batch]) -> list[list[Batch]]:
+    """Batches in groups, in their order, each of which makes at most ``TOKENS`` tokens as one batch."""
+    found: list[list[Batch]] = []
+    for batch in batches:
+        group = [*found[-1], batch] if found else []
+        rows, widths = zip(*(one["input_ids"].shape for one in group or [batch]), strict=True)
+        alike = len({frozenset(one) for one in group}) == 1
+        if alike and sum(rows) * max(widths) <= TOKENS:
+            found[-1] = group
+        else:
+            found.append([batch])
+    return found
+
+
+def joined(batches: list[Batch]) -> Batch:
+    """The prompts of some batches, which have the same fields, as one batch."""
+    return batches[0] if len(batches) == 1 else _stacked([row for one in batches for row in _rows(right_padded(one))])
+
+
 def halved(batches: Iterable[Batch], which: int) -> list[Batch]:
     """Every other prompt of all batches, from the first (0) or the second (1) on."""
     found, before = [], 0

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from surgery.checkpoints.trajectory import Trajectory
 from surgery.layout.slots import Layout
-from surgery.live.losses import Divergence, Loss, mean_loss, tokens_in
+from surgery.live.losses import Distillation, Divergence, Loss, mean_loss, tokens_in
 from surgery.live.prompts import Batch, batches_of, dealt
 from surgery.masks.budget import Allocation
 from surgery.masks.entries import Entries, shapes_of
@@ -107,7 +107,7 @@ def by_damage(
     curve = path.to(allowed, stop)
     count = min(allowed, len(path.taken))
     rounds_done = bisect_left(path.ends, curve[-1][0]) + 1 if curve[-1][0] else 0
-    told: dict[str, Any] = {"tokens": tokens_in(path.prompts), "allowed": allowed, "rounds": rounds_done}
+    told: dict[str, Any] = {"tokens": path.tokens, "allowed": allowed, "rounds": rounds_done}
     if count < allowed and path.ended:
         told["positive"] = count
     if stop:
@@ -155,6 +155,7 @@ class _Path:
     shapes: dict[str, tuple[int, int]]
     lots: list[list[Batch]]  # of which each round draws two
     held: list[Batch]  # what measures
+    tokens: int  # that count, of all these
     taken: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     ends: list[int] = field(default_factory=list)  # how many weights are taken at the end of each round
     ended: bool = False  # there is nothing left to take
@@ -164,10 +165,6 @@ class _Path:
     @property
     def total(self) -> int:
         return sum(neurons * width for neurons, width in self.shapes.values())
-
-    @property
-    def prompts(self) -> list[Batch]:
-        return list({id(batch): batch for batch in [*(b for lot in self.lots for b in lot), *self.held]}.values())
 
     def to(self, allowed: int, stop: bool) -> list[Point]:
         """Go on until so many weights are taken, or (with ``stop``) the loss has stopped falling; the curve till there.
@@ -242,5 +239,8 @@ def _path(run: Trajectory, data: Data, *, loss: Loss | Divergence, rounds: int, 
     choosing = [batch for at, batch in enumerate(batches) if at % 4] if apart else batches
     each = max(1, min(len(choosing) // 2, _LOT // len(choosing[0]["input_ids"])))  # batches in a lot
     lots = [choosing[at : at + each] for at in range(0, len(choosing) - each + 1, each)]
+    tokens = tokens_in({id(batch): batch for batch in [*(b for lot in lots for b in lot), *held]}.values())
+    if isinstance(far, Distillation):
+        lots, held = [far.joined(lot) for lot in lots], far.joined(held)
     (live,) = run.live(units=units)
-    return _Path(run, units, far, rounds, live.layout, shapes_of(live.layout), lots, held)
+    return _Path(run, units, far, rounds, live.layout, shapes_of(live.layout), lots, held, tokens)

@@ -3,7 +3,7 @@
 A Qwen3-0.6B shape (random weights, bfloat16; ``--layers`` shrinks it) and few short prompts. Beside the selector: the
 passes alone, the same ones (every forward and backward pass of the rounds with its gradients dropped, and the forward
 passes that measure). With ``--before`` the library of an earlier commit does the same, in turn, each in a process of
-its own. Memory: the peak above the models, of what lies in no file and of all that the process has in memory, files too.
+its own. Memory: the peak above the models, of what lies in no file, and of all that the process has in memory.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def main() -> None:
         if asked.before:
             homes["the selector before"] = Path(place) / "before"
             git = ["git", "-C", str(ROOT), "worktree"]
-            subprocess.run([*git, "add", "--detach", homes["the selector before"], asked.before], check=True)
+            subprocess.run([*git, "add", "--quiet", "--detach", homes["the selector before"], asked.before], check=True)
         try:
             for _ in range(asked.times):
                 for name, home in homes.items():
@@ -163,7 +163,8 @@ def main() -> None:
     tokens = sum(attended(batch) for batch in prompts(asked.prompts))
     print(
         f"{statement()}\n\nQwen3-0.6B shape with {asked.layers} layers and a vocabulary of {asked.vocabulary:,}, "
-        f"bfloat16; {asked.prompts} prompts of {tokens} tokens; {count} rounds; the least of {asked.times} runs each, in turn\n\n"
+        f"bfloat16; {asked.prompts} prompts of {tokens} tokens; {count} rounds; the least of "
+        f"{asked.times} runs each, in turn\n\n"
         f"{table(rows)}"
     )
 

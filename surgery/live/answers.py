@@ -163,8 +163,9 @@ def _generate(model: Any, asked: list[list[list[int]]], settings: _Settings) -> 
                 input_ids=ids, attention_mask=mask, max_new_tokens=room, pad_token_id=pad,
                 eos_token_id=ends or None, use_cache=True, **how,
             )  # fmt: skip
-            answers.append([_until(row, ends) for row in out[:, length:].tolist()])
-    return ranks.from_first(lambda: answers)
+            answers.append(out[:, length:])
+    read = [[_until(row, ends) for row in one.tolist()] for one in answers]  # the last of them is waited for
+    return ranks.from_first(lambda: read)
 
 
 @contextmanager

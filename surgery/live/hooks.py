@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from surgery.checkpoints.opening import Weights
 from surgery.compat import declared, experts_implementation, gated_by, switches_experts
+from surgery.devices import sent
 from surgery.layout.sharding import Ranks, counts_here, is_sharded, local, stored
 from surgery.layout.slots import Block, Layout, Slot
 from surgery.masks.edits import Rows
@@ -296,7 +297,7 @@ def in_runs(part: Rows, *views: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...
     for at in range(0, len(views[0]), step):
         rows = [view[at : at + step] for view in views]
         count = len(rows[0]) * inner
-        yield at * inner, tuple(one.to(views[0].device, torch.float32).reshape(count, -1) for one in rows)
+        yield at * inner, tuple(sent(one, views[0].device).to(torch.float32).reshape(count, -1) for one in rows)
 
 
 def rows_in(part: Rows, tensor: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.checkpoints.opening import sampled
+from surgery.devices import sent
 from surgery.files import path_of, whole_file
 from surgery.formats.shards import DTYPES, header_of, mapped
 from surgery.layout.sharding import ranks_of
@@ -73,7 +74,7 @@ class Distillation:
 
         def measure(rows: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
             both = min(target.shape[1], logits.shape[1])
-            theirs = target[rows, :both].to(logits.device)
+            theirs = sent(target[rows, :both], logits.device)
             value, slopes = far(_logarithms(theirs), _logarithms(logits[:, :both]))
             return value, nn.functional.pad(slopes, (0, logits.shape[1] - both))
 
@@ -229,12 +230,13 @@ def summed(loss: Loss, model: nn.Module, batch: Batch) -> Tensor:
 
 def mean_loss(loss: Loss, model: nn.Module, batches: Iterable[Batch]) -> float:
     """The loss of a model per token that counts, without gradients; the model is in eval mode meanwhile."""
-    total, tokens = 0.0, 0
+    total: Any = 0.0
+    tokens = 0
     with evaluating(model), torch.no_grad():
         for batch in each("the loss", fitting(batches) if isinstance(loss, Distillation) else batches):
             count = tokens_in([batch])
-            total, tokens = total + float(loss(model, batch)) * count, tokens + count
-    return ranks_of(model).same(total / tokens)
+            total, tokens = total + loss(model, batch).double() * count, tokens + count
+    return ranks_of(model).same(float(total) / tokens)
 
 
 def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
@@ -246,7 +248,7 @@ def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
     targets = targets_of(batch)
 
     def measure(rows: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
-        slopes, right = _logarithms(logits), targets[rows, None].to(logits.device)
+        slopes, right = _logarithms(logits), sent(targets[rows, None], logits.device)
         value = -slopes.gather(1, right).sum()
         return value, slopes.exp_().scatter_add_(1, right, torch.full_like(right, -1, dtype=slopes.dtype))
 
@@ -257,7 +259,7 @@ def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
 def likelihoods(model: nn.Module, batch: Batch) -> Tensor:
     """log p(token | what comes before it) of each token that counts, row by row of the batch: ``[position]``."""
     tokens, found = batch["input_ids"][:, 1:][positions(batch)], reading(model, batch)
-    parts = [_logarithms(logits).gather(1, tokens[rows, None].to(logits.device)) for rows, logits in found.chunks()]
+    parts = [_logarithms(logits).gather(1, sent(tokens[rows, None], logits.device)) for rows, logits in found.chunks()]
     return torch.cat(parts)[:, 0]
 
 

@@ -127,6 +127,14 @@ def batches_of(data: Iterable[Batch]) -> Iterator[Batch]:
         yield batch
 
 
+def on_cpu(batches: Iterable[Batch]) -> list[Batch]:
+    """The batches, on the CPU: what is asked about them again and again is no reason to wait for a GPU."""
+    return [
+        batch if all(one.device.type == "cpu" for one in batch.values()) else {k: v.cpu() for k, v in batch.items()}
+        for batch in batches
+    ]
+
+
 def digest_of(batches: Iterable[Batch]) -> str:
     """What identifies batches: a hash of their tokens, masks and labels."""
     digest = hashlib.blake2b(digest_size=16)

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -242,14 +243,15 @@ def entry_gains(
                 at = start + before * g.shape[1]
                 flat[at : at + g.numel()] += g.flatten().cpu()
 
-    tokens, value = tokens_in(batches), 0.0
+    tokens = tokens_in(batches)
+    value: Any = 0.0
     with collecting(model, live.layout, add):
         for batch in each("gradients", batches):
             one = summed(loss, model, batch)
             one.backward()
-            value += float(one.detach())
+            value = value + one.detach().double()
     _times_change(flat, places, unrounded(run, live, units), earlier, tokens)
-    value = places.ranks.same(value / tokens)
+    value = places.ranks.same(float(value) / tokens)
     return Gains(flat, places.shapes, model, loss, batches, tokens, value, places if places.shared else None)
 
 

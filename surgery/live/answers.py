@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from surgery.checkpoints.checkpoint import folder_of
 from surgery.checkpoints.opening import sampled
-from surgery.compat import runs_on
+from surgery.compat import runs_on, uncompiled
 from surgery.files import Exists, path_of, whole_file
 from surgery.layout.sharding import ranks_of
 from surgery.live.heads import contiguous
@@ -78,7 +78,7 @@ def respond(
         raise ValueError(f"max_new_tokens={max_new_tokens!r}: expected how many tokens, 1 or more")
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature={temperature!r}: expected a number ≥ 0 (0 is greedy)")
-    batches = list(batches_of(prompts))
+    batches, model = list(batches_of(prompts)), uncompiled(model)
     asked = [_rows(batch) for batch in batches if "labels" not in batch]
     settings = _Settings(max_new_tokens, temperature, seed, tokens, _ends(model) if asked else [])
     file = path_of(path) if path is not None else None

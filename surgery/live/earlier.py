@@ -17,6 +17,7 @@ from surgery.checkpoints.checkpoint import Checkpoint, Source, State, edited, in
 from surgery.checkpoints.configuration import differences
 from surgery.checkpoints.opening import Weights, open_weights
 from surgery.checkpoints.trajectory import Trajectory
+from surgery.checkpoints.wrapped import plain_of
 from surgery.compat import as_loaded, is_left_out
 from surgery.files import uninterrupted
 from surgery.layout.sharding import is_sharded, like, local, part_of
@@ -54,7 +55,7 @@ def earlier_model(run: Trajectory) -> Iterator[nn.Module]:
     if isinstance(later := run.tensors("later"), Checkpoint):
         live = replace(live, name=str(later.folder))  # what was asked for
     if isinstance(run.earlier, nn.Module):
-        yield run.earlier
+        yield plain_of(run.earlier)
         return
     outer = _inside.setdefault(model, [])
     if outer and outer[-1][0] is run.earlier and (outer[-1][1] is not model or in_force(model)[-1] == _SWAPPED):

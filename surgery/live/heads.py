@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.compat import runs_on
+from surgery.compat import runs_on, uncompiled
 from surgery.devices import sent
 from surgery.layout.sharding import ranks_of
 from surgery.live.hooks import removing
@@ -122,7 +122,7 @@ def reading(model: nn.Module, batch: Batch) -> Reading:
     Raises:
         ValueError: there is no such position, the batch does not fit the model, or it has no language-modelling head.
     """
-    batch = right_padded(batch)
+    batch, model = right_padded(batch), uncompiled(model)
     where = positions(batch)
     if not bool(where.any()):
         raise ValueError("the batch has no response token to predict: its labels are all -100, or it is one token long")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from surgery.checkpoints.opening import Weights
-from surgery.compat import declared, experts_implementation, gated_by, switches_experts
+from surgery.compat import declared, experts_implementation, gated_by, switches_experts, uncompiled
 from surgery.devices import sent
 from surgery.layout.sharding import Ranks, counts_here, is_sharded, local, stored
 from surgery.layout.slots import Block, Layout, Slot
@@ -209,6 +209,7 @@ def collecting(
     for block in layout.blocks:
         for slot in block.slots:
             slots.setdefault(slot.tensor, []).append((block, slot))
+    model = uncompiled(model)
     parameters: dict[str, Any] = dict(stored(model).named_parameters(remove_duplicate=False))
     if offloaded := [name for name in slots if parameters[name].is_meta]:
         raise ValueError(

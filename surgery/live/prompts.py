@@ -130,7 +130,9 @@ def batches_of(data: Iterable[Batch]) -> Iterator[Batch]:
 def on_cpu(batches: Iterable[Batch]) -> list[Batch]:
     """The batches, on the CPU: what is asked about them again and again is no reason to wait for a GPU."""
     return [
-        batch if all(one.device.type == "cpu" for one in batch.values()) else {k: v.cpu() for k, v in batch.items()}
+        {name: one.cpu() if isinstance(one, Tensor) else one for name, one in batch.items()}
+        if batch["input_ids"].device.type != "cpu"
+        else batch
         for batch in batches
     ]
 

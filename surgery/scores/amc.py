@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.checkpoints.trajectory import Trajectory, check_finite, displacements
-from surgery.compat import runs_on
+from surgery.compat import runs_on, uncompiled
 from surgery.devices import fetched, sent
 from surgery.layout.finding import find_layout
 from surgery.layout.sharding import Ranks, ranks_of, share_along, stored
@@ -45,10 +45,11 @@ def activation(
     Raises:
         ValueError: there is no token to average over, a prompt is longer than the model's context or holds a token that
             is not of its vocabulary, or weights are offloaded.
-        RuntimeError: a hook did not fire (a model that was compiled before does not call hooks).
+        RuntimeError: a hook did not fire.
 
     Source: the paper ("most active neurons"); the statistic is ours.
     """
+    model = uncompiled(model)
     layout = layout or find_layout(model, units=units)
     listeners = [_Listener(block) for block in layout.blocks]
     ranks = ranks_of(model)
@@ -141,8 +142,8 @@ def _run(model: nn.Module, inner: Any, batch: Batch, listeners: list[_Listener],
     silent = [listener.block.name for listener in listeners if not listener.fired]
     if silent:
         raise RuntimeError(
-            f"{len(silent)} of {len(listeners)} blocks gave no activations, the first of them {silent[0]!r}: a model "
-            f"that was compiled and run before ignores new hooks. Pass the model that was not compiled"
+            f"{len(silent)} of {len(listeners)} blocks gave no activations, the first of them {silent[0]!r}: compiled "
+            f"functions inside the model ignore new hooks. Pass the model that was not compiled"
         )
 
 

@@ -147,7 +147,6 @@ eager = partial(torch.compile, backend="eager")
 COMPILED: dict[str, Any] = {
     "a model": eager,
     "a model in place": in_place,
-    "a layer": layered(eager),
     "a layer in place": layer_in_place,
     "a layer in a model": lambda model: eager(layered(eager)(model)),
 }

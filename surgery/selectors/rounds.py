@@ -95,7 +95,7 @@ def by_damage(
         loss: "hellinger", "kl" or your own loss (see ``damage``), ≥ 0; 0 means that nothing is lost.
 
     Raises:
-        ValueError: ``rounds`` is less than 1, no data, and as ``damage``. OSError: no room for the files of gains.
+        ValueError: ``rounds`` is less than 1, no data, and as ``damage``.
 
     Source: ours, from Proposition 1.
     """

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import pytest
 import torch
 from families import build, config, fewer
+from mutants import dies
 from simulated import Waits, gpu
 from test_attribution import pair
 from test_scores import batches
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from surgery import Trajectory, activation, damage
-from surgery.live import distillation, prompts
+from surgery import Neurons, Trajectory, activation, damage, strengths
+from surgery.layout import find_layout
+from surgery.live import distillation, prompts, respond
 from surgery.live.losses import Loss, cross_entropy, mean_loss, tokens_in
 from surgery.live.prompts import Batch, padded
 from surgery.scores import entry_gains, lots
 from surgery.scores.lots import Best, best_of_lots
 from surgery.scores.weights import best
 
+attribution = import_module("surgery.scores.damage")
 UNITS = ("mlp", "kv_group")
 SOME = fewer(("llama", "phi3", "gpt2", "qwen3_moe"), ("llama", "phi3", "gpt2", "qwen3_moe", "gpt_oss", "mixtral"))
 NONE = torch.zeros(0, dtype=torch.int64)
@@ -62,11 +66,13 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(lots, "is_waited_for", lambda _: request.param == "waited for")
 
 
-def law_exact(family: str, dtype: torch.dtype = torch.float32) -> None:
+MIXED = [[*TWO[0], *TWO[1]], TWO[1], [*TWO[1], *TWO[0]]]  # several passes a lot, and a third lot
+
+
+def law_exact(family: str, dtype: torch.dtype = torch.float32, kinds: Any = (TWO, MIXED, TWO[:1])) -> None:
     earlier, later = pair(family, dtype)
     run = Trajectory(earlier=earlier, later=later)
-    mixed = [[*TWO[0], *TWO[1]], TWO[1], [*TWO[1], *TWO[0]]]  # several passes a lot, and a third lot
-    for some in (TWO, mixed, TWO[:1]) if dtype == torch.float32 else (TWO,):
+    for some in kinds if dtype == torch.float32 else (TWO,):  # sums over passes are the weights' dtype's
         without = from_files(run, some, 20, NONE, cross_entropy)[::2]
         for count in (1, 300, 10**6):
             wanted = from_files(run, some, count, without, cross_entropy)
@@ -85,7 +91,7 @@ def law_small() -> None:
     with pytest.MonkeyPatch.context() as patch:
         for name, size in (("SMALL", 5), ("LEAST", 1e-9), ("SAMPLES", 300), ("ROOM", 0.5)):
             patch.setattr(lots, name, size)
-        law_exact("llama")
+        law_exact("llama", kinds=(TWO,))
 
 
 @pytest.mark.usefixtures("device")
@@ -164,10 +170,12 @@ def deep(layers: int) -> nn.Module:
     return AutoModelForCausalLM.from_config(made).eval()  # type: ignore[no-any-return]
 
 
-def waits(work: Callable[[Trajectory, list[Batch], Loss], object], layers: int, count: int) -> Waits:
+def waits(
+    work: Callable[[Trajectory, list[Batch], Loss], object], layers: int, count: int, home: str = "cuda"
+) -> Waits:
     """Where the CPU waits for a simulated GPU while it works on a model of some layers and some batches."""
     with gpu() as found:
-        earlier, later = (deep(layers).to("cuda") for _ in range(2))
+        earlier, later = deep(layers).to(home), deep(layers).to("cuda")
         data = [padded([([5, 6, 7 + at], [8, 9, 2])], 0) for at in range(count)]
         far = distillation(earlier, data)
         run = Trajectory(earlier=earlier, later=later)
@@ -185,9 +193,94 @@ WORK: dict[str, Callable[[Trajectory, list[Batch], Loss], object]] = {
 }
 
 
+@pytest.mark.parametrize("home", ["cuda", "cpu"])
 @pytest.mark.parametrize("name", WORK)
-def test_nothing_is_waited_for_by_batch_or_by_tensor(name, monkeypatch):
+def test_nothing_is_waited_for_by_batch_or_by_tensor(name, home, monkeypatch):
+    """Also where the earlier model's weights have to be sent."""
     monkeypatch.setattr(prompts, "TOKENS", 6)  # each prompt goes through alone
-    few, many_batches, many_layers = (waits(WORK[name], *sizes) for sizes in ((2, 2), (2, 6), (4, 2)))
-    assert len(few) == len(many_batches) == len(many_layers), "\n".join(many_layers)
+    few, batches, layers = (waits(WORK[name], *sizes, home) for sizes in ((1, 2), (1, 4), (2, 2)))
+    assert few
+    assert len(few) == len(batches) == len(layers), "\n".join(layers)
     assert len(few) <= 16
+
+
+def half_back(run: Trajectory) -> Neurons:
+    sizes = find_layout(run.load()).sizes
+    return Neurons({name: torch.arange(size) % 2 == 0 for name, size in sizes.items()})
+
+
+BY_PASS: dict[str, Callable[[Trajectory, list[Batch], Loss], object]] = {
+    "strengths": lambda run, data, far: strengths(run, data, half_back(run), passes=2, loss=far),
+    "respond": lambda run, data, far: respond(
+        run.load(), [{"input_ids": batch["input_ids"]} for batch in data], max_new_tokens=2
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BY_PASS)
+def test_nothing_is_waited_for_by_batch_where_a_model_is_rolled_back_or_answers(name, monkeypatch):
+    monkeypatch.setattr(prompts, "TOKENS", 6)
+    few, many = (waits(BY_PASS[name], 1, count) for count in (2, 4))
+    assert len(few) == len(many), "\n".join(many)
+
+
+# Mutants.
+
+
+def any_bar_will_do(patch: pytest.MonkeyPatch) -> None:
+    def mutant(self: Any, *given: Any, original: Any = lots._Few.best) -> Any:
+        self.bar = 0.0
+        return original(self, *given)
+
+    patch.setattr(lots._Few, "best", mutant)
+
+
+def as_in_memory(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(lots._Order, "places", lambda self, at: at)
+
+
+def first_lot_alone(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(lots._Few, "lower", lambda *_: None)
+
+
+def taken_again(patch: pytest.MonkeyPatch) -> None:
+    def mutant(self: Any, count: int, without: Tensor, original: Any = lots._Few.best) -> Any:
+        return original(self, count, without[:0])
+
+    patch.setattr(lots._Few, "best", mutant)
+
+
+def last_pass_alone(patch: pytest.MonkeyPatch) -> None:
+    def mutant(model: Any, layout: Any, take: Any, complete: Any = None, original: Any = lots.collecting) -> Any:
+        return original(model, layout, take if complete is None else lambda *a: take(*a) if complete() else None)
+
+    patch.setattr(lots, "collecting", mutant)
+
+
+def by_way_of_the_cpu(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(attribution, "dot", lambda a, b, dot=attribution.dot: dot(a, b).cpu().to("cuda"))
+
+
+def law_pairs() -> None:
+    law_exact("llama", kinds=(TWO,))
+
+
+def law_mixed() -> None:
+    law_exact("llama", kinds=(MIXED,))
+
+
+def law_waits() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        test_nothing_is_waited_for_by_batch_or_by_tensor("D", "cuda", patch)
+
+
+@pytest.mark.parametrize(
+    ("mutant", "law"),
+    [
+        (any_bar_will_do, law_pairs), (as_in_memory, law_pairs), (first_lot_alone, law_pairs),
+        (taken_again, law_pairs), (last_pass_alone, law_mixed), (by_way_of_the_cpu, law_waits),
+    ],
+    ids=lambda one: one.__name__,
+)  # fmt: skip
+def test_mutants_die(mutant, law):
+    dies(mutant, law)

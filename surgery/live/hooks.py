@@ -193,7 +193,7 @@ def _listen_to_batched_experts(module: Any, hear: Hear, stack: ExitStack) -> Non
 
 Take = Callable[[Block, Slot, Tensor, Tensor], None]  # block, slot, the tensor's gradient, the tensor
 CHUNK = 1 << 17  # numbers of a gradient that are turned into float32 at a time: what a processor's cache holds
-LARGE = 1 << 22  # the same on a GPU, which takes its time to start
+LARGE = 1 << 24  # the same on a GPU, which takes its time to start
 
 
 @contextmanager

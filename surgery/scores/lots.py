@@ -136,13 +136,13 @@ class _Order:
         for at in range(0, len(turned[0]), step):
             yield at * inner, [sent(one[at : at + step], device).to(torch.float32).flatten() for one in turned]
 
-    def some(self, views: list[Tensor], at: Tensor) -> list[Tensor]:
-        """Some of the views' numbers, counted as they lie in memory."""
-        where, device = _coordinates(at, self.shape), views[0].device
-        return [
-            sent(view.permute(self.axes)[tuple(one.to(view.device) for one in where)], device).to(torch.float32)
-            for view in views
-        ]
+    def some(self, views: list[Tensor], every: int) -> list[Tensor]:
+        """Evenly spaced numbers of the views, as they lie in memory."""
+        found, count, device = [], views[0].numel(), views[0].device
+        for view in views:
+            at = torch.arange(min(every // 2, count - 1), count, every, device=view.device)
+            found.append(sent(view.permute(self.axes)[_coordinates(at, self.shape)], device).to(torch.float32))
+        return found
 
     def places(self, at: Tensor) -> Tensor:
         """Which of the view's numbers, row by row, those are that lie at some places in memory."""
@@ -209,10 +209,7 @@ class _Above:
     def _raise(self, order: _Order, views: list[Tensor], tokens: int) -> None:
         if self.reach >= 1:
             return
-        at = torch.arange(
-            min(self.every // 2, views[0].numel() - 1), views[0].numel(), self.every, device=views[0].device
-        )
-        g, now, then = order.some(views, at)
+        g, now, then = order.some(views, self.every)
         self.seen.append((g * ((now - then) / tokens)).to(self.device))
         count = sum(map(len, self.seen))
         if count >= self.due:

@@ -9,6 +9,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,7 +22,7 @@ from surgery import Trajectory, activation, damage
 from surgery.live import distillation
 from surgery.live.hooks import only_these
 from surgery.live.losses import Loss, mean_loss, summed
-from surgery.live.prompts import IGNORED, Batch, on_cpu, passes
+from surgery.live.prompts import IGNORED, Batch, halved, on_cpu, passes
 from surgery.scores import entry_gains, lots
 from surgery.scores.weights import best
 from surgery.selectors import rounds
@@ -74,10 +75,8 @@ def rows(trajectory: Trajectory, data: list[Batch], device: torch.device) -> dic
     path = rounds._path(trajectory, data, loss="hellinger", rounds=rounds.ROUNDS, units=UNITS)
     lot = [path._drawn(at) for at in range(ROUNDS)]
 
-    def chosen() -> None:  # a path of its own: one that was gone is not measured again
-        fresh = rounds._path(trajectory, data, loss=path.loss, rounds=rounds.ROUNDS, units=UNITS)
-        fresh.lots, fresh.held, fresh.taken, fresh.ends, fresh.reach = path.lots, path.held, path.taken[:0], [], None
-        fresh.losses, fresh.ended = {}, False
+    def chosen() -> None:  # anew: a path that was gone is not measured again
+        fresh = replace(path, taken=path.taken[:0], ends=[], ended=False, reach=None, losses={})
         fresh.to(fresh._end(ROUNDS), stop=False)
 
     def its_passes() -> None:
@@ -188,8 +187,8 @@ def same_choice(device: torch.device) -> dict[str, bool]:
         its.load_state_dict({name: one.cpu() for name, one in mine.state_dict().items()})
     assert isinstance(here.earlier, nn.Module)
     data = answered(TINY, device, 16, 24, 8)
-    half = [data[: len(data) // 2], data[len(data) // 2 :]] if len(data) > 1 else [data, data]
-    far = distillation(here.earlier, data, divergence="hellinger")
+    half = [halved(data, 0), halved(data, 1)]
+    far = distillation(here.earlier, half[0] + half[1], divergence="hellinger")
     checks = {}
     for count in (1, 100, 5000):
         found = lots.best_of_lots(here, half, count, loss=far, units=UNITS, without=torch.zeros(0, dtype=torch.int64))

@@ -28,9 +28,10 @@ from surgery import (
     sweep,
 )
 from surgery.layout import find_layout
-from surgery.live.answers import respond
+from surgery.live import probe, respond
 from surgery.live.earlier import earlier_model
 from surgery.scores import reversal_cost
+from surgery.training import Masked
 
 
 def layered(wrap: Any) -> Any:
@@ -178,6 +179,10 @@ def test_a_compiled_model_has_the_scores_and_bits_of_the_model_inside(name):
             with torch.no_grad():
                 assert torch.allclose(*(one(input_ids=data[0]["input_ids"]).logits for one in (wrapped, plain)))
         assert all(map(torch.equal, wrapped.parameters(), before))
+    assert not probe(wrapped, find_layout(wrapped), find_layout(wrapped).blocks[0], neurons=1)
+    mask = RandomSelector(0.1).select(run)
+    with Masked(wrapped, mask) as one, Masked(plain, mask) as other:
+        assert len(one.leaves) == len(other.leaves) > 0
     there = Trajectory(earlier=COMPILED[name](copy.deepcopy(earlier)), later=plain)
     assert all(torch.equal(value, damage(there, data)[block]) for block, value in damage(alone, data).items())
     ids = {"input_ids": data[0]["input_ids"][:1, :3]}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.checkpoints.opening import open_weights
+from surgery.compat import uncompiled
 from surgery.formats.folders import MOMENTS
 from surgery.layout.slots import Layout
 from surgery.masks.edits import Edit
@@ -28,7 +29,7 @@ def moments_of(optimizer: Any, model: nn.Module, mask: Mask, layout: Layout | No
     """
     live = open_weights(model, layout, units=mask.units)
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    named, found = dict(model.named_parameters(remove_duplicate=False)), []
+    named, found = dict(uncompiled(model).named_parameters(remove_duplicate=False)), []
     whose = f"the optimiser {type(getattr(optimizer, 'optimizer', optimizer)).__name__}"
     for edit in mask.edits(live.layout, "the model"):
         tensor = edit.slot.tensor

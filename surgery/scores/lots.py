@@ -222,14 +222,15 @@ class _Above:
         flags = gains > self.bar
         if is_waited_for(self.device):
             at = flags.nonzero().flatten()
-            found = torch.arange(len(at))
+            found, above = torch.arange(len(at)), torch.tensor(len(at))
         else:
             size = min(len(gains), SMALL + int(self.part * len(gains)))
             found = torch.arange(size, device=self.device)
             at = flags.nonzero_static(size=size, fill_value=-1).flatten()
-            self.lost |= flags.sum() > size
+            above = flags.sum()
+            self.lost |= above > size
         to = (found + self.have).masked_fill(at < 0, self.room).clamp(max=self.room)
-        self.have += flags.sum()
+        self.have += above
         return at.clamp(min=0), to
 
     def found(self) -> _Few | None:

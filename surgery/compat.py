@@ -6,11 +6,13 @@ the name away.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
@@ -73,6 +75,38 @@ def wrapper_of(names: Iterable[str]) -> tuple[str, str, str] | None:
         if found and (what != _PARALLEL or len(found) == len(names)):  # a layer of a model may be called module
             return found[0], what, way
     return None
+
+
+_plain: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """A model without torch.compile, with the very same tensors and their plain names; any other as it is.
+
+    By ``_orig_mod``, in which torch.compile keeps what it compiled, and ``_compiled_call_impl``, which ``compile`` sets
+    in a module. Needed because compiled code calls no hook that it was not compiled with, and compiles again for every
+    shape; and because the names of what is compiled fit no other checkpoint's.
+    """
+    while "_orig_mod" in model._modules:
+        model = model._modules["_orig_mod"]  # type: ignore[assignment]
+    if not any("_orig_mod" in one._modules or one._compiled_call_impl is not None for one in model.modules()):
+        return model
+    if model not in _plain:
+        _plain[model] = _without(model, {})
+    return _plain[model].train(model.training)
+
+
+def _without(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
+    """A module that shares its tensors, and what is inside it as well."""
+    while "_orig_mod" in module._modules:
+        module = module._modules["_orig_mod"]  # type: ignore[assignment]
+    if module not in made:
+        new = made[module] = object.__new__(type(module))
+        hooks = {name: copy.copy(held) for name, held in vars(module).items() if name.endswith("_hooks")}
+        vars(new).update({**vars(module), **hooks, "_modules": {}, "_compiled_call_impl": None})
+        for name, one in module._modules.items():
+            new._modules[name] = None if one is None else _without(one, made)
+    return made[module]
 
 
 def passing_buffers(model: nn.Module) -> set[str]:

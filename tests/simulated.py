@@ -8,8 +8,10 @@ is everything that goes wrong between two devices; not speed, memory, or how a G
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 from unittest.mock import patch
 
@@ -23,12 +25,32 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 CPU, GPU, META = torch.device("cpu"), torch.device("cuda:0"), torch.device("meta")
 ON_GPU, ANYWHERE, ON_CPU = True, None, False  # the mark; anywhere: what torch made on its own inside an operation
 _COPIES = {torch.ops.aten.copy_.default, torch.ops.aten.set_.source_Tensor}
+_aten = torch.ops.aten
+_ASKED = {
+    _aten._local_scalar_dense.default, _aten.nonzero.default, _aten.masked_select.default, _aten.equal.default,
+    _aten.bincount.default, _aten.repeat_interleave.Tensor, _aten._unique2.default, _aten.unique_dim.default,
+}  # fmt: skip
+_waits: list[Waits] = []
 _INDEXES = {torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default}
 
 
+class Waits(list[str]):
+    """Where Python code waited for the GPU: "file:line, what", in the order in which it did.
+
+    What runs inside transformers is the model's own, and is not in here.
+    """
+
+    def note(self, what: str) -> None:
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and ("/torch/" in frame.f_code.co_filename or frame.f_code.co_filename == __file__):
+            frame = frame.f_back
+        if frame is not None and "/transformers/" not in frame.f_code.co_filename:
+            self.append(f"{frame.f_code.co_filename}:{frame.f_lineno}, {what}")
+
+
 @contextmanager
-def gpu() -> Iterator[None]:
-    """While it lasts "cuda" is a device."""
+def gpu() -> Iterator[Waits]:
+    """While it lasts "cuda" is a device. What it gives says where the CPU waited for it."""
     asked = {
         "get_device_capability": lambda device=None: (8, 0),
         "get_rng_state": lambda device=None: torch.get_rng_state(),
@@ -36,8 +58,12 @@ def gpu() -> Iterator[None]:
         "synchronize": lambda device=None: None,
     }
     with patch.multiple(torch.cuda, **asked), patch("torch.autograd._engine_run_backward", _backward):
-        with _Names(), _Operations():
-            yield
+        with _Names(waits := Waits()), _Operations(waits):
+            _waits.append(waits)
+            try:
+                yield waits
+            finally:
+                _waits.pop()
 
 
 def on_gpu(tensor: torch.Tensor) -> bool:
@@ -46,12 +72,16 @@ def on_gpu(tensor: torch.Tensor) -> bool:
 
 
 def _backward(*args: Any, **kwargs: Any) -> Any:
-    with _Names():  # it was popped where ``Tensor.backward`` was asked for, and hooks run in here
+    with _Names(_waits[-1]):  # it was popped where ``Tensor.backward`` was asked for, and hooks run in here
         return _engine_run_backward(*args, **kwargs)
 
 
 class _Names(TorchFunctionMode):
     """What Python code asks of a tensor or of torch."""
+
+    def __init__(self, waits: Waits) -> None:
+        super().__init__()
+        self.waits = waits
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -65,7 +95,13 @@ class _Names(TorchFunctionMode):
         if function is torch.Tensor.__deepcopy__:
             return _marked(function(*args, **kwargs), _mark(args[0]))
         if function in (torch.Tensor.to, torch.Tensor.cpu, torch.Tensor.cuda):
-            return _moved(function, args, kwargs)
+            quiet = kwargs.get("non_blocking")
+            found = _moved(function, args, kwargs)
+            if on_gpu(args[0]) is not on_gpu(found) and not quiet:
+                self.waits.note("a copy to the CPU" if on_gpu(args[0]) else "an upload")
+            return found
+        if function is torch.Tensor.pin_memory:
+            return args[0]
         if function is torch.unravel_index:  # written in Python, and asks for a device
             with self:
                 return torch.functional._unravel_index(*args, **kwargs).unbind(-1)
@@ -82,10 +118,16 @@ class _Names(TorchFunctionMode):
 class _Operations(TorchDispatchMode):
     """What torch does, forwards and backwards."""
 
+    def __init__(self, waits: Waits) -> None:
+        super().__init__()
+        self.waits = waits
+
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         given = _tensors((args, kwargs))
         gpu = any(map(on_gpu, given)) and operation not in _COPIES
+        if _is_waited_for(operation, args):
+            self.waits.note(str(operation))
         if gpu:
             _check_generators((args, kwargs), GPU)
             # a tensor on the GPU may be indexed by one that is not
@@ -99,6 +141,16 @@ class _Operations(TorchDispatchMode):
         if gpu or all(_mark(one) is ANYWHERE for one in given):
             tree_map_only(torch.Tensor, lambda one: _marked(one, ON_GPU if gpu else ANYWHERE), found)
         return found
+
+
+def _is_waited_for(operation: Any, args: Any) -> bool:
+    """Whether what an operation gives has a size, or is a number, that only the GPU knows."""
+    if operation is _aten.copy_.default:
+        return on_gpu(args[1]) and not on_gpu(args[0])
+    if not any(map(on_gpu, _tensors(args))):
+        return False
+    chosen = [one for one in _tensors(args[1:2]) if one.dtype == torch.bool] if operation in _INDEXES else []
+    return operation in _ASKED or bool(chosen)
 
 
 def _refuse(operation: Any) -> None:

@@ -234,12 +234,6 @@ def test_labelled_prompts_longer_than_the_context_are_refused():
         damage(Trajectory(earlier=earlier, later=later), [{"input_ids": ids, "labels": ids}])
 
 
-def test_a_compiled_model_is_told():
-    earlier, later = pair("qwen3")
-    with pytest.raises(ValueError, match=r"wrapped by torch\.compile.* model\._orig_mod"):
-        damage(Trajectory(earlier=earlier, later=torch.compile(later)), batches(labels=True))
-
-
 def test_the_loss_knows_only_what_it_was_asked():
     earlier, later = pair("qwen3")
     first, second = batches(labels=True)

@@ -45,6 +45,26 @@ def test_wrapper_of(tmp_path) -> None:
         assert what in found[1]
 
 
+def test_uncompiled() -> None:
+    """``_orig_mod`` and ``_compiled_call_impl``."""
+    model = build("llama")
+    names = {name: p.data_ptr() for name, p in model.named_parameters()}
+    assert compat.uncompiled(model) is model
+    assert compat.uncompiled(torch.compile(model, backend="eager")) is model, "look how torch.compile holds a module"
+    model.model.layers[0] = torch.compile(model.model.layers[0], backend="eager")
+    model.model.layers[1].compile(backend="eager")
+    plain = compat.uncompiled(model)
+    assert {name: p.data_ptr() for name, p in plain.named_parameters()} == names
+    assert plain is compat.uncompiled(model)
+    calls = []
+    plain.model.layers[1].mlp.register_forward_hook(lambda *_: calls.append(1))
+    plain(input_ids=torch.tensor([[3, 4]]))
+    assert calls, "look how Module.compile marks a module now: a hook of a compiled one is not called"
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[3, 4]]))
+    assert len(calls) == 1
+
+
 def test_as_loaded() -> None:
     """``get_model_conversion_mapping`` and ``rename_source_key``, against what ``from_pretrained`` reads."""
     model = build("mixtral")

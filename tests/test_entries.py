@@ -662,15 +662,15 @@ def never_again(patch: pytest.MonkeyPatch) -> None:
 
 
 def one_lot(patch: pytest.MonkeyPatch) -> None:
-    original = weight_selection.lower_gains
-    patch.setattr(weight_selection, "lower_gains", lambda run, lots, **how: original(run, lots[:1], **how))
+    original = weight_selection.best_of_lots
+    patch.setattr(weight_selection, "best_of_lots", lambda run, lots, *a, **how: original(run, lots[:1], *a, **how))
 
 
 def mean_of_lots(patch: pytest.MonkeyPatch) -> None:
-    def mutant(run, lots, **how):
-        return entry_gains(run, [batch for lot in lots for batch in lot], **how)
+    def mutant(run, lots, *given, original=weight_selection.best_of_lots, **how):
+        return original(run, [[batch for lot in lots for batch in lot]], *given, **how)
 
-    patch.setattr(weight_selection, "lower_gains", mutant)
+    patch.setattr(weight_selection, "best_of_lots", mutant)
 
 
 def twice_as_far(patch: pytest.MonkeyPatch) -> None:

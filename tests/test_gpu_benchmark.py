@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import floor
+from benchmarks.gpu import floor, scores
 from benchmarks.gpu.shapes import QWEN3_4B
 
 
@@ -102,3 +102,13 @@ def test_the_sectors_that_are_expected_are_those_of_random_neurons(share, size):
     chosen = torch.rand(2000, neurons) < share
     touched = chosen.reshape(2000, -1, size // 2).any(-1).sum(1).double().mean()  # in one row of down
     assert floor.sectors(QWEN3_4B, share, size) == pytest.approx(float(touched) * size * hidden * layers, rel=0.01)
+
+
+@pytest.mark.parametrize("mutant", [False, True])
+def test_what_is_chosen_on_the_device_is_checked(mutant, monkeypatch):
+    if mutant:
+        monkeypatch.setattr(scores.lots._Few, "lower", lambda *_: None)
+    with scores.way_of_a_gpu():
+        found = scores.same_choice(torch.device("cpu"))
+    assert len(found) == 4
+    assert all(found.values()) is not mutant

@@ -16,8 +16,9 @@ import surgery
 PACKAGE = Path(surgery.__file__).parent
 # each room (a package or a module of its own) may import from those before it
 ORDER = (
-    "units", "files", "tables", "progress", "compat", "layout", "masks", "formats", "checkpoints", "reverting", "live",
-    "scores", "theory", "selectors", "measure", "evidence", "training", "plots", "report", "cli", "__main__",
+    "units", "files", "devices", "tables", "progress", "compat", "layout", "masks", "formats", "checkpoints",
+    "reverting", "live", "scores", "theory", "selectors", "measure", "evidence", "training", "plots", "report", "cli",
+    "__main__",
 )  # fmt: skip
 PUBLIC = [
     "Trajectory",

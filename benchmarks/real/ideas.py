@@ -29,13 +29,13 @@ from benchmarks.real.comparison import PAIRS, Pair, setting_of
 from benchmarks.real.evaluate import Evaluator, encoded
 from benchmarks.real.stages import place
 from benchmarks.seeds import write
-from surgery import rollback
+from surgery import Trajectory, rollback
 from surgery.live import distillation, earlier_model
-from surgery.live.losses import cross_entropy
-from surgery.live.prompts import padded
+from surgery.live.losses import Loss, cross_entropy
+from surgery.live.prompts import Batch, padded
 from surgery.masks.entries import shapes_of
 from surgery.reverting import Rollback
-from surgery.scores.weights import entries_of, lower_gains
+from surgery.scores.weights import Gains, entries_of, entry_gains
 
 ITEMS, UNITS = 256, ("mlp", "kv_group")
 
@@ -101,6 +101,14 @@ class Bench:
         return f"{back(self.pair.metric):.0f} % | {back(f'{self.pair.metric}, greedy'):.0f} % | {kept:+.2f}"
 
 
+def lower_gains(run: Trajectory, lots: list[list[Batch]], loss: Loss) -> Gains:
+    """Of each weight the lowest of its gains on several lots."""
+    first, *others = (entry_gains(run, lot, loss=loss, units=UNITS) for lot in lots)
+    for other in others:
+        torch.minimum(first.flat, other.flat, out=first.flat)
+    return first
+
+
 def tried(bench: Bench, idea: Idea) -> list[str]:
     """The share of the weights, what ``judged`` says, and CPU seconds, at each mark."""
     drawn, order, found = random.Random(0), list[int](), list[str]()
@@ -115,11 +123,11 @@ def tried(bench: Bench, idea: Idea) -> list[str]:
         with earlier_model(run) as earlier:
             far = distillation(earlier, [batch for lot in lots for batch in lot], divergence="hellinger")
         with reverted(bench.setting, taken):
-            gains = lower_gains(run, lots, loss=far, units=UNITS)
+            gains = lower_gains(run, lots, far)
             if idea.gated:
                 at = step * idea.prompts % len(bench.kept)
                 lot = [padded((bench.kept + bench.kept)[at : at + idea.prompts], bench.pad)]
-                gains.flat[lower_gains(run, [lot], loss=cross_entropy, units=UNITS).flat <= 0] = 0
+                gains.flat[lower_gains(run, [lot], cross_entropy).flat <= 0] = 0
         if idea.memory:
             past = (
                 gains.flat.clone() if past is None else past.mul_(idea.memory).add_(gains.flat, alpha=1 - idea.memory)

@@ -10,15 +10,18 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from surgery.compat import uncompiled
+
 _made: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
 
 
 def plain_of(module: nn.Module) -> nn.Module:
-    """A plain model with the very tensors of a model of peft whose adapters are merged (``merge_adapter``).
+    """A plain model with the very tensors of one that torch.compile wraps, or of peft with merged adapters.
 
     What is written into the one is written into the other. Any other module is returned as it is; one whose adapters
     are not merged, too: no tensor of it holds what it computes with.
     """
+    module = uncompiled(module)
     layers = _layers(module)
     if not layers or not all(one.merged for one in layers):
         return module

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.compat import declared, tensor_parallel_plan, wrapper_of
+from surgery.compat import declared, tensor_parallel_plan, uncompiled, wrapper_of
 from surgery.layout.attention import attention_blocks
 from surgery.layout.plain import check_stored
 from surgery.layout.slots import Block, Layout, Slot
@@ -102,6 +102,7 @@ def find_layout(model: nn.Module, spec: Spec | None = None, *, units: Units = "m
 
     Source: ours; KV groups are the paper's attention units in kind.
     """
+    model = uncompiled(model)
     check_unwrapped(f"the {type(model).__name__}", (name for name, _ in model.named_parameters()))
     if spec is not None:
         return spec_layout(spec, {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)})

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from surgery.checkpoints.checkpoint import folder_of
 from surgery.checkpoints.opening import sampled
-from surgery.compat import runs_on
+from surgery.compat import runs_on, uncompiled
 from surgery.files import Exists, path_of, whole_file
 from surgery.layout.sharding import ranks_of
 from surgery.live.heads import contiguous
@@ -78,7 +78,7 @@ def respond(
         raise ValueError(f"max_new_tokens={max_new_tokens!r}: expected how many tokens, 1 or more")
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature={temperature!r}: expected a number ≥ 0 (0 is greedy)")
-    batches = list(batches_of(prompts))
+    batches, model = list(batches_of(prompts)), uncompiled(model)
     asked = [_rows(batch) for batch in batches if "labels" not in batch]
     settings = _Settings(max_new_tokens, temperature, seed, tokens, _ends(model) if asked else [])
     file = path_of(path) if path is not None else None
@@ -163,8 +163,9 @@ def _generate(model: Any, asked: list[list[list[int]]], settings: _Settings) -> 
                 input_ids=ids, attention_mask=mask, max_new_tokens=room, pad_token_id=pad,
                 eos_token_id=ends or None, use_cache=True, **how,
             )  # fmt: skip
-            answers.append([_until(row, ends) for row in out[:, length:].tolist()])
-    return ranks.from_first(lambda: answers)
+            answers.append(out[:, length:])
+    read = [[_until(row, ends) for row in one.tolist()] for one in answers]  # the last of them is waited for
+    return ranks.from_first(lambda: read)
 
 
 @contextmanager

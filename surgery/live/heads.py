@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.compat import runs_on
+from surgery.compat import runs_on, uncompiled
+from surgery.devices import sent
 from surgery.layout.sharding import ranks_of
 from surgery.live.hooks import removing
 from surgery.live.prompts import Batch, check_fits, response_mask, right_padded
@@ -121,7 +122,7 @@ def reading(model: nn.Module, batch: Batch) -> Reading:
     Raises:
         ValueError: there is no such position, the batch does not fit the model, or it has no language-modelling head.
     """
-    batch = right_padded(batch)
+    batch, model = right_padded(batch), uncompiled(model)
     where = positions(batch)
     if not bool(where.any()):
         raise ValueError("the batch has no response token to predict: its labels are all -100, or it is one token long")
@@ -129,11 +130,12 @@ def reading(model: nn.Module, batch: Batch) -> Reading:
     device = runs_on(model)
     first = int(where.any(0).nonzero()[0])
     last = where.shape[1] + 1 - first
-    inputs: dict[str, Any] = {k: batch[k].to(device) for k in ("input_ids", "attention_mask") if k in batch}
+    inputs: dict[str, Any] = {k: sent(batch[k], device) for k in ("input_ids", "attention_mask") if k in batch}
+    rows, columns = where[:, first:].nonzero(as_tuple=True)
     inputs |= {"use_cache": False, **({"logits_to_keep": last} if _keeps(type(model)) else {})}
 
     def gathered(found: Tensor) -> Tensor:
-        return found[:, -last:-1][where[:, first:].to(found.device)]
+        return found[:, -last:-1][sent(rows, found.device), sent(columns, found.device)]
 
     head = _head(model)
     if head is not None and ranks_of(model).mesh is not None:  # FSDP's own graph allows no second pass inside the first
@@ -156,8 +158,8 @@ def reading(model: nn.Module, batch: Batch) -> Reading:
         if body is not None and len(seen) == 1 and logits.shape[:2] == (1, 0):
             again = partial(_again, model, head, body, made[body][0], inputs)
             return Reading(seen[0], again, _outside(model, head, body), logits.shape[2])
-    rows = gathered(_logits(model, inputs))
-    return Reading(rows, lambda some: some, (), rows.shape[1])
+    made_whole = gathered(_logits(model, inputs))
+    return Reading(made_whole, lambda some: some, (), made_whole.shape[1])
 
 
 def _at_once(

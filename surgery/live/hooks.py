@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from surgery.checkpoints.opening import Weights
-from surgery.compat import declared, experts_implementation, gated_by, switches_experts
+from surgery.compat import declared, experts_implementation, gated_by, switches_experts, uncompiled
+from surgery.devices import sent
 from surgery.layout.boxes import boxes_in
 from surgery.layout.sharding import Ranks, is_sharded, local, stored
 from surgery.layout.slots import Block, Layout, Slot
@@ -193,19 +194,23 @@ def _listen_to_batched_experts(module: Any, hear: Hear, stack: ExitStack) -> Non
 
 Take = Callable[[Block, Slot, Tensor, Tensor], None]  # block, slot, the tensor's gradient, the tensor
 CHUNK = 1 << 17  # numbers of a gradient that are turned into float32 at a time: what a processor's cache holds
-LARGE = 1 << 22  # the same on a GPU, which takes its time to start
+LARGE = 1 << 24  # the same on a GPU, which takes its time to start
 
 
 @contextmanager
-def collecting(model: nn.Module, layout: Layout, take: Take) -> Iterator[None]:
+def collecting(
+    model: nn.Module, layout: Layout, take: Take, complete: Callable[[], bool] | None = None
+) -> Iterator[None]:
     """While the body runs, the weights of a layout's neurons take gradients, and nothing else does.
 
-    Every backward pass calls ``take`` for each slot of each tensor. One tensor's gradient is in memory at a time.
+    Every backward pass calls ``take`` for each slot of each tensor. One tensor's gradient is in memory at a time. With
+    ``complete`` those passes call it in which that is true, with the sum of the gradients since the last of them.
     """
     slots: dict[str, list[tuple[Block, Slot]]] = {}
     for block in layout.blocks:
         for slot in block.slots:
             slots.setdefault(slot.tensor, []).append((block, slot))
+    model = uncompiled(model)
     parameters: dict[str, Any] = dict(stored(model).named_parameters(remove_duplicate=False))
     if offloaded := [name for name in slots if parameters[name].is_meta]:
         raise ValueError(
@@ -219,34 +224,44 @@ def collecting(model: nn.Module, layout: Layout, take: Take) -> Iterator[None]:
         for block, slot in slots[name]:
             take(block, slot, grad, parameters[name].detach())
 
-    with collecting_from(model, {name: p for name, p in parameters.items() if name in slots}, spread):
+    with collecting_from(model, {name: p for name, p in parameters.items() if name in slots}, spread, complete):
         yield
 
 
 @contextmanager
 def collecting_from(
-    model: nn.Module, parameters: Mapping[str, nn.Parameter], take: Callable[[str, Tensor], None]
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    take: Callable[[str, Tensor], None],
+    complete: Callable[[], bool] | None = None,
 ) -> Iterator[None]:
     """While the body runs, those parameters take gradients, nothing else does, and the model is in eval mode.
 
     Every backward pass calls ``take(name, gradient)`` once for each that has one, when it is complete (a parameter used
     in several places has one); then the gradient is freed. At the end all is as it was: gradients, flags, modes.
     """
-    with evaluating(model), only_these({p: partial(take, name) for name, p in parameters.items()}, model):
+    with evaluating(model), only_these({p: partial(take, name) for name, p in parameters.items()}, model, complete):
         yield
 
 
 @contextmanager
-def only_these(takes: Mapping[nn.Parameter, Callable[[Tensor], None]], model: nn.Module) -> Iterator[None]:
+def only_these(
+    takes: Mapping[nn.Parameter, Callable[[Tensor], None]],
+    model: nn.Module,
+    complete: Callable[[], bool] | None = None,
+) -> Iterator[None]:
     """While the body runs, those parameters take gradients, and nothing else does; at the end all is as it was.
 
-    A gradient is handed over when it is complete, and then freed: one parameter's is in memory at a time.
+    A gradient is handed over when it is complete, and then freed: one parameter's is in memory at a time. With
+    ``complete`` it is summed over the backward passes until that is true.
     """
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     handles = []
 
     def hook(parameter: Tensor) -> None:
         assert parameter.grad is not None
+        if complete is not None and not complete():
+            return
         takes[parameter](parameter.grad)  # type: ignore[index]
         parameter.grad = None
 
@@ -284,7 +299,7 @@ def in_runs(part: Rows, *views: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...
     for at in range(0, len(views[0]), step):
         rows = [view[at : at + step] for view in views]
         count = len(rows[0]) * inner
-        yield at * inner, tuple(one.to(views[0].device, torch.float32).reshape(count, -1) for one in rows)
+        yield at * inner, tuple(sent(one, views[0].device).to(torch.float32).reshape(count, -1) for one in rows)
 
 
 def rows_in(part: Rows, tensor: Tensor) -> Tensor:

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from surgery.checkpoints.opening import sampled
+from surgery.devices import sent
 from surgery.files import path_of, whole_file
 from surgery.formats.shards import DTYPES, header_of, mapped
 from surgery.layout.sharding import ranks_of
 from surgery.live.heads import Reading, positions, reading
 from surgery.live.hooks import evaluating
-from surgery.live.prompts import Batch, batches_of, digest_of, each, fitting
+from surgery.live.prompts import Batch, batches_of, digest_of, each, fitting, joined, together
 
 Loss = Callable[[nn.Module, Batch], Tensor]
 Divergence = Literal["kl", "hellinger"]
@@ -53,13 +54,14 @@ class Distillation:
     def __init__(self, folder: Path, model: str, temporary: bool = False, divergence: Divergence = "kl") -> None:
         self.folder, self.model, self.divergence = folder, model, divergence
         self._files: Distillation | None = None
+        self._made_of: dict[str, list[Batch]] = {}
         if temporary:  # it lives as long as what reads from it
             weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
 
     def by(self, divergence: Divergence) -> Distillation:
         """The distance from the same predictions, measured in another way."""
         found = Distillation(self.folder, self.model, divergence=divergence)
-        found._files = self  # a temporary folder stays for as long as one of the two
+        found._files, found._made_of = self, self._made_of  # a temporary folder stays for as long as one of the two
         return found
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -72,7 +74,7 @@ class Distillation:
 
         def measure(rows: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
             both = min(target.shape[1], logits.shape[1])
-            theirs = target[rows, :both].to(logits.device)
+            theirs = sent(target[rows, :both], logits.device)
             value, slopes = far(_logarithms(theirs), _logarithms(logits[:, :both]))
             return value, nn.functional.pad(slopes, (0, logits.shape[1] - both))
 
@@ -82,11 +84,23 @@ class Distillation:
         """The earlier model's logits for a batch: ``[predicting position, token of the vocabulary]``."""
         path = self.path(batch)
         if not path.exists():
-            parts = list(fitting([batch]))
+            parts = self._made_of.get(digest_of([batch])) or list(fitting([batch]))
             if len(parts) > 1:
                 return torch.cat([self.of(part) for part in parts])
             raise LookupError("the earlier model was not asked about this batch: pass it to distillation() as well")
         return mapped(path, _checked(path, self.model), writable=False)["logits"]
+
+    def joined(self, batches: Iterable[Batch]) -> list[Batch]:
+        """The prompts of batches that the earlier model was asked about, in as few passes; the loss knows those, too.
+
+        A model reads all of its weights in every pass, however few tokens go through it.
+        """
+        found = []
+        for parts in together(batches):
+            found.append(joined(parts))
+            if len(parts) > 1:
+                self._made_of[digest_of(found[-1:])] = parts
+        return found
 
     def path(self, batch: Batch) -> Path:
         """The file that holds the earlier model's logits for a batch."""
@@ -216,12 +230,13 @@ def summed(loss: Loss, model: nn.Module, batch: Batch) -> Tensor:
 
 def mean_loss(loss: Loss, model: nn.Module, batches: Iterable[Batch]) -> float:
     """The loss of a model per token that counts, without gradients; the model is in eval mode meanwhile."""
-    total, tokens = 0.0, 0
+    total: Any = 0.0
+    tokens = 0
     with evaluating(model), torch.no_grad():
         for batch in each("the loss", fitting(batches) if isinstance(loss, Distillation) else batches):
             count = tokens_in([batch])
-            total, tokens = total + float(loss(model, batch)) * count, tokens + count
-    return ranks_of(model).same(total / tokens)
+            total, tokens = total + loss(model, batch).double() * count, tokens + count
+    return ranks_of(model).same(float(total) / tokens)
 
 
 def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
@@ -233,7 +248,7 @@ def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
     targets = targets_of(batch)
 
     def measure(rows: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
-        slopes, right = _logarithms(logits), targets[rows, None].to(logits.device)
+        slopes, right = _logarithms(logits), sent(targets[rows, None], logits.device)
         value = -slopes.gather(1, right).sum()
         return value, slopes.exp_().scatter_add_(1, right, torch.full_like(right, -1, dtype=slopes.dtype))
 
@@ -244,7 +259,7 @@ def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
 def likelihoods(model: nn.Module, batch: Batch) -> Tensor:
     """log p(token | what comes before it) of each token that counts, row by row of the batch: ``[position]``."""
     tokens, found = batch["input_ids"][:, 1:][positions(batch)], reading(model, batch)
-    parts = [_logarithms(logits).gather(1, tokens[rows, None].to(logits.device)) for rows, logits in found.chunks()]
+    parts = [_logarithms(logits).gather(1, sent(tokens[rows, None], logits.device)) for rows, logits in found.chunks()]
     return torch.cat(parts)[:, 0]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgery.compat import uncompiled
 from surgery.layout.slots import Block, Layout, Slot
 from surgery.live.hooks import listening
 
@@ -31,7 +32,7 @@ def probe(model: nn.Module, layout: Layout, block: Block, neurons: int = 4) -> l
 
     Source: ours.
     """
-    inner = block.neurons // max(block.experts, 1)
+    model, inner = uncompiled(model), block.neurons // max(block.experts, 1)
     tensors = {slot.tensor: model.get_parameter(slot.tensor) for slot in block.slots}
     problems = []
     for i in torch.linspace(0, inner - 1, neurons).round().long().unique().tolist():

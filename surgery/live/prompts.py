@@ -127,6 +127,16 @@ def batches_of(data: Iterable[Batch]) -> Iterator[Batch]:
         yield batch
 
 
+def on_cpu(batches: Iterable[Batch]) -> list[Batch]:
+    """The batches, on the CPU: what is asked about them again and again is no reason to wait for a GPU."""
+    return [
+        {name: one.cpu() if isinstance(one, Tensor) else one for name, one in batch.items()}
+        if batch["input_ids"].device.type != "cpu"
+        else batch
+        for batch in batches
+    ]
+
+
 def digest_of(batches: Iterable[Batch]) -> str:
     """What identifies batches: a hash of their tokens, masks and labels."""
     digest = hashlib.blake2b(digest_size=16)
@@ -188,6 +198,25 @@ def _rows(batch: Batch) -> Iterator[Batch]:
 def _stacked(rows: list[Batch]) -> Batch:
     pad = torch.nn.utils.rnn.pad_sequence
     return {name: pad([row[name] for row in rows], True, _FIELDS[name]) for name in rows[0]}
+
+
+def together(batches: Iterable[Batch]) -> list[list[Batch]]:
+    """Batches in groups, in their order, each of which makes at most ``TOKENS`` tokens as one batch."""
+    found: list[list[Batch]] = []
+    for batch in batches:
+        group = [*found[-1], batch] if found else []
+        rows, widths = zip(*(one["input_ids"].shape for one in group or [batch]), strict=True)
+        alike = len({frozenset(one) for one in group}) == 1
+        if alike and sum(rows) * max(widths) <= TOKENS:
+            found[-1] = group
+        else:
+            found.append([batch])
+    return found
+
+
+def joined(batches: list[Batch]) -> Batch:
+    """The prompts of some batches, which have the same fields, as one batch."""
+    return batches[0] if len(batches) == 1 else _stacked([row for one in batches for row in _rows(right_padded(one))])
 
 
 def halved(batches: Iterable[Batch], which: int) -> list[Batch]:

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from surgery.checkpoints.trajectory import CHUNK, Trajectory, check_finite, displacements
-from surgery.compat import runs_on
+from surgery.compat import runs_on, uncompiled
+from surgery.devices import fetched, sent
 from surgery.layout.finding import find_layout
 from surgery.layout.sharding import Ranks, owned, ranks_of, stored
 from surgery.layout.slots import Block, Layout
 from surgery.live.hooks import Routing, evaluating, listening, parts_of, untracked
-from surgery.live.prompts import Batch, batches_of, check_fits, each, passes, response_mask, right_padded
+from surgery.live.prompts import Batch, batches_of, check_fits, each, on_cpu, passes, response_mask, right_padded
 from surgery.masks.neurons import Neurons
 from surgery.scores.adapters import squares_of
 from surgery.scores.memory import remembering
@@ -46,10 +47,11 @@ def activation(
     Raises:
         ValueError: there is no token to average over, a prompt is longer than the model's context or holds a token that
             is not of its vocabulary, or weights are offloaded.
-        RuntimeError: a hook did not fire (a model that was compiled before does not call hooks).
+        RuntimeError: a hook did not fire.
 
     Source: the paper ("most active neurons"); the statistic is ours.
     """
+    model = uncompiled(model)
     layout = layout or find_layout(model, units=units)
     listeners = [_Listener(block) for block in layout.blocks]
     ranks = ranks_of(model)
@@ -58,8 +60,9 @@ def activation(
     if device.type == "meta":
         raise ValueError("the model's weights are on the meta device (offloaded or empty): load it before listening")
     with evaluating(model), untracked(ranks):
-        for batch in map(right_padded, each("activations", passes(batches_of(data))[0])):
+        for batch in map(right_padded, each("activations", passes(on_cpu(batches_of(data)))[0])):
             _run(model, inner, batch, listeners, device)
+    _fetch(listeners)
     _together(model, ranks, listeners)
     return _mean(layout, listeners, model)
 
@@ -69,9 +72,9 @@ class _Listener:
 
     def __init__(self, block: Block) -> None:
         self.block = block
-        self.sums = torch.zeros((), dtype=torch.float64)
+        self.sums = torch.zeros((), dtype=torch.float64)  # like the counts, where the model runs
         self.width = 0  # channels that are heard (of each expert); with tensor parallelism fewer than there are
-        self.counts = torch.zeros(max(block.experts, 1), dtype=torch.float64)
+        self.counts = torch.zeros((), dtype=torch.float64)
         self.weights = torch.zeros(0)
         self.fired = False
 
@@ -82,16 +85,24 @@ class _Listener:
         if routing is None:
             if len(rows) != len(weights):
                 raise RuntimeError(f"{self.block.name}: {len(rows)} activations for {len(weights)} tokens")
-            self.sums = self.sums + (weights @ rows.float()).double().cpu()
-            self.counts += weights.sum().double().cpu()
+            self.sums = self.sums + (weights @ rows.float()).double()
+            self.counts = self.counts + weights.sum().double().reshape(1)
             return
         # Experts come sorted or one at a time in most implementations; index_add does not care.
         per_row = weights[routing.tokens]
         sums = torch.zeros(self.block.experts, rows.shape[1], device=rows.device)
         sums.index_add_(0, routing.experts, rows.float() * per_row[:, None])
-        self.sums = self.sums + sums.flatten().double().cpu()
+        self.sums = self.sums + sums.flatten().double()
         counts = torch.zeros(self.block.experts, device=rows.device).index_add_(0, routing.experts, per_row)
-        self.counts += counts.double().cpu()
+        self.counts = self.counts + counts.double()
+
+
+def _fetch(listeners: list[_Listener]) -> None:
+    """What they heard, on the CPU."""
+    sums = fetched({one.block.name: one.sums for one in listeners})
+    counts = fetched({one.block.name: one.counts for one in listeners})
+    for one in listeners:
+        one.sums, one.counts = sums[one.block.name], counts[one.block.name].expand(max(one.block.experts, 1))
 
 
 def _together(model: nn.Module, ranks: Ranks, listeners: list[_Listener]) -> None:
@@ -121,19 +132,18 @@ def _run(model: nn.Module, inner: Any, batch: Batch, listeners: list[_Listener],
     from contextlib import ExitStack
 
     check_fits(model, batch["input_ids"])
-    ids = batch["input_ids"].to(device)
+    ids, weights = sent(batch["input_ids"], device), sent(response_mask(batch).flatten().float(), device)
     with ExitStack() as stack:
         for listener in listeners:
-            listener.fired = False
-            listener.weights = response_mask(batch).flatten().float().to(device)
+            listener.fired, listener.weights = False, weights
             stack.enter_context(listening(model, listener.block, listener))
-        inputs = {"attention_mask": batch["attention_mask"].to(device)} if "attention_mask" in batch else {}
+        inputs = {"attention_mask": sent(batch["attention_mask"], device)} if "attention_mask" in batch else {}
         inner(input_ids=ids, **inputs, use_cache=False)
     silent = [listener.block.name for listener in listeners if not listener.fired]
     if silent:
         raise RuntimeError(
-            f"{len(silent)} of {len(listeners)} blocks gave no activations, the first of them {silent[0]!r}: a model "
-            f"that was compiled and run before ignores new hooks. Pass the model that was not compiled"
+            f"{len(silent)} of {len(listeners)} blocks gave no activations, the first of them {silent[0]!r}: compiled "
+            f"functions inside the model ignore new hooks. Pass the model that was not compiled"
         )
 
 

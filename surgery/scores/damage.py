@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from surgery.checkpoints.checkpoint import Checkpoint
 from surgery.checkpoints.opening import Weights
 from surgery.checkpoints.trajectory import Trajectory, check_finite
-from surgery.layout.sharding import Ranks, ranks_of
+from surgery.devices import fetched, sent
+from surgery.layout.sharding import Ranks, local, ranks_of
 from surgery.layout.slots import Block, Slot
 from surgery.live.answers import respond
 from surgery.live.earlier import earlier_model, is_bare
 from surgery.live.hooks import as_live, collecting, in_runs, parts_of, rows_in
 from surgery.live.losses import Distillation, Divergence, Loss, check_loss, distillation, summed, tokens_in
-from surgery.live.prompts import Batch, batches_of, each, fitting, passes, vocabulary_of
+from surgery.live.prompts import Batch, batches_of, each, fitting, on_cpu, passes, vocabulary_of
 from surgery.masks.edits import Rows
 from surgery.masks.neurons import Neurons
 from surgery.reverting.rollback import Rollback, rollback
@@ -60,14 +61,15 @@ def damage(
     run.check_whole()
     batches, loss = answered(run, data, loss, anew=True)
     total, model = _total(run, units), run.load()
-    tokens, value = tokens_in(batches), 0.0
+    tokens = tokens_in(batches)
+    value: Any = 0.0  # on the model's device: it is waited for at the end
     with total.collecting(model):
         for batch in each("gradients", batches):
             one = summed(loss, model, batch)
             one.backward()
-            value += float(one.detach())
+            value = value + one.detach().double()
     found = total.mean(tokens, run, units)
-    gain, value = sum(float(sums.sum()) for sums in total.sums.values()) / tokens, ranks_of(model).same(value)
+    gain, value = sum(float(sums.sum()) for sums in total.sums.values()) / tokens, ranks_of(model).same(float(value))
     return Neurons(found, made_by={"damage": {"tokens": tokens, "sum": gain, "loss": value / tokens}})
 
 
@@ -102,7 +104,7 @@ def answered(
     check_loss(loss)
     if not isinstance(loss, str):
         return list(fitting(_batches(data)) if isinstance(loss, Distillation) else _batches(data)), loss
-    batches, far = _distilled(run, _batches(data), anew)
+    batches, far = _distilled(run, on_cpu(_batches(data)), anew)
     return batches, far.by(loss)
 
 
@@ -178,7 +180,7 @@ def reversal_cost(
     """
     run.check_whole()
     model, (live,) = run.load(), run.live(units=units)
-    batches = _counting(respond(model, _batches(data)))
+    batches = _counting(respond(model, on_cpu(_batches(data))))
     far = distillation(model, batches, divergence=loss)
     tokens = tokens_in(batches)
     with _all_back(model, run, live) as done:
@@ -236,11 +238,18 @@ class _Total:
     live: Weights
     other: Callable[[Rows], Tensor]
     own: Callable[[Rows, Tensor], Tensor] = rows_in
-    sums: dict[str, Tensor] = field(init=False)
+    sums: dict[str, Tensor] = field(init=False)  # beside the weights while gradients come
     ranks: Ranks = field(init=False)
+    _parts: dict[tuple[str, Slot], list[tuple[Rows, Tensor | None]]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.sums = {block.name: torch.zeros(block.neurons, dtype=torch.float64) for block in self.live.layout.blocks}
+        homes = {
+            block.name: local(self.live.tensors[block.slots[0].tensor]).device for block in self.live.layout.blocks
+        }
+        self.sums = {
+            block.name: torch.zeros(block.neurons, dtype=torch.float64, device=homes[block.name])
+            for block in self.live.layout.blocks
+        }
         self.ranks = self.live.ranks
 
     @contextmanager
@@ -251,7 +260,7 @@ class _Total:
         """
         with collecting(model, self.live.layout, self.add):
             yield
-        self.sums = self.ranks.sums(self.sums)
+        self.sums = self.ranks.sums(fetched(self.sums))
 
     def mean(self, tokens: int, run: Trajectory, units: Units) -> dict[str, Tensor]:
         """The sums per token; where they are NaN or infinite, a ``ValueError`` that names the cause."""
@@ -265,8 +274,18 @@ class _Total:
 
     def add(self, block: Block, slot: Slot, grad: Tensor, now: Tensor) -> None:
         """Reduce one slot of one tensor's gradient."""
-        for part in parts_of(block, slot, now, self.ranks):
+        sums = self.sums[block.name]
+        if (block.name, slot) not in self._parts:
+            self._parts[block.name, slot] = [
+                (part, None if part.offsets is None else sent(part.index, sums.device))
+                for part in parts_of(block, slot, now, self.ranks)
+            ]
+        for part, index in self._parts[block.name, slot]:
             there = self.own(part, now)
             views = rows_in(part, grad), there, self.other(part).reshape(there.shape)
             for at, (g, weight, other) in in_runs(part, *views):
-                self.sums[block.name][part.index[at : at + len(g)]] += dot(g, weight - other).cpu()
+                products, stop = dot(g, weight - other).to(sums.device), at + len(g)
+                if index is None:
+                    sums[slot.start + at : slot.start + stop] += products
+                else:
+                    sums[index[at:stop]] += products

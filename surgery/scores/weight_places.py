@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cached_property
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from surgery.checkpoints.checkpoint import State
 from surgery.checkpoints.opening import Weights
-from surgery.layout.sharding import Ranks
+from surgery.layout.sharding import Ranks, local
 from surgery.layout.slots import Block, Slot
 from surgery.live.hooks import parts_of
 from surgery.masks.edits import Rows
@@ -51,6 +52,27 @@ class Places:
     def here(self) -> int:
         """How many of them this process holds."""
         return sum(part.numbers for parts in self._parts.values() for part, _ in parts)
+
+    @property
+    def tensors(self) -> list[str]:
+        """The tensors that hold them."""
+        return list(dict.fromkeys(slot.tensor for block in self.live.layout.blocks for slot in block.slots))
+
+    @property
+    def device(self) -> torch.device:
+        """Where they lie; of several devices the first."""
+        found = [local(self.live.tensors[name]).device for name in self.tensors[:1]]
+        return found[0] if found else torch.device("cpu")
+
+    def parts(self) -> Iterator[tuple[tuple[str, Slot], Rows, int]]:
+        """All rows that are here: whose they are, and the place of the first number of each run."""
+        return ((key, part, start) for key, parts in self._parts.items() for part, start in parts)
+
+    def check_finite(self, wrong: list[str]) -> None:
+        """Raise ``ValueError`` on every process where on one of them the gradient of some tensor is not finite."""
+        if int(self.ranks.sum(torch.tensor(len(wrong)))):
+            which = repr(wrong[0]) if wrong else "a weight that another process holds"
+            raise ValueError(f"the gradient of {which} is NaN or infinite on these prompts")
 
     def of(self, block: Block, slot: Slot) -> list[tuple[Rows, int]]:
         """The rows of a slot that are here, each with the place of its first number."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,21 +68,33 @@ def best(flat: Tensor, count: int) -> Tensor:
 _SAMPLE = 1 << 18  # how many numbers it looks at, at most
 
 
-def _best_of_all(flat: Tensor, places: Places, count: int) -> Tensor:
-    """``best`` of the numbers of all processes, on each of them.
+def best_of_all(flat: Tensor, count: int, places: Places, where: Tensor | None = None) -> tuple[Tensor, float]:
+    """``best`` of the numbers of all processes, on each of them: their positions (on the CPU), and the least number.
 
     They find the threshold together, by a histogram that they add up. Then each tells which of its own exceed it.
+
+    Args:
+        flat: the numbers; count: how many of them.
+        places: whose numbers they are; where: the place of each, ascending (default: ``flat`` has all of them).
     """
+
+    def positions(at: Tensor) -> Tensor:
+        return places.positions((at if where is None else where[at]).cpu())
+
+    if not places.shared:
+        found = best(flat, count)
+        return positions(found), float(flat[found[-1]]) if len(found) else 0.0
     bits, _, equal = _threshold(flat, min(count, places.total), places.ranks)
-    found = _above(flat, bits, count)
-    assert found is not None
+    above = _above(flat, bits, count)
+    assert above is not None
     ties = [(some == bits).nonzero().flatten() + start for start, _, some in _chunks(flat)] if equal else []
-    which = places.positions(torch.cat([torch.zeros(0, dtype=torch.int64), *ties])).sort().values[:equal]
+    which = positions(torch.cat([torch.zeros(0, dtype=torch.int64, device=flat.device), *ties])).sort().values[:equal]
     same = places.ranks.gathered(which).sort().values[:equal]
-    above, values = places.ranks.gathered(places.positions(found[0])), places.ranks.gathered(found[1])
-    order = above.argsort()
+    higher, values = places.ranks.gathered(positions(above[0])), places.ranks.gathered(above[1].cpu())
+    order = higher.argsort()
     order = order[values[order].sort(descending=True, stable=True).indices]
-    return torch.cat([above[order], same])
+    least = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    return torch.cat([higher[order], same]), float(least)
 
 
 def _guess(flat: Tensor, count: int) -> int:
@@ -99,7 +112,8 @@ def _above(flat: Tensor, threshold: int, room: int, equal: int = 0) -> tuple[Ten
     With them come the first ``equal`` of those that equal it. The room is taken once: small results between large
     temporary ones would leave holes in memory.
     """
-    found, held, have = torch.empty(min(room, len(flat)), dtype=torch.int64), torch.empty(min(room, len(flat))), 0
+    size, have = min(room, len(flat)), 0
+    found, held = torch.empty(size, dtype=torch.int64, device=flat.device), torch.empty(size, device=flat.device)
     for start, chunk, bits in _chunks(flat):
         taken = bits > threshold
         if equal:
@@ -132,8 +146,9 @@ def entries_of(chosen: Tensor, shapes: dict[str, tuple[int, int]]) -> Entries:
 
 def _chunks(flat: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Runs of the numbers, and their bits as integers: positive floats are ordered as those, all others are ≤ 0."""
-    for start in range(0, len(flat), CHUNK):
-        chunk = flat[start : start + CHUNK]
+    step = CHUNK if flat.device.type == "cpu" else max(1, len(flat))
+    for start in range(0, len(flat), step):
+        chunk = flat[start : start + step]
         yield start, chunk, chunk.view(torch.int32)
 
 
@@ -142,7 +157,7 @@ def _histogram(flat: Tensor, prefix: int | None) -> Tensor:
 
     From the highest value to the lowest: ``[65536]``, float64.
     """
-    found = torch.zeros(1 << 16, dtype=torch.float64)
+    found = torch.zeros(1 << 16, dtype=torch.float64, device=flat.device)
     for _, _, bits in _chunks(flat):
         held = bits[bits > 0 if prefix is None else (bits > 0) & (bits >> 16 == prefix)]
         found += torch.bincount(held >> 16 if prefix is None else held & 0xFFFF, minlength=1 << 16)
@@ -188,11 +203,7 @@ class Gains:
 
     def best(self, count: int) -> Tensor:
         """Which weights have the ``count`` highest positive gains (see ``surgery.scores.weights.best``)."""
-        return best(self.flat, count) if self.places is None else _best_of_all(self.flat, self.places, count)
-
-    def drop(self, weights: Tensor) -> None:
-        """Set the gains of some weights to zero."""
-        self.flat[weights if self.places is None else self.places.places(weights)] = 0
+        return best(self.flat, count) if self.places is None else best_of_all(self.flat, count, self.places)[0]
 
     def entries(self, chosen: Tensor) -> Entries:
         """Indices into ``flat`` as a mask."""
@@ -232,43 +243,16 @@ def entry_gains(
                 at = start + before * g.shape[1]
                 flat[at : at + g.numel()] += g.flatten().cpu()
 
-    tokens, value = tokens_in(batches), 0.0
+    tokens = tokens_in(batches)
+    value: Any = 0.0
     with collecting(model, live.layout, add):
         for batch in each("gradients", batches):
             one = summed(loss, model, batch)
             one.backward()
-            value += float(one.detach())
+            value = value + one.detach().double()
     _times_change(flat, places, unrounded(run, live, units), earlier, tokens)
-    value = places.ranks.same(value / tokens)
+    value = places.ranks.same(float(value) / tokens)
     return Gains(flat, places.shapes, model, loss, batches, tokens, value, places if places.shared else None)
-
-
-def lower_gains(
-    run: Trajectory, lots: Iterable[Iterable[Batch]], *, loss: Loss | Divergence = "hellinger", units: Units = "mlp"
-) -> Gains:
-    """The lowest of each weight's gains on several lots of prompts, and the mean of their losses.
-
-    The weights with the highest gains on some prompts owe that in part to those prompts. The lowest of two independent
-    gains is high only where both are.
-
-    Args:
-        run, loss, units: as for ``entry_gains``.
-        lots: batches of the damaged domain, lot by lot.
-
-    Source: ours.
-    """
-    found: Gains | None = None
-    for lot in lots:
-        one = entry_gains(run, lot, loss=loss, units=units)
-        if found is None:
-            found = one
-            continue
-        torch.minimum(found.flat, one.flat, out=found.flat)
-        tokens = found.tokens + one.tokens
-        value = (found.value * found.tokens + one.value * one.tokens) / tokens
-        found = replace(found, batches=found.batches + one.batches, tokens=tokens, value=value)
-    assert found is not None
-    return found
 
 
 def _times_change(flat: Tensor, places: Places, later: Weights, earlier: Weights, tokens: int) -> None:
@@ -282,9 +266,7 @@ def _times_change(flat: Tensor, places: Places, later: Weights, earlier: Weights
             gains *= ((now - then) / tokens).flatten().cpu()
             if not bool(gains.sum().isfinite()) and not bool(gains.isfinite().all()):
                 wrong.append(slot.tensor)
-    if places.ranks.sum(torch.tensor(len(wrong))):
-        which = repr(wrong[0]) if wrong else "a weight that another process holds"
-        raise ValueError(f"the gradient of {which} is NaN or infinite on these prompts")
+    places.check_finite(wrong)
 
 
 _Shapes = dict[str, tuple[int, int]]

@@ -12,15 +12,16 @@ from torch import Tensor
 
 from surgery.checkpoints.trajectory import Trajectory
 from surgery.layout.slots import Layout
-from surgery.live.losses import Divergence, Loss, mean_loss, tokens_in
+from surgery.live.losses import Distillation, Divergence, Loss, mean_loss, tokens_in
 from surgery.live.prompts import Batch, batches_of, dealt
 from surgery.masks.budget import Allocation
 from surgery.masks.entries import Entries, shapes_of
 from surgery.progress import steps
 from surgery.reverting.rollback import Rollback, rollback
 from surgery.scores.damage import answered, earlier_answers
+from surgery.scores.lots import best_of_lots
 from surgery.scores.memory import remember
-from surgery.scores.weights import CHUNK, best, chosen, entries_of, entry_magnitude, lower_gains, zeros_on_disk
+from surgery.scores.weights import CHUNK, best, chosen, entries_of, entry_magnitude, zeros_on_disk
 from surgery.selectors.settings import Data
 from surgery.units import Units
 
@@ -94,7 +95,7 @@ def by_damage(
         loss: "hellinger", "kl" or your own loss (see ``damage``), ≥ 0; 0 means that nothing is lost.
 
     Raises:
-        ValueError: ``rounds`` is less than 1, no data, and as ``damage``. OSError: no room for the files of gains.
+        ValueError: ``rounds`` is less than 1, no data, and as ``damage``.
 
     Source: ours, from Proposition 1.
     """
@@ -106,7 +107,7 @@ def by_damage(
     curve = path.to(allowed, stop)
     count = min(allowed, len(path.taken))
     rounds_done = bisect_left(path.ends, curve[-1][0]) + 1 if curve[-1][0] else 0
-    told: dict[str, Any] = {"tokens": tokens_in(path.prompts), "allowed": allowed, "rounds": rounds_done}
+    told: dict[str, Any] = {"tokens": path.tokens, "allowed": allowed, "rounds": rounds_done}
     if count < allowed and path.ended:
         told["positive"] = count
     if stop:
@@ -154,18 +155,16 @@ class _Path:
     shapes: dict[str, tuple[int, int]]
     lots: list[list[Batch]]  # of which each round draws two
     held: list[Batch]  # what measures
+    tokens: int  # that count, of all these
     taken: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     ends: list[int] = field(default_factory=list)  # how many weights are taken at the end of each round
     ended: bool = False  # there is nothing left to take
+    reach: float | None = None  # which fraction of the weights a round looks at
     losses: dict[int, float] = field(default_factory=dict)  # how many of them are reverted → the loss on ``held``
 
     @property
     def total(self) -> int:
         return sum(neurons * width for neurons, width in self.shapes.values())
-
-    @property
-    def prompts(self) -> list[Batch]:
-        return list({id(batch): batch for batch in [*(b for lot in self.lots for b in lot), *self.held]}.values())
 
     def to(self, allowed: int, stop: bool) -> list[Point]:
         """Go on until so many weights are taken, or (with ``stop``) the loss has stopped falling; the curve till there.
@@ -198,14 +197,16 @@ class _Path:
         at = len(self.ends)
         wanted = max(1, self._end(at + 1) - len(self.taken))
         with self._reverted(len(self.taken)):
-            gains = lower_gains(self.run, self._drawn(at), loss=self.loss, units=self.units)
-        gains.drop(self.taken)  # where the earlier model is stored wider, what is left is rounding
-        best = gains.best(wanted)
-        self.ended = len(best) < wanted
-        if len(best):
-            self.taken = torch.cat([self.taken, best])
+            found = best_of_lots(
+                self.run, self._drawn(at), wanted, loss=self.loss, units=self.units, reach=self.reach,
+                without=self.taken,  # where the earlier model is stored wider, what is left of them is rounding
+            )  # fmt: skip
+        self.reach, taken = found.reach, len(found.chosen)
+        self.ended = taken < wanted
+        if taken:
+            self.taken = torch.cat([self.taken, found.chosen])
             self.ends.append(len(self.taken))
-        return bool(len(best))
+        return bool(taken)
 
     def _drawn(self, at: int) -> list[list[Batch]]:
         """The two lots of a round: all are drawn before one is drawn again, each time in another order."""
@@ -238,5 +239,8 @@ def _path(run: Trajectory, data: Data, *, loss: Loss | Divergence, rounds: int, 
     choosing = [batch for at, batch in enumerate(batches) if at % 4] if apart else batches
     each = max(1, min(len(choosing) // 2, _LOT // len(choosing[0]["input_ids"])))  # batches in a lot
     lots = [choosing[at : at + each] for at in range(0, len(choosing) - each + 1, each)]
+    tokens = tokens_in({id(batch): batch for batch in [*(b for lot in lots for b in lot), *held]}.values())
+    if isinstance(far, Distillation):
+        lots, held = [far.joined(lot) for lot in lots], far.joined(held)
     (live,) = run.live(units=units)
-    return _Path(run, units, far, rounds, live.layout, shapes_of(live.layout), lots, held)
+    return _Path(run, units, far, rounds, live.layout, shapes_of(live.layout), lots, held, tokens)

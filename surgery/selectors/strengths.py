@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from surgery.checkpoints.trajectory import Trajectory
+from surgery.devices import fetched
 from surgery.layout.sharding import check_one_process
 from surgery.layout.slots import Block, Slot
 from surgery.live.hooks import collecting
@@ -111,13 +114,14 @@ class _Along:
         self.model, self.run, self.mask, self.batches, self.loss = model, run, mask, batches, loss
         self.live, earlier = run.live("earlier", units=checked(mask).units)
         self.sizes = self.live.layout.sizes
-        self.steps: dict[tuple[str, Slot], list[tuple[Edit, Tensor]]] = {}
+        self.steps: dict[tuple[str, Slot], list[tuple[Edit, Tensor, Tensor]]] = {}
         flags = {name: torch.zeros(size, dtype=torch.bool) for name, size in self.sizes.items()}
         for edit in mask.edits(self.live.layout, "the model"):
             flags[edit.block.name][edit.neurons] = True
             now = edit.take(self.live.tensors[edit.slot.tensor]).detach()
             step = now.float() - edit.read(earlier).to(now.device, torch.float32)
-            self.steps.setdefault((edit.block.name, edit.slot), []).append((edit, step))
+            there = replace(edit, index=edit.index.to(now.device))
+            self.steps.setdefault((edit.block.name, edit.slot), []).append((there, there.neurons, step))
         self.tokens = tokens_in(batches)
         self.touched = torch.cat(list(flags.values()))
         if not bool(self.touched.any()):
@@ -128,13 +132,15 @@ class _Along:
 
     def at(self, s: Tensor) -> tuple[float, Tensor]:
         """The loss per token, and its slope: float64 ``[neuron]``."""
-        value, found = 0.0, torch.zeros(len(s), dtype=torch.float64)
-        slopes = self.split(found)  # views
+        value: Any = 0.0
+        slopes: dict[str, Tensor] = {}  # beside the weights
 
         def take(block: Block, slot: Slot, grad: Tensor, _: Tensor) -> None:
-            for edit, step in self.steps.get((block.name, slot), ()):
+            for edit, neurons, step in self.steps.get((block.name, slot), ()):
                 products = (edit.take(grad).float() * step).reshape(len(step), -1).sum(1)
-                slopes[block.name].index_add_(0, edit.neurons, -products.double().cpu() / self.tokens)
+                if block.name not in slopes:
+                    slopes[block.name] = torch.zeros(block.neurons, dtype=torch.float64, device=step.device)
+                slopes[block.name].index_add_(0, neurons, -products.double() / self.tokens)
 
         how_far, earlier = Neurons(self.split(s.float())), self.run.tensors("earlier")
         with (
@@ -144,7 +150,9 @@ class _Along:
             for batch in each("gradients", self.batches):
                 one = summed(self.loss, self.model, batch)
                 one.backward()
-                value += float(one.detach())
+                value = value + one.detach().double()
+        untouched = {name: torch.zeros(size, dtype=torch.float64) for name, size in self.sizes.items()}
+        found, value = torch.cat(list((untouched | fetched(slopes)).values())), float(value)
         if not bool(found.isfinite().all()) or not math.isfinite(value):
             raise ValueError("the loss or its gradient is NaN or infinite on these prompts")
         return value / self.tokens, found

@@ -16,7 +16,7 @@ from surgery.checkpoints.checkpoint import Checkpoint
 from surgery.checkpoints.configuration import differences
 from surgery.checkpoints.opening import open_weights
 from surgery.checkpoints.trajectory import Trajectory
-from surgery.compat import can_set_experts_implementation
+from surgery.compat import can_set_experts_implementation, uncompiled
 from surgery.layout.sharding import check_one_process
 from surgery.layout.slots import Layout
 from surgery.live.answers import respond
@@ -205,7 +205,7 @@ def _points(run: Trajectory) -> tuple[nn.Module, Vector, Vector]:
     if isinstance(earlier, Mapping) and not isinstance(earlier, Checkpoint):
         raise ValueError("the loss is taken on the earlier model: pass earlier as a folder, a hub id or an nn.Module")
     model = (
-        earlier
+        uncompiled(earlier)
         if isinstance(earlier, nn.Module)
         else Trajectory(later=run.tensors("earlier")).load(dtype=torch.float32)
     )

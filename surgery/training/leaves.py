@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.checkpoints.opening import open_weights
+from surgery.compat import uncompiled
 from surgery.files import uninterrupted
 from surgery.formats.patches import bits
 from surgery.layout.plain import check_stored
@@ -187,7 +188,7 @@ def _masked(model: nn.Module, mask: Mask, layout: Layout | None) -> list[tuple[n
     if not edits:
         raise ValueError("the mask selects nothing, so there is nothing to train")
     check_writable(live, edits)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = dict(uncompiled(model).named_parameters(remove_duplicate=False))
     if frozen := [e.slot.tensor for e in edits if not parameters[e.slot.tensor].requires_grad]:
         raise ValueError(
             f"{frozen[0]} is frozen (requires_grad is False), and the mask has units in it: "

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.checkpoints.opening import open_weights
+from surgery.compat import uncompiled
 from surgery.formats.folders import MOMENTS
 from surgery.layout.slots import Layout
 from surgery.masks.edits import Edit
@@ -34,7 +35,7 @@ def moments_of(
     if edits is None:
         edits = mask.edits(open_weights(model, layout, units=mask.units).layout, "the model")
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    named, found = dict(model.named_parameters(remove_duplicate=False)), []
+    named, found = dict(uncompiled(model).named_parameters(remove_duplicate=False)), []
     whose = f"the optimiser {type(getattr(optimizer, 'optimizer', optimizer)).__name__}"
     for edit in edits:
         tensor = edit.slot.tensor

@@ -1,0 +1,286 @@
+"""The best weights by the lowest of their gains on several lots, without a number kept per weight; and what waits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+from families import build, config, fewer
+from mutants import dies
+from simulated import Waits, gpu
+from test_attribution import pair
+from test_scores import batches
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from surgery import Neurons, Trajectory, activation, damage, strengths
+from surgery.layout import find_layout
+from surgery.live import distillation, prompts, respond
+from surgery.live.losses import Loss, cross_entropy, mean_loss, tokens_in
+from surgery.live.prompts import Batch, padded
+from surgery.scores import entry_gains, lots
+from surgery.scores.lots import Best, best_of_lots
+from surgery.scores.weights import best
+
+attribution = import_module("surgery.scores.damage")
+UNITS = ("mlp", "kv_group")
+SOME = fewer(("llama", "phi3", "gpt2", "qwen3_moe"), ("llama", "phi3", "gpt2", "qwen3_moe", "gpt_oss", "mixtral"))
+NONE = torch.zeros(0, dtype=torch.int64)
+TWO = [batches(labels=True)[:1], batches(labels=True)[1:]]
+
+
+def from_files(run: Trajectory, some: list[list[Batch]], count: int, without: Tensor, loss: Any) -> Tensor:
+    """The same from every weight's gain on every lot."""
+    lowest = torch.stack([entry_gains(run, lot, loss=loss, units=UNITS).flat for lot in some]).amin(0)
+    lowest[without] = 0
+    return best(lowest, count)
+
+
+def searched(run: Trajectory, some: list[list[Batch]], count: int, without: Tensor = NONE, **how: Any) -> Best:
+    return best_of_lots(run, some, count, units=UNITS, without=without, **{"loss": cross_entropy, **how})
+
+
+def tied(family: str) -> tuple[Trajectory, Callable[[nn.Module, Batch], Tensor]]:
+    """Two models a few coarse steps apart, and a loss with a gradient of 1 or -1: a few gains, each very often."""
+    earlier, later, draw = build(family), build(family), torch.Generator().manual_seed(1)
+    signs = {}
+    with torch.no_grad():
+        for (name, one), other in zip(later.named_parameters(), earlier.parameters(), strict=True):
+            one.copy_(torch.randint(-2, 3, one.shape, generator=draw) / 4)
+            other.zero_()
+            signs[name] = torch.randint(0, 2, one.shape, generator=draw) * 2.0 - 1
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        found: Tensor = sum((p * signs[name]).sum() for name, p in model.named_parameters())  # type: ignore[assignment]
+        return found
+
+    return Trajectory(earlier=earlier, later=later), loss
+
+
+@pytest.fixture(params=["waited for", "not waited for"])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way of the CPU, and that of a GPU on the CPU."""
+    monkeypatch.setattr(lots, "is_waited_for", lambda _: request.param == "waited for")
+
+
+MIXED = [[*TWO[0], *TWO[1]], TWO[1], [*TWO[1], *TWO[0]]]  # several passes a lot, and a third lot
+
+
+def law_exact(family: str, dtype: torch.dtype = torch.float32, kinds: Any = (TWO, MIXED, TWO[:1])) -> None:
+    earlier, later = pair(family, dtype)
+    run = Trajectory(earlier=earlier, later=later)
+    for some in kinds if dtype == torch.float32 else (TWO,):  # sums over passes are the weights' dtype's
+        without = from_files(run, some, 20, NONE, cross_entropy)[::2]
+        for count in (1, 300, 10**6):
+            wanted = from_files(run, some, count, without, cross_entropy)
+            assert searched(run, some, count, without).chosen.equal(wanted)
+            assert searched(run, some, count, without, reach=1e-9).chosen.equal(wanted)
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize(("family", "dtype"), [*((f, torch.float32) for f in SOME), ("llama", torch.bfloat16)], ids=str)
+def test_they_are_those_of_all_gains(family, dtype):
+    law_exact(family, dtype)
+
+
+def law_small() -> None:
+    """Rooms that are too small, bars that are too high: measured again, and the same in the end."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, size in (("SMALL", 5), ("LEAST", 1e-9), ("SAMPLES", 300), ("ROOM", 0.5)):
+            patch.setattr(lots, name, size)
+        law_exact("llama", kinds=(TWO,))
+
+
+@pytest.mark.usefixtures("device")
+def test_too_small_a_room_and_too_high_a_bar_cost_passes_and_change_nothing():
+    law_small()
+
+
+def law_ties() -> None:
+    for family in ("gpt2", "qwen3_moe"):
+        run, loss = tied(family)
+        for count in (1, 200, 5000):
+            wanted = from_files(run, TWO, count, NONE, loss)
+            assert len(wanted) == count
+            for reach in (None, 1e-3, 1.0):
+                assert searched(run, TWO, count, loss=loss, reach=reach).chosen.equal(wanted)
+
+
+@pytest.mark.usefixtures("device")
+def test_of_equal_gains_the_first_are_taken():
+    law_ties()
+
+
+@pytest.mark.usefixtures("device")
+def test_what_is_not_finite_is_refused():
+    earlier, later = build("llama", seed=1), build("llama", seed=2)
+
+    def loss(model: Any, batch: Batch) -> Tensor:
+        found: Tensor = cross_entropy(model, batch)
+        return found + (model.model.layers[0].mlp.up_proj.weight * torch.tensor([float("inf"), *[0.0] * 31])).sum()
+
+    with pytest.raises(ValueError, match=r"gradient of 'model.layers.0.mlp.up_proj.weight' is NaN or infinite"):
+        searched(Trajectory(earlier=earlier, later=later), TWO, 5, loss=loss)
+
+
+def test_the_next_search_looks_at_a_few_more_weights_than_this_one_needed():
+    run, (one, other) = Trajectory(None, *pair("llama")), TWO
+    found = searched(run, [one, other], 50)
+    first, second = (entry_gains(run, lot, loss=cross_entropy, units=UNITS).flat for lot in (one, other))
+    needed = int((first >= torch.minimum(first, second)[found.chosen].min()).sum())
+    assert needed >= 50
+    assert found.reach == pytest.approx(lots.SPARE * needed / len(first))
+    assert searched(run, [one, other], 50, reach=found.reach).chosen.equal(found.chosen)
+
+
+# Prompts that go through a model together.
+
+
+@pytest.mark.parametrize("divergence", ["kl", "hellinger"])
+def test_prompts_that_go_through_together_lose_what_they_lose_apart(divergence):
+    earlier, later = pair("llama")
+    data = [*batches(labels=True), padded([([3] * 30, [4])], 0)]
+    far = distillation(earlier, data, divergence=divergence)
+    made = far.joined(data)
+    assert len(made) == 1
+    assert tokens_in(made) == tokens_in(data)
+    assert mean_loss(far, later, made) == pytest.approx(mean_loss(far, later, data), rel=1e-5)
+    assert mean_loss(far.by("kl"), later, made) == pytest.approx(mean_loss(far.by("kl"), later, data), rel=1e-5)
+
+
+def test_as_many_go_together_as_fit(monkeypatch):
+    monkeypatch.setattr(prompts, "TOKENS", 20)
+    some = [padded([([5] * size, [6])] * rows, 0) for size, rows in ((3, 2), (4, 1), (9, 1), (9, 1), (29, 1))]
+    groups = prompts.together(some)
+    assert [len(group) for group in groups] == [2, 2, 1]
+    assert [batch for group in groups for batch in group] == some
+    bare = {name: value for name, value in some[0].items() if name != "labels"}
+    assert [len(group) for group in prompts.together([some[0], bare, bare])] == [1, 2]
+
+
+# What waits for a GPU.
+
+
+def deep(layers: int) -> nn.Module:
+    made = config("llama")
+    made.num_hidden_layers = layers
+    return AutoModelForCausalLM.from_config(made).eval()  # type: ignore[no-any-return]
+
+
+def waits(
+    work: Callable[[Trajectory, list[Batch], Loss], object], layers: int, count: int, home: str = "cuda"
+) -> Waits:
+    """Where the CPU waits for a simulated GPU while it works on a model of some layers and some batches."""
+    with gpu() as found:
+        earlier, later = deep(layers).to(home), deep(layers).to("cuda")
+        data = [padded([([5, 6, 7 + at], [8, 9, 2])], 0) for at in range(count)]
+        far = distillation(earlier, data)
+        run = Trajectory(earlier=earlier, later=later)
+        run.load()
+        found.clear()
+        work(run, data, far)
+        return Waits(found)
+
+
+WORK: dict[str, Callable[[Trajectory, list[Batch], Loss], object]] = {
+    "A": lambda run, data, far: activation(run.load(), data),
+    "D": lambda run, data, far: damage(run, data, loss=far),
+    "D of single weights": lambda run, data, far: searched(run, [data[::2], data[1::2]], 20, loss=far),
+    "the loss": lambda run, data, far: mean_loss(far, run.load(), data),
+}
+
+
+@pytest.mark.parametrize("home", ["cuda", "cpu"])
+@pytest.mark.parametrize("name", WORK)
+def test_nothing_is_waited_for_by_batch_or_by_tensor(name, home, monkeypatch):
+    """Also where the earlier model's weights have to be sent."""
+    monkeypatch.setattr(prompts, "TOKENS", 6)  # each prompt goes through alone
+    few, batches, layers = (waits(WORK[name], *sizes, home) for sizes in ((1, 2), (1, 4), (2, 2)))
+    assert few
+    assert len(few) == len(batches) == len(layers), "\n".join(layers)
+    assert len(few) <= 16
+
+
+def half_back(run: Trajectory) -> Neurons:
+    sizes = find_layout(run.load()).sizes
+    return Neurons({name: torch.arange(size) % 2 == 0 for name, size in sizes.items()})
+
+
+BY_PASS: dict[str, Callable[[Trajectory, list[Batch], Loss], object]] = {
+    "strengths": lambda run, data, far: strengths(run, data, half_back(run), passes=2, loss=far),
+    "respond": lambda run, data, far: respond(
+        run.load(), [{"input_ids": batch["input_ids"]} for batch in data], max_new_tokens=2
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BY_PASS)
+def test_nothing_is_waited_for_by_batch_where_a_model_is_rolled_back_or_answers(name, monkeypatch):
+    monkeypatch.setattr(prompts, "TOKENS", 6)
+    few, many = (waits(BY_PASS[name], 1, count) for count in (2, 4))
+    assert len(few) == len(many), "\n".join(many)
+
+
+# Mutants.
+
+
+def any_bar_will_do(patch: pytest.MonkeyPatch) -> None:
+    def mutant(self: Any, *given: Any, original: Any = lots._Few.best) -> Any:
+        self.bar = 0.0
+        return original(self, *given)
+
+    patch.setattr(lots._Few, "best", mutant)
+
+
+def as_in_memory(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(lots._Order, "places", lambda self, at: at)
+
+
+def first_lot_alone(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(lots._Few, "lower", lambda *_: None)
+
+
+def taken_again(patch: pytest.MonkeyPatch) -> None:
+    def mutant(self: Any, count: int, without: Tensor, original: Any = lots._Few.best) -> Any:
+        return original(self, count, without[:0])
+
+    patch.setattr(lots._Few, "best", mutant)
+
+
+def last_pass_alone(patch: pytest.MonkeyPatch) -> None:
+    def mutant(model: Any, layout: Any, take: Any, complete: Any = None, original: Any = lots.collecting) -> Any:
+        return original(model, layout, take if complete is None else lambda *a: take(*a) if complete() else None)
+
+    patch.setattr(lots, "collecting", mutant)
+
+
+def by_way_of_the_cpu(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(attribution, "dot", lambda a, b, dot=attribution.dot: dot(a, b).cpu().to("cuda"))
+
+
+def law_pairs() -> None:
+    law_exact("llama", kinds=(TWO,))
+
+
+def law_mixed() -> None:
+    law_exact("llama", kinds=(MIXED,))
+
+
+def law_waits() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        test_nothing_is_waited_for_by_batch_or_by_tensor("D", "cuda", patch)
+
+
+@pytest.mark.parametrize(
+    ("mutant", "law"),
+    [
+        (any_bar_will_do, law_pairs), (as_in_memory, law_pairs), (first_lot_alone, law_pairs),
+        (taken_again, law_pairs), (last_pass_alone, law_mixed), (by_way_of_the_cpu, law_waits),
+    ],
+    ids=lambda one: one.__name__,
+)  # fmt: skip
+def test_mutants_die(mutant, law):
+    dies(mutant, law)

@@ -285,6 +285,10 @@ def test_zeros_have_no_relative_change():
     assert (power.unchanged, power.near_relative, sum(power.relative.counts)) == (3, 3, 3)
     tiny = changes(run_of([{"a": torch.zeros(3)}, {"a": torch.full((3,), 1e-30)}])).cumulative[0].whole
     assert (tiny.unchanged, tiny.from_zero, sum(tiny.absolute.counts)) == (0, 3, 3)  # though its square is 0
+    for old in (1e-18, 1.1e-18, 1e-45):  # the last ratio is infinite as a float32, and lies in the last octave
+        far = changes(run_of([{"a": torch.tensor([old])}, {"a": torch.tensor([1e19])}])).cumulative[0].whole.relative
+        assert far.counts == (1,)
+        assert far.edges[0] <= min(1e19 / old, 1e38) < far.edges[1]
     nothing = changes(run_of([{"a": torch.zeros(3)}, {"a": torch.zeros(3)}])).cumulative[0].whole
     assert nothing.relative_norm is None
     assert (nothing.near_absolute, nothing.near_relative, nothing.unchanged) == (3, 3, 3)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from families import build, downstream
 
 from surgery import RandomSelector, Trajectory, sweep
+from surgery.checkpoints import opening
 from surgery.checkpoints.opening import known, open_weights, sampled
 
 
@@ -60,3 +64,20 @@ def test_a_sweep_of_live_models_does_not_go_on_with_others(tmp_path) -> None:
     assert sweep(Trajectory(earlier=earlier, later=later), None, **arguments) == first
     with pytest.raises(ValueError, match="other checkpoints"):
         sweep(Trajectory(earlier=other, later=later), None, **arguments)
+
+
+def test_a_file_is_hashed_once_for_as_long_as_it_stays_as_it_is(tmp_path, monkeypatch) -> None:
+    build("qwen3").save_pretrained(tmp_path)
+    opened: list[str] = []
+
+    def counting(path: Path, mode: str) -> Any:
+        opened.append(path.name)
+        return path.open(mode)
+
+    monkeypatch.setattr(opening, "open", counting, raising=False)
+    first = known(open_weights(tmp_path))["sha256"]
+    assert opened == ["model.safetensors"]
+    assert (known(open_weights(tmp_path))["sha256"], len(opened)) == (first, 1)
+    build("qwen3", seed=7).save_pretrained(tmp_path)
+    assert known(open_weights(tmp_path))["sha256"] != first
+    assert len(opened) == 2

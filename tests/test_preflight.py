@@ -243,3 +243,15 @@ def test_nothing_is_written(place: Path) -> None:
     before = hashes(place)
     preflight(run(place), place / "math.jsonl")
     assert hashes(place) == before
+
+
+def test_tokenizers_of_the_same_files_are_not_read_to_be_compared(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading a large vocabulary takes longer than all other checks together."""
+    read: list[str] = []
+    original = room.opened_tokenizer
+    monkeypatch.setattr(room, "opened_tokenizer", lambda one: read.append(one.name) or original(one))
+    told = {one.what: one for one in preflight(run(place))}
+    assert (told["tokens"].verdict, read) == ("ok", ["later"])
+    with_another_token(place / "earlier")
+    told = {one.what: one for one in preflight(run(place))}
+    assert (told["tokens"].verdict, read) == ("warning", ["later", "later", "earlier"])

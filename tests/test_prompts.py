@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from families import build
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -142,6 +143,21 @@ def test_the_folder_of_a_tokenizer(tmp_path):
     path = lines(tmp_path / "p", {"prompt": "ab"})
     for where in (tmp_path / "tokenizer", str(tmp_path / "tokenizer")):
         assert torch.equal(load_prompts(path, where)[0]["input_ids"], load_prompts(path, TOKENIZER)[0]["input_ids"])
+
+
+def test_a_tokenizer_is_read_once_for_as_long_as_its_files_stay_as_they_are(tmp_path, monkeypatch):
+    TOKENIZER.save_pretrained(tmp_path / "tokenizer")
+    path, read_from = lines(tmp_path / "p", {"prompt": "ab"}), []
+    original = transformers.AutoTokenizer.from_pretrained
+    monkeypatch.setattr(
+        transformers.AutoTokenizer, "from_pretrained", lambda *a, **how: read_from.append(a) or original(*a, **how)
+    )
+    first, again = (load_prompts(path, tmp_path / "tokenizer")[0]["input_ids"] for _ in range(2))
+    assert torch.equal(first, again)
+    assert len(read_from) == 1
+    tokenizer(model_max_length=41).save_pretrained(tmp_path / "tokenizer")
+    load_prompts(path, tmp_path / "tokenizer")
+    assert len(read_from) == 2
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gpt2"])

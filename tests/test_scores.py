@@ -375,6 +375,50 @@ def test_a_rows_sum_does_not_depend_on_its_neighbours(width):
         assert torch.cat(parts).equal(whole)
 
 
+@pytest.mark.parametrize("columns", [False, True])
+@pytest.mark.parametrize("width", [1, 7, 64, 333])
+def test_a_displacements_product_does_not_depend_on_its_neighbours(width, columns):
+    """Rows and columns of memory, each in any company; close to the exact sum."""
+    a, b = torch.randn(2, 37, width, generator=torch.Generator().manual_seed(0))
+
+    def held(one: torch.Tensor) -> torch.Tensor:
+        return torch.empty(one.T.shape).copy_(one.T).T if columns else one.clone()
+
+    for x, y in ((a, b), (a, a)):
+        x, y = held(x), (held(y) if y is not x else None)
+        y = x if y is None else y
+        whole = scores.products(x, y)
+        torch.testing.assert_close(whole, (x.double() * y.double()).sum(1), rtol=1e-5, atol=1e-5)
+        for step in (1, 3, 16):
+            some = [(x[i : i + step], y[i : i + step]) for i in range(0, 37, step)]
+            some = [(held(one), held(other)) if x is not y else (held(one),) * 2 for one, other in some]
+            assert torch.cat([scores.products(*pair) for pair in some]).equal(whole)
+
+
+@pytest.mark.parametrize("family", downstream())
+def test_displacements_are_all_differences_once(family, monkeypatch):
+    """Whole or not, in chunks of any size: each number of each neuron once, and none is lost between runs."""
+    models = trio(family)
+    run = Trajectory(**models)
+    base, earlier, later = run.weights("base", "earlier", "later")
+    for whole, chunk in ((True, deltas.CHUNK), (True, 700), (False, deltas.CHUNK), (False, 700)):
+        monkeypatch.setattr(deltas, "pieces", partial(pieces, chunk=chunk))
+        monkeypatch.setattr(deltas, "_span", lambda _: 5)
+        found: dict[tuple[str, str], dict[int, list[torch.Tensor]]] = {}
+        for name, part, start, stop, steps in deltas.displacements(run, "base", "earlier", "later", whole=whole):
+            rows = torch.stack([step.clone() for step in steps], 1)
+            assert len(rows) == stop - start
+            found.setdefault((name, part), {}).setdefault(start, []).append(rows)
+        for (name, part), held in found.items():
+            every = torch.arange(later.layout[name].neurons)
+            first, second, third = (
+                one.layout[name].rows(one.tensors, part, every).detach().float().reshape(len(every), -1)
+                for one in (base, earlier, later)
+            )
+            got = torch.cat([torch.cat(held[start], 2) for start in sorted(held)])
+            assert torch.equal(got, torch.stack([second - first, third - second], 1))
+
+
 def test_what_can_not_be_compared_is_refused():
     """C without a base, NaN in a checkpoint, checkpoints of different models, a missing checkpoint."""
     models = trio("llama", torch.float32)

@@ -538,7 +538,7 @@ def test_any_run_of_units_is_read_where_it_lies(name, unit):
         for start, stop in ((0, block.neurons), (1, block.neurons), (block.neurons // 2, block.neurons // 2 + 1)):
             found = reading(weights, block.name, slot.part)(start, stop)
             rows = slot.take(weights.tensors[slot.tensor], torch.arange(start, stop))
-            assert torch.equal(found, rows.detach().float().reshape(stop - start, -1))
+            assert torch.equal(found.float(), rows.detach().float().reshape(stop - start, -1))
 
 
 # Budgets over several kinds

@@ -72,25 +72,6 @@ def folder_to_folder(folder: Path, mask: Path) -> list[Result]:
     return [(what, min(ours), min(copies) + min(imports), note)]
 
 
-def scores(folder: Path) -> list[Result]:
-    """M and C from three folders, beside reading every byte of them."""
-    from surgery import Trajectory, conflict, magnitude
-
-    def read() -> None:
-        buffer = bytearray(1 << 24)
-        for name in ("base", "earlier", "later"):
-            with open(folder / name / "model.safetensors", "rb", buffering=0) as file:
-                while file.readinto(buffer):
-                    pass
-
-    run = Trajectory(folder / "base", folder / "earlier", folder / "later")
-    least, _ = cpu(read, 2)
-    return [
-        ("M from two folders (CPU s; beside reading three)", cpu(lambda: magnitude(run), 2)[0], least, ""),
-        ("C from three folders (CPU s; beside reading three)", cpu(lambda: conflict(run), 2)[0], least, ""),
-    ]
-
-
 def live(folder: Path, mask_file: Path) -> list[Result]:
     """Rollback and undo on a live model (wall ms), and the activation score beside the bare forward pass."""
     from surgery import Neurons, Trajectory, activation, rollback
@@ -219,7 +200,7 @@ def main() -> None:
     with made(__doc__) as (folder, about):
         run = Trajectory(earlier=folder / "earlier", later=folder / "later")
         RandomSelector(0.02).select(run).save(folder / "mask.safetensors")
-        results = folder_to_folder(folder, folder / "mask.safetensors") + scores(folder)
+        results = folder_to_folder(folder, folder / "mask.safetensors")
         results += live(folder, folder / "mask.safetensors")
         results += attribution(folder)
         results += on_gpu() if torch.cuda.is_available() else []

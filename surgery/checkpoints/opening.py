@@ -229,7 +229,11 @@ def fingerprint(weights: Weights) -> dict[str, Any]:
 def _sha256s(tensors: Checkpoint) -> dict[str, str]:
     """Weight file → its hash; under an adapter's file those of its base."""
     found = {} if tensors.base is None else {f"base/{file}": sha for file, sha in _sha256s(tensors.base).items()}
-    return found | {file: _sha256(tensors.folder / file) for file in sorted(tensors.files)}
+    for file in sorted(tensors.files):
+        path = tensors.folder / file
+        now = path.stat()
+        found[file] = _sha256(path, now.st_size, (now.st_ino, now.st_mtime_ns))
+    return found
 
 
 def _some_neurons(weights: Weights, most: int = 64) -> str:
@@ -243,8 +247,10 @@ def _some_neurons(weights: Weights, most: int = 64) -> str:
     return digest.hexdigest()
 
 
-def _sha256(path: Path, samples: int = _SAMPLES, run: int = 4096) -> str:
-    digest, size = hashlib.sha256(str(path.stat().st_size).encode()), path.stat().st_size
+@lru_cache(maxsize=256)
+def _sha256(path: Path, size: int, state: tuple[int, int], samples: int = _SAMPLES, run: int = 4096) -> str:
+    """The hash of a file in a certain state: every selection notes that of each checkpoint."""
+    digest = hashlib.sha256(str(size).encode())
     with open(path, "rb") as file:
         if path.suffix == ".safetensors":
             prefix = file.read(8)
@@ -286,13 +292,20 @@ def _samples(tensors: list[Tensor]) -> list[Tensor]:
     return list(found.values())
 
 
+@lru_cache(maxsize=256)
+def _places(size: int) -> Tensor:
+    return torch.linspace(0, max(0, size - 1), min(_SAMPLES, size), dtype=torch.float64).long()
+
+
 def _bits(tensor: Tensor, ranks: Ranks) -> Tensor:
     """The values' bits as bf16 (int32 ``[value]``); 0 in place of those that another process holds."""
-    places = torch.linspace(0, max(0, tensor.numel() - 1), min(_SAMPLES, tensor.numel()), dtype=torch.float64)
+    places = _places(tensor.numel())
     found = torch.zeros(len(places), dtype=torch.int32)
     if tensor.is_meta:
         return found
-    at = torch.unravel_index(places.long().to(tensor.device), tensor.shape)
+    if not is_sharded(tensor) and tensor.is_contiguous():
+        return tensor.flatten()[places.to(tensor.device)].bfloat16().cpu().view(torch.int16).int()
+    at = torch.unravel_index(places.to(tensor.device), tensor.shape)
     here = torch.ones(len(places), dtype=torch.bool)
     if is_sharded(tensor):
         here &= ranks.counts(tensor)

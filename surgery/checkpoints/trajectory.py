@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from surgery.checkpoints.checkpoint import Checkpoint, Source, in_force, merged, opened
 from surgery.checkpoints.loading import Sharding, loaded
 from surgery.checkpoints.opening import Weights, open_weights
+from surgery.checkpoints.room import Room
 from surgery.files import path_of
 from surgery.formats.folders import is_adapter
 from surgery.layout.boxes import Boxes, boxes_in
@@ -299,18 +300,20 @@ def _check_conversion(model: nn.Module, dtype: torch.dtype, stored: Checkpoint) 
 CHUNK = 1 << 20  # bytes of float32 that one chunk of a part may take: it stays in the processor's cache
 
 
-def pieces(block: Block, part: str, others: list[Block], chunk: int = CHUNK) -> Iterator[tuple[int, int]]:
-    """Runs of neurons of one part that every layout holds in one tensor, each at most ``chunk`` bytes of float32."""
+def pieces(
+    block: Block, part: str, others: list[Block], span: int | None = None, chunk: int = CHUNK
+) -> Iterator[tuple[int, int]]:
+    """Runs of neurons that every layout holds in one tensor: at most ``chunk`` bytes of ``span`` numbers (or all)."""
     slots = [slot for one in (block, *others) for slot in one.of(part)]
     cuts = sorted({edge for slot in slots for edge in (slot.start, slot.stop)})
-    step = max(1, chunk // (4 * max(slots[0].width, 1)))
+    step = max(1, chunk // (4 * max(span or slots[0].width, 1)))
     for low, high in pairwise(cuts):
         for start in range(low, high, step):
             yield start, min(start + step, high)
 
 
 def reading(weights: Weights, name: str, part: str) -> Callable[[int, int], Tensor]:
-    """A function that reads neurons start…stop of one part as float32 ``[neuron, width]`` on the CPU."""
+    """A function that reads neurons start…stop of one part as ``[neuron, width]``, a view where it can be."""
     # of the slot that was read last: making a view takes longer than reading a chunk
     views: dict[int, Tensor | Boxes] = {}
 
@@ -324,11 +327,12 @@ def reading(weights: Weights, name: str, part: str) -> Callable[[int, int], Tens
             view = slot.take(view, torch.arange(first, last))
         elif slot.stacked:
             rows = view.shape[1]
-            one, other = divmod(first, rows)[0], (last - 1) // rows
-            view = view[one : other + 1].flatten(0, 1)[first - one * rows : last - one * rows]
+            one, other = first // rows, (last - 1) // rows
+            view = view[one] if one == other else view[one : other + 1].flatten(0, 1)
+            view = view[first - one * rows : last - one * rows]
         else:
             view = view[first:last]
-        return view.to("cpu", torch.float32).reshape(stop - start, -1)
+        return view.reshape(stop - start, -1)
 
     return read
 
@@ -339,29 +343,45 @@ def _viewed(slot: Slot, tensor: Tensor) -> Tensor:
 
 
 def displacements(
-    run: Trajectory, *names: str, units: Units = "mlp"
+    run: Trajectory, *names: str, units: Units = "mlp", whole: bool = True
 ) -> Iterator[tuple[str, str, int, int, tuple[Tensor, ...]]]:
     """What each step of training changed, chunk by chunk: ``(block, part, start, stop, (δ, ...))``.
 
     Args:
-        run: the trajectory.
         names: the checkpoints in order: ("earlier", "later") gives δB, ("base", "earlier", "later") gives δA and δB.
         units: of which kinds of unit (see ``find_layout``).
+        whole: whether a neuron's part comes whole. If not, columns come in runs of rows of their matrix, as these lie
+            in memory, cut in the same places however much is read.
 
     Yields:
-        For one part of neurons start…stop of a block: the differences, float32 ``[neuron, width]``. Every part of
-        every neuron comes exactly once, its row contiguous; memory is bounded by ``CHUNK`` per checkpoint. NaN and
-        infinite weights come as they are (``check_finite``).
+        For one part of neurons start…stop of a block: the differences, float32 ``[neuron, width]``, every number of
+        every neuron once. The next chunk overwrites them. The neurons of down are columns in memory, too, which is
+        bounded by ``CHUNK`` per checkpoint. NaN and infinite weights come as they are (``check_finite``).
     """
     opened = run.weights(*names, units=units)
+    rooms = [Room() for _ in names]
     found = steps("the checkpoints", opened[-1].layout.items(), lambda item: float(item[1].neurons * item[1].width))
     for name, block in found:
         others = [one.layout[name] for one in opened[:-1]]
         for part in block.parts:
             readers = [reading(one, name, part) for one in opened]
-            for start, stop in pieces(block, part, others):
-                read = [reader(start, stop) for reader in readers]
-                yield name, part, start, stop, tuple((b - a).contiguous() for a, b in pairwise(read))
+            run_of = block.neurons // max(block.experts, 1)
+            first = readers[-1](0, min(2, run_of))
+            columns, width = first.stride(0) < first.stride(1), first.shape[1]
+            span = width if whole or not columns else min(width, _span(run_of))
+            for start, stop in pieces(block, part, others, span):
+                views = [reader(start, stop) for reader in readers]
+                for low in range(0, width, span):
+                    parts = zip(rooms, views, strict=True)
+                    read = [room.of(view[:, low : low + span], columns) for room, view in parts]
+                    for after, before in pairwise(reversed(read)):
+                        after -= before
+                    yield name, part, start, stop, tuple(read[1:])
+
+
+def _span(columns: int) -> int:
+    """How many rows of a matrix make up a chunk: a power of two, the same however many columns are read at once."""
+    return max(64, 1 << (CHUNK // (4 * columns)).bit_length() >> 1)
 
 
 def _check_finite(weights: Weights, name: str, part: str, start: int, read: Tensor) -> None:

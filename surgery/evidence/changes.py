@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,16 +56,16 @@ class Meter:
             wide = [room[: len(one)].copy_(one) for room, one in zip(self.wide, chunk, strict=True)]
             for reference in dict.fromkeys(first for first, _ in self.pairs):
                 before = torch.abs(wide[reference], out=self.size[: len(wide[reference])])
-                square, zeros = float(torch.dot(before, before)), not bool(before.min())
+                square, least = float(torch.dot(before, before)), float(before.amin())
                 for pair in (pair for pair in self.pairs if pair[0] == reference):
                     sums = held[pair]
-                    self._compare(sums, wide[reference], before, wide[pair[1]], zeros)
+                    self._compare(sums, wide[reference], before, wide[pair[1]], least)
                     sums.reference_square += square
                     if not math.isfinite(sums.square + square):
                         self._refuse(name, chunk)
 
-    def _compare(self, sums: Sums, old: Tensor, size: Tensor, new: Tensor, zeros: bool) -> None:
-        """Add one chunk of one comparison: ``old`` with its absolute values ``size``, and ``new``."""
+    def _compare(self, sums: Sums, old: Tensor, size: Tensor, new: Tensor, least: float) -> None:
+        """Add one chunk of one comparison: ``old`` with its absolute values ``size`` and their least, and ``new``."""
         count = len(old)
         sums.parameters += count
         delta, ratio = torch.sub(new, old, out=self.delta[:count]).abs_(), self.ratio[:count]
@@ -77,12 +78,14 @@ class Meter:
             return
         torch.div(delta, size, out=ratio)
         from_zero = 0
-        if zeros:
+        if least == 0:
             zero = size == 0
             from_zero = int(torch.count_nonzero(delta[zero]))
             ratio.masked_fill_(zero, 0)
-        unchanged = count - int(torch.count_nonzero(delta.view(torch.int32)))
-        both = self._bins(delta, ratio.clamp_max_(1e38))
+        if least < 1e-18:  # else no ratio is infinite: squares of Δ add up to a float32
+            ratio.clamp_max_(1e38)
+        unchanged = count - int(np.count_nonzero(delta.view(torch.int32).numpy()))  # twice as fast as torch counts
+        both = self._bins(delta, ratio)
         bins = both.sum(1), both.sum(0)
         bins[0][0] -= unchanged
         bins[1][0] -= unchanged + from_zero

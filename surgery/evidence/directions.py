@@ -16,6 +16,7 @@ from surgery.checkpoints.opening import Weights
 from surgery.checkpoints.trajectory import Trajectory, check_finite, displacements
 from surgery.masks import budget
 from surgery.masks.neurons import Neurons
+from surgery.scores.amc import products
 from surgery.tables import Cell, Table, write_json
 from surgery.units import Units
 
@@ -273,10 +274,9 @@ def _magnitudes(run: Trajectory, names: Sequence[str], units: Units) -> list[Neu
     """The norm of every neuron's update in every stage, each checkpoint read once."""
     sizes = run.weights(names[-1], units=units)[0].layout.sizes
     squares = [{name: torch.zeros(size, dtype=torch.float64) for name, size in sizes.items()} for _ in names[1:]]
-    for name, _, start, stop, steps in displacements(run, *names, units=units):
+    for name, _, start, stop, steps in displacements(run, *names, units=units, whole=False):
         for square, step in zip(squares, steps, strict=True):
-            norms: Tensor = torch.linalg.vector_norm(step, dim=1)
-            square[name][start:stop] += norms.double().square()
+            square[name][start:stop] += products(step, step)
     if not all(bool(value.sum().isfinite()) for square in squares for value in square.values()):
         check_finite(run, *names, units=units)
     return [Neurons({name: value.sqrt().float() for name, value in square.items()}) for square in squares]

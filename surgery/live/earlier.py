@@ -212,8 +212,10 @@ def _put_back(kept: Mapping[str, Tensor | None], live: Weights, back: Mapping[st
 
 def _same_bits(tensor: Tensor, other: Tensor) -> bool:
     """Whether copying ``other`` into ``tensor`` would change nothing (−0 and 0 are different bits)."""
-    left, right = tensor.cpu().contiguous(), other.to(tensor.dtype).contiguous()
-    return torch.equal(left.flatten().view(torch.uint8), right.flatten().view(torch.uint8))
+    both = [one.contiguous().flatten().view(torch.uint8) for one in (tensor.cpu(), other.to(tensor.dtype))]
+    wide = all(one.numel() % 8 == one.storage_offset() % 8 == 0 for one in both)  # eight times as fast as byte by byte
+    left, right = (one.view(torch.int64) for one in both) if wide else both
+    return torch.equal(left, right)
 
 
 def _names(model: nn.Module) -> list[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from surgery.checkpoints.checkpoint import Checkpoint, tensors_of
 from surgery.checkpoints.checks import check_source
@@ -117,7 +117,10 @@ def _tokens(run: Trajectory) -> str:
     known = [folder for folder in folders if (folder / "tokenizer_config.json").exists()]
     if len(known) < 2:
         return "not compared: not every checkpoint has a tokenizer beside it"
-    earlier, later = (opened_tokenizer(folder).get_vocab() for folder in known)
+    read = opened_tokenizer(known[1])
+    if all(_bytes(known[0] / file) == _bytes(known[1] / file) for file in _files_of(read)):
+        return f"both tokenizers have the same {len(read):,}"
+    earlier, later = opened_tokenizer(known[0]).get_vocab(), read.get_vocab()
     moved = sorted(token for token in earlier.keys() & later.keys() if earlier[token] != later[token])
     if moved or set(earlier) ^ set(later):
         told = f"{len(moved)} tokens have other ids (like {moved[0]!r}), " if moved else ""
@@ -128,6 +131,16 @@ def _tokens(run: Trajectory) -> str:
             stacklevel=2,
         )
     return f"both tokenizers have the same {len(later):,}"
+
+
+def _files_of(tokenizer: Any) -> set[str]:
+    """The names of the files that a tokenizer is read from."""
+    every = {"tokenizer.json", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"}
+    return every | set(tokenizer.vocab_files_names.values())
+
+
+def _bytes(file: Path) -> bytes | None:
+    return file.read_bytes() if file.is_file() else None
 
 
 def _output(run: Trajectory) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -84,13 +85,22 @@ def load_prompts(path: str | Path, tokenizer: Any, *, batch_size: int = 16, limi
 def opened_tokenizer(tokenizer: Any) -> Any:
     """The tokenizer, read where it is a folder's name; no code of the folder is run.
 
+    A folder that has not changed since gives the same object again: copy it to change it.
+
     Raises:
         ValueError: it can't be read; the folder has none, of which transformers makes an empty one without a word.
     """
     if not isinstance(tokenizer, str | Path | Checkpoint):
         return tokenizer
     folder = tokenizer_of(tokenizer)
-    tokenizer = tokenizer if isinstance(tokenizer, str | Path) else folder
+    named = tokenizer if isinstance(tokenizer, str | Path) else folder
+    held = sorted((one.name, one.stat()) for one in folder.iterdir() if one.is_file())
+    return _read(folder, str(named), tuple((name, one.st_ino, one.st_size, one.st_mtime_ns) for name, one in held))
+
+
+@lru_cache(maxsize=4)
+def _read(folder: Path, tokenizer: str, state: tuple[tuple[str, int, int, int], ...]) -> Any:
+    """A folder's tokenizer, read once for as long as its files stay as they are: each file of prompts asks for it."""
     from transformers import AutoTokenizer
 
     try:

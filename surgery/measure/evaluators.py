@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path, PurePath
@@ -91,7 +92,8 @@ class _Harness:
         if not tokenizer:
             raise ValueError('the model does not know its folder: name the tokenizer, harness("...", tokenizer=...)')
         with evaluating(model):
-            live = models.HFLM(pretrained=model, tokenizer=opened_tokenizer(tokenizer), batch_size=self.batch_size)
+            own = deepcopy(opened_tokenizer(tokenizer))  # the harness gives it a padding token
+            live = models.HFLM(pretrained=model, tokenizer=own, batch_size=self.batch_size)
             found = lm_eval.simple_evaluate(
                 model=live, tasks=list(self.tasks), num_fewshot=self.few_shot, limit=self.limit,
                 task_manager=manager, bootstrap_iters=0,

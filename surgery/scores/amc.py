@@ -185,7 +185,7 @@ def magnitude(run: Trajectory, *, units: Units = "mlp") -> Neurons:
     if squares is None:
         squares = {name: torch.zeros(size, dtype=torch.float64) for name, size in later.layout.sizes.items()}
         for name, which, (b,) in _differences(run, "earlier", "later", units=units):
-            squares[name][which] += _square(b)
+            squares[name][which] += products(b, b)
         squares = later.ranks.sums(squares)
     _check_finite(squares, run, "earlier", "later", units=units)
     return Neurons({name: value.sqrt().float() for name, value in squares.items()}, made_by={"magnitude": {}})
@@ -212,8 +212,8 @@ def conflict(run: Trajectory, *, units: Units = "mlp") -> Neurons:
     (later,) = run.weights("later", units=units)
     zeros = {name: torch.zeros(3, size, dtype=torch.float64) for name, size in later.layout.sizes.items()}
     for name, which, (a, b) in _differences(run, "base", "earlier", "later", units=units):
-        for row, products in enumerate((dot(a, b), _square(a), _square(b))):
-            zeros[name][row, which] += products
+        for row, pair in enumerate(((a, b), (a, a), (b, b))):
+            zeros[name][row, which] += products(*pair)
     found = later.ranks.sums(zeros)
     _check_finite(found, run, "base", "earlier", "later", units=units)
     values = {}
@@ -232,7 +232,7 @@ def _differences(
     """
     *others, later = run.weights(*names, units=units)
     if later.ranks.mesh is None:
-        for name, _, start, stop, found in displacements(run, *names, units=units):
+        for name, _, start, stop, found in displacements(run, *names, units=units, whole=False):
             yield name, slice(start, stop), found
         return
     for block in later.layout.blocks:
@@ -254,10 +254,20 @@ def _check_finite(sums: dict[str, Tensor], run: Trajectory, *names: str, units: 
         check_finite(run, *names, units=units)
 
 
-def _square(a: Tensor) -> Tensor:
-    """Row-wise squared norms of a contiguous ``[neuron, width]``: one pass, and the same whatever lies around a row."""
-    norms: Tensor = torch.linalg.vector_norm(a, dim=1)
-    return norms.double().square()
+def products(a: Tensor, b: Tensor) -> Tensor:
+    """Row-wise inner products of two displacements ``[neuron, width]``: the same bits whatever lies around a row.
+
+    Where the neurons are columns, one half of the numbers is added to the other until one is left: no kernel chooses an
+    order by how many columns there are.
+    """
+    if a.stride(0) > 1 or a.shape[1] == 1:
+        norms: Tensor = torch.linalg.vector_norm(a, dim=1) if a is b else (a * b).sum(1)
+        return norms.double().square() if a is b else norms.double()
+    found = a * b
+    while (width := found.shape[1]) > 1:
+        found[:, : width // 2] += found[:, width - width // 2 :]
+        found = found[:, : width - width // 2]
+    return found[:, 0].double()
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:

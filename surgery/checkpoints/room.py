@@ -1,0 +1,20 @@
+"""Memory that chunks of checkpoints are read into, one after the other."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Room:
+    """Memory that every chunk uses again: new memory for each would cost as much as the arithmetic."""
+
+    def __init__(self) -> None:
+        self.held = torch.empty(0)
+
+    def of(self, some: Tensor, columns: bool) -> Tensor:
+        """Some numbers in float32, each neuron a run of memory or a column of it."""
+        if len(self.held) < some.numel():
+            self.held = torch.empty(some.numel())
+        room = self.held[: some.numel()]
+        return (room.view(some.T.shape).T if columns else room.view(some.shape)).copy_(some)

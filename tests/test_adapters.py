@@ -509,6 +509,7 @@ def test_an_adapter_is_repaired_as_the_merged_model_is(shelf, tmp_path, name, ot
     assert done.outcome == expected.outcome == "repaired"
     assert done.mask is not None
     assert expected.mask is not None
+    assert type(done.mask) is type(expected.mask)
     assert done.mask.equal(expected.mask)
     assert done.verdict == expected.verdict
     out = done.save(tmp_path / "out")

@@ -70,6 +70,8 @@ def wrapper_of(names: Iterable[str]) -> tuple[str, str, str] | None:
     live and what was saved from it, and because a name inside a wrapper fits no other checkpoint's.
     """
     names = list(names)
+    if not re.search("|".join(_WRAPPERS), "\n".join(names), re.MULTILINE):
+        return None
     for pattern, (what, way) in _WRAPPERS.items():
         found = [name for name in names if re.search(pattern, name)]
         if found and (what != _PARALLEL or len(found) == len(names)):  # a layer of a model may be called module
@@ -78,6 +80,46 @@ def wrapper_of(names: Iterable[str]) -> tuple[str, str, str] | None:
 
 
 _plain: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
+
+
+def inside(model: nn.Module) -> list[nn.Module]:
+    """A model and all modules in it, each once: ``modules()``, by ``_modules`` and without its nested generators.
+
+    Needed because a rollback on a GPU takes less time than ``modules()`` of a large model.
+    """
+    found, left = dict[nn.Module, None](), list[nn.Module | None]([model])
+    while left:
+        one = left.pop()
+        if one is not None and one not in found:
+            found[one] = None
+            left.extend(reversed(one._modules.values()))
+    return list(found)
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters by name, then all buffers, under each of their names; what is there twice is there twice.
+
+    Needed for the same reason: ``named_parameters`` and ``named_buffers`` with ``remove_duplicate=False``.
+    """
+    parameters, buffers, left = dict[str, Tensor | None](), dict[str, Tensor | None](), [("", model)]
+    while left:
+        path, one = left.pop()
+        parameters |= {path + name: tensor for name, tensor in one._parameters.items()}
+        buffers |= {path + name: tensor for name, tensor in one._buffers.items()}
+        left += [(f"{path}{name}.", child) for name, child in reversed(one._modules.items()) if child is not None]
+    return {name: tensor for name, tensor in (parameters | buffers).items() if tensor is not None}
+
+
+def saved_by(model: nn.Module) -> list[Tensor]:
+    """The tensors that ``state_dict`` holds, without their names and its hooks: by ``_parameters`` and ``_buffers``.
+
+    Needed for the same reason.
+    """
+    found: list[Tensor | None] = []
+    for one in inside(model):
+        found += one._parameters.values()
+        found += (held for name, held in one._buffers.items() if name not in one._non_persistent_buffers_set)
+    return [held for held in found if held is not None]
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
@@ -89,7 +131,7 @@ def uncompiled(model: nn.Module) -> nn.Module:
     """
     while "_orig_mod" in model._modules:
         model = model._modules["_orig_mod"]  # type: ignore[assignment]
-    if not any("_orig_mod" in one._modules or one._compiled_call_impl is not None for one in model.modules()):
+    if not any("_orig_mod" in one._modules or one._compiled_call_impl is not None for one in inside(model)):
         return model
     if model not in _plain:
         _plain[model] = _without(model, {})
@@ -314,8 +356,10 @@ def runs_on(model: nn.Module) -> Any:
 
 def _accelerated(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
     """The modules that accelerate has put hooks on, with each hook."""
+    if not any("_hf_hook" in vars(one) for one in inside(model)):
+        return
     for path, module in model.named_modules():
-        hook = getattr(module, "_hf_hook", None)
+        hook = vars(module).get("_hf_hook")
         yield from ((path, module, one) for one in (hook, *getattr(hook, "hooks", ())) if one is not None)
 
 

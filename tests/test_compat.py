@@ -45,6 +45,25 @@ def test_wrapper_of(tmp_path) -> None:
         assert what in found[1]
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "gpt2", "gpt_oss"])
+def test_what_is_inside_a_model(family) -> None:
+    """``_modules``, ``_parameters``, ``_buffers``, ``_non_persistent_buffers_set``."""
+    model: nn.Module = nn.ModuleDict({"first": build(family), "twice": nn.Linear(2, 2)})
+    model["again"] = model["twice"]
+    model["twice"].register_buffer("passing", torch.zeros(1), persistent=False)
+    model["twice"].register_parameter("none", None)
+    said = "read torch.nn.Module: named_parameters, named_buffers, state_dict and modules give the same, more slowly"
+    assert compat.inside(model) == list(model.modules()), said
+    named = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+    assert list(compat.named_tensors(model)) == list(named), said
+    assert all(compat.named_tensors(model)[name] is tensor for name, tensor in named.items()), said
+    held = {id(one) for one in model.state_dict(keep_vars=True).values()}
+    assert {id(one) for one in compat.saved_by(model)} == held, said
+
+
 def test_uncompiled() -> None:
     """``_orig_mod`` and ``_compiled_call_impl``."""
     model = build("llama")

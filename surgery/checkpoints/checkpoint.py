@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.checkpoints.wrapped import is_unmerged, merged_copy, plain_of
-from surgery.compat import offloaded_weights, writes_to
+from surgery.compat import named_tensors, offloaded_weights, saved_by, writes_to
 from surgery.files import path_of
 from surgery.formats.adapters import Adapter, base_of
 from surgery.formats.folders import home_of, is_adapter, stored_in
@@ -221,9 +221,8 @@ class State(Mapping[str, Tensor]):
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module = plain_of(module)
-        named: list[tuple[str, Tensor]] = [*stored(module).named_parameters(remove_duplicate=False)]
-        named += module.named_buffers(remove_duplicate=False)
-        self._tensors = {name: tensor.detach() for name, tensor in [*named, *offloaded_weights(module).items()]}
+        named = named_tensors(stored(module)) | offloaded_weights(module)
+        self._tensors = {name: tensor.detach() for name, tensor in named.items()}
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
@@ -296,7 +295,7 @@ def merged(module: nn.Module) -> nn.Module:
 
 
 def _written(module: nn.Module) -> tuple[Any, ...]:
-    held = [*stored(module).state_dict(keep_vars=True).values(), *offloaded_weights(module).values()]
+    held = [*saved_by(stored(module)), *offloaded_weights(module).values()]
     tensors = [local(one) for one in held]
     return tuple((one.data_ptr(), one.dtype, 0 if one.is_inference() else writes_to(one)) for one in tensors)
 

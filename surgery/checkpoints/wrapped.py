@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from surgery.compat import uncompiled
+from surgery.compat import inside, uncompiled
 
 _made: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
 
@@ -51,7 +51,7 @@ def merged_copy(module: nn.Module) -> nn.Module:
 
 def _layers(module: nn.Module) -> list[Any]:
     """Those to which adapters were added."""
-    return [one for one in module.modules() if hasattr(one, "base_layer") and hasattr(one, "merged")]
+    return [one for one in inside(module) if "base_layer" in one._modules and hasattr(one, "merged")]
 
 
 def plain_on_meta(inner: Any) -> Any:

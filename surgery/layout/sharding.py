@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from surgery.compat import along_first
+from surgery.compat import along_first, inside, saved_by
 
 Found = TypeVar("Found")
 _owned: WeakKeyDictionary[Any, dict[Any, tuple[Tensor, ...]]] = WeakKeyDictionary()  # by mesh
@@ -108,7 +108,7 @@ def stored(model: nn.Module) -> nn.Module:
     """
     home: Any = sys.modules.get("torch.distributed.fsdp")
     if home is not None:
-        for module in model.modules():
+        for module in inside(model):
             if isinstance(module, home.FSDPModule):
                 module.reshard()  # type: ignore[operator]
     return model
@@ -216,7 +216,7 @@ ALONE = Ranks()
 
 def ranks_of(model: nn.Module) -> Ranks:
     """The processes that hold a model together."""
-    return ranks_among(stored(model).parameters())
+    return ranks_among(saved_by(stored(model)))
 
 
 def ranks_among(tensors: Iterable[Any]) -> Ranks:

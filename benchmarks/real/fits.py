@@ -9,6 +9,7 @@ one (Hellinger both). Least squares on both domains' activations sees the same p
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,8 +25,6 @@ from surgery import DamageSelector, Neurons, rollback, strengths
 from surgery.live import distillation, earlier_model
 from surgery.live.prompts import Batch
 from surgery.masks import Mask
-
-BUDGETS = (0.02, 0.08)
 
 
 @dataclass(frozen=True)
@@ -59,10 +58,10 @@ def fitted(setting: Setting, mask: Mask, fit: Fit, kept: str) -> Neurons:
     return strengths(run, [*setting.data, *other], mask, most=fit.most, passes=fit.passes, loss=both)
 
 
-def rows_of(bench: ideas.Bench, names: list[str]) -> list[str]:
-    """The cells of the table: the way, the budget, what ``judged`` says, CPU seconds."""
-    setting, found = bench.setting, []
-    for budget in BUDGETS:
+def rows_of(bench: ideas.Bench, names: list[str], budgets: list[float]) -> Iterator[str]:
+    """The lines of the table: the way, the budget, what ``judged`` says, CPU seconds."""
+    setting = bench.setting
+    for budget in budgets:
         start = time.process_time()
         mask = DamageSelector(budget, units=("mlp", "value_channel")).select(setting.run, setting.data)
         chosen = time.process_time() - start
@@ -71,9 +70,7 @@ def rows_of(bench: ideas.Bench, names: list[str]) -> list[str]:
             far = 1.0 if fit is None else fitted(setting, mask, fit, bench.pair.kept)
             spent = chosen + time.process_time() - start
             with rollback(setting.model, to=setting.run.tensors("earlier"), mask=mask, strength=far):
-                found.append(f"| {name} | {100 * budget:g} % | {bench.judged()} | {spent:.0f} |")
-            print(found[-1], flush=True)
-    return found
+                yield f"| {name} | {100 * budget:g} % | {bench.judged()} | {spent:.0f} |"
 
 
 def main() -> None:
@@ -82,6 +79,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", default=list(FITS))
     parser.add_argument("--pairs", type=lambda text: [PAIRS[int(one)] for one in text.split(",")], default=[*PAIRS[:2]])
     parser.add_argument("--seeds", type=lambda text: [int(one) for one in text.split(",")], default=[0])
+    parser.add_argument("--budgets", type=lambda text: [float(one) for one in text.split(",")], default=[0.02, 0.08])
     asked = parser.parse_args()
     head = "| units | budget | recovery | by greedy | kept, points | CPU s |\n" + "|---" * 6 + "|"
     told = [
@@ -90,9 +88,10 @@ def main() -> None:
     ]
     for pair in asked.pairs:
         for seed in asked.seeds:
-            bench = ideas.Bench(Path(asked.lab), pair, seed)
-            told += [f"## {pair.name}, seed {seed}", "\n".join([head, *rows_of(bench, asked.names)])]
-            write(asked.out, "real-fits", "\n\n".join(told) + "\n")
+            told += [f"## {pair.name}, seed {seed}", head]
+            for row in rows_of(ideas.Bench(Path(asked.lab), pair, seed), asked.names, asked.budgets):
+                told[-1] += f"\n{row}"
+                write(asked.out, "real-fits", "\n\n".join(told) + "\n")
 
 
 if __name__ == "__main__":

@@ -60,6 +60,7 @@ from surgery.scores.damage import earlier_answers
 from surgery.theory import Landscape
 
 operators = import_module("surgery.reverting.rollback")
+writing = import_module("surgery.reverting.writing")
 
 
 def numbers(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -322,7 +323,7 @@ def wrong_rows(patch: pytest.MonkeyPatch) -> None:
 def index_copy(patch: pytest.MonkeyPatch) -> None:
     """Rows are written by ``DTensor.index_copy_``, which corrupts without a word."""
 
-    def mutant(tensor: Any, edit: Any, rows: torch.Tensor, original: Any = operators._write) -> None:
+    def mutant(tensor: Any, edit: Any, rows: torch.Tensor, original: Any = writing.write) -> None:
         if edit.slot.part != "gate" or not sharding.is_sharded(tensor) or not hasattr(edit, "offsets"):
             return original(tensor, edit, rows)
         ranks, whole = sharding.ranks_among([tensor]), [Replicate()] * tensor.device_mesh.ndim
@@ -331,7 +332,8 @@ def index_copy(patch: pytest.MonkeyPatch) -> None:
         with torch.no_grad():
             tensor.index_copy_(0, *given)
 
-    patch.setattr(operators, "_write", mutant)
+    patch.setattr(operators, "write", mutant)
+    patch.setattr(writing, "write", mutant)
 
 
 def counted_twice(patch: pytest.MonkeyPatch) -> None:

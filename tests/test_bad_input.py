@@ -266,7 +266,7 @@ def test_scores_instead_of_a_mask(place, mask):
 def test_a_mask_made_for_other_checkpoints_is_a_warning(place):
     mask = RandomSelector(0.1).select(run(place))
     shutil.copy(place / "base" / ONE, place / "earlier" / ONE)
-    with pytest.warns(UserWarning, match="applied to .*which has other weights"):
+    with pytest.warns(UserWarning, match="applied to .*whose weights are others by now"):
         heal(place, mask)
 
 

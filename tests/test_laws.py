@@ -29,6 +29,7 @@ from surgery.layout.slots import Layout, Slot
 from surgery.masks import budget
 
 operators = import_module("surgery.reverting.rollback")
+writing = import_module("surgery.reverting.writing")
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -372,11 +373,12 @@ def missing_clone_in_undo(patch: pytest.MonkeyPatch) -> None:
             return original(self, tensor, index)
         return view[int(index[0]) : int(index[-1]) + 1]
 
-    def write(tensor, edit, rows, original=operators._write):
+    def write(tensor, edit, rows, original=writing.write):
         original(tensor, edit, rows.clone())  # else torch itself refuses to write a tensor onto itself
 
     patch.setattr(Slot, "take", alias)
-    patch.setattr(operators, "_write", write)
+    patch.setattr(operators, "write", write)
+    patch.setattr(writing, "write", write)
 
 
 def missing_clone_in_copy(patch: pytest.MonkeyPatch) -> None:
@@ -407,10 +409,11 @@ def down_forgotten(patch: pytest.MonkeyPatch) -> None:
 
 
 def blended(patch: pytest.MonkeyPatch) -> None:
-    def mutant(edit, source, old, strength, original=operators.new_values):
+    def mutant(edit, source, old, strength, original=writing.new_values):
         return original(edit, source, old, 0.999 if strength == 1 else strength)
 
     patch.setattr(operators, "new_values", mutant)
+    patch.setattr(writing, "new_values", mutant)
 
 
 def new_seed_per_budget(patch: pytest.MonkeyPatch) -> None:

@@ -170,3 +170,28 @@ def _check_tied(source: Checkpoint, model: Any) -> None:
                 f"config.json of {source.folder} ties {found[0]!r} to {found[1]!r}, and the files hold two different "
                 f'tensors: write "tie_word_embeddings": false into it, or remove the one that is stale'
             )
+
+
+def moved(model: nn.Module, device: Any, dtype: torch.dtype | None) -> nn.Module:
+    """The model on a device and in a dtype; as when it is read, buffers that no file holds keep their own dtype."""
+    model = model.to(device) if device else model
+    if dtype is not None:
+        stored = model.state_dict(keep_vars=True).values()
+        for tensor in (one for one in stored if one.is_floating_point()):
+            tensor.data = tensor.data.to(dtype)
+    return model
+
+
+def check_conversion(model: nn.Module, dtype: torch.dtype, stored: Checkpoint) -> None:
+    """Raise ``ValueError`` where converting would not give what reading the files in that dtype gives."""
+    now = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    held = {one for one in stored.dtypes.values() if isinstance(one, torch.dtype) and one.is_floating_point}
+    if now == {dtype}:
+        return
+    for one in now:
+        for other in held:
+            if torch.promote_types(one, other) != one and torch.promote_types(dtype, one) != one:
+                raise ValueError(
+                    f"the model was loaded in {one}, which has rounded the {other} of its files: it can't be converted "
+                    f"to {dtype} any more. Make a new Trajectory and load(dtype={dtype}) first"
+                )

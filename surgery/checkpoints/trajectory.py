@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.checkpoints.checkpoint import Checkpoint, Source, in_force, merged, opened
-from surgery.checkpoints.loading import Sharding, loaded
+from surgery.checkpoints.loading import Sharding, check_conversion, loaded, moved
 from surgery.checkpoints.opening import Weights, open_weights
 from surgery.checkpoints.room import Room
 from surgery.files import path_of
@@ -198,7 +198,7 @@ class Trajectory:
                 already rounded to a narrower dtype than ``dtype``; with "auto" the model does not fit on the devices.
         """
         if isinstance(self.later, nn.Module):
-            return _moved(merged(self.later), device, dtype)
+            return moved(merged(self.later), device, dtype)
         if self._held.model is None:
             self._held.model = self._read(device, dtype, shard)
             return self._held.model
@@ -209,8 +209,8 @@ class Trajectory:
                 f"models: make a new Trajectory"
             )
         if dtype is not None:
-            _check_conversion(self._held.model, dtype, self._held.read)
-        return _moved(self._held.model, None if device == "auto" else device, dtype)
+            check_conversion(self._held.model, dtype, self._held.read)
+        return moved(self._held.model, None if device == "auto" else device, dtype)
 
     def check_whole(self) -> None:
         """Raise ``ValueError`` if the live later model differs from ``later`` because an edit is in force."""
@@ -270,31 +270,6 @@ class Trajectory:
             found = open_weights(tensors, self.layout, like, kinds)
             self._held.weights[key] = (like, found)
         return found
-
-
-def _moved(model: nn.Module, device: Any, dtype: torch.dtype | None) -> nn.Module:
-    """The model on a device and in a dtype; as when it is read, buffers that no file holds keep their own dtype."""
-    model = model.to(device) if device else model
-    if dtype is not None:
-        stored = model.state_dict(keep_vars=True).values()
-        for tensor in (one for one in stored if one.is_floating_point()):
-            tensor.data = tensor.data.to(dtype)
-    return model
-
-
-def _check_conversion(model: nn.Module, dtype: torch.dtype, stored: Checkpoint) -> None:
-    """Raise ``ValueError`` where converting would not give what reading the files in that dtype gives."""
-    now = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    held = {one for one in stored.dtypes.values() if isinstance(one, torch.dtype) and one.is_floating_point}
-    if now == {dtype}:
-        return
-    for one in now:
-        for other in held:
-            if torch.promote_types(one, other) != one and torch.promote_types(dtype, one) != one:
-                raise ValueError(
-                    f"the model was loaded in {one}, which has rounded the {other} of its files: it can't be converted "
-                    f"to {dtype} any more. Make a new Trajectory and load(dtype={dtype}) first"
-                )
 
 
 CHUNK = 1 << 20  # bytes of float32 that one chunk of a part may take: it stays in the processor's cache
@@ -366,7 +341,7 @@ def displacements(
         for part in block.parts:
             readers = [reading(one, name, part) for one in opened]
             run_of = block.neurons // max(block.experts, 1)
-            first = readers[-1](0, min(2, run_of))
+            first = _first_two(opened[-1].layout[name].of(part)[0])
             columns, width = first.stride(0) < first.stride(1), first.shape[1]
             span = width if whole or not columns else min(width, _span(run_of))
             for start, stop in pieces(block, part, others, span):
@@ -377,6 +352,12 @@ def displacements(
                     for after, before in pairwise(reversed(read)):
                         after -= before
                     yield name, part, start, stop, tuple(read[1:])
+
+
+def _first_two(slot: Slot) -> Tensor:
+    """Two neurons of a slot, as they lie in a tensor that is in one piece: ``[neuron, width]``, without numbers."""
+    view = slot.view(torch.empty(slot.shape, device="meta"))[(0,) * slot.stacked][:2]
+    return view.reshape(len(view), -1)
 
 
 def _span(columns: int) -> int:

@@ -24,7 +24,7 @@ def run(device: torch.device, rehearse: bool) -> dict[str, Any]:
     trajectory = Trajectory(earlier=earlier, later=later)
     data = prompts(shape, device, count=4 if rehearse else 16, tokens=16 if rehearse else 512)
     weights = DamageSelector(1e-4, units="weight", rounds=2)
-    done = []
+    done, before = [], [parameter.clone() for parameter in later.parameters()]
     found = {
         "rollback of 2 % of the neurons": profiled(
             lambda: done.append(rollback(later, to=earlier, mask=mask)), device, lambda: done.pop().undo()
@@ -39,7 +39,10 @@ def run(device: torch.device, rehearse: bool) -> dict[str, Any]:
     found["D of units"] = profiled(lambda: damage(trajectory, data), device)
     found["D of single weights, 2 rounds"] = profiled(lambda: weights.select(trajectory, data), device)
     few = found["rollback of 2 % of the neurons"]
-    checks = {} if device.type == "cpu" else {"a rollback is at most 12 kernels": few["kernels"] <= 12}
+    unchanged = all(map(torch.equal, before, later.parameters()))
+    checks = {"the model is bit for bit as it was": unchanged}
+    if device.type == "cuda":
+        checks["a rollback is at most 12 kernels"] = few["kernels"] <= 12
     return {"profiles": found, "checks": checks}
 
 

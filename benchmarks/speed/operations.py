@@ -124,75 +124,6 @@ def attribution(folder: Path) -> list[Result]:
     return [("D of 512 tokens (CPU s; beside one forward and backward pass)", ours, least, "")]
 
 
-def on_gpu() -> list[Result]:
-    """A Qwen3-4B shape on the GPU: rollback of 2 % from a live earlier model, and undo from the slices kept there."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    from surgery import Neurons, Trajectory, damage, rollback
-    from surgery.layout import find_layout
-
-    config = Qwen3Config(
-        hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32,
-        num_key_value_heads=8, head_dim=128, vocab_size=151936, tie_word_embeddings=True, dtype=torch.bfloat16,
-    )  # fmt: skip
-    models = []
-    for seed in (0, 1):
-        torch.manual_seed(seed)
-        with torch.device("cuda"):
-            models.append(Qwen3ForCausalLM(config).to(torch.bfloat16).eval())
-    earlier, model = models
-    layout = find_layout(model)
-    generator = torch.Generator().manual_seed(0)
-    mask = Neurons({name: torch.rand(size, generator=generator) < 0.02 for name, size in layout.sizes.items()})
-
-    def timed(function: Callable[[], object], times: int = 10) -> float:
-        """The least milliseconds, the GPU waited for."""
-        found = []
-        for _ in range(times):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            function()
-            torch.cuda.synchronize()
-            found.append(1e3 * (time.perf_counter() - start))
-        return min(found)
-
-    buffer = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    other = torch.empty_like(buffer)
-    bandwidth = 2 * len(buffer) / timed(lambda: other.copy_(buffer)) / 1e6  # GB/s, read and written
-    done = rollback(model, to=earlier, mask=mask, layout=layout)
-    size = 2 * sum(done.parameters.values())
-    least = 2 * size / bandwidth / 1e6  # ms: each byte read once and written once
-    done.undo()
-    forth, back = [], []
-    for _ in range(10):
-        done = rollback(model, to=earlier, mask=mask, layout=layout)
-        back.append(timed(done.undo, 1))
-        forth.append(timed(lambda: rollback(model, to=earlier, mask=mask, layout=layout), 1))
-    ids = torch.randint(1000, (8, 512), device="cuda")
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-
-    def plain() -> None:
-        model(**batch, use_cache=False).loss.backward()
-        model.zero_grad(set_to_none=True)
-
-    passes = timed(plain, 3)
-    full = torch.cuda.max_memory_allocated() / 1e9
-    torch.cuda.reset_peak_memory_stats()
-    ours = timed(lambda: damage(Trajectory(earlier=earlier, later=model), [batch]), 3)
-    peak = torch.cuda.max_memory_allocated() / 1e9
-    note = f"{size / 1e6:.0f} MB of slices; a copy runs at {bandwidth:.0f} GB/s"
-    return [
-        ("4B on the GPU: rollback of 2 % from a live model (ms; beside moving the bytes)", min(forth), least, note),
-        ("4B on the GPU: undo from the slices kept there (ms; beside moving the bytes)", min(back), least, ""),
-        (
-            "4B on the GPU: D of 4096 tokens (ms; beside one forward and backward pass)",
-            ours,
-            passes,
-            f"peak {peak:.1f} GB with two models beside {full:.1f} GB",
-        ),
-    ]
-
-
 def main() -> None:
     """Make the checkpoints, run everything, print one table."""
     from surgery import RandomSelector, Trajectory
@@ -203,7 +134,6 @@ def main() -> None:
         results = folder_to_folder(folder, folder / "mask.safetensors")
         results += live(folder, folder / "mask.safetensors")
         results += attribution(folder)
-        results += on_gpu() if torch.cuda.is_available() else []
     print(about)
     print("| operation | ours | beside | ratio | |\n|---|---|---|---|---|")
     for what, ours, beside, note in results:

@@ -30,7 +30,7 @@ from surgery.scores.weights import best_of_all
 from surgery.units import Units
 
 SAMPLES = 1 << 16  # gains by which the bar is guessed
-ROOM, LEAST, SPARE = 4, 1e-3, 2.5  # times the fraction that is looked for; its least; times what the last time needed
+ROOM, LEAST, SPARE = 2, 1e-2, 25  # times the fraction looked for; its least; times the last need, as layers differ
 SMALL = 1 << 12  # places that there are at least, whatever the fraction is
 
 

@@ -6,7 +6,6 @@ Off a GPU Triton's interpreter runs it on the CPU.
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from families import REPRESENTATIVES, build
+from interrupts import at_every_line
 from simulated import gpu
 from torch import Tensor, nn
 
@@ -275,12 +275,12 @@ def counted(monkeypatch) -> dict[str, int]:
             found["launches"] += 1
             return real[grid]
 
-    def sending(tensors: Any, device: Any, original: Any = plans.sent) -> Any:
+    def sending(tensors: Any, device: Any, original: Any = plans.sent_together) -> Any:
         found["plans"] += len(tensors) > 1
         return original(tensors, device)
 
     monkeypatch.setattr(kernel, "walk", Counting())
-    monkeypatch.setattr(plans, "sent", sending)
+    monkeypatch.setattr(plans, "sent_together", sending)
     return found
 
 
@@ -378,35 +378,15 @@ def test_an_error_after_the_launch_restores_the_model(error, monkeypatch):
 def test_ctrl_c_anywhere_leaves_the_old_weights():
     """At whichever line of a rollback the signal comes: nobody would have the undo."""
     earlier, later = pair("llama")
-    sizes, original, lines = find_layout(later).sizes, sys.gettrace(), set()
+    sizes, before = find_layout(later).sizes, memory(later)
     mask = Neurons({name: (torch.arange(size) < 3) & name.endswith("0.mlp") for name, size in sizes.items()})
-    before = memory(later)
 
-    def traced(line: int | None) -> None:
-        def trace(frame: Any, event: str, _: Any) -> Any:
-            if frame.f_code is not rollback.__code__:
-                return None
-            if event == "line":
-                lines.add(frame.f_lineno)
-                if frame.f_lineno == line and not sent:
-                    sent.append(1)
-                    os.kill(os.getpid(), signal.SIGINT)
-            return trace
-
-        sent: list[int] = []
-        sys.settrace(trace)
-        try:
-            rollback(later, to=earlier, mask=mask).undo()
-        finally:
-            sys.settrace(original)
+    def check(line: int) -> None:
+        assert same(memory(later), before), line
+        assert in_force(later) == [], line
 
     with by_kernel(True):
-        traced(None)
-        for line in sorted(lines - {max(lines)}):  # at the last line, the return, the caller has the undo
-            with pytest.raises(KeyboardInterrupt):
-                traced(line)
-            assert same(memory(later), before), line
-            assert in_force(later) == [], line
+        at_every_line(rollback, lambda: rollback(later, to=earlier, mask=mask).undo(), check)
 
 
 @pytest.mark.parametrize("change", [lambda model: model.float(), lambda model: laid(model, transposed)])

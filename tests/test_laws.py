@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
-import sys
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache
@@ -18,6 +17,7 @@ import torch
 from families import build, downstream
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interrupts import at_every_line
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -508,37 +508,15 @@ def test_ctrl_c_is_held_back_until_the_weights_are_whole(monkeypatch):
 def test_ctrl_c_anywhere_in_a_rollback_leaves_the_old_weights(kind):
     """At whichever line the signal comes, the wait for the checks and the report too: else nobody has the undo."""
     earlier, later = pair("llama")
-    before, sent = snapshot(later), []
+    before = snapshot(later)
     mask = RandomSelector(0.1, units="weight" if kind == "weights" else "mlp").select(Trajectory(None, earlier, later))
-    original, lines = sys.gettrace(), set()
 
-    def at(line):
-        def trace(frame, event, _):
-            if frame.f_code is not operators.rollback.__code__:
-                return None
-            if event == "line":
-                lines.add(frame.f_lineno)
-                if frame.f_lineno == line and not sent:
-                    sent.append(1)
-                    os.kill(os.getpid(), signal.SIGINT)
-            return trace
-
-        return trace
-
-    def traced(line):
-        sent.clear()
-        sys.settrace(at(line))
-        try:
-            operators.rollback(later, to=earlier, mask=mask).undo()
-        finally:
-            sys.settrace(original)
-
-    traced(None)
-    for line in sorted(lines - {max(lines)}):  # at the last line, the return, the caller has the undo
-        with pytest.raises(KeyboardInterrupt):
-            traced(line)
+    def check(line):
         assert same(snapshot(later), before), line
         assert in_force(later) == [], line
+
+    rollback = operators.rollback
+    at_every_line(rollback, lambda: rollback(later, to=earlier, mask=mask).undo(), check)
 
 
 def test_nan_in_the_earlier_checkpoint_is_refused_before_it_stays():

@@ -17,7 +17,7 @@ from benchmarks.pareto.changes import Setting
 from benchmarks.real.command import command
 from benchmarks.real.comparison import PAIRS, setting_of
 from benchmarks.seeds import write
-from benchmarks.speed.gradients import peak
+from benchmarks.speed.memory import peak
 from surgery import AMCSelector, DamageSelector, repair, rollback
 from surgery.live.hooks import collecting_from
 from surgery.live.losses import cross_entropy

@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,35 +17,12 @@ from transformers import PrinterCallback, Qwen3Config, Qwen3ForCausalLM, Trainer
 
 from benchmarks.hardware import statement
 from benchmarks.speed import checkpoints
+from benchmarks.speed.memory import peak
 from surgery.evidence import gradients
 from surgery.live.losses import cross_entropy
 from surgery.training import GradientCosines
 
 Batch = dict[str, torch.Tensor]
-
-
-def anonymous() -> float:
-    """Megabytes of this process that lie in no file."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").split("\n")
-    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
-
-
-@contextmanager
-def peak() -> Iterator[list[float]]:
-    """The peak of anonymous memory while the body runs, above the start's, in a list of one."""
-    start, found, done = anonymous(), [0.0], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.005):
-            found[0] = max(found[0], anonymous() - start)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield found
-    finally:
-        done.set()
-        thread.join()
 
 
 def measured(function: Callable[[], object]) -> tuple[float, float, float]:

@@ -14,16 +14,15 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.hardware import statement
+from benchmarks.speed.memory import peak
 from benchmarks.speed.vocabulary import SHAPES, attended, model, prompts
 from surgery import DamageSelector, Trajectory
 from surgery.live.hooks import only_these
@@ -32,32 +31,6 @@ from surgery.selectors import rounds
 
 ROOT = Path(__file__).parents[2]
 Row = dict[str, float]
-
-
-def resident() -> tuple[float, float]:
-    """Megabytes of this process that lie in no file, and all."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").split("\n")
-    found = {line.split(":")[0]: int(line.split()[1]) / 1024 for line in lines if line.startswith(("RssAnon", "VmRSS"))}
-    return found["RssAnon"], found["VmRSS"]
-
-
-@contextmanager
-def peak() -> Iterator[list[float]]:
-    """The peaks of both while the body runs, above the start's."""
-    start, done = resident(), threading.Event()
-    found = [0.0, 0.0]
-
-    def watch() -> None:
-        while not done.wait(0.01):
-            found[:] = [max(known, now - one) for known, now, one in zip(found, resident(), start, strict=True)]
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield found
-    finally:
-        done.set()
-        thread.join()
 
 
 def measured(function: Callable[[], int]) -> Row:

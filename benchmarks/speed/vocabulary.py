@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.hardware import statement
-from benchmarks.speed.gradients import peak
+from benchmarks.speed.memory import peak
 from benchmarks.speed.operations import cpu
 from surgery import Trajectory, damage
 from surgery.live.heads import positions

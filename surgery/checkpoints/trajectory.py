@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgery.checkpoints.buffer import Buffer
 from surgery.checkpoints.checkpoint import Checkpoint, Source, in_force, merged, opened
 from surgery.checkpoints.loading import Sharding, check_conversion, loaded, moved
 from surgery.checkpoints.opening import Weights, open_weights
-from surgery.checkpoints.room import Room
 from surgery.files import path_of
 from surgery.formats.folders import is_adapter
 from surgery.layout.boxes import Boxes, boxes_in
@@ -334,7 +334,7 @@ def displacements(
         bounded by ``CHUNK`` per checkpoint. NaN and infinite weights come as they are (``check_finite``).
     """
     opened = run.weights(*names, units=units)
-    rooms = [Room() for _ in names]
+    buffers = [Buffer() for _ in names]
     found = steps("the checkpoints", opened[-1].layout.items(), lambda item: float(item[1].neurons * item[1].width))
     for name, block in found:
         others = [one.layout[name] for one in opened[:-1]]
@@ -347,8 +347,8 @@ def displacements(
             for start, stop in pieces(block, part, others, span):
                 views = [reader(start, stop) for reader in readers]
                 for low in range(0, width, span):
-                    parts = zip(rooms, views, strict=True)
-                    read = [room.of(view[:, low : low + span], columns) for room, view in parts]
+                    parts = zip(buffers, views, strict=True)
+                    read = [buffer.of(view[:, low : low + span], columns) for buffer, view in parts]
                     for after, before in pairwise(reversed(read)):
                         after -= before
                     yield name, part, start, stop, tuple(read[1:])

@@ -19,10 +19,11 @@ from torch import Tensor
 from surgery.checkpoints.checkpoint import State
 from surgery.checkpoints.opening import Weights
 from surgery.compat import writes_to
+from surgery.devices import real
 from surgery.layout.slots import Block, Slot
 from surgery.masks.edits import Edit, Rows
 from surgery.masks.mask import Mask
-from surgery.reverting.plan import Plan, form, looks, plain, real
+from surgery.reverting.plan import Plan, form, looks, plain
 from surgery.reverting.writing import Strength, blended
 
 _asked: list[bool] = []

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from surgery.devices import real, sent_together
 from surgery.masks.edits import Edit
 
 _PAD = 16  # numbers: every edit begins at a multiple of it in packed, so that it is aligned to 16 bytes
@@ -96,7 +97,7 @@ class Plan:
         if int(offsets.max()) < 2**30:  # so their sums fit, too
             offsets = offsets.to(torch.int32)
         which = torch.arange(len(table), dtype=torch.int32).repeat_interleave(torch.tensor(counts))
-        self._table, self._which, self._offsets = sent([torch.tensor(table), which, offsets], self.device)
+        self._table, self._which, self._offsets = sent_together([torch.tensor(table), which, offsets], self.device)
         self._addresses: tuple[list[list[int]], Tensor] | None = None  # of the last launch
 
     def _in_vectors(self, rows: Tensor, ways: Sequence[tuple[int, int]], start: int, step: int) -> bool:
@@ -153,7 +154,7 @@ class Plan:
         pairs = [(one.data_ptr(), other.data_ptr()) for one, other in zip(ours, sources or ours, strict=True)]
         where = [[one, other, int(one % 16 == 0 and other % 16 == 0)] for one, other in pairs]
         if self._addresses is None or self._addresses[0] != where:
-            self._addresses = where, sent([torch.tensor(where)], self.device)[0]
+            self._addresses = where, sent_together([torch.tensor(where)], self.device)[0]
         integers, exponent = _BITS[self.dtype]
         found = torch.empty(2, self.tiles, dtype=torch.int32, device=self.device) if count else None
         if how != 2:
@@ -194,25 +195,6 @@ def plain(tensor: Tensor) -> bool:
             return False
         reach += (size - 1) * stride
     return bool(tensor.numel()) and not tensor.is_meta and not tensor.is_inference()
-
-
-def real(device: torch.device) -> bool:
-    """Whether it is a GPU that is there."""
-    return device.type == "cuda" and torch.cuda.is_available()
-
-
-def sent(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Tensors of the CPU on a device: one piece of memory, one copy, which nothing waits for."""
-    parts = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors]
-    starts = [0]
-    for part in parts:
-        starts.append(-(-(starts[-1] + len(part)) // 16) * 16)
-    here = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=real(device))
-    for part, start in zip(parts, starts, strict=False):
-        here[start : start + len(part)] = part
-    there = here.to(device, non_blocking=True)
-    sizes = zip(tensors, parts, starts, strict=False)
-    return [there[at : at + len(part)].view(one.dtype).view(one.shape) for one, part, at in sizes]
 
 
 def _tiles(height: int, width: int, tile: int) -> tuple[int, int]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-class Room:
+class Buffer:
     """Memory that every chunk uses again: new memory for each would cost as much as the arithmetic."""
 
     def __init__(self) -> None:
@@ -16,5 +16,5 @@ class Room:
         """Some numbers in float32, each neuron a run of memory or a column of it."""
         if len(self.held) < some.numel():
             self.held = torch.empty(some.numel())
-        room = self.held[: some.numel()]
-        return (room.view(some.T.shape).T if columns else room.view(some.shape)).copy_(some)
+        flat = self.held[: some.numel()]
+        return (flat.view(some.T.shape).T if columns else flat.view(some.shape)).copy_(some)

@@ -58,6 +58,12 @@ def surgery(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     return run
 
 
+@pytest.mark.parametrize(("units", "told"), [("mlp,value_channel", True), ("mlp", False)])
+def test_select_says_what_a_budget_of_several_kinds_counts(surgery, units: str, told: bool) -> None:
+    _, out, _ = surgery(f"select base earlier later --selector random --units {units} --budget 0.1 --dry-run")
+    assert ("the budget of 0.1 is a share of the parameters of all these units, not of their number" in out) is told
+
+
 def test_select_writes_the_selectors_mask(surgery, runs: Path, tmp_path: Path) -> None:
     code, out, _ = surgery(f"select base earlier later --selector MC --budget 0.1 -o {tmp_path}/mask.safetensors")
     mask = Neurons.load(tmp_path / "mask.safetensors")

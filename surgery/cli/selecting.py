@@ -115,6 +115,8 @@ def _describe(mask: Mask, budget: float) -> None:
             out.print("loss, the distance from the earlier model's predictions on --data; the smallest is kept:")
         for count, loss in found.get("curve", []):
             out.print(f"  {count:>10} reverted: loss {loss:.5g}{' (kept)' if count == taken else ''}")
+    elif budget and taken and len(mask.units) > 1:
+        out.print(f"the budget of {budget:.4g} is a share of the parameters of all these units, not of their number")
     elif budget and not taken:
         out.print(f"budget {budget} is less than one of these units, so none was selected: pass a larger --budget")
     if warning := overpromised(mask.made_by):

@@ -33,7 +33,9 @@ KINDS = {
     "biased": Kind("llama", dict(target_modules=_ALL, bias="all")),
     "biased, of adapted layers": Kind("llama", dict(target_modules=_MLP, bias="lora_only"), torch.bfloat16),
     "biased factors": Kind("llama", dict(target_modules=_MLP, lora_bias=True)),
-    "fused gate and up": Kind("phi3", dict(target_modules=["gate_up_proj", "down_proj"])),
+    "fused gate and up": Kind(
+        "phi3", dict(target_modules=["qkv_proj", "o_proj", "gate_up_proj", "down_proj"])
+    ),
     "transposed": Kind("gpt2", dict(target_modules=["c_fc", "c_proj"], fan_in_fan_out=True)),
     "patterns": Kind(
         "qwen3",

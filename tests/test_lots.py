@@ -22,7 +22,7 @@ from surgery.live import distillation, prompts, respond
 from surgery.live.losses import Loss, cross_entropy, mean_loss, tokens_in
 from surgery.live.prompts import Batch, padded
 from surgery.scores import entry_gains, lots
-from surgery.scores.lots import Best, best_of_lots
+from surgery.scores.lots import Best, Guess, best_of_lots
 from surgery.scores.weights import best
 
 attribution = import_module("surgery.scores.damage")
@@ -75,9 +75,10 @@ def law_exact(family: str, dtype: torch.dtype = torch.float32, kinds: Any = (TWO
     for some in kinds if dtype == torch.float32 else (TWO,):  # sums over passes are the weights' dtype's
         without = from_files(run, some, 20, NONE, cross_entropy)[::2]
         for count in (1, 300, 10**6):
-            wanted = from_files(run, some, count, without, cross_entropy)
+            wanted, high = from_files(run, some, count, without, cross_entropy), Guess(1e-9, bar=1e9)
             assert searched(run, some, count, without).chosen.equal(wanted)
-            assert searched(run, some, count, without, reach=1e-9).chosen.equal(wanted)
+            assert searched(run, some, count, without, begin=Guess(1e-9)).chosen.equal(wanted)
+            assert searched(run, some, count, without, begin=high).chosen.equal(wanted)
 
 
 @pytest.mark.usefixtures("device")
@@ -105,8 +106,8 @@ def law_ties() -> None:
         for count in (1, 200, 5000):
             wanted = from_files(run, TWO, count, NONE, loss)
             assert len(wanted) == count
-            for reach in (None, 1e-3, 1.0):
-                assert searched(run, TWO, count, loss=loss, reach=reach).chosen.equal(wanted)
+            for begin in (None, Guess(1e-3), Guess(1.0), Guess(1e-3, 1e-6)):
+                assert searched(run, TWO, count, loss=loss, begin=begin).chosen.equal(wanted)
 
 
 @pytest.mark.usefixtures("device")
@@ -126,14 +127,14 @@ def test_what_is_not_finite_is_refused():
         searched(Trajectory(earlier=earlier, later=later), TWO, 5, loss=loss)
 
 
-def test_the_next_search_looks_at_a_few_more_weights_than_this_one_needed():
+def test_the_next_search_looks_above_a_part_of_the_lowest_gain_that_was_taken():
     run, (one, other) = Trajectory(None, *pair("llama")), TWO
-    found = searched(run, [one, other], 50)
+    found = searched(run, [one, other], 50, begin=Guess(1.0))
     first, second = (entry_gains(run, lot, loss=cross_entropy, units=UNITS).flat for lot in (one, other))
-    needed = int((first >= torch.minimum(first, second)[found.chosen].min()).sum())
-    assert needed >= 50
-    assert found.reach == pytest.approx(lots.SPARE * needed / len(first))
-    assert searched(run, [one, other], 50, reach=found.reach).chosen.equal(found.chosen)
+    bar = lots.DROP * float(torch.minimum(first, second)[found.chosen].min())
+    assert found.next.bar == pytest.approx(bar)
+    assert found.next.reach == pytest.approx(int((first >= bar).sum()) / len(first))
+    assert searched(run, [one, other], 50, begin=found.next).chosen.equal(found.chosen)
 
 
 # Prompts that go through a model together.

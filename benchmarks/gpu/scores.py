@@ -76,7 +76,7 @@ def rows(trajectory: Trajectory, data: list[Batch], device: torch.device) -> dic
     lot = [path._drawn(at) for at in range(ROUNDS)]
 
     def chosen() -> None:  # anew: a path that was gone is not measured again
-        fresh = replace(path, taken=path.taken[:0], ends=[], ended=False, reach=None, losses={})
+        fresh = replace(path, taken=path.taken[:0], ends=[], ended=False, begin=None, losses={})
         fresh.to(fresh._end(ROUNDS), stop=False)
 
     def its_passes() -> None:

@@ -30,16 +30,25 @@ from surgery.scores.weights import best_of_all
 from surgery.units import Units
 
 SAMPLES = 1 << 16  # gains by which the bar is guessed
-ROOM, LEAST, SPARE = 2, 1e-2, 25  # times the fraction looked for; its least; times the last need, as layers differ
+ROOM, LEAST = 3, 2e-2  # times the fraction looked for; its least
+DROP = 0.25  # times the lowest gain that was taken is what the next search looks above
 SMALL = 1 << 12  # places that there are at least, whatever the fraction is
 
 
 @dataclass(frozen=True)
+class Guess:
+    """Which fraction of the weights a search may have to look at, and above which gain (0: by a sample)."""
+
+    reach: float
+    bar: float = 0.0
+
+
+@dataclass(frozen=True)
 class Best:
-    """Which weights are the best (int64, the best first, on the CPU), and how few the next search may look at."""
+    """Which weights are the best (int64, the best first, on the CPU), and where the next search may begin."""
 
     chosen: Tensor
-    reach: float
+    next: Guess
 
 
 def best_of_lots(
@@ -50,7 +59,7 @@ def best_of_lots(
     loss: Loss,
     units: Units,
     without: Tensor,
-    reach: float | None = None,
+    begin: Guess | None = None,
 ) -> Best:
     """The ``count`` weights with the highest positive gains, of each weight the lowest of its gains on several lots.
 
@@ -59,7 +68,7 @@ def best_of_lots(
 
     Gradients have the weights' dtype; where a lot takes several passes, the first lot's are summed in it, as torch sums
     gradients, and take its room until the last pass. Products, and sums over the passes of the others, are float32.
-    Memory: 20 bytes for each weight that is looked at, which is about the fraction ``reach`` of all.
+    Memory: 20 bytes for each weight that is looked at, some percent of all.
 
     Args:
         run: a trajectory with ``earlier`` and ``later``.
@@ -68,7 +77,7 @@ def best_of_lots(
         loss: a loss as ``answered`` gives it.
         units: the kinds of unit whose weights are candidates.
         without: positions of weights that are not taken.
-        reach: which fraction of the weights is looked at first (default: as if the lots had nothing in common).
+        begin: where a search begins (default: with as many weights as if the lots had nothing in common).
 
     Raises:
         ValueError: as ``damage``; a gradient is NaN or infinite.
@@ -77,22 +86,21 @@ def best_of_lots(
     """
     live, earlier = run.live("earlier", units=units)
     places, later = Places(live), unrounded(run, live, units)
-    reach = reach or 1.5 * math.sqrt(count / max(1, places.total))
-    bar, room = 0.0, ROOM
+    begin, room = begin or Guess(1.5 * math.sqrt(count / max(1, places.total))), ROOM
     while True:
-        reach = min(1.0, max(LEAST, reach))
-        first = _Above(places, later, earlier, reach, bar, room)
+        begin = Guess(min(1.0, max(LEAST, begin.reach)), begin.bar)
+        first = _Above(places, later, earlier, begin, room)
         _measure(run, live, loss, lots[0], first.add, at_once=True)
         found = first.found()
         if found is None:
-            bar, room = first.reached, 4 * room
+            begin, room = Guess(begin.reach, first.reached), 4 * room
             continue
         for lot in lots[1:]:
             found.lower(lot, partial(_measure, run, live, loss, lot))
         best = found.best(count, without)
         if best is not None:
             return best
-        bar, reach = 0.0, 4 * reach
+        begin = Guess(4 * begin.reach)
 
 
 def _measure(
@@ -169,23 +177,24 @@ def is_waited_for(device: torch.device) -> bool:
 class _Above:
     """The weights whose gain exceeds a bar, as they come, in a room that is taken once.
 
-    The bar is the gain that a fraction of the weights exceeds, by a sample of those seen so far; it only rises.
+    Where none is given, the bar is the gain that a fraction of the weights exceeds, by a sample of those seen so far;
+    it only rises.
     """
 
-    def __init__(self, places: Places, later: Weights, earlier: Weights, reach: float, bar: float, room: float) -> None:
-        self.places, self.later, self.earlier, self.reach = places, later, earlier, reach
+    def __init__(self, places: Places, later: Weights, earlier: Weights, begin: Guess, room: float) -> None:
+        self.places, self.later, self.earlier, self.begin, reach = places, later, earlier, begin, begin.reach
         self.device = places.device
         self.every = max(1, places.here // SAMPLES) | 1
         self.room = min(places.here, SMALL + int(room * reach * places.here))
         self.part = min(1.0, room * max(reach, 1 / 16))  # of one run of weights, so many may be found on a GPU
         self.where = torch.empty(self.room + 1, dtype=torch.int64, device=self.device)
         self.gains, self.steps = torch.empty(2, self.room + 1, device=self.device)
-        self.bar = torch.full((), bar, device=self.device)
+        self.bar = torch.full((), begin.bar, device=self.device)
         self.have = torch.zeros((), dtype=torch.int64, device=self.device)
         self.lost = torch.zeros((), dtype=torch.bool, device=self.device)
         self.spread = {name: torch.zeros((), device=self.device) for name in places.tensors}
         self.seen: list[Tensor] = []
-        self.due, self.reached = 0, bar
+        self.due, self.reached = 0, begin.bar
 
     def add(self, block: Block, slot: Slot, grad: Tensor, tokens: int) -> None:
         """Look at the gains of one slot."""
@@ -206,14 +215,14 @@ class _Above:
                 self.gains[to], self.steps[to] = gains[at], steps[at]
 
     def _raise(self, order: _Order, views: list[Tensor], tokens: int) -> None:
-        if self.reach >= 1:
+        if self.begin.reach >= 1 or self.begin.bar > 0:
             return
         g, now, then = order.some(views, self.every)
         self.seen.append((g * ((now - then) / tokens)).to(self.device))
         count = sum(map(len, self.seen))
         if count >= self.due:
             self.seen, self.due = [torch.cat(self.seen)], count + count // 8
-            wanted = max(1, round(self.reach * count))
+            wanted = max(1, round(self.begin.reach * count))
             self.bar = torch.maximum(self.bar, self.seen[0].kthvalue(count + 1 - wanted).values)
 
     def _above(self, gains: Tensor) -> tuple[Tensor, Tensor]:
@@ -295,5 +304,5 @@ class _Few:
         if bar > 0 and int(ranks.sum(torch.tensor(told[0]))) < count:
             return None
         chosen, least = best_of_all(lowest, count, places, self.where)
-        needed = int(ranks.sum((self.first >= least).sum().cpu())) if least > 0 else places.total
-        return Best(chosen, SPARE * needed / places.total)
+        above = int(ranks.sum((self.first >= DROP * least).sum().cpu())) if least > 0 else places.total
+        return Best(chosen, Guess(above / places.total, DROP * least))

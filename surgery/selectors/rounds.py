@@ -19,7 +19,7 @@ from surgery.masks.entries import Entries, shapes_of
 from surgery.progress import steps
 from surgery.reverting.rollback import Rollback, rollback
 from surgery.scores.damage import answered, earlier_answers
-from surgery.scores.lots import best_of_lots
+from surgery.scores.lots import Guess, best_of_lots
 from surgery.scores.memory import remember
 from surgery.scores.weights import CHUNK, best, chosen, entries_of, entry_magnitude, zeros_on_disk
 from surgery.selectors.settings import Data
@@ -159,7 +159,7 @@ class _Path:
     taken: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     ends: list[int] = field(default_factory=list)  # how many weights are taken at the end of each round
     ended: bool = False  # there is nothing left to take
-    reach: float | None = None  # which fraction of the weights a round looks at
+    begin: Guess | None = None  # where the search for a round's weights begins
     losses: dict[int, float] = field(default_factory=dict)  # how many of them are reverted → the loss on ``held``
 
     @property
@@ -198,10 +198,10 @@ class _Path:
         wanted = max(1, self._end(at + 1) - len(self.taken))
         with self._reverted(len(self.taken)):
             found = best_of_lots(
-                self.run, self._drawn(at), wanted, loss=self.loss, units=self.units, reach=self.reach,
+                self.run, self._drawn(at), wanted, loss=self.loss, units=self.units, begin=self.begin,
                 without=self.taken,  # where the earlier model is stored wider, what is left of them is rounding
             )  # fmt: skip
-        self.reach, taken = found.reach, len(found.chosen)
+        self.begin, taken = found.next, len(found.chosen)
         self.ended = taken < wanted
         if taken:
             self.taken = torch.cat([self.taken, found.chosen])

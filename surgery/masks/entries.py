@@ -133,6 +133,9 @@ class Entries(Mapping[str, Tensor]):
     def __and__(self, other: Entries) -> Entries:
         return self._combine(other, lambda a, b: a[torch.isin(a, b, assume_unique=True)])
 
+    def __sub__(self, other: Entries) -> Entries:
+        return self._combine(other, lambda a, b: a[torch.isin(a, b, assume_unique=True, invert=True)])
+
     def __or__(self, other: Entries) -> Entries:
         return self._combine(other, lambda a, b: torch.cat([a, b]).unique())
 

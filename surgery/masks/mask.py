@@ -59,11 +59,19 @@ class Mask(Protocol):
 
     def __or__(self, other: Self, /) -> Self: ...
 
+    def __sub__(self, other: Self, /) -> Self: ...
+
     def equal(self, other: Self, /) -> bool:
         """Whether both select the same neurons or weights of the same blocks."""
 
     def save(self, path: str | Path) -> None:
         """Write a file for ``load_mask``."""
+
+
+def inside(smaller: Mask, larger: Mask) -> bool:
+    """Whether a mask of the same kind selects all that the smaller one does."""
+    alike = type(smaller) is type(larger) and smaller.units == larger.units
+    return alike and (smaller & larger).equal(smaller)
 
 
 def checked(mask: Mask) -> Mask:

@@ -174,6 +174,9 @@ class Neurons(Mapping[str, Tensor]):
     def __or__(self, other: Neurons) -> Neurons:
         return self._combine(other, torch.logical_or, mask=True)
 
+    def __sub__(self, other: Neurons) -> Neurons:
+        return self & ~other
+
     def __invert__(self) -> Neurons:
         self._need(mask=True, verb="~")
         return self._map(lambda _, value: ~value)

@@ -17,7 +17,7 @@ from surgery.checkpoints.wrapped import is_unmerged
 from surgery.layout.sharding import ranks_of
 from surgery.live.answers import respond
 from surgery.live.prompts import Batch, batches_of, halved
-from surgery.masks.mask import Mask
+from surgery.masks.mask import Mask, inside
 from surgery.measure.evaluators import likelihood
 from surgery.measure.files import metric_of
 from surgery.measure.rows import Evaluate, Log, Row, Sweep, compared, fell, judged, points, tell
@@ -303,7 +303,7 @@ class _Search:
             same = next((one for one, known in self.masks.items() if known.equal(mask)), None)
             self.masks[budget] = mask
             if same is None:
-                one = self.tell(self.bench.row(self.selector, budget))
+                one = self.tell(self.bench.row(self.selector, budget, mask))
                 row = compared(one, self.earlier, self.later, self.metric)
             else:  # a selector that stops by itself takes as many at a larger budget
                 row = replace(self.rows[same], budget=budget)
@@ -316,7 +316,7 @@ class _Search:
     def _order(self, rows: Sequence[Row], limits: dict[str, float], chosen: Row | None) -> list[str]:
         """Whether what was measured is ordered as bisection needs it."""
         masks = (self.masks[row.budget] for row in rows)
-        nested = all(_inside(smaller, larger) for smaller, larger in pairwise(masks))
+        nested = all(inside(smaller, larger) for smaller, larger in pairwise(masks))
         recoveries, kept = [row.recovery or 0.0 for row in rows], [_keeps(row, limits) for row in rows]
         if nested and recoveries == sorted(recoveries) and kept == sorted(kept, reverse=True):
             return []
@@ -345,10 +345,6 @@ def _recovers(row: Row, wanted: float) -> bool:
 
 def _keeps(row: Row, limits: Mapping[str, float]) -> bool:
     return all(row.delta[name] >= least - _ROUNDING for name, least in limits.items())
-
-
-def _inside(smaller: Mask, larger: Mask) -> bool:
-    return (smaller & larger).equal(smaller)
 
 
 def _doubts(row: Row, lost: Paired | None, goal: float, limits: Mapping[str, float]) -> list[str]:

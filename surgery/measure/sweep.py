@@ -40,6 +40,7 @@ from surgery.measure.rows import (
     tell,
 )
 from surgery.progress import steps
+from surgery.reverting.in_turn import InTurn
 from surgery.reverting.rollback import rollback
 from surgery.scores.memory import identity, remembered
 from surgery.selectors.selectors import Selector
@@ -98,10 +99,43 @@ class Bench:
         kinds = kinds_of(units)
         return self._measured(ceiling_of(kinds), 1.0, lambda: self._tried(~self._nothing(kinds)))
 
-    def row(self, selector: Any, budget: float) -> Row:
-        """A selector at a budget."""
+    def row(self, selector: Any, budget: float, mask: Mask) -> Row:
+        """A selector at a budget, for which it has chosen the mask."""
+        return self._row(selector, budget, lambda: self._tried(mask))
+
+    def rows(self, selector: Any, budgets: Iterable[float], told: Callable[[Row], Row]) -> list[Row]:
+        """A selector at several budgets, each row ``told`` when it is there.
+
+        Every mask is chosen before the first is rolled back, and from one to the next only what differs is written.
+        """
+        missing = [budget for budget in dict.fromkeys(budgets) if not self._is_known(selector, budget)]
+        chosen: dict[float, tuple[Mask, float]] = {}
+        for budget in steps("choices", missing):
+            start = time.perf_counter()
+            chosen[budget] = self.mask(selector, budget), time.perf_counter() - start
+        with InTurn(self.model, to=self.run.tensors("earlier"), layout=self.run.layout) as turn:
+
+            def measure(budget: float) -> tuple[int, Mapping[str, Score]]:
+                mask = chosen[budget][0]
+                turn.now(mask)
+                return sum(mask.count().values()), self._evaluate(self.model)
+
+            found = []
+            for budget in steps("rows", budgets):
+                spent = chosen[budget][1] if budget in chosen else 0.0
+                found.append(told(self._row(selector, budget, partial(measure, budget), spent)))
+        return found
+
+    def _row(
+        self, selector: Any, budget: float, measure: Callable[[], tuple[int, Mapping[str, Score]]], spent: float = 0.0
+    ) -> Row:
         one = at_budget(selector, budget)
-        return self._measured(name_of(one), budget, lambda: self._tried(self.mask(one, budget)), settings_of(one))
+        return self._measured(name_of(one), budget, measure, settings_of(one), spent)
+
+    def _is_known(self, selector: Any, budget: float) -> bool:
+        """Whether the row is there; refused where it is one of other settings."""
+        one = at_budget(selector, budget)
+        return self._check_settings((name_of(one), float(budget)), settings_of(one)) in self._rows
 
     def tried(self, name: str, mask: Mask) -> Row:
         """A mask that is there already; it is named, and not remembered."""
@@ -145,23 +179,29 @@ class Bench:
         budget: float,
         measure: Callable[[], tuple[int, Mapping[str, Score]]],
         settings: Mapping[str, str] = NONE,
+        spent: float = 0.0,
     ) -> Row:
-        key = name, float(budget)
-        other = self._settings.get(key, settings)
-        if wrong := [one for one in {**other, **settings} if other.get(one) != settings.get(one)]:
-            raise ValueError(
-                f"{self.path} holds rows of {name!r} with another {' and '.join(wrong)}: choose another file"
-            )
+        key = self._check_settings((name, float(budget)), settings)
         if key not in self._rows:
             self._say(f"{name}, {100 * budget:g} %" if budget else name)
             start = time.perf_counter()
             neurons, values = measure()
             metrics, items = measured(values)
-            row = Row(name, key[1], neurons, metrics, time.perf_counter() - start, items=items)
+            seconds = spent + time.perf_counter() - start
+            row = Row(name, key[1], neurons, metrics, seconds, items=items)
             self._rows[key] = self._comparable(row)
             written = {one: getattr(row, one) for one in MEASURED} | ({"settings": dict(settings)} if settings else {})
             self._append({**written, "items": {one: _compact(held) for one, held in items.items()}})
         return self._comparable(self._rows[key])
+
+    def _check_settings(self, key: tuple[str, float], settings: Mapping[str, str]) -> tuple[str, float]:
+        """The key of a row, refused where the file's row has other settings."""
+        other = self._settings.get(key, settings)
+        if wrong := [one for one in {**other, **settings} if other.get(one) != settings.get(one)]:
+            raise ValueError(
+                f"{self.path} holds rows of {key[0]!r} with another {' and '.join(wrong)}: choose another file"
+            )
+        return key
 
     def _comparable(self, row: Row) -> Row:
         """The row, refused where it has other metrics than the later model's, or other items."""
@@ -305,8 +345,9 @@ def sweep(
 ) -> Sweep:
     """Evaluate every selector at every budget, after the references: earlier, later and the ceiling (of every unit).
 
-    Each score is computed once. Rollbacks are applied and undone in place, and nothing is reloaded. The model is
-    bit-identical at the end, also after an error.
+    Each score is computed once. Every mask of a selector is chosen first; then rollbacks are applied in place, from one
+    budget to the next only what differs, and nothing is reloaded. The model is bit-identical at the end, also after an
+    error.
 
     Args:
         run: the trajectory; its later model is loaded once (``run.load``), where you put it.
@@ -343,5 +384,6 @@ def sweep(
     with remembered(own=True):
         asked = [units_asked(bench.run, getattr(one, "units", "mlp")) for one in selectors] or [("mlp",)]
         rows = [told(bench.ceiling(units)) for units in dict.fromkeys(asked)]
-        rows += [told(bench.row(selector, budget)) for selector, budget in steps("rows", product(selectors, budgets))]
+        for selector in steps("selectors", selectors):
+            rows += bench.rows(selector, budgets, told)
     return Sweep(metric, tuple(judged([earlier, later, *rows], earlier, later, metric)))

@@ -1,18 +1,21 @@
 """What choosing costs on the real model: ``python -m benchmarks.real.price [--lab FOLDER] [--out FOLDER]``.
 
-Beside one bare forward and backward pass over the same prompts (gradients of all matrices of the layers, freed one by
-one), all in one process, in CPU seconds.
+With ``--small`` on the small lab's model, whose checkpoints are in the repository. Beside one bare forward and backward
+pass over the same prompts (gradients of all matrices of the layers, freed one by one), all in one process, in CPU
+seconds.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from benchmarks.hardware import statement
+from benchmarks.pareto import comparison
 from benchmarks.pareto.changes import Setting
 from benchmarks.real.command import command
 from benchmarks.real.comparison import PAIRS, setting_of
@@ -21,8 +24,11 @@ from benchmarks.speed.memory import peak
 from surgery import AMCSelector, DamageSelector, repair, rollback
 from surgery.live.hooks import collecting_from
 from surgery.live.losses import cross_entropy
+from surgery.live.prompts import Batch
 from surgery.measure import likelihood
 from surgery.measure.rows import Evaluate
+
+SMALL = Path(__file__).parents[1] / "lab" / "seed0"
 
 
 def priced(do: Callable[[], Any]) -> tuple[float, float, Any]:
@@ -52,13 +58,10 @@ class Timed:
         return found
 
 
-def main() -> None:
-    """Measure on Math by QA, seed 0, and write the table."""
-    asked = command(__doc__).parse_args()
-    setting = setting_of(asked.lab, 0, PAIRS[0])
+def choices(setting: Setting) -> tuple[list[str], float, Any]:
+    """A line for each way of choosing, the CPU seconds of the bare pass, and the last mask."""
     run, data, model = setting.run, setting.data, setting.model
     matrices = {n: p for n, p in model.named_parameters() if ".layers." in n and p.ndim == 2}
-    tokens = sum(int(batch["attention_mask"].sum()) for batch in data)
 
     def bare() -> None:
         with collecting_from(model, matrices, lambda *_: None):
@@ -74,13 +77,29 @@ def main() -> None:
         "all of 0.25 %, rounds=8": lambda: DamageSelector(0.0025, units="weight", rounds=8).select(run, data),
     }
     bare()  # what is slow only once
-    lines, first = [], 0.0
+    lines, first, found = [], 0.0, None
     for name, do in rows.items():
         spent, memory, found = priced(do)
         first = first or spent
-        lines.append(f"| {name} | {spent:.1f} | {spent / first:.2f} | {memory:.0f} |")
+        places = 1 if first > 1 else 2
+        lines.append(f"| {name} | {spent:.{places}f} | {spent / first:.2f} | {memory:.0f} |")
         print(lines[-1], flush=True)
-    spent, memory, done = priced(lambda: rollback(model, to=run.tensors("earlier"), mask=found))
+    return lines, first, found
+
+
+def main() -> None:
+    """Measure on Math by QA, seed 0, and write the table."""
+    parser = command(__doc__)
+    parser.add_argument("--small", action="store_true", help="the small lab's model instead, and its choices alone")
+    asked = parser.parse_args()
+    if asked.small:
+        setting = comparison.setting_of(SMALL, comparison.pairs()[0])
+        lines, _, _ = choices(setting)
+        write(asked.out, "small-price", page("the small lab's model", "float32", " --small", setting, lines))
+        return
+    setting = setting_of(asked.lab, 0, PAIRS[0])
+    lines, first, found = choices(setting)
+    spent, memory, done = priced(lambda: rollback(setting.model, to=setting.run.tensors("earlier"), mask=found))
     undone, _, _ = priced(done.undo)
     lines.append(f"| rollback of {done.changed} weights; undo | {spent:.2f}; {undone:.2f} | – | {memory:.0f} |")
     for name, selector in (("single weights", None), ("units", DamageSelector(0.01))):
@@ -92,12 +111,26 @@ def main() -> None:
             f"| {memory:.0f} |"
         )
         print(lines[-1], flush=True)
-    text = (
-        f"# What choosing costs on SmolLM2-135M\n\nMath by QA, seed 0: {len(data)} batches, {tokens} tokens of 128 "
-        f"prompts, bf16. `python -m benchmarks.real.price`. {statement()}\n\n"
+    write(asked.out, "real-price", page("SmolLM2-135M", "bf16", "", setting, lines))
+
+
+def page(model: str, dtype: str, how: str, setting: Setting, lines: list[str]) -> str:
+    """The table and what was measured."""
+    data = setting.data
+    prompts, tokens = (sum(int(count(batch)) for batch in data) for count in (_prompts, _tokens))
+    return (
+        f"# What choosing costs on {model}\n\nMath by QA, seed 0: {len(data)} batches, {tokens} tokens of {prompts} "
+        f"prompts, {dtype}. `python -m benchmarks.real.price{how}`. {statement()}\n\n"
         f"| | CPU s | × the bare pass | peak, MB above the model |\n|---|---|---|---|\n" + "\n".join(lines) + "\n"
     )
-    write(asked.out, "real-price", text)
+
+
+def _prompts(batch: Batch) -> int:
+    return len(batch["input_ids"])
+
+
+def _tokens(batch: Batch) -> int:
+    return int(batch["attention_mask"].sum())
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -124,6 +125,9 @@ def main() -> None:
             homes["the selector before"] = Path(place) / "before"
             git = ["git", "-C", str(ROOT), "worktree"]
             subprocess.run([*git, "add", "--quiet", "--detach", homes["the selector before"], asked.before], check=True)
+            measuring = homes["the selector before"] / "benchmarks"  # by the same code, whatever it has been called
+            shutil.rmtree(measuring)
+            measuring.symlink_to(ROOT / "benchmarks")
         try:
             for _ in range(asked.times):
                 for name, home in homes.items():

@@ -20,6 +20,14 @@ def real(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_available()
 
 
+def room(device: torch.device) -> int:
+    """Bytes of a GPU's memory beyond the most that torch has held of it at once; 0 where there is no GPU."""
+    if not real(device):
+        return 0
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.max_memory_allocated(device)
+
+
 def sent_together(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """Tensors of the CPU on a device: one piece of memory, one copy, which nothing waits for."""
     parts = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors]

@@ -90,7 +90,7 @@ def test_they_are_those_of_all_gains(family, dtype):
 def law_small() -> None:
     """Rooms that are too small, bars that are too high: measured again, and the same in the end."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, size in (("SMALL", 5), ("LEAST", 1e-9), ("SAMPLES", 300), ("ROOM", 0.5)):
+        for name, size in (("SMALL", 5), ("LEAST", 1e-9), ("WIDE", 1e-9), ("SAMPLES", 300), ("ROOM", 0.5)):
             patch.setattr(lots, name, size)
         law_exact("llama", kinds=(TWO,))
 

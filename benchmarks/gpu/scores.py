@@ -6,6 +6,7 @@ A bare pass is the same forward (and backward) pass over the same prompts, with 
 from __future__ import annotations
 
 import gc
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,7 +31,7 @@ from surgery.selectors import rounds
 NAME = "What choosing costs"
 UNITS = ("mlp", "kv_group")
 ROUNDS = 2
-TARGETS = {"A": None, "D of units": 1.3, "D of single weights": 1.5}
+TARGETS = {"A": None, "D of units, earlier in a folder": None, "D of units": 1.3, "D of single weights": 1.5}
 
 
 def run(device: torch.device, rehearse: bool) -> dict[str, Any]:
@@ -94,7 +95,13 @@ def rows(trajectory: Trajectory, data: list[Batch], device: torch.device) -> dic
         "D of single weights": (chosen, its_passes),
         "A": (partial(activation, later, data, units=UNITS), lambda: forward(later, data)),
     }
-    return {name: beside(score, bare, device) for name, (score, bare) in work.items()}
+    found = {name: beside(score, bare, device) for name, (score, bare) in work.items()}
+    with tempfile.TemporaryDirectory() as place:  # its weights cross the bus once, where there is room
+        earlier.save_pretrained(place)
+        on_disk = Trajectory(earlier=place, later=later)
+        score = partial(damage, on_disk, data, loss=far, units=UNITS)
+        found["D of units, earlier in a folder"] = beside(score, lambda: backward(later, far, data, drop), device)
+    return found
 
 
 def backward(

@@ -21,6 +21,7 @@ from surgery.live.answers import respond
 from surgery.live.earlier import earlier_model, is_bare
 from surgery.live.hooks import as_live, collecting, in_runs, parts_of, rows_in
 from surgery.live.losses import Distillation, Divergence, Loss, check_loss, distillation, summed, tokens_in
+from surgery.live.near import with_earlier
 from surgery.live.prompts import Batch, batches_of, each, fitting, on_cpu, passes, vocabulary_of
 from surgery.masks.edits import Rows
 from surgery.masks.neurons import Neurons
@@ -200,7 +201,7 @@ def _batches(data: Iterable[Batch]) -> list[Batch]:
 
 
 def _total(run: Trajectory, units: Units) -> _Total:
-    live, earlier = run.live("earlier", units=units)
+    live, earlier = with_earlier(run, units)
     later = unrounded(run, live, units)
     return _Total(
         live,

@@ -23,6 +23,7 @@ from surgery.layout.slots import Block, Slot
 from surgery.live import hooks
 from surgery.live.hooks import Unread, as_live, collecting, rows_in
 from surgery.live.losses import Loss, summed, tokens_in
+from surgery.live.near import with_earlier
 from surgery.live.prompts import Batch, each
 from surgery.scores.damage import unrounded
 from surgery.scores.weight_places import Places
@@ -30,7 +31,8 @@ from surgery.scores.weights import best_of_all
 from surgery.units import Units
 
 SAMPLES = 1 << 16  # gains by which the bar is guessed
-ROOM, LEAST = 3, 2e-2  # times the fraction looked for; its least
+LEAST = 1e-2  # the fraction looked for by a sample is at least this
+ROOM, WIDE = 2, 3e-2  # there is room for so many times the fraction looked for, or times this
 DROP = 0.25  # times the lowest gain that was taken is what the next search looks above
 SMALL = 1 << 12  # places that there are at least, whatever the fraction is
 
@@ -84,7 +86,7 @@ def best_of_lots(
 
     Source: ours.
     """
-    live, earlier = run.live("earlier", units=units)
+    live, earlier = with_earlier(run, units)
     places, later = Places(live), unrounded(run, live, units)
     begin, room = begin or Guess(1.5 * math.sqrt(count / max(1, places.total))), ROOM
     while True:
@@ -185,7 +187,7 @@ class _Above:
         self.places, self.later, self.earlier, self.begin, reach = places, later, earlier, begin, begin.reach
         self.device = places.device
         self.every = max(1, places.here // SAMPLES) | 1
-        self.room = min(places.here, SMALL + int(room * reach * places.here))
+        self.room = min(places.here, SMALL + int(room * max(reach, WIDE) * places.here))
         self.part = min(1.0, room * max(reach, 1 / 16))  # of one run of weights, so many may be found on a GPU
         self.where = torch.empty(self.room + 1, dtype=torch.int64, device=self.device)
         self.gains, self.steps = torch.empty(2, self.room + 1, device=self.device)

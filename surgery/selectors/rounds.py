@@ -13,6 +13,7 @@ from torch import Tensor
 from surgery.checkpoints.trajectory import Trajectory
 from surgery.layout.slots import Layout
 from surgery.live.losses import Distillation, Divergence, Loss, mean_loss, tokens_in
+from surgery.live.near import staying
 from surgery.live.prompts import Batch, batches_of, dealt
 from surgery.masks.budget import Allocation
 from surgery.masks.entries import Entries, shapes_of
@@ -171,6 +172,10 @@ class _Path:
 
         The curve is measured at the end of every other round, and at the last weight.
         """
+        with staying():
+            return self._walked(allowed, stop)
+
+    def _walked(self, allowed: int, stop: bool) -> list[Point]:
         best, since = self._measured(0), 0
         curve = [(0, best)]
         for at in steps("rounds", range(next(n for n in count() if self._end(n) >= allowed))):

@@ -68,7 +68,20 @@ def numbers(model: nn.Module) -> dict[str, torch.Tensor]:
     from surgery.layout.sharding import is_sharded, stored
 
     held = stored(model).named_parameters()
-    return {n: (p.full_tensor() if is_sharded(p) else p).detach().clone() for n, p in held}
+    return {n: (together(p) if is_sharded(p) else p).detach().clone() for n, p in held}
+
+
+def together(p: Any) -> torch.Tensor:
+    """All numbers of a sharded parameter; torch 2.11 can't put those together that lie in strides."""
+    try:
+        whole: torch.Tensor = p.full_tensor()
+        return whole
+    except ValueError:
+        (how,), own = p.placements, p.to_local()
+        every = [torch.empty_like(own) for _ in range(p.device_mesh.size())]
+        torch.distributed.all_gather(every, own.contiguous(), group=p.device_mesh.get_group())
+        cut = [one.chunk(how.split_factor, how.dim) for one in every]
+        return torch.cat([part for parts in zip(*cut, strict=True) for part in parts], how.dim)
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -329,8 +342,11 @@ def index_copy(patch: pytest.MonkeyPatch) -> None:
         ranks, whole = sharding.ranks_among([tensor]), [Replicate()] * tensor.device_mesh.ndim
         index, flat = ranks.gathered(edit.index), ranks.gathered(rows.flatten())
         given = (DTensor.from_local(one, tensor.device_mesh, whole) for one in (index, flat.view(len(index), -1)))
-        with torch.no_grad():
-            tensor.index_copy_(0, *given)
+        try:
+            with torch.no_grad():
+                tensor.index_copy_(0, *given)
+        except NotImplementedError:  # torch 2.11 does not do it at all
+            original(tensor, edit, torch.zeros_like(rows))
 
     patch.setattr(operators, "write", mutant)
     patch.setattr(writing, "write", mutant)

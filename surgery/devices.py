@@ -1,11 +1,55 @@
-"""Between the CPU and a GPU: what is sent is not waited for, and what comes back comes in one piece."""
+"""Between the CPU and a GPU: what is sent is not waited for, what comes back comes in one piece; who takes kernels."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+
+_asked: list[bool] = []
+
+
+@contextmanager
+def by_kernel(wanted: bool) -> Iterator[None]:
+    """While the body runs, rollbacks and D take their kernels, or torch's operations, whatever there is.
+
+    For comparisons. A rollback's bits are the same, and sums the same but for rounding. Off a GPU a kernel needs
+    Triton's interpreter (``TRITON_INTERPRET=1`` before it is imported).
+    """
+    _asked.append(wanted)
+    try:
+        yield
+    finally:
+        _asked.pop()
+
+
+def takes_kernel(device: torch.device, works: Callable[[torch.device], bool]) -> bool:
+    """Whether to take a kernel on a device: where it is a GPU on which it ``works``, or as ``by_kernel`` says."""
+    if _asked:
+        return _asked[-1]
+    # an interpreter would take a GPU's addresses for its own
+    interpreted = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+    return real(device) and not interpreted and works(device)
+
+
+def succeeds(attempt: Callable[[torch.device], None], device: torch.device, instead: str) -> bool:
+    """Whether a kernel runs on a device, tried on a few numbers: Triton needs a driver and a C compiler, too.
+
+    Where Triton is installed and it fails, a warning says what is done instead.
+    """
+    if find_spec("triton") is None:
+        return False
+    try:
+        attempt(device)
+        return True
+    except Exception as error:  # whatever Triton, its compiler or the driver raise where they don't go together
+        warnings.warn(f"Triton can't run on {device}, so {instead}: {error}", stacklevel=2)
+        return False
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:

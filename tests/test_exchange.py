@@ -21,15 +21,15 @@ from interrupts import at_every_line
 from simulated import gpu
 from torch import Tensor, nn
 
-from surgery import Checkpoint, Entries, Neurons, RandomSelector, Trajectory, rolled_back
+from surgery import Checkpoint, Entries, Neurons, RandomSelector, Trajectory, devices, rolled_back
 from surgery.checkpoints.checkpoint import State, in_force, moment_of
 from surgery.checkpoints.opening import Weights, open_weights
+from surgery.devices import by_kernel
 from surgery.layout import find_layout
 from surgery.layout.on_disk import folder_layout
 from surgery.masks import edits
 from surgery.reverting import exchange
 from surgery.reverting import plan as plans
-from surgery.reverting.exchange import by_kernel
 
 pytest.importorskip("triton", reason="the kernel needs Triton: pip install triton")
 operators = import_module("surgery.reverting.rollback")
@@ -462,7 +462,7 @@ def test_where_triton_can_not_run_it_is_said_and_the_index_path_taken(monkeypatc
     monkeypatch.setattr(plans.Plan, "swap", uncompiled)
     with pytest.warns(UserWarning, match="slower path to the same bits: Failed to find C compiler"):
         assert not tried(device)
-    monkeypatch.setattr(exchange, "find_spec", lambda name: None)
+    monkeypatch.setattr(devices, "find_spec", lambda name: None)
     assert not tried(device)
 
 

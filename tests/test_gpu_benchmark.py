@@ -110,5 +110,5 @@ def test_what_is_chosen_on_the_device_is_checked(mutant, monkeypatch):
         monkeypatch.setattr(scores.lots._Few, "lower", lambda *_: None)
     with scores.way_of_a_gpu():
         found = scores.same_choice(torch.device("cpu"))
-    assert len(found) == 4
+    assert len(found) == 5
     assert all(found.values()) is not mutant

@@ -25,7 +25,7 @@ from surgery.scores import entry_gains, lots, reversal_cost
 from surgery.scores.lots import Best, Guess, best_of_lots
 from surgery.scores.weights import best
 
-attribution = import_module("surgery.scores.damage")
+inner = import_module("surgery.scores.inner")
 UNITS = ("mlp", "kv_group")
 SOME = fewer(("llama", "phi3", "gpt2", "qwen3_moe"), ("llama", "phi3", "gpt2", "qwen3_moe", "gpt_oss", "mixtral"))
 NONE = torch.zeros(0, dtype=torch.int64)
@@ -261,7 +261,7 @@ def last_pass_alone(patch: pytest.MonkeyPatch) -> None:
 
 
 def by_way_of_the_cpu(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(attribution, "dot", lambda a, b, dot=attribution.dot: dot(a, b).cpu().to("cuda"))
+    patch.setattr(inner, "dot", lambda a, b, dot=inner.dot: dot(a, b).cpu().to("cuda"))
 
 
 def law_pairs() -> None:

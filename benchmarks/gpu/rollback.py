@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from benchmarks.gpu.shapes import QWEN3_4B, QWEN3_30B_A3B
 from surgery import Checkpoint, Entries, Neurons, rollback
 from surgery.checkpoints.checkpoint import State
+from surgery.devices import by_kernel
 from surgery.layout.slots import Block, Layout, Slot
 from surgery.masks.entries import shapes_of
 from surgery.reverting import kernel
-from surgery.reverting.exchange import by_kernel, planned
+from surgery.reverting.exchange import planned
 from surgery.reverting.plan import Plan
 
 NAME = "Rollback, undo, a sweep's step"

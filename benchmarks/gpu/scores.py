@@ -20,6 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu.shapes import QWEN3_4B, TINY, Shape, model, prompts
 from surgery import Trajectory, activation, damage
+from surgery.devices import by_kernel
 from surgery.live import distillation
 from surgery.live.hooks import only_these
 from surgery.live.losses import Loss, mean_loss, summed
@@ -31,7 +32,7 @@ from surgery.selectors import rounds
 NAME = "What choosing costs"
 UNITS = ("mlp", "kv_group")
 ROUNDS = 2
-TARGETS = {"A": None, "D of units, earlier in a folder": None, "D of units": 1.3, "D of single weights": 1.5}
+TARGETS = {"D of units": 1.3, "D of single weights": 1.5}
 
 
 def run(device: torch.device, rehearse: bool) -> dict[str, Any]:
@@ -87,11 +88,16 @@ def rows(trajectory: Trajectory, data: list[Batch], device: torch.device) -> dic
                 backward(later, path.loss, some, drop)
         mean_loss(path.loss, later, path.held)
 
+    def by_operations() -> None:
+        with by_kernel(False):
+            damage(trajectory, data, loss=far, units=UNITS)
+
     work: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
         "D of units": (
             partial(damage, trajectory, data, loss=far, units=UNITS),
             lambda: backward(later, far, data, drop),
         ),
+        "D of units, by torch's operations": (by_operations, lambda: backward(later, far, data, drop)),
         "D of single weights": (chosen, its_passes),
         "A": (partial(activation, later, data, units=UNITS), lambda: forward(later, data)),
     }
@@ -201,9 +207,13 @@ def same_choice(device: torch.device) -> dict[str, bool]:
         found = lots.best_of_lots(here, half, count, loss=far, units=UNITS, without=torch.zeros(0, dtype=torch.int64))
         lowest = torch.stack([entry_gains(here, one, loss=far, units=UNITS).flat for one in half]).amin(0)
         checks[f"the best {count} single weights are those of all gains"] = found.chosen.equal(best(lowest, count))
-    one, other = (damage(run, data, units=UNITS) for run in (here, there))
+    with by_kernel(True):
+        one = damage(here, data, units=UNITS)
+    with by_kernel(False):
+        own, other = (damage(run, data, units=UNITS) for run in (here, there))
     near = [torch.allclose(one[k], other[k], rtol=1e-2, atol=1e-2 * float(other[k].abs().max())) for k in one]
-    return checks | {"D of units is the CPU's": all(near)}
+    same = [torch.allclose(one[k], own[k], rtol=1e-4, atol=1e-5 * float(own[k].abs().max())) for k in one]
+    return checks | {"D of units is the CPU's": all(near), "D by the kernel is D by torch's operations": all(same)}
 
 
 def table(found: dict[str, Any]) -> str:
@@ -217,7 +227,7 @@ def table(found: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, one in found["rows"].items():
-        target = TARGETS[name] or ""
+        target = TARGETS.get(name, "")
         whole = (one["weights MB"] + one["score MB"]) / max(1.0, one["weights MB"] + one["bare MB"])
         times = f"{one['score ms']:.1f} | {one['bare ms']:.1f} | {one['score ms'] / one['bare ms']:.2f} | {target}"
         memory = f"{one['score MB']:,.0f} | {one['bare MB']:,.0f} | {whole:.2f}"

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib.util import find_spec
 from itertools import groupby
 from typing import Any
 
@@ -19,28 +15,14 @@ from torch import Tensor
 from surgery.checkpoints.checkpoint import State
 from surgery.checkpoints.opening import Weights
 from surgery.compat import writes_to
-from surgery.devices import real
+from surgery.devices import real, succeeds, takes_kernel
 from surgery.layout.slots import Block, Slot
 from surgery.masks.edits import Edit, Rows
 from surgery.masks.mask import Mask
 from surgery.reverting.plan import Plan, form, looks, plain
 from surgery.reverting.writing import Strength, blended
 
-_asked: list[bool] = []
 _plans: dict[int, tuple[weakref.ref[Any], Any, Plan]] = {}  # by the identity of a mask that is still there
-
-
-@contextmanager
-def by_kernel(wanted: bool) -> Iterator[None]:
-    """While the body runs, rollbacks take the kernel, or the index path, whatever there is; the bits are the same.
-
-    For comparisons. Off a GPU the kernel needs Triton's interpreter (``TRITON_INTERPRET=1`` before it is imported).
-    """
-    _asked.append(wanted)
-    try:
-        yield
-    finally:
-        _asked.pop()
 
 
 @dataclass
@@ -71,7 +53,7 @@ class Exchanged:
 def planned(mask: Mask, edits: Sequence[Edit], tensors: Mapping[str, Tensor]) -> Plan | None:
     """A mask's plan on a model, the same for as long as both stay; None where the index path is to be taken."""
     now = form(edits, tensors) if edits else None
-    if now is None or not _wanted(now[0][-1]):
+    if now is None or not takes_kernel(now[0][-1], _works):
         return None
     key, known = id(mask), _plans.get(id(mask))
     state = (
@@ -172,33 +154,18 @@ def _read(plan: Plan, source: Weights) -> Tensor:
     return packed
 
 
-def _wanted(device: torch.device) -> bool:
-    if _asked:
-        return _asked[-1]
-    interpreted = os.environ.get("TRITON_INTERPRET", "0") not in (
-        "",
-        "0",
-    )  # it would take a GPU's addresses for its own
-    return real(device) and not interpreted and _works(device)
-
-
 @cache
 def _works(device: torch.device) -> bool:
-    """Whether the kernel runs on a device, tried on a few numbers: Triton needs a driver and a C compiler, too."""
-    if find_spec("triton") is None:
-        return False
-    try:
-        square = torch.arange(1024.0, device=device).view(32, 32)
-        slot = Slot("gate", "square", "n d -> n d", (32, 32))
-        plan = Plan([Rows(Block("try", 32, (slot,), "try"), slot, torch.arange(0, 32, 3))], {"square": square})
-        packed = torch.zeros_like(plan.empty())
-        plan.swap({"square": square}, packed)
-        moved = torch.arange(1024.0).view(32, 32)[::3]
-        if bool(square[::3].any()) or not torch.equal(plan.rows(packed)[0].cpu(), moved):
-            raise RuntimeError("it does not give the bits that it should")
-        return True
-    except Exception as error:  # whatever Triton, its compiler or the driver raise where they don't go together
-        warnings.warn(
-            f"Triton can't run on {device}, so rollbacks take a slower path to the same bits: {error}", stacklevel=2
-        )
-        return False
+    return succeeds(_try, device, "rollbacks take a slower path to the same bits")
+
+
+def _try(device: torch.device) -> None:
+    """Raise ``RuntimeError`` unless the kernel moves a few numbers as it should."""
+    square = torch.arange(1024.0, device=device).view(32, 32)
+    slot = Slot("gate", "square", "n d -> n d", (32, 32))
+    plan = Plan([Rows(Block("try", 32, (slot,), "try"), slot, torch.arange(0, 32, 3))], {"square": square})
+    packed = torch.zeros_like(plan.empty())
+    plan.swap({"square": square}, packed)
+    moved = torch.arange(1024.0).view(32, 32)[::3]
+    if bool(square[::3].any()) or not torch.equal(plan.rows(packed)[0].cpu(), moved):
+        raise RuntimeError("it does not give the bits that it should")

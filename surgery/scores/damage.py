@@ -19,14 +19,14 @@ from surgery.layout.sharding import Ranks, local, ranks_of
 from surgery.layout.slots import Block, Slot
 from surgery.live.answers import respond
 from surgery.live.earlier import earlier_model, is_bare
-from surgery.live.hooks import as_live, collecting, in_runs, parts_of, rows_in
+from surgery.live.hooks import as_live, collecting, parts_of, rows_in
 from surgery.live.losses import Distillation, Divergence, Loss, check_loss, distillation, summed, tokens_in
 from surgery.live.near import with_earlier
 from surgery.live.prompts import Batch, batches_of, each, fitting, on_cpu, passes, vocabulary_of
 from surgery.masks.edits import Rows
 from surgery.masks.neurons import Neurons
 from surgery.reverting.rollback import Rollback, rollback
-from surgery.scores.amc import dot
+from surgery.scores.inner import inner
 from surgery.scores.memory import remember, remembering
 from surgery.units import Units
 
@@ -284,9 +284,9 @@ class _Total:
         for part, index in self._parts[block.name, slot]:
             there = self.own(part, now)
             views = rows_in(part, grad), there, self.other(part).reshape(there.shape)
-            for at, (g, weight, other) in in_runs(part, *views):
-                products, stop = dot(g, weight - other).to(sums.device), at + len(g)
+            for at, products in inner(part, *views):
+                here, stop = products.to(sums.device), at + len(products)
                 if index is None:
-                    sums[slot.start + at : slot.start + stop] += products
+                    sums[slot.start + at : slot.start + stop] += here
                 else:
-                    sums[index[at:stop]] += products
+                    sums[index[at:stop]] += here

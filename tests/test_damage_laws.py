@@ -25,7 +25,9 @@ from surgery.live.heads import positions
 from surgery.live.losses import Divergence, predicting, summed
 
 attribution = import_module("surgery.scores.damage")
+inner = import_module("surgery.scores.inner")
 attribution = import_module("surgery.scores.damage")
+inner = import_module("surgery.scores.inner")
 
 
 JOINT = ("mlp", "kv_group")
@@ -90,16 +92,16 @@ def law_summed_wide() -> None:
 
 
 def products_in_bf16(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(attribution, "dot", lambda g, step: (g * step).bfloat16().sum(1).double())
+    patch.setattr(inner, "dot", lambda g, step: (g * step).bfloat16().sum(1).double())
 
 
 def changes_in_bf16(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(attribution, "dot", lambda g, step: (g * step.bfloat16()).sum(1).double())
+    patch.setattr(inner, "dot", lambda g, step: (g * step.bfloat16()).sum(1).double())
 
 
 def rows_in_bf16(patch: pytest.MonkeyPatch) -> None:
     """A row's sum, rounded."""
-    patch.setattr(attribution, "dot", lambda g, step: (g * step).sum(1).bfloat16().double())
+    patch.setattr(inner, "dot", lambda g, step: (g * step).sum(1).bfloat16().double())
 
 
 def batches_in_bf16(patch: pytest.MonkeyPatch) -> None:
@@ -187,6 +189,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 from surgery import Trajectory, damage
 
 attribution = import_module("surgery.scores.damage")
+inner = import_module("surgery.scores.inner")
 
 def anonymous():
     lines = Path("/proc/self/status").read_text().split("\\n")

@@ -7,6 +7,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -21,8 +22,9 @@ from surgery.checkpoints.checkpoint import State
 from surgery.live import hooks, near, prompts
 from surgery.live.losses import cross_entropy
 from surgery.live.prompts import Batch, padded
-from surgery.scores import lots
+from surgery.scores import lots, reversal_cost
 
+attribution = import_module("surgery.scores.damage")
 PLENTY, COUNT, SEEN = 1 << 40, 4, 512  # bytes; prompts; numbers of a tensor that is followed
 UNITS = ("mlp", "kv_group")
 
@@ -40,6 +42,7 @@ def crossing(room: int) -> Iterator[Counter[int]]:
     with pytest.MonkeyPatch.context() as patch, gpu():
         patch.setattr(prompts, "TOKENS", 6)  # each prompt goes through alone
         patch.setattr(near, "room", lambda _: room)
+        patch.setattr(attribution, "room", lambda _: room)
         for module in (near, hooks, lots):
             patch.setattr(module, "sent", sent)
         yield found
@@ -132,6 +135,26 @@ def test_the_room_is_given_back():
     law_given_back()
 
 
+def law_protect() -> None:
+    """What protecting puts back is kept beside the model where there is room, else on the CPU, from where it comes."""
+    found = []
+    for room in (PLENTY, 0):
+        with crossing(room) as sent:
+            run, data, _ = run_of()
+            found.append(reversal_cost(run, data, units=UNITS))
+            assert sent.total() == 0 if room else sent.total() >= 10 * COUNT
+    assert found[0].equal(found[1])
+
+
+def test_what_protecting_puts_back_stays_where_there_is_room():
+    law_protect()
+
+
+def off_the_gpu(patch: pytest.MonkeyPatch) -> None:
+    real = attribution.rollback
+    patch.setattr(attribution, "rollback", lambda *given, **how: real(*given, **{**how, "keep_on": "cpu"}))
+
+
 def test_nothing_is_copied_where_the_earlier_model_is_there_already():
     with crossing(PLENTY) as sent:
         torch.manual_seed(0)
@@ -186,7 +209,7 @@ def never_back(patch: pytest.MonkeyPatch) -> None:
     ("mutant", "law"),
     [
         (forgetful, lambda: law_once("units")), (by_round, lambda: law_once("single weights")), (greedy, law_half),
-        (never_back, law_given_back),
+        (never_back, law_given_back), (off_the_gpu, law_protect),
     ],
     ids=lambda one: one.__name__,
 )  # fmt: skip

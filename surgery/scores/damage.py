@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from surgery.checkpoints.checkpoint import Checkpoint
 from surgery.checkpoints.opening import Weights
 from surgery.checkpoints.trajectory import Trajectory, check_finite
-from surgery.devices import fetched, sent
+from surgery.devices import fetched, room, sent
 from surgery.layout.sharding import Ranks, local, ranks_of
 from surgery.layout.slots import Block, Slot
 from surgery.live.answers import respond
@@ -224,9 +224,15 @@ def unrounded(run: Trajectory, live: Weights, units: Units) -> Weights:
 
 
 def _all_back(model: nn.Module, run: Trajectory, live: Weights) -> Rollback:
-    """All units reverted. Their old values, most of a model, are kept off the GPU, which has room for one model."""
+    """All units reverted. Their old values, most of a model, are kept off a GPU that has no room for them."""
     mask = Neurons({name: torch.ones(size, dtype=torch.bool) for name, size in live.layout.sizes.items()})
-    return rollback(model, to=run.tensors("earlier"), mask=mask, keep_on="cpu", layout=run.layout)
+    sizes = {local(live.tensors[slot.tensor]).device: 0 for block in live.layout.blocks for slot in block.slots}
+    for edit in mask.edits(live.layout, live.name):
+        tensor = local(live.tensors[edit.slot.tensor])
+        sizes[tensor.device] += edit.numbers * tensor.element_size()
+    fits = all(home.type != "cuda" or 2 * size <= room(home) for home, size in sizes.items())
+    keep_on = None if fits else "cpu"
+    return rollback(model, to=run.tensors("earlier"), mask=mask, keep_on=keep_on, layout=run.layout)
 
 
 @dataclass

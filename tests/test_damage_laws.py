@@ -26,8 +26,6 @@ from surgery.live.losses import Divergence, predicting, summed
 
 attribution = import_module("surgery.scores.damage")
 inner = import_module("surgery.scores.inner")
-attribution = import_module("surgery.scores.damage")
-inner = import_module("surgery.scores.inner")
 
 
 JOINT = ("mlp", "kv_group")
@@ -188,8 +186,6 @@ from importlib import import_module
 from transformers import AutoModelForCausalLM, Qwen3Config
 from surgery import Trajectory, damage
 
-attribution = import_module("surgery.scores.damage")
-inner = import_module("surgery.scores.inner")
 
 def anonymous():
     lines = Path("/proc/self/status").read_text().split("\\n")

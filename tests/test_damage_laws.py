@@ -186,6 +186,8 @@ from importlib import import_module
 from transformers import AutoModelForCausalLM, Qwen3Config
 from surgery import Trajectory, damage
 
+attribution = import_module("surgery.scores.damage")
+
 
 def anonymous():
     lines = Path("/proc/self/status").read_text().split("\\n")

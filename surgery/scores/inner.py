@@ -16,7 +16,7 @@ from surgery.masks.edits import Rows
 from surgery.scores.amc import dot
 
 _ALONG, _ACROSS = 128, 16  # of a program's tile: numbers that follow each other in memory, and of the other axis
-_PROGRAMS = 1024  # as many at least, where there are numbers enough: a GPU has some hundred processors
+_STEPS = 8  # tiles of a program, one after the other; of the matrices of a 4 B model a GPU has some 1,500 programs then
 Axes = tuple[tuple[int, int], list[tuple[int, int]]]  # two sizes, and of each view two strides
 
 
@@ -53,16 +53,13 @@ def _by_kernel(views: Sequence[Tensor], rows: Axes, numbers: Axes) -> Tensor:
     count, width = blocks * inside, folds * across
     beside = rows[1][0][1] < numbers[1][0][1]  # columns: rows lie closer than a row's numbers
     high, lanes = (_ALONG, _ACROSS) if beside else (_ACROSS, _ALONG)
-    tiles = -(-count // high)
-    parts = max(1, min(_PROGRAMS // tiles, width // (4 * lanes)))
-    share = -(-width // (parts * lanes)) * lanes
-    parts = -(-width // share)
+    tiles, parts = -(-count // high), -(-width // (lanes * _STEPS))
     found = torch.empty(parts, count, device=views[0].device)
     strides = [way for pair in zip(rows[1], numbers[1], strict=True) for side in pair for way in side]
     with torch.cuda.device(found.device) if real(found.device) else nullcontext():
         products[(tiles, parts)](
-            *(view.detach() for view in views), found, count, inside, width, across, share, *strides,
-            STACKED=blocks > 1, FOLDED=folds > 1, ROWS=high, LANES=lanes,
+            *(view.detach() for view in views), found, count, inside, width, across, *strides,
+            STACKED=blocks > 1, FOLDED=folds > 1, ROWS=high, LANES=lanes, STEPS=_STEPS,
         )  # fmt: skip
     return found.double().sum(0)
 

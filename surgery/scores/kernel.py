@@ -19,21 +19,20 @@ def _at(a, first, second, count, TWO: tl.constexpr):
 def products(
     gradient, now, then,  # tensors of any dtype and strides
     found,  # float32 [part, row]
-    rows, inner, width, across, share,  # rows, of which ``inner`` in a block; numbers of one, ``across`` in a block
+    rows, inner, width, across,  # rows, of which ``inner`` in a block; numbers of one, ``across`` in a block
     g0, g1, g2, g3, n0, n1, n2, n3, t0, t1, t2, t3,  # strides: block and row, block and number
-    STACKED: tl.constexpr, FOLDED: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+    STACKED: tl.constexpr, FOLDED: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """Σ gradient · (now − then) over a part of each row's numbers, ``share`` of them, in float32."""
+    """Σ gradient · (now − then) over a part of each row's numbers, LANES · STEPS of them, in float32."""
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     part = tl.program_id(1)
-    start, stop = part * share, tl.minimum((part + 1) * share, width)
     g = gradient + _at(r, g0, g1, inner, STACKED)[:, None]
     n = now + _at(r, n0, n1, inner, STACKED)[:, None]
     t = then + _at(r, t0, t1, inner, STACKED)[:, None]
     total = tl.zeros([ROWS, LANES], dtype=tl.float32)
-    for first in range(start, stop, LANES):
-        c = first + tl.arange(0, LANES)
-        inside = (r < rows)[:, None] & (c < stop)[None, :]
+    for step in range(STEPS):
+        c = (part * STEPS + step) * LANES + tl.arange(0, LANES)
+        inside = (r < rows)[:, None] & (c < width)[None, :]
         a = tl.load(g + _at(c, g2, g3, across, FOLDED)[None, :], mask=inside, other=0).to(tl.float32)
         b = tl.load(n + _at(c, n2, n3, across, FOLDED)[None, :], mask=inside, other=0).to(tl.float32)
         d = tl.load(t + _at(c, t2, t3, across, FOLDED)[None, :], mask=inside, other=0).to(tl.float32)

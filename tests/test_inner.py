@@ -157,7 +157,8 @@ from triton.compiler import ASTSource
 from surgery.scores.kernel import products
 names = products.arg_names
 for high, lanes, beside in ((16, 128, "3"), (128, 16, "1")):  # rows, and columns
-    fixed = {"STACKED": False, "FOLDED": False, "ROWS": high, "LANES": lanes, "STEPS": 8} | {one + beside: 1 for one in "gnt"}
+    fixed = {"STACKED": False, "FOLDED": False, "ROWS": high, "LANES": lanes, "STEPS": 8}
+    fixed |= {one + beside: 1 for one in "gnt"}
     kinds = dict.fromkeys(names, "i32") | dict.fromkeys(("gradient", "now", "then"), "*bf16") | {"found": "*fp32"}
     source = ASTSource(
         products, kinds | dict.fromkeys(fixed, "constexpr"), fixed,

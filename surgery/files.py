@@ -15,8 +15,9 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # Linux's numbers
 
@@ -258,11 +259,23 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+@dataclass(frozen=True)
+class _Holding:
+    """The handler of Ctrl-C while it is held back."""
+
+    kept: list[int]
+    pending: list[int]
+
+    def __call__(self, number: int, _frame: Any) -> None:
+        self.kept.append(number)
+
+
 @contextmanager
 def uninterrupted() -> Iterator[list[int]]:
     """Hold Ctrl-C back while the body runs; the list that it yields is filled by one. Raised again at the end.
 
-    A program's own handler is called at the end, and fills no list; a signal that is ignored stays ignored.
+    A program's own handler is called at the end, and fills no list; a signal that is ignored stays ignored. Inside
+    another such block the list is that block's, and what is raised comes at the end of that.
     """
     pending: list[int] = []
     held: list[int] = []
@@ -270,8 +283,11 @@ def uninterrupted() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread() or before in (None, signal.SIG_IGN):
         yield pending  # signals only ever reach the main thread
         return
+    if isinstance(before, _Holding):
+        yield before.pending
+        return
     kept = pending if before is signal.default_int_handler else held
-    signal.signal(signal.SIGINT, lambda number, _frame: kept.append(number))
+    signal.signal(signal.SIGINT, _Holding(kept, pending))
     try:
         yield pending
     finally:

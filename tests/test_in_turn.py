@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
 import pytest
 import torch
 from families import build, fewer
+from interrupts import at_every_line
 from mutants import dies
 from test_sweeps import BUDGETS, Evaluate, same, snapshot, trio
 from torch import nn
 
 from surgery import AMCSelector, Entries, Neurons, RandomSelector, Trajectory, rollback, sweep
-from surgery.checkpoints.checkpoint import State
+from surgery.checkpoints.checkpoint import State, in_force
 from surgery.layout import find_layout
 from surgery.masks.entries import shapes_of
 from surgery.masks.mask import Mask
@@ -141,6 +146,109 @@ def test_what_fails_leaves_the_mask_before_and_in_the_end_the_model():
     assert same(model, before)
 
 
+def law_interrupted() -> None:
+    """Ctrl-C at each write of a sweep, also of those that undo: it goes on to nothing else, and the model is whole."""
+    models = trio()
+    run, before = Trajectory(**models), snapshot(models["later"])
+
+    def swept() -> None:
+        sweep(run, None, selectors=[RandomSelector(0.0)], budgets=[0.1, 0.4], evaluate=Evaluate(models["earlier"]))
+
+    with pytest.MonkeyPatch.context() as patch:
+        told = written(patch)
+        swept()
+    for at in range(len(told)):
+        with pytest.MonkeyPatch.context() as patch:
+            seen: list[int] = []
+
+            def write(tensor: Any, edit: Any, rows: Any, seen: list[int] = seen, at: int = at) -> None:
+                seen.append(1)
+                if len(seen) == at + 1:
+                    os.kill(os.getpid(), signal.SIGINT)
+                edit.put(tensor, rows)
+
+            patch.setattr(operators, "write", write)
+            patch.setattr(writing, "write", write)
+            with pytest.raises(KeyboardInterrupt), torch.no_grad():
+                swept()
+            assert same(models["later"], before), at
+            assert not in_force(models["later"])
+
+
+def test_ctrl_c_at_each_write_of_a_sweep_leaves_the_model_whole():
+    law_interrupted()
+
+
+def test_ctrl_c_at_each_line_of_an_undo_leaves_nothing_half_done():
+    model, earlier, mask = build("llama", seed=2), build("llama", seed=1), mask_of(lots("llama", ("mlp",), 0), 0.3)
+    before, made = snapshot(model), list[Any]()
+
+    def call() -> None:
+        made.append(rollback(model, to=earlier, mask=mask))
+        made[-1].undo()
+
+    def check(_: int) -> None:
+        made[-1].undo()  # where it came before the first line of the block, it is still to be done
+        assert same(model, before)
+        assert not in_force(model)
+
+    at_every_line(operators.Rollback.undo, call, check)
+
+
+def test_neurons_that_are_missing_elsewhere_stay_in_the_difference():
+    flags = torch.tensor([True, True, False, False])
+    small = Neurons({"b": flags}, missing={"b": torch.tensor([False, False, False, True])})
+    large = Neurons({"b": torch.ones(4, dtype=torch.bool)})
+    assert (large - small)["b"].tolist() == [False, False, True, True]
+    assert (small - large)["b"].tolist() == [False] * 4
+
+
+@dataclass
+class Own:
+    """A mask of a user's own class: edits, and what they are counted by."""
+
+    inner: Neurons
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+
+def test_masks_of_other_classes_are_undone_and_written_whole():
+    found = lots("llama", ("mlp",), 0)
+    model, earlier, alone = build("llama", seed=2), build("llama", seed=1), build("llama", seed=2)
+    before = snapshot(model)
+    with InTurn(model, to=earlier) as turn:
+        for mask in (mask_of(found, 0.2), Own(mask_of(found, 0.4)), Own(mask_of(found, 0.6)), mask_of(found, 0.7)):  # type: ignore[arg-type]
+            turn.now(mask)  # type: ignore[arg-type]
+            with rollback(alone, to=earlier, mask=mask):  # type: ignore[arg-type]
+                assert same(model, snapshot(alone))
+    assert same(model, before)
+
+
+@dataclass(frozen=True)
+class Failing:
+    """A selector that can't choose half of the neurons."""
+
+    budget: float
+    name = "failing"
+
+    def select(self, run: Trajectory, data: Any = None) -> Any:
+        if self.budget == 0.5:
+            raise RuntimeError("too many")
+        return RandomSelector(self.budget).select(run) if self.budget < 0.5 else None
+
+
+def test_a_choice_that_fails_costs_no_row_before_it(tmp_path):
+    models = trio()
+    run, file = Trajectory(**models), tmp_path / "rows.jsonl"
+    arguments = dict(selectors=[Failing(0.0)], evaluate=Evaluate(models["earlier"]), path=file)
+    with pytest.raises(RuntimeError, match="too many"):
+        sweep(run, None, budgets=[0.1, 0.2, 0.5, 0.3], **arguments)
+    assert [json.loads(line)["budget"] for line in file.read_text().splitlines()[4:]] == [0.1, 0.2]
+    with pytest.raises(ValueError, match="mask= is a NoneType: expected Neurons or Entries"):
+        sweep(run, None, budgets=[0.6], **arguments)
+
+
 def test_a_sweep_that_a_log_stops_leaves_the_model_whole():
     models = trio()
     run, before = Trajectory(**models), snapshot(models["later"])
@@ -172,7 +280,19 @@ def wrong_way(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Neurons, "__sub__", lambda one, other: one & other)
 
 
+def stopped_half_way(patch: pytest.MonkeyPatch) -> None:
+    """Each undo is held together, and all of them are not."""
+
+    def mutant(self: InTurn, *_: Any) -> None:
+        while self._done:
+            self._done[-1][1].undo()
+            self._done.pop()
+
+    patch.setattr(InTurn, "__exit__", mutant)
+
+
 def test_the_laws_kill_mutants():
+    dies(stopped_half_way, law_interrupted)
     dies(never_back, lambda: law_of_bits("llama", ("mlp",)))
     dies(wrong_way, lambda: law_of_bits("llama", ("mlp",)))
     for mutant in (all_anew, on_top):

@@ -85,6 +85,14 @@ def test_in_every_dtype(dtype):
         law(part, g, now, then.to(torch.float32))  # where the earlier model is stored wider
 
 
+def test_sums_are_float32_whatever_torch_makes_by_default():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        law(plain(7, 5000), *(one.float() for one in drawn(7, 5000)))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def plain(rows: int, width: int, stacked: bool = False) -> Rows:
     slot = Slot("gate", "w", "n d -> n d", (rows, width))
     if stacked:

@@ -8,17 +8,21 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from math import prod
 from typing import Any
 
 import pytest
 import torch
+from families import build
 from mutants import dies
 from simulated import gpu, on_gpu
 from test_lots import deep
 from torch import Tensor
+from training_folders import KINDS, as_ranks, model_of
 
-from surgery import DamageSelector, Trajectory, damage
+from surgery import DamageSelector, Trajectory, damage, devices
 from surgery.checkpoints.checkpoint import State
+from surgery.formats.stored import Stored
 from surgery.live import hooks, near, prompts
 from surgery.live.losses import cross_entropy
 from surgery.live.prompts import Batch, padded
@@ -27,6 +31,11 @@ from surgery.scores import lots, reversal_cost
 attribution = import_module("surgery.scores.damage")
 PLENTY, COUNT, SEEN = 1 << 40, 4, 512  # bytes; prompts; numbers of a tensor that is followed
 UNITS = ("mlp", "kv_group")
+
+
+def roomy(patch: pytest.MonkeyPatch, size: int) -> None:
+    for module in (near, attribution):
+        patch.setattr(module, "room", lambda _: size)
 
 
 @contextmanager
@@ -41,8 +50,7 @@ def crossing(room: int) -> Iterator[Counter[int]]:
 
     with pytest.MonkeyPatch.context() as patch, gpu():
         patch.setattr(prompts, "TOKENS", 6)  # each prompt goes through alone
-        patch.setattr(near, "room", lambda _: room)
-        patch.setattr(attribution, "room", lambda _: room)
+        roomy(patch, room)
         for module in (near, hooks, lots):
             patch.setattr(module, "sent", sent)
         yield found
@@ -137,13 +145,15 @@ def test_the_room_is_given_back():
 
 def law_protect() -> None:
     """What protecting puts back is kept beside the model where there is room, else on the CPU, from where it comes."""
+    (live,) = run_of_cpu()[0].live(units=UNITS)
+    size = sum(4 * prod(slot.shape) for b in live.layout.blocks for slot in b.slots)
     found = []
-    for room in (PLENTY, 0):
+    for room in (PLENTY, 4 * size, 4 * size - 4, 0):
         with crossing(room) as sent:
             run, data, _ = run_of()
             found.append(reversal_cost(run, data, units=UNITS))
-            assert sent.total() == 0 if room else sent.total() >= 10 * COUNT
-    assert found[0].equal(found[1])
+            assert sent.total() == 0 if room >= 4 * size else sent.total() >= 10 * COUNT, room
+    assert all(one.equal(found[0]) for one in found[1:])
 
 
 def test_what_protecting_puts_back_stays_where_there_is_room():
@@ -156,14 +166,70 @@ def off_the_gpu(patch: pytest.MonkeyPatch) -> None:
 
 
 def test_nothing_is_copied_where_the_earlier_model_is_there_already():
-    with crossing(PLENTY) as sent:
-        torch.manual_seed(0)
-        run = Trajectory(earlier=deep(2).to("cuda"), later=deep(2).to("cuda"))
-        _, data, _ = run_of()
-        of_units(run, data)
-        assert not sent
+    with crossing(PLENTY):
+        first = deep(2).to("cuda")
+        _, earlier = near.with_earlier(Trajectory(earlier=first, later=deep(2).to("cuda")), UNITS)
+        there = {slot.tensor for block in earlier.layout.blocks for slot in block.slots}
+        assert all(earlier.tensors[name].data_ptr() == first.get_parameter(name).data_ptr() for name in there)
+    with crossing(PLENTY):
+        run, _, _ = run_of()
         _, earlier = near.with_earlier(run, UNITS)
-        assert all(on_gpu(earlier.tensors[slot.tensor]) for b in earlier.layout.blocks for slot in b.slots)
+        assert all(on_gpu(earlier.tensors[name]) for name in there)
+        assert all(earlier.tensors[name] is earlier.tensors[name] for name in there)
+
+
+def test_a_live_earlier_model_on_the_cpu_is_kept_once(monkeypatch):
+    made = []
+    with crossing(PLENTY):
+        run, data, _ = run_of()
+        other = Trajectory(earlier=deep(2), later=run.later)
+        real = near.Near.__init__
+        monkeypatch.setattr(near.Near, "__init__", lambda self, *given: (made.append(1), real(self, *given))[1])
+        of_weights(other, data)
+    assert sum(made) == 1
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_where_some_experts_of_a_folder_fit_nothing_else_comes_out(family, tmp_path):
+    """On disk each expert is a tensor, in memory all are one: some of it comes from the GPU, and some does not."""
+    build(family, seed=1).save_pretrained(tmp_path)
+    found = []
+    for room in (0, 20_000, 60_000, PLENTY):
+        with crossing(room):
+            data = [padded([([5, 6, 7 + at], [8, 9, 2])], 0) for at in range(COUNT)]
+            run = Trajectory(earlier=tmp_path, later=build(family, seed=2).to("cuda"))
+            found.append([damage(run, data, loss=cross_entropy), of_weights(run, data)])
+    assert all(one.equal(first) for some in found[1:] for one, first in zip(some, found[0], strict=True))
+
+
+@pytest.mark.parametrize("room", [0, PLENTY])
+def test_what_several_ranks_hold_is_put_together_only_to_stay(room, tmp_path, monkeypatch):
+    whole = []
+    original = Stored.read
+
+    def read(self: Any, name: str, views: Any) -> Any:
+        whole.append(len({piece.start for piece in self.pieces[name]}) > 1)
+        return original(self, name, views)
+
+    (kind, *_) = KINDS
+    model_of(kind, "earlier").save_pretrained(tmp_path / "whole")
+    as_ranks(tmp_path / "whole", tmp_path / "ranks", world=3)
+    monkeypatch.setattr(Stored, "read", read)
+    with crossing(room):
+        run = Trajectory(earlier=tmp_path / "ranks", later=model_of(kind, "later").to("cuda"))
+        data = [padded([([5, 6, 7 + at], [8, 9, 2])], 0) for at in range(COUNT)]
+        del whole[:]
+        damage(run, data, loss=cross_entropy)
+    assert 0 < sum(whole) <= 20 if room else not sum(whole)
+
+
+@pytest.mark.parametrize(("free", "reserved", "most", "found"), [(70, 20, 15, 75), (10, 50, 60, 0)])
+def test_room_is_what_was_never_taken(free, reserved, most, found, monkeypatch):
+    monkeypatch.setattr(devices, "real", lambda _: True)
+    asked = {"mem_get_info": (free, 80), "memory_reserved": reserved, "max_memory_allocated": most}
+    for name, value in asked.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert devices.room(torch.device("cuda")) == found
 
 
 class Always:

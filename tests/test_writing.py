@@ -55,3 +55,21 @@ def test_what_is_ignored_stays_ignored() -> None:
         signal.raise_signal(signal.SIGINT)
         assert not pending
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+def test_inside_another_block_it_is_that_one_s() -> None:
+    """So what is written step by step can stop early, and what is undone goes to its end."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    order = []
+
+    def body() -> None:
+        with uninterrupted() as outer:
+            with uninterrupted() as inner:
+                signal.raise_signal(signal.SIGINT)
+                order.append(inner is outer and len(inner))
+            order.append("after")
+
+    with pytest.raises(KeyboardInterrupt):
+        body()
+    assert order == [1, "after"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -10,9 +10,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from surgery.checkpoints.checkpoint import Source
 from surgery.checkpoints.opening import Weights
 from surgery.checkpoints.trajectory import Trajectory
 from surgery.devices import room, sent
+from surgery.layout.boxes import Boxes, boxes_in
 from surgery.layout.sharding import local
 from surgery.units import Units
 
@@ -20,25 +22,46 @@ _kept: ContextVar[list[Near] | None] = ContextVar("kept", default=None)
 
 
 class Near(Mapping[str, Tensor]):
-    """Tensors that stay on a GPU once they were asked for: of the room there is, half is left for the passes."""
+    """Tensors that stay on a GPU once they were asked for: of the room there is, half is left for the passes.
 
-    def __init__(self, tensors: Mapping[str, Tensor], homes: Mapping[str, torch.device]) -> None:
-        self.tensors, self.homes = tensors, dict(homes)
+    Args:
+        source: whose tensors they are, as it was given.
+        tensors: the tensors, on the CPU.
+        homes: where those go that may be kept.
+    """
+
+    def __init__(self, source: Source, tensors: Mapping[str, Tensor], homes: Mapping[str, torch.device]) -> None:
+        self.source, self.tensors, self.homes = source, tensors, dict(homes)
         self._here: dict[str, Tensor] = {}
+        self._stays: dict[str, bool] = {}
         self._taken = dict.fromkeys(homes.values(), 0)
+        self._room = dict[torch.device, int]()  # at first
 
     def __getitem__(self, name: str) -> Tensor:
         if name in self._here:
             return self._here[name]
-        found, home = self.tensors[name], self.homes.get(name)
-        if home is None or found.device.type != "cpu":
+        found = self.tensors[name]
+        if found.device.type != "cpu" or not self._fits(name, found.nbytes):
             return found
-        self._taken[home] += found.nbytes
-        if 2 * self._taken[home] > room(home):
-            self._taken[home] -= found.nbytes
-            return found
-        self._here[name] = sent(found.detach(), home)
+        self._here[name] = sent(found.detach(), self.homes[name])
         return self._here[name]
+
+    def boxes(self, name: str) -> Boxes | None:
+        """The boxes of a tensor that several ranks hold, where it does not stay on the GPU."""
+        found = boxes_in(self.tensors, name)
+        if found is None or self._fits(name, torch.Size(found.shape).numel() * found.dtype.itemsize):
+            return None
+        return found
+
+    def _fits(self, name: str, size: int) -> bool:
+        """Whether a tensor is to stay: what stays takes at most half of the room."""
+        if name not in self._stays and (home := self.homes.get(name)) is not None:
+            taken = self._taken[home] + size
+            free = room(home) + self._taken[home]  # what stays is in the most that was held, or not yet
+            first = self._room.setdefault(home, free)
+            self._stays[name] = 2 * taken <= min(first, free)
+            self._taken[home] += size * self._stays[name]
+        return self._stays.get(name, False)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)
@@ -67,10 +90,10 @@ def with_earlier(run: Trajectory, units: Units) -> tuple[Weights, Weights]:
             homes |= {slot.tensor: home for slot in block.slots}
     if not homes:
         return live, earlier
-    kept = _kept.get()
-    found = next((one for one in kept or () if one.tensors is earlier.tensors and one.homes == homes), None)
+    kept, source = _kept.get(), run.tensors("earlier")
+    found = next((one for one in kept or () if one.source is source and one.homes == homes), None)
     if found is None:
-        found = Near(earlier.tensors, homes)
+        found = Near(source, earlier.tensors, homes)
         if kept is not None:
             kept.append(found)
     return live, replace(earlier, tensors=found)

@@ -69,9 +69,9 @@ class Mask(Protocol):
 
 
 def inside(smaller: Mask, larger: Mask) -> bool:
-    """Whether a mask of the same kind selects all that the smaller one does."""
-    alike = type(smaller) is type(larger) and smaller.units == larger.units
-    return alike and (smaller & larger).equal(smaller)
+    """Whether a mask of the same kind selects all that the smaller one does; of masks of other kinds it isn't told."""
+    alike = type(smaller) is type(larger) and isinstance(smaller, Neurons | Entries)
+    return alike and smaller.units == larger.units and (smaller & larger).equal(smaller)
 
 
 def checked(mask: Mask) -> Mask:

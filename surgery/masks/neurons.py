@@ -175,7 +175,8 @@ class Neurons(Mapping[str, Tensor]):
         return self._combine(other, torch.logical_or, mask=True)
 
     def __sub__(self, other: Neurons) -> Neurons:
-        return self & ~other
+        both = self & other  # a neuron that is missing in the other one is not in it, and stays
+        return Neurons({name: value & ~both[name] for name, value in self.items()}, missing=self.missing)
 
     def __invert__(self) -> Neurons:
         self._need(mask=True, verb="~")

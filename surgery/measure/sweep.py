@@ -21,7 +21,7 @@ from surgery.files import alone, end_line, path_of, uncut
 from surgery.layout.sharding import local, ranks_of, stored
 from surgery.live.earlier import earlier_model
 from surgery.live.prompts import Batch, batches_of, digest_of
-from surgery.masks.mask import Mask
+from surgery.masks.mask import Mask, checked
 from surgery.masks.neurons import Neurons
 from surgery.measure.evaluators import evaluator, signature
 from surgery.measure.files import MEASURED, metric_of, read_rows
@@ -51,7 +51,7 @@ NONE: Mapping[str, str] = {}
 
 
 class Bench:
-    """Measures rows on one live model, which is bit-identical after each of them, also after an error.
+    """Measures rows on one live model, which is bit-identical after each call, also after an error.
 
     Args:
         run: the trajectory; its later model is loaded once (``run.load``).
@@ -106,13 +106,19 @@ class Bench:
     def rows(self, selector: Any, budgets: Iterable[float], told: Callable[[Row], Row]) -> list[Row]:
         """A selector at several budgets, each row ``told`` when it is there.
 
-        Every mask is chosen before the first is rolled back, and from one to the next only what differs is written.
+        Every mask is chosen before the first is rolled back, and from one to the next only what differs is written. If
+        a choice fails, the budgets before it are measured, and then the error is raised.
         """
         missing = [budget for budget in dict.fromkeys(budgets) if not self._is_known(selector, budget)]
         chosen: dict[float, tuple[Mask, float]] = {}
+        failed: Exception | None = None
         for budget in steps("choices", missing):
             start = time.perf_counter()
-            chosen[budget] = self.mask(selector, budget), time.perf_counter() - start
+            try:
+                chosen[budget] = self.mask(selector, budget), time.perf_counter() - start
+            except Exception as error:
+                failed = error
+                break
         with InTurn(self.model, to=self.run.tensors("earlier"), layout=self.run.layout) as turn:
 
             def measure(budget: float) -> tuple[int, Mapping[str, Score]]:
@@ -122,6 +128,8 @@ class Bench:
 
             found = []
             for budget in steps("rows", budgets):
+                if failed is not None and budget in missing and budget not in chosen:
+                    raise failed
                 spent = chosen[budget][1] if budget in chosen else 0.0
                 found.append(told(self._row(selector, budget, partial(measure, budget), spent)))
         return found
@@ -149,8 +157,7 @@ class Bench:
         """What the selector chooses at a budget."""
         one = at_budget(selector, budget)
         self._say(f"{name_of(one)}, {100 * budget:g} %: choosing")
-        found: Mask = one.select(self.run, self.data)
-        return found
+        return checked(one.select(self.run, self.data))
 
     def only_first(self, log: Log | None) -> Log | None:
         """A log, in the first of the processes that hold the model together; None in the others."""
@@ -359,7 +366,8 @@ def sweep(
         metric: whose recovery is reported (default: the one that fell most from earlier to later).
         path: a JSON-lines file: rows are appended as they are measured, and cached rows are not measured again.
         progress: called with a line of text before each choice and each evaluation.
-        log: called with each row as a flat dictionary (``Row.logged``), like ``trackio.log`` or ``wandb.log``.
+        log: called with each row as a flat dictionary (``Row.logged``), like ``trackio.log`` or ``wandb.log``; the
+            model is still rolled back then.
 
     Returns:
         A ``Sweep``: rows, and a table when printed.

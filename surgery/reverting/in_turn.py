@@ -9,7 +9,7 @@ from torch import nn
 from surgery.checkpoints.checkpoint import Source
 from surgery.files import uninterrupted
 from surgery.layout.slots import Layout
-from surgery.masks.mask import Mask, inside
+from surgery.masks.mask import Mask, checked, inside
 from surgery.reverting.rollback import Rollback, rollback
 
 
@@ -30,21 +30,17 @@ class InTurn:
         self._done: list[tuple[Mask, Rollback]] = []  # all that is reverted by then, and what wrote the last of it
 
     def now(self, mask: Mask) -> None:
-        """Roll the model back by this mask and no other; where it fails, the model stays as some mask before left it.
+        """Roll the model back by this mask and no other; where it fails, the model is as some mask before it left it.
 
         Raises:
             ValueError: as ``rollback``.
         """
-        while self._done and not inside(self._done[-1][0], mask):
-            self._back()
-        new = mask - self._done[-1][0] if self._done else mask
         with uninterrupted():
-            added = rollback(self._model, to=self._to, mask=new.signed(mask.made_by), layout=self._layout)
-            self._done.append((mask, added))
-
-    def _back(self) -> None:
-        self._done[-1][1].undo()
-        self._done.pop()
+            while self._done and not inside(self._done[-1][0], checked(mask)):
+                self._done[-1][1].undo()
+                self._done.pop()
+            new = (mask - self._done[-1][0]).signed(mask.made_by) if self._done else mask
+            self._done.append((mask, rollback(self._model, to=self._to, mask=new, layout=self._layout)))
 
     def __enter__(self) -> InTurn:
         return self
@@ -52,5 +48,12 @@ class InTurn:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        while self._done:
-            self._back()
+        failed: list[Exception] = []
+        with uninterrupted():
+            while self._done:
+                try:
+                    self._done.pop()[1].undo()
+                except Exception as one:  # the others are undone all the same
+                    failed.append(one)
+        if failed:
+            raise failed[0]

@@ -80,15 +80,16 @@ class Rollback:
 
         Undo overlapping rollbacks in the reverse order in which they were made.
         """
-        if self._undone:
-            return
-        self._undone = True
-        in_force(self._model).remove(self._named())
-        alone = moment_of(self._model) is self._after  # nobody else has written, or it was undone
-        _put_back(self._model, self._old, self._exchanged)
-        self._exchanged = None
-        if alone:
-            returned(self._model, self._before)
+        with uninterrupted():
+            if self._undone:
+                return
+            self._undone = True
+            in_force(self._model).remove(self._named())
+            alone = moment_of(self._model) is self._after  # nobody else has written, or it was undone
+            _put_back(self._model, self._old, self._exchanged)
+            self._exchanged = None
+            if alone:
+                returned(self._model, self._before)
 
     def before(self, block: Block, slot: Slot, offsets: Tensor | None = None) -> Tensor:
         """What the reverted rows of a live slot held before: ``[neuron, ...]``, in their order.

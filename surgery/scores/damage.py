@@ -230,7 +230,7 @@ def _all_back(model: nn.Module, run: Trajectory, live: Weights) -> Rollback:
     for edit in mask.edits(live.layout, live.name):
         tensor = local(live.tensors[edit.slot.tensor])
         sizes[tensor.device] += edit.numbers * tensor.element_size()
-    fits = all(home.type != "cuda" or 2 * size <= room(home) for home, size in sizes.items())
+    fits = all(home.type != "cuda" or 4 * size <= room(home) for home, size in sizes.items())
     keep_on = None if fits else "cpu"
     return rollback(model, to=run.tensors("earlier"), mask=mask, keep_on=keep_on, layout=run.layout)
 

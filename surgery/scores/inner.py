@@ -54,7 +54,7 @@ def _by_kernel(views: Sequence[Tensor], rows: Axes, numbers: Axes) -> Tensor:
     beside = rows[1][0][1] < numbers[1][0][1]  # columns: rows lie closer than a row's numbers
     high, lanes = (_ALONG, _ACROSS) if beside else (_ACROSS, _ALONG)
     tiles, parts = -(-count // high), -(-width // (lanes * _STEPS))
-    found = torch.empty(parts, count, device=views[0].device)
+    found = torch.empty(parts, count, dtype=torch.float32, device=views[0].device)
     strides = [way for pair in zip(rows[1], numbers[1], strict=True) for side in pair for way in side]
     with torch.cuda.device(found.device) if real(found.device) else nullcontext():
         products[(tiles, parts)](

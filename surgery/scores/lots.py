@@ -190,11 +190,11 @@ class _Above:
         self.room = min(places.here, SMALL + int(room * max(reach, WIDE) * places.here))
         self.part = min(1.0, room * max(reach, 1 / 16))  # of one run of weights, so many may be found on a GPU
         self.where = torch.empty(self.room + 1, dtype=torch.int64, device=self.device)
-        self.gains, self.steps = torch.empty(2, self.room + 1, device=self.device)
-        self.bar = torch.full((), begin.bar, device=self.device)
+        self.gains, self.steps = torch.empty(2, self.room + 1, dtype=torch.float32, device=self.device)
+        self.bar = torch.full((), begin.bar, dtype=torch.float32, device=self.device)
         self.have = torch.zeros((), dtype=torch.int64, device=self.device)
         self.lost = torch.zeros((), dtype=torch.bool, device=self.device)
-        self.spread = {name: torch.zeros((), device=self.device) for name in places.tensors}
+        self.spread = {name: torch.zeros((), dtype=torch.float32, device=self.device) for name in places.tensors}
         self.seen: list[Tensor] = []
         self.due, self.reached = 0, begin.bar
 

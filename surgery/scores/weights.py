@@ -113,7 +113,7 @@ def _above(flat: Tensor, threshold: int, room: int, equal: int = 0) -> tuple[Ten
     temporary ones would leave holes in memory.
     """
     size, have = min(room, len(flat)), 0
-    found, held = torch.empty(size, dtype=torch.int64, device=flat.device), torch.empty(size, device=flat.device)
+    found, held = (torch.empty(size, dtype=one, device=flat.device) for one in (torch.int64, torch.float32))
     for start, chunk, bits in _chunks(flat):
         taken = bits > threshold
         if equal:

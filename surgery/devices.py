@@ -59,6 +59,15 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
+def joined(pieces: list[Tensor]) -> Tensor:
+    """Rows of several tensors as one; of a checkpoint that lies in part on a GPU, there."""
+    if len(pieces) == 1:
+        return pieces[0]
+    homes = dict.fromkeys(piece.device for piece in pieces)
+    home = next((one for one in homes if one.type != "cpu"), pieces[0].device)
+    return torch.cat([sent(piece, home) for piece in pieces] if len(homes) > 1 else pieces)
+
+
 def real(device: torch.device) -> bool:
     """Whether it is a GPU that is there."""
     return device.type == "cuda" and torch.cuda.is_available()

@@ -28,7 +28,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from surgery.devices import sent
+from surgery.devices import joined
 from surgery.layout.boxes import Boxes, Lying, lying
 from surgery.layout.sharding import is_sharded, local, places_in
 from surgery.units import kind_of, units_in
@@ -348,22 +348,13 @@ class Block:
         """A copy of one part of the neurons at ``index`` (see ``cut``), or of those ``offsets``: ``[neuron, ...]``."""
         found = self.cut(part, index)
         pieces = [slot.take(lying(tensors, slot.tensor), index[a:b] - slot.start, offsets) for slot, a, b in found]
-        return _joined(pieces)
+        return joined(pieces)
 
     def entries(self, tensors: Mapping[str, Tensor], part: str, positions: Tensor) -> Tensor:
         """A copy of single numbers of one part, at positions as for ``cut_entries``: ``[len(positions)]``."""
         found = self.cut_entries(part, positions)
         pieces = [slot.take_entries(lying(tensors, slot.tensor), positions[a:b] - slot.span[0]) for slot, a, b in found]
-        return _joined(pieces)
-
-
-def _joined(pieces: list[Tensor]) -> Tensor:
-    """Rows of several tensors as one; of a checkpoint that lies in part on a GPU, there."""
-    if len(pieces) == 1:
-        return pieces[0]
-    homes = dict.fromkeys(piece.device for piece in pieces)
-    home = next((one for one in homes if one.type != "cpu"), pieces[0].device)
-    return torch.cat([sent(piece, home) for piece in pieces] if len(homes) > 1 else pieces)
+        return joined(pieces)
 
 
 @dataclass(frozen=True)

@@ -175,10 +175,12 @@ def law_interrupted() -> None:
             assert not in_force(models["later"])
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_at_each_write_of_a_sweep_leaves_the_model_whole():
     law_interrupted()
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_at_each_line_of_an_undo_leaves_nothing_half_done():
     model, earlier, mask = build("llama", seed=2), build("llama", seed=1), mask_of(lots("llama", ("mlp",), 0), 0.3)
     before, made = snapshot(model), list[Any]()
@@ -291,6 +293,7 @@ def stopped_half_way(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(InTurn, "__exit__", mutant)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_the_laws_kill_mutants():
     dies(stopped_half_way, law_interrupted)
     dies(never_back, lambda: law_of_bits("llama", ("mlp",)))

@@ -25,7 +25,7 @@ from surgery.live.heads import positions
 from surgery.live.losses import Divergence, predicting, summed
 
 attribution = import_module("surgery.scores.damage")
-inner = import_module("surgery.scores.inner")
+inner = import_module("surgery.scores.inner_products")
 
 
 JOINT = ("mlp", "kv_group")

@@ -25,7 +25,7 @@ from surgery.scores import entry_gains, lots, reversal_cost
 from surgery.scores.lots import Best, Guess, best_of_lots
 from surgery.scores.weights import best
 
-inner = import_module("surgery.scores.inner")
+inner = import_module("surgery.scores.inner_products")
 UNITS = ("mlp", "kv_group")
 SOME = fewer(("llama", "phi3", "gpt2", "qwen3_moe"), ("llama", "phi3", "gpt2", "qwen3_moe", "gpt_oss", "mixtral"))
 NONE = torch.zeros(0, dtype=torch.int64)

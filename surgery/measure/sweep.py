@@ -40,8 +40,8 @@ from surgery.measure.rows import (
     tell,
 )
 from surgery.progress import steps
-from surgery.reverting.in_turn import InTurn
 from surgery.reverting.rollback import rollback
+from surgery.reverting.successive import Successive
 from surgery.scores.memory import identity, remembered
 from surgery.selectors.selectors import Selector
 from surgery.selectors.settings import units_asked
@@ -119,7 +119,7 @@ class Bench:
             except Exception as error:
                 failed = error
                 break
-        with InTurn(self.model, to=self.run.tensors("earlier"), layout=self.run.layout) as turn:
+        with Successive(self.model, to=self.run.tensors("earlier"), layout=self.run.layout) as turn:
 
             def measure(budget: float) -> tuple[int, Mapping[str, Score]]:
                 mask = chosen[budget][0]

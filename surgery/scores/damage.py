@@ -21,12 +21,12 @@ from surgery.live.answers import respond
 from surgery.live.earlier import earlier_model, is_bare
 from surgery.live.hooks import as_live, collecting, parts_of, rows_in
 from surgery.live.losses import Distillation, Divergence, Loss, check_loss, distillation, summed, tokens_in
-from surgery.live.near import with_earlier
 from surgery.live.prompts import Batch, batches_of, each, fitting, on_cpu, passes, vocabulary_of
+from surgery.live.resident import with_earlier
 from surgery.masks.edits import Rows
 from surgery.masks.neurons import Neurons
 from surgery.reverting.rollback import Rollback, rollback
-from surgery.scores.inner import inner
+from surgery.scores.inner_products import inner
 from surgery.scores.memory import remember, remembering
 from surgery.units import Units
 

@@ -23,8 +23,8 @@ from surgery.layout.slots import Block, Slot
 from surgery.live import hooks
 from surgery.live.hooks import Unread, as_live, collecting, rows_in
 from surgery.live.losses import Loss, summed, tokens_in
-from surgery.live.near import with_earlier
 from surgery.live.prompts import Batch, each
+from surgery.live.resident import with_earlier
 from surgery.scores.damage import unrounded
 from surgery.scores.weight_places import Places
 from surgery.scores.weights import best_of_all

@@ -13,8 +13,8 @@ from torch import Tensor
 from surgery.checkpoints.trajectory import Trajectory
 from surgery.layout.slots import Layout
 from surgery.live.losses import Distillation, Divergence, Loss, mean_loss, tokens_in
-from surgery.live.near import staying
 from surgery.live.prompts import Batch, batches_of, dealt
+from surgery.live.resident import staying
 from surgery.masks.budget import Allocation
 from surgery.masks.entries import Entries, shapes_of
 from surgery.progress import steps

@@ -13,7 +13,7 @@ from surgery.masks.mask import Mask, checked, inside
 from surgery.reverting.rollback import Rollback, rollback
 
 
-class InTurn:
+class Successive:
     """A ``with`` block in which a model has one mask after another rolled back; at its end all is undone.
 
     What a mask adds to the one before is rolled back on top of that. Where it lacks some of it, the latest additions
@@ -42,7 +42,7 @@ class InTurn:
             new = (mask - self._done[-1][0]).signed(mask.made_by) if self._done else mask
             self._done.append((mask, rollback(self._model, to=self._to, mask=new, layout=self._layout)))
 
-    def __enter__(self) -> InTurn:
+    def __enter__(self) -> Successive:
         return self
 
     def __exit__(

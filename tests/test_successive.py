@@ -22,8 +22,8 @@ from surgery.checkpoints.checkpoint import State, in_force
 from surgery.layout import find_layout
 from surgery.masks.entries import shapes_of
 from surgery.masks.mask import Mask
-from surgery.reverting import in_turn, writing
-from surgery.reverting.in_turn import InTurn
+from surgery.reverting import successive, writing
+from surgery.reverting.successive import Successive
 
 operators = import_module("surgery.reverting.rollback")
 SOME = fewer(("llama", "gpt2", "qwen3_moe"), ("llama", "gpt2", "qwen3_moe", "gpt_oss", "phi3", "mixtral"))
@@ -53,7 +53,7 @@ def law_of_bits(family: str, kind: Any) -> None:
     masks = [mask_of(one, part) for part in (0.1, 0.3, 0.3, 0.2, 0.0, 0.5)] + [mask_of(other, 0.2), mask_of(one, 0.6)]
     model, earlier, alone = (build(family, seed=seed) for seed in (2, 1, 2))
     before = snapshot(model)
-    with InTurn(model, to=earlier) as turn:
+    with Successive(model, to=earlier) as turn:
         for mask in masks:
             turn.now(mask)
             with rollback(alone, to=earlier, mask=mask):
@@ -91,7 +91,7 @@ def law_of_little() -> None:
         small, large = mask_of(found, 0.2), mask_of(found, 0.5)
         model, earlier = build("llama", seed=2), build("llama", seed=1)
         less, more = numbers_of(small, model), numbers_of(large, model)
-        with pytest.MonkeyPatch.context() as patch, InTurn(model, to=earlier) as turn:
+        with pytest.MonkeyPatch.context() as patch, Successive(model, to=earlier) as turn:
             told, spent = written(patch), []
             for mask in (small, large, large, small):
                 turn.now(mask)
@@ -137,7 +137,7 @@ def test_what_fails_leaves_the_mask_before_and_in_the_end_the_model():
     broken = earlier["model.layers.1.mlp.up_proj.weight"].clone()
     broken[new] = float("nan")
     earlier["model.layers.1.mlp.up_proj.weight"] = broken
-    with InTurn(model, to=earlier) as turn:
+    with Successive(model, to=earlier) as turn:
         turn.now(small)
         with pytest.raises(ValueError, match="NaN or infinite"):
             turn.now(large)
@@ -219,7 +219,7 @@ def test_masks_of_other_classes_are_undone_and_written_whole():
     found = lots("llama", ("mlp",), 0)
     model, earlier, alone = build("llama", seed=2), build("llama", seed=1), build("llama", seed=2)
     before = snapshot(model)
-    with InTurn(model, to=earlier) as turn:
+    with Successive(model, to=earlier) as turn:
         for mask in (mask_of(found, 0.2), Own(mask_of(found, 0.4)), Own(mask_of(found, 0.6)), mask_of(found, 0.7)):  # type: ignore[arg-type]
             turn.now(mask)  # type: ignore[arg-type]
             with rollback(alone, to=earlier, mask=mask):  # type: ignore[arg-type]
@@ -267,11 +267,11 @@ def test_a_sweep_that_a_log_stops_leaves_the_model_whole():
 
 
 def never_back(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(in_turn, "inside", lambda *_: True)
+    patch.setattr(successive, "inside", lambda *_: True)
 
 
 def all_anew(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(in_turn, "inside", lambda *_: False)
+    patch.setattr(successive, "inside", lambda *_: False)
 
 
 def on_top(patch: pytest.MonkeyPatch) -> None:
@@ -285,12 +285,12 @@ def wrong_way(patch: pytest.MonkeyPatch) -> None:
 def stopped_half_way(patch: pytest.MonkeyPatch) -> None:
     """Each undo is held together, and all of them are not."""
 
-    def mutant(self: InTurn, *_: Any) -> None:
+    def mutant(self: Successive, *_: Any) -> None:
         while self._done:
             self._done[-1][1].undo()
             self._done.pop()
 
-    patch.setattr(InTurn, "__exit__", mutant)
+    patch.setattr(Successive, "__exit__", mutant)
 
 
 @pytest.mark.usefixtures("interruptible")

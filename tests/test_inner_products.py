@@ -30,7 +30,7 @@ from surgery.live.losses import cross_entropy
 from surgery.masks.edits import Rows
 
 pytest.importorskip("triton", reason="the kernel needs Triton: pip install triton")
-inner = import_module("surgery.scores.inner")
+inner = import_module("surgery.scores.inner_products")
 kernel = import_module("surgery.scores.kernel")
 KINDS = [(family, kind) for kind, families in REPRESENTATIVES.items() for family in families]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]

@@ -23,7 +23,7 @@ from training_folders import KINDS, as_ranks, model_of
 from surgery import DamageSelector, Trajectory, damage, devices
 from surgery.checkpoints.checkpoint import State
 from surgery.formats.stored import Stored
-from surgery.live import hooks, near, prompts
+from surgery.live import hooks, prompts, resident
 from surgery.live.losses import cross_entropy
 from surgery.live.prompts import Batch, padded
 from surgery.scores import lots, reversal_cost
@@ -34,7 +34,7 @@ UNITS = ("mlp", "kv_group")
 
 
 def roomy(patch: pytest.MonkeyPatch, size: int) -> None:
-    for module in (near, attribution):
+    for module in (resident, attribution):
         patch.setattr(module, "room", lambda _: size)
 
 
@@ -43,7 +43,7 @@ def crossing(room: int) -> Iterator[Counter[int]]:
     """A simulated GPU with so many bytes of room; how often a whole tensor's numbers were sent there, by address."""
     found: Counter[int] = Counter()
 
-    def sent(tensor: Tensor, device: Any, original: Any = near.sent) -> Any:
+    def sent(tensor: Tensor, device: Any, original: Any = resident.sent) -> Any:
         if torch.device(device).type == "cuda" and tensor.device.type == "cpu" and tensor.numel() >= SEEN:
             found[tensor.data_ptr()] += 1
         return original(tensor, device)
@@ -51,7 +51,7 @@ def crossing(room: int) -> Iterator[Counter[int]]:
     with pytest.MonkeyPatch.context() as patch, gpu():
         patch.setattr(prompts, "TOKENS", 6)  # each prompt goes through alone
         roomy(patch, room)
-        for module in (near, hooks, lots):
+        for module in (resident, hooks, lots):
             patch.setattr(module, "sent", sent)
         yield found
 
@@ -127,12 +127,12 @@ def law_given_back() -> None:
             made: list[weakref.ref[Any]] = []
             with pytest.MonkeyPatch.context() as patch:
 
-                class Seen(near.Near):
+                class Seen(resident.Resident):
                     def __init__(self, *given: Any, made: list[Any] = made) -> None:
                         super().__init__(*given)
                         made.append(weakref.ref(self))
 
-                patch.setattr(near, "Near", Seen)
+                patch.setattr(resident, "Resident", Seen)
                 work(run, data)
             gc.collect()
             assert made
@@ -168,12 +168,12 @@ def off_the_gpu(patch: pytest.MonkeyPatch) -> None:
 def test_nothing_is_copied_where_the_earlier_model_is_there_already():
     with crossing(PLENTY):
         first = deep(2).to("cuda")
-        _, earlier = near.with_earlier(Trajectory(earlier=first, later=deep(2).to("cuda")), UNITS)
+        _, earlier = resident.with_earlier(Trajectory(earlier=first, later=deep(2).to("cuda")), UNITS)
         there = {slot.tensor for block in earlier.layout.blocks for slot in block.slots}
         assert all(earlier.tensors[name].data_ptr() == first.get_parameter(name).data_ptr() for name in there)
     with crossing(PLENTY):
         run, _, _ = run_of()
-        _, earlier = near.with_earlier(run, UNITS)
+        _, earlier = resident.with_earlier(run, UNITS)
         assert all(on_gpu(earlier.tensors[name]) for name in there)
         assert all(earlier.tensors[name] is earlier.tensors[name] for name in there)
 
@@ -183,8 +183,8 @@ def test_a_live_earlier_model_on_the_cpu_is_kept_once(monkeypatch):
     with crossing(PLENTY):
         run, data, _ = run_of()
         other = Trajectory(earlier=deep(2), later=run.later)
-        real = near.Near.__init__
-        monkeypatch.setattr(near.Near, "__init__", lambda self, *given: (made.append(1), real(self, *given))[1])
+        real = resident.Resident.__init__
+        monkeypatch.setattr(resident.Resident, "__init__", lambda self, *given: (made.append(1), real(self, *given))[1])
         of_weights(other, data)
     assert sum(made) == 1
 
@@ -250,25 +250,25 @@ class Always:
 def forgetful(patch: pytest.MonkeyPatch) -> None:
     def mutant(self: Any, name: str) -> Tensor:
         found: Tensor = self.tensors[name]
-        return near.sent(found.detach(), self.homes[name])
+        return resident.sent(found.detach(), self.homes[name])
 
-    patch.setattr(near.Near, "__getitem__", mutant)
+    patch.setattr(resident.Resident, "__getitem__", mutant)
 
 
 def greedy(patch: pytest.MonkeyPatch) -> None:
-    def mutant(self: Any, name: str, original: Any = near.Near.__getitem__) -> Any:
+    def mutant(self: Any, name: str, original: Any = resident.Resident.__getitem__) -> Any:
         self._taken = dict.fromkeys(self._taken, 0)
         return original(self, name)
 
-    patch.setattr(near.Near, "__getitem__", mutant)
+    patch.setattr(resident.Resident, "__getitem__", mutant)
 
 
 def by_round(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(near, "_kept", Always(None))
+    patch.setattr(resident, "_kept", Always(None))
 
 
 def never_back(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(near, "_kept", Always([]))
+    patch.setattr(resident, "_kept", Always([]))
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,10 @@ from surgery.layout.boxes import Boxes, boxes_in
 from surgery.layout.sharding import local
 from surgery.units import Units
 
-_kept: ContextVar[list[Near] | None] = ContextVar("kept", default=None)
+_kept: ContextVar[list[Resident] | None] = ContextVar("kept", default=None)
 
 
-class Near(Mapping[str, Tensor]):
+class Resident(Mapping[str, Tensor]):
     """Tensors that stay on a GPU once they were asked for: of the room there is, half is left for the passes.
 
     Args:
@@ -81,7 +81,7 @@ def staying() -> Iterator[None]:
 
 
 def with_earlier(run: Trajectory, units: Units) -> tuple[Weights, Weights]:
-    """The live later model, opened, and the earlier checkpoint, whose weights come ``Near`` as they are asked for."""
+    """The live later model, opened, and the earlier checkpoint, whose weights stay on the GPU once asked for."""
     live, earlier = run.live("earlier", units=units)
     homes: dict[str, torch.device] = {}
     for name, block in earlier.layout.items() if live.ranks.mesh is None else ():
@@ -93,7 +93,7 @@ def with_earlier(run: Trajectory, units: Units) -> tuple[Weights, Weights]:
     kept, source = _kept.get(), run.tensors("earlier")
     found = next((one for one in kept or () if one.source is source and one.homes == homes), None)
     if found is None:
-        found = Near(source, earlier.tensors, homes)
+        found = Resident(source, earlier.tensors, homes)
         if kept is not None:
             kept.append(found)
     return live, replace(earlier, tensors=found)

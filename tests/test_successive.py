@@ -19,6 +19,7 @@ from torch import nn
 
 from surgery import AMCSelector, Entries, Neurons, RandomSelector, Trajectory, rollback, sweep
 from surgery.checkpoints.checkpoint import State, in_force
+from surgery.devices import by_kernel
 from surgery.layout import find_layout
 from surgery.masks.entries import shapes_of
 from surgery.masks.mask import Mask
@@ -47,16 +48,18 @@ def mask_of(found: Any, fraction: float) -> Mask:
     return Entries({part: (one < fraction).nonzero().flatten() for part, one in drawn.items()}, shapes=shapes)
 
 
-def law_of_bits(family: str, kind: Any) -> None:
+def law_of_bits(family: str, kind: Any, kernel: bool = False) -> None:
     """Whichever masks came before: growing, the same, shrinking, none, and one that only overlaps."""
     one, other = lots(family, kind, 0), lots(family, kind, 1)
     masks = [mask_of(one, part) for part in (0.1, 0.3, 0.3, 0.2, 0.0, 0.5)] + [mask_of(other, 0.2), mask_of(one, 0.6)]
-    model, earlier, alone = (build(family, seed=seed) for seed in (2, 1, 2))
+    home = "cuda" if kernel and torch.cuda.is_available() else "cpu"
+    model, earlier, alone = (build(family, seed=seed).to(home) for seed in (2, 1, 2))
     before = snapshot(model)
     with Successive(model, to=earlier) as turn:
         for mask in masks:
-            turn.now(mask)
-            with rollback(alone, to=earlier, mask=mask):
+            with by_kernel(kernel):
+                turn.now(mask)
+            with by_kernel(False), rollback(alone, to=earlier, mask=mask):
                 assert same(model, snapshot(alone))
     assert same(model, before)
 
@@ -65,6 +68,12 @@ def law_of_bits(family: str, kind: Any) -> None:
 @pytest.mark.parametrize("family", SOME)
 def test_each_mask_has_the_bits_that_it_has_alone(family, kind):
     law_of_bits(family, kind)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_by_the_kernel_too(kind):
+    pytest.importorskip("triton", reason="the kernel needs Triton: pip install triton")
+    law_of_bits("llama", kind, kernel=True)
 
 
 def written(patch: pytest.MonkeyPatch) -> list[int]:

@@ -29,6 +29,7 @@ from surgery.masks.entries import shapes_of
 from surgery.reverting import kernel
 from surgery.reverting.exchange import planned
 from surgery.reverting.plan import Plan
+from surgery.reverting.successive import Successive
 
 NAME = "Rollback, undo, a sweep's step"
 Row = dict[str, Any]
@@ -277,6 +278,10 @@ class Case:
                     lambda: plan.fetch(self.live, packed, sources), lambda: plan.swap(self.live, packed)
                 )
         self.row("a sweep's step: the difference alone", "kernel, device", label, milliseconds)
+        with by_kernel(True), Successive(self.model, to=self.earlier, layout=self.layout) as turn:
+            turn.now(small)
+            milliseconds = self.clock.wall(lambda: turn.now(large), lambda: turn.now(small))
+        self.row("a sweep's step: the difference alone", "kernel, whole call", label, milliseconds)
 
     def others(self, mask: Neurons, label: str) -> None:
         """What else one could do: index_put_, torch.where, a reload."""

@@ -19,7 +19,7 @@ import torch
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 CPU, GPU, META = torch.device("cpu"), torch.device("cuda:0"), torch.device("meta")
@@ -64,6 +64,13 @@ def gpu() -> Iterator[Waits]:
                 yield waits
             finally:
                 _waits.pop()
+
+
+@contextmanager
+def bare() -> Iterator[None]:
+    """While the body runs, tensors are what they are: for what stands in for a kernel of the GPU."""
+    with torch._C.DisableTorchFunction(), _disable_current_modes():
+        yield
 
 
 def on_gpu(tensor: torch.Tensor) -> bool:

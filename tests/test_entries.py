@@ -27,6 +27,7 @@ from surgery.checkpoints.checkpoint import State
 from surgery.layout import find_layout
 from surgery.layout.slots import Block, Layout, Slot
 from surgery.live import hooks as gradient_hooks
+from surgery.live import prompts as prompts_of
 from surgery.live.losses import cross_entropy
 from surgery.masks import entries
 from surgery.masks.entries import shapes_of
@@ -342,9 +343,16 @@ def test_each_round_takes_the_best_by_the_lower_of_two_gains(family):
     assert growing == sorted(growing)
 
 
-@pytest.mark.parametrize(("prompts", "size"), [(1, 4), (2, 4), (3, 2), (5, 16), (9, 4), (16, 16), (40, 16), (130, 7)])
-def test_lots_and_what_measures_are_made_of_all_prompts(prompts, size):
-    """From 16 prompts on a quarter measures and does not choose, and every lot is drawn before any is drawn again."""
+SIZES = [(1, 1024), (2, 1024), (3, 1024), (5, 1024), (9, 1024), (16, 1024), (40, 1024), (130, 1024), (130, 25), (7, 9)]
+
+
+@pytest.mark.parametrize(("prompts", "tokens"), SIZES)
+def test_lots_and_what_measures_are_made_of_all_prompts(prompts, tokens, monkeypatch):
+    """From 16 prompts on a quarter measures and does not choose, and every lot is drawn before any is drawn again.
+
+    The first lot of a round is one pass: of its gradients no sums are kept.
+    """
+    monkeypatch.setattr(prompts_of, "TOKENS", tokens)
     rows = [torch.tensor([[at % 60, at // 60, *[7] * (at % 6 + 2)]]) for at in range(prompts)]
     data = [{"input_ids": r, "attention_mask": torch.ones_like(r), "labels": r.clone()} for r in rows]
     _, _, run = small_pair("llama")
@@ -368,9 +376,11 @@ def test_lots_and_what_measures_are_made_of_all_prompts(prompts, size):
         assert held == sorted(every)
         assert len(lots) > 0.6 * prompts
     assert all(sum(len(b["input_ids"]) for b in lot) <= 16 for lot in path.lots)
-    drawn = [path._drawn(at) for at in range(len(path.lots) // 2)]
-    once = [id(lot) for pair in drawn for lot in pair]
+    drawn = [path._drawn(at) for at in range(len(path.lots) // 2)] or [path._drawn(0)]
+    once = [id(batch) for pair in drawn for lot in pair for batch in lot]
     assert len(once) == len(set(once))
+    assert all(len(first) == 1 for first, *_ in drawn)
+    assert len(texts(b for pair in drawn for lot in pair for b in lot)) >= len(lots) - 16
 
 
 def test_rounds_need_fewer_weights_than_one_look():
@@ -668,7 +678,7 @@ def one_lot(patch: pytest.MonkeyPatch) -> None:
 
 def mean_of_lots(patch: pytest.MonkeyPatch) -> None:
     def mutant(run, lots, *given, original=weight_selection.best_of_lots, **how):
-        return original(run, [[batch for lot in lots for batch in lot]], *given, **how)
+        return original(run, [how["loss"].joined(batch for lot in lots for batch in lot)], *given, **how)
 
     patch.setattr(weight_selection, "best_of_lots", mutant)
 
@@ -684,6 +694,18 @@ def measured_where_chosen(patch: pytest.MonkeyPatch) -> None:
         return path
 
     patch.setattr(weight_selection, "_path", mutant)
+
+
+def what_does_not_fit_is_lost(patch: pytest.MonkeyPatch) -> None:
+    def mutant(self, at, original=weight_selection._Path._drawn):
+        first, *others = original(self, at)
+        return [first, *(lot[-1:] for lot in others)]
+
+    patch.setattr(weight_selection._Path, "_drawn", mutant)
+
+
+def first_lots_of_several_passes(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(weight_selection._Path, "_drawn", lambda self, at: self.lots[2 * at : 2 * at + 2])
 
 
 def left_reverted(patch: pytest.MonkeyPatch) -> None:
@@ -720,7 +742,9 @@ def law_rounds() -> None:
 
 
 def law_lots() -> None:
-    test_lots_and_what_measures_are_made_of_all_prompts(40, 16)
+    for prompts, tokens in ((40, 1024), (130, 25)):
+        with pytest.MonkeyPatch.context() as patch:
+            test_lots_and_what_measures_are_made_of_all_prompts(prompts, tokens, patch)
 
 
 MUTANTS = (
@@ -730,7 +754,7 @@ MUTANTS = (
     (gradient_alone, law_gains), (parts_from_zero, law_gains), (last_batch_only, law_gains),
     (goes_to_the_end, law_stop), (curve_of_the_later_model, law_stop), (never_again, law_rounds),
     (one_lot, law_rounds), (mean_of_lots, law_rounds), (twice_as_far, law_rounds),
-    (measured_where_chosen, law_lots),
+    (measured_where_chosen, law_lots), (what_does_not_fit_is_lost, law_lots), (first_lots_of_several_passes, law_lots),
 )  # fmt: skip
 
 

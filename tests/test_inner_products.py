@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -162,28 +163,33 @@ COMPILED = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from surgery.scores.kernel import products
-names = products.arg_names
-for high, lanes, beside in ((16, 128, "3"), (128, 16, "1")):  # rows, and columns
-    fixed = {"STACKED": False, "FOLDED": False, "ROWS": high, "LANES": lanes, "STEPS": 8}
-    fixed |= {one + beside: 1 for one in "gnt"}
-    kinds = dict.fromkeys(names, "i32") | dict.fromkeys(("gradient", "now", "then"), "*bf16") | {"found": "*fp32"}
-    source = ASTSource(
-        products, kinds | dict.fromkeys(fixed, "constexpr"), fixed,
-        attrs={(at,): [["tt.divisibility", 16]] for at, name in enumerate(names) if name not in fixed},
-    )
-    text = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ptx"]
-    print(text.count("ld.global.v4.b32"), text.count("ld.global.b16"), text.count("st.local"))
+from surgery.scores.kernel import above, products
+outputs = {products: {"found": "*fp32"}, above: {"where": "*i64", "counts": "*i64", "start": "i64", "scale": "fp32"}}
+for kernel, own in outputs.items():
+    own |= {name: "*fp32" for name in ("bar", "gains", "steps") if name in kernel.arg_names}
+    for high, lanes, beside in ((16, 128, "3"), (128, 16, "1")):  # rows, and columns
+        fixed = {"STACKED": False, "FOLDED": False, "ROWS": high, "LANES": lanes, "STEPS": 8}
+        fixed = {name: one for name, one in fixed.items() if name in kernel.arg_names}
+        fixed |= {one + beside: 1 for one in "gnt"}
+        names = kernel.arg_names
+        kinds = dict.fromkeys(names, "i32") | dict.fromkeys(("gradient", "now", "then"), "*bf16") | own
+        odd = {"tensor", "start", "scale", *fixed}
+        source = ASTSource(
+            kernel, kinds | dict.fromkeys(fixed, "constexpr"), fixed,
+            attrs={(at,): [["tt.divisibility", 16]] for at, name in enumerate(names) if name not in odd},
+        )
+        text = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ptx"]
+        print(text.count("ld.global.v4.b32"), text.count("ld.global.b16"), text.count("st.local"))
 """
 
 
-def test_compiled_for_a_gpu_it_reads_16_bytes_at_a_time():
-    """Along rows and along columns: two such pieces of each of three tensors a thread, and nothing is spilled."""
+def test_compiled_for_a_gpu_they_read_16_bytes_at_a_time():
+    """Both kernels, along rows and columns: two such pieces of each of three tensors a thread, nothing spilled."""
     environment, where = {**os.environ, "TRITON_INTERPRET": "0"}, Path(__file__).parents[1]
     done = subprocess.run(
         [sys.executable, "-c", COMPILED], env=environment, cwd=where, capture_output=True, text=True, check=False
     )
-    assert done.stdout.split() == ["6", "0", "0"] * 2, done.stderr
+    assert done.stdout.split() == ["6", "0", "0"] * 4, done.stderr
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
@@ -207,16 +213,16 @@ def test_where_triton_can_not_run_it_is_said(monkeypatch):
 
 
 def half_of_the_numbers(patch: pytest.MonkeyPatch) -> None:
-    def mutant(views: Any, rows: Any, numbers: Any, original: Any = inner._by_kernel) -> Any:
-        (folds, across), ways = numbers
-        return original(views, rows, ((folds, max(1, across // 2)), ways))
+    def mutant(views: Any, tiles: Any, original: Any = inner._by_kernel) -> Any:
+        (folds, across), ways = tiles.numbers
+        return original(views, replace(tiles, numbers=((folds, max(1, across // 2)), ways)))
 
     patch.setattr(inner, "_by_kernel", mutant)
 
 
 def the_first_one_s_strides(patch: pytest.MonkeyPatch) -> None:
-    def mutant(views: Any, rows: Any, numbers: Any, original: Any = inner._by_kernel) -> Any:
-        return original(views, *((sizes, [ways[0]] * 3) for sizes, ways in (rows, numbers)))
+    def mutant(views: Any, tiles: Any, original: Any = inner._by_kernel) -> Any:
+        return original(views, type(tiles)(*((sizes, [ways[0]] * 3) for sizes, ways in (tiles.rows, tiles.numbers))))
 
     patch.setattr(inner, "_by_kernel", mutant)
 
@@ -224,12 +230,13 @@ def the_first_one_s_strides(patch: pytest.MonkeyPatch) -> None:
 def counted_the_other_way(patch: pytest.MonkeyPatch) -> None:
     """The gradient's numbers are gone through with its two axes in the other order."""
 
-    def mutant(views: Any, rows: Any, numbers: Any, original: Any = inner._by_kernel) -> Any:
-        (folds, across), (_, *others) = numbers
+    def mutant(views: Any, tiles: Any, original: Any = inner._by_kernel) -> Any:
+        (folds, across), (_, *others) = tiles.numbers
         if folds == 1:
-            return original(views, rows, numbers)
+            return original(views, tiles)
         turned = views[0].transpose(-1, -2).reshape(views[0].shape)  # a copy, which lies in that order
-        return original([turned, *views[1:]], rows, ((folds, across), [(across, 1), *others]))
+        numbers = (folds, across), [(across, 1), *others]
+        return original([turned, *views[1:]], replace(tiles, numbers=numbers))
 
     patch.setattr(inner, "_by_kernel", mutant)
 

@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
 from families import build, config, fewer
 from mutants import dies
-from simulated import Waits, gpu
+from simulated import Waits, bare, gpu
 from test_attribution import pair
 from test_scores import batches
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from surgery import Neurons, Trajectory, activation, damage, strengths
+from surgery.devices import by_kernel
 from surgery.layout import find_layout
 from surgery.live import distillation, prompts, respond
 from surgery.live.losses import Loss, cross_entropy, mean_loss, tokens_in
 from surgery.live.prompts import Batch, padded
-from surgery.scores import entry_gains, lots, reversal_cost
-from surgery.scores.lots import Best, Guess, best_of_lots
+from surgery.scores import above, entry_gains, lots, reversal_cost
+from surgery.scores.above import Guess
+from surgery.scores.lots import Best, best_of_lots
 from surgery.scores.weights import best
 
 inner = import_module("surgery.scores.inner_products")
+TRITON = pytest.mark.skipif(find_spec("triton") is None, reason="the kernel needs Triton: pip install triton")
 UNITS = ("mlp", "kv_group")
 SOME = fewer(("llama", "phi3", "gpt2", "qwen3_moe"), ("llama", "phi3", "gpt2", "qwen3_moe", "gpt_oss", "mixtral"))
 NONE = torch.zeros(0, dtype=torch.int64)
@@ -60,62 +65,64 @@ def tied(family: str) -> tuple[Trajectory, Callable[[nn.Module, Batch], Tensor]]
     return Trajectory(earlier=earlier, later=later), loss
 
 
-@pytest.fixture(params=["waited for", "not waited for"])
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The way of the CPU, and that of a GPU on the CPU."""
-    monkeypatch.setattr(lots, "is_waited_for", lambda _: request.param == "waited for")
+@pytest.fixture(params=[False, pytest.param(True, marks=TRITON)], ids=["operations", "kernel"])
+def slow(request: pytest.FixtureRequest) -> Iterator[bool]:
+    """The way of the CPU, and that of a GPU in Triton's interpreter, which is slow."""
+    with by_kernel(request.param):
+        yield request.param
 
 
-MIXED = [[*TWO[0], *TWO[1]], TWO[1], [*TWO[1], *TWO[0]]]  # several passes a lot, and a third lot
+MIXED = [TWO[1], [*TWO[1], *TWO[0]], TWO[0]]  # several passes a lot, and a third lot
 
 
-def law_exact(family: str, dtype: torch.dtype = torch.float32, kinds: Any = (TWO, MIXED, TWO[:1])) -> None:
+def law_exact(
+    family: str, dtype: torch.dtype = torch.float32, kinds: Any = (TWO, MIXED, TWO[:1]), counts: Any = (1, 300, 10**6)
+) -> None:
     earlier, later = pair(family, dtype)
     run = Trajectory(earlier=earlier, later=later)
-    for some in kinds if dtype == torch.float32 else (TWO,):  # sums over passes are the weights' dtype's
+    for some in kinds:
         without = from_files(run, some, 20, NONE, cross_entropy)[::2]
-        for count in (1, 300, 10**6):
+        for count in counts:
             wanted, high = from_files(run, some, count, without, cross_entropy), Guess(1e-9, bar=1e9)
             assert searched(run, some, count, without).chosen.equal(wanted)
             assert searched(run, some, count, without, begin=Guess(1e-9)).chosen.equal(wanted)
             assert searched(run, some, count, without, begin=high).chosen.equal(wanted)
 
 
-@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize(("family", "dtype"), [*((f, torch.float32) for f in SOME), ("llama", torch.bfloat16)], ids=str)
-def test_they_are_those_of_all_gains(family, dtype):
-    law_exact(family, dtype)
+def test_they_are_those_of_all_gains(family, dtype, slow):
+    law_exact(family, dtype, **({"kinds": (MIXED,), "counts": (300,)} if slow else {}))
 
 
-def law_small() -> None:
+def law_small(counts: Any = (1, 300, 10**6)) -> None:
     """Rooms that are too small, bars that are too high: measured again, and the same in the end."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, size in (("SMALL", 5), ("LEAST", 1e-9), ("WIDE", 1e-9), ("SAMPLES", 300), ("ROOM", 0.5)):
-            patch.setattr(lots, name, size)
-        law_exact("llama", kinds=(TWO,))
+        for module, name, size in (
+            (lots, "SMALL", 5), (lots, "LEAST", 1e-9), (lots, "SPARE", 0), (lots, "ROOM", 0.5), (above, "SAMPLES", 300),
+        ):  # fmt: skip
+            patch.setattr(module, name, size)
+        law_exact("llama", kinds=(TWO,), counts=counts)
 
 
-@pytest.mark.usefixtures("device")
-def test_too_small_a_room_and_too_high_a_bar_cost_passes_and_change_nothing():
-    law_small()
+def test_too_small_a_room_and_too_high_a_bar_cost_passes_and_change_nothing(slow):
+    law_small(*[(300,)] * slow)
 
 
-def law_ties() -> None:
-    for family in ("gpt2", "qwen3_moe"):
+def law_ties(families: Any = ("gpt2", "qwen3_moe"), counts: Any = (1, 200, 5000)) -> None:
+    for family in families:
         run, loss = tied(family)
-        for count in (1, 200, 5000):
+        for count in counts:
             wanted = from_files(run, TWO, count, NONE, loss)
             assert len(wanted) == count
             for begin in (None, Guess(1e-3), Guess(1.0), Guess(1e-3, 1e-6)):
                 assert searched(run, TWO, count, loss=loss, begin=begin).chosen.equal(wanted)
 
 
-@pytest.mark.usefixtures("device")
-def test_of_equal_gains_the_first_are_taken():
-    law_ties()
+def test_of_equal_gains_the_first_are_taken(slow):
+    law_ties(*(("gpt2",), (200,)) * slow)
 
 
-@pytest.mark.usefixtures("device")
+@pytest.mark.usefixtures("slow")
 def test_what_is_not_finite_is_refused():
     earlier, later = build("llama", seed=1), build("llama", seed=2)
 
@@ -136,8 +143,8 @@ def test_the_next_search_looks_above_a_part_of_the_lowest_gain_that_was_taken():
     assert found.next.reach == pytest.approx(int((first >= bar).sum()) / len(first))
     kept = []
     with pytest.MonkeyPatch.context() as patch:
-        real = lots._Above.found
-        patch.setattr(lots._Above, "found", lambda self: (few := real(self), kept.append(few.where))[0])
+        real = lots._Few.best
+        patch.setattr(lots._Few, "best", lambda self, *given: (kept.append(self.where), real(self, *given))[1])
         assert searched(run, [one, other], 50, begin=found.next).chosen.equal(found.chosen)
     assert [len(where) for where in kept] == [int((first > bar).sum())]
     assert searched(run, [one, other], 50, begin=found.next).chosen.equal(found.chosen)
@@ -177,6 +184,20 @@ def deep(layers: int) -> nn.Module:
     return AutoModelForCausalLM.from_config(made).eval()  # type: ignore[no-any-return]
 
 
+@contextmanager
+def interpreted() -> Iterator[None]:
+    """On a simulated GPU: kernels run in Triton's interpreter, which sees the tensors as what they are."""
+    real = above.keep
+
+    def kept(*given: Any) -> None:
+        with bare():
+            real(*given)
+
+    with pytest.MonkeyPatch.context() as patch, by_kernel(True):
+        patch.setattr(above, "keep", kept)
+        yield
+
+
 def waits(
     work: Callable[[Trajectory, list[Batch], Loss], object], layers: int, count: int, home: str = "cuda"
 ) -> Waits:
@@ -195,17 +216,18 @@ def waits(
 WORK: dict[str, Callable[[Trajectory, list[Batch], Loss], object]] = {
     "A": lambda run, data, far: activation(run.load(), data),
     "D": lambda run, data, far: damage(run, data, loss=far),
-    "D of single weights": lambda run, data, far: searched(run, [data[::2], data[1::2]], 20, loss=far),
+    "D of single weights": lambda run, data, far: searched(run, [data[:1], data[1:]], 20, loss=far),
     "the loss": lambda run, data, far: mean_loss(far, run.load(), data),
 }
 
 
 @pytest.mark.parametrize("home", ["cuda", "cpu"])
-@pytest.mark.parametrize("name", WORK)
+@pytest.mark.parametrize("name", [pytest.param(one, marks=[TRITON] * ("single" in one)) for one in WORK])
 def test_nothing_is_waited_for_by_batch_or_by_tensor(name, home, monkeypatch):
     """Also where the earlier model's weights have to be sent."""
     monkeypatch.setattr(prompts, "TOKENS", 6)  # each prompt goes through alone
-    few, batches, layers = (waits(WORK[name], *sizes, home) for sizes in ((1, 2), (1, 4), (2, 2)))
+    with interpreted() if name == "D of single weights" else nullcontext():
+        few, batches, layers = (waits(WORK[name], *sizes, home) for sizes in ((1, 2), (1, 4), (2, 2)))
     assert few
     assert len(few) == len(batches) == len(layers), "\n".join(layers)
     assert len(few) <= 16
@@ -247,7 +269,7 @@ def any_bar_will_do(patch: pytest.MonkeyPatch) -> None:
 
 
 def as_in_memory(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(lots._Order, "places", lambda self, at: at)
+    patch.setattr(above._Order, "places", lambda self, at: at)
 
 
 def first_lot_alone(patch: pytest.MonkeyPatch) -> None:
@@ -262,10 +284,10 @@ def taken_again(patch: pytest.MonkeyPatch) -> None:
 
 
 def last_pass_alone(patch: pytest.MonkeyPatch) -> None:
-    def mutant(model: Any, layout: Any, take: Any, complete: Any = None, original: Any = lots.collecting) -> Any:
-        return original(model, layout, take if complete is None else lambda *a: take(*a) if complete() else None)
+    def mutant(run: Any, live: Any, loss: Any, lot: Any, add: Any, original: Any = lots._measure) -> Any:
+        return original(run, live, loss, lot[-1:], add)
 
-    patch.setattr(lots, "collecting", mutant)
+    patch.setattr(lots, "_measure", mutant)
 
 
 def by_way_of_the_cpu(patch: pytest.MonkeyPatch) -> None:

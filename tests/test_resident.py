@@ -26,7 +26,7 @@ from surgery.formats.stored import Stored
 from surgery.live import hooks, prompts, resident
 from surgery.live.losses import cross_entropy
 from surgery.live.prompts import Batch, padded
-from surgery.scores import lots, reversal_cost
+from surgery.scores import above, reversal_cost
 
 attribution = import_module("surgery.scores.damage")
 PLENTY, COUNT, SEEN = 1 << 40, 4, 512  # bytes; prompts; numbers of a tensor that is followed
@@ -51,7 +51,7 @@ def crossing(room: int) -> Iterator[Counter[int]]:
     with pytest.MonkeyPatch.context() as patch, gpu():
         patch.setattr(prompts, "TOKENS", 6)  # each prompt goes through alone
         roomy(patch, room)
-        for module in (resident, hooks, lots):
+        for module in (resident, hooks, above):
             patch.setattr(module, "sent", sent)
         yield found
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import gc
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -38,8 +38,8 @@ TARGETS = {"D of units": 1.3, "D of single weights": 1.5}
 def run(device: torch.device, rehearse: bool) -> dict[str, Any]:
     """Times, memory and copies of each score and of its passes; whether the device chooses what all gains choose."""
     shape, count, tokens, answer = (TINY, 16, 24, 8) if rehearse else (QWEN3_4B, 64, 512, 64)
-    with way_of_a_gpu():
-        checks = same_choice(device)
+    checks = same_choice(device)
+    with by_kernel(True) if rehearse else nullcontext():
         earlier, later = pair(shape, device, torch.bfloat16)
         data = answered(shape, device, count, tokens, answer)
         trajectory = Trajectory(earlier=earlier, later=later)
@@ -180,17 +180,6 @@ def copies(function: Callable[[], object], device: torch.device) -> int:
     return sum(event.count for event in seen.key_averages() if "Memcpy DtoH" in event.key)
 
 
-@contextmanager
-def way_of_a_gpu() -> Iterator[None]:
-    """While the body runs, the CPU, too, is not asked how many numbers it found."""
-    before = lots.is_waited_for
-    lots.is_waited_for = lambda _: False
-    try:
-        yield
-    finally:
-        lots.is_waited_for = before
-
-
 def same_choice(device: torch.device) -> dict[str, bool]:
     """On a small model: the best weights are those of all gains there, and D is the CPU's."""
     here, there = (Trajectory(None, *pair(TINY, where, torch.float32)) for where in (device, torch.device("cpu")))
@@ -203,11 +192,13 @@ def same_choice(device: torch.device) -> dict[str, bool]:
     half = [halved(data, 0), halved(data, 1)]
     far = distillation(here.earlier, half[0] + half[1], divergence="hellinger")
     checks = {}
-    for count in (1, 100, 5000):
-        found = lots.best_of_lots(here, half, count, loss=far, units=UNITS, without=torch.zeros(0, dtype=torch.int64))
-        lowest = torch.stack([entry_gains(here, one, loss=far, units=UNITS).flat for one in half]).amin(0)
-        checks[f"the best {count} single weights are those of all gains"] = found.chosen.equal(best(lowest, count))
     with by_kernel(True):
+        for count in (1, 100, 5000):
+            found = lots.best_of_lots(
+                here, half, count, loss=far, units=UNITS, without=torch.zeros(0, dtype=torch.int64)
+            )
+            lowest = torch.stack([entry_gains(here, one, loss=far, units=UNITS).flat for one in half]).amin(0)
+            checks[f"the best {count} single weights are those of all gains"] = found.chosen.equal(best(lowest, count))
         one = damage(here, data, units=UNITS)
     with by_kernel(False):
         own, other = (damage(run, data, units=UNITS) for run in (here, there))

@@ -198,13 +198,10 @@ LARGE = 1 << 24  # the same on a GPU, which takes its time to start
 
 
 @contextmanager
-def collecting(
-    model: nn.Module, layout: Layout, take: Take, complete: Callable[[], bool] | None = None
-) -> Iterator[None]:
+def collecting(model: nn.Module, layout: Layout, take: Take) -> Iterator[None]:
     """While the body runs, the weights of a layout's neurons take gradients, and nothing else does.
 
-    Every backward pass calls ``take`` for each slot of each tensor. One tensor's gradient is in memory at a time. With
-    ``complete`` those passes call it in which that is true, with the sum of the gradients since the last of them.
+    Every backward pass calls ``take`` for each slot of each tensor. One tensor's gradient is in memory at a time.
     """
     slots: dict[str, list[tuple[Block, Slot]]] = {}
     for block in layout.blocks:
@@ -224,44 +221,34 @@ def collecting(
         for block, slot in slots[name]:
             take(block, slot, grad, parameters[name].detach())
 
-    with collecting_from(model, {name: p for name, p in parameters.items() if name in slots}, spread, complete):
+    with collecting_from(model, {name: p for name, p in parameters.items() if name in slots}, spread):
         yield
 
 
 @contextmanager
 def collecting_from(
-    model: nn.Module,
-    parameters: Mapping[str, nn.Parameter],
-    take: Callable[[str, Tensor], None],
-    complete: Callable[[], bool] | None = None,
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], take: Callable[[str, Tensor], None]
 ) -> Iterator[None]:
     """While the body runs, those parameters take gradients, nothing else does, and the model is in eval mode.
 
     Every backward pass calls ``take(name, gradient)`` once for each that has one, when it is complete (a parameter used
     in several places has one); then the gradient is freed. At the end all is as it was: gradients, flags, modes.
     """
-    with evaluating(model), only_these({p: partial(take, name) for name, p in parameters.items()}, model, complete):
+    with evaluating(model), only_these({p: partial(take, name) for name, p in parameters.items()}, model):
         yield
 
 
 @contextmanager
-def only_these(
-    takes: Mapping[nn.Parameter, Callable[[Tensor], None]],
-    model: nn.Module,
-    complete: Callable[[], bool] | None = None,
-) -> Iterator[None]:
+def only_these(takes: Mapping[nn.Parameter, Callable[[Tensor], None]], model: nn.Module) -> Iterator[None]:
     """While the body runs, those parameters take gradients, and nothing else does; at the end all is as it was.
 
-    A gradient is handed over when it is complete, and then freed: one parameter's is in memory at a time. With
-    ``complete`` it is summed over the backward passes until that is true.
+    A gradient is handed over when it is complete, and then freed: one parameter's is in memory at a time.
     """
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     handles = []
 
     def hook(parameter: Tensor) -> None:
         assert parameter.grad is not None
-        if complete is not None and not complete():
-            return
         takes[parameter](parameter.grad)  # type: ignore[index]
         parameter.grad = None
 
@@ -292,8 +279,7 @@ def in_runs(part: Rows, *views: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...
 
     The rows come on the device of the first view. ``views`` are shaped as ``rows_in`` gives them.
     """
-    stacked = part.slot.stacked if part.offsets is None else 0
-    inner = views[0].shape[1 : 1 + stacked].numel()  # neurons per entry of the first axis
+    inner = views[0].shape[1 : part.axes].numel()  # neurons per entry of the first axis
     chunk = CHUNK if views[0].device.type == "cpu" else LARGE
     step = max(1, chunk // max(1, views[0][:1].numel()))
     for at in range(0, len(views[0]), step):
@@ -320,8 +306,7 @@ class Unread:
         return self.shape[0]
 
     def __getitem__(self, some: slice) -> Tensor:
-        stacked = self.part.slot.stacked if self.part.offsets is None else 0
-        inner = self.shape[1 : 1 + stacked].numel()
+        inner = self.shape[1 : self.part.axes].numel()
         first, last, _ = some.indices(len(self))
         run = replace(self.part, index=self.part.index[first * inner : last * inner])
         return run.read(self.source).reshape(-1, *self.shape[1:])

@@ -43,6 +43,11 @@ class Rows:
         """How many numbers it writes."""
         return len(self.index) * (self.slot.width if self.offsets is None else len(self.offsets))
 
+    @property
+    def axes(self) -> int:
+        """How many axes count the neurons, in a view as ``rows_in`` gives it; the others count a neuron's numbers."""
+        return 1 + (self.slot.stacked if self.offsets is None else 0)
+
     def held(self, tensor: Tensor) -> Iterator[Rows]:
         """What of it this process holds: of a tensor that is not sharded, all."""
         if not is_sharded(tensor):

@@ -1,4 +1,4 @@
-"""The Triton kernel of D: inner products row by row, every number read once. Imported only where there is Triton."""
+"""The Triton kernels of D, which read every number once. Imported only where there is Triton."""
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 from __future__ import annotations
@@ -38,3 +38,36 @@ def products(
         d = tl.load(t + _at(c, t2, t3, across, FOLDED)[None, :], mask=inside, other=0).to(tl.float32)
         total += a * (b - d)
     tl.store(found + part * rows + r, tl.sum(total, 1), mask=r < rows)
+
+
+@triton.jit(do_not_specialize=["tensor", "start"])
+def above(
+    gradient, now, then,  # tensors of any dtype and strides
+    bar, where, gains, steps, counts, room,  # ``Room``, and how many fit
+    tensor, start, scale,
+    rows, inner, width, across,
+    g0, g1, g2, g3, n0, n1, n2, n3, t0, t1, t2, t3,
+    STACKED: tl.constexpr, FOLDED: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Keep the places, gains and steps of a tile's numbers whose gain exceeds the bar, in no order."""
+    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    c = tl.program_id(1) * LANES + tl.arange(0, LANES)
+    inside = (r < rows)[:, None] & (c < width)[None, :]
+    g = gradient + _at(r, g0, g1, inner, STACKED)[:, None] + _at(c, g2, g3, across, FOLDED)[None, :]
+    n = now + _at(r, n0, n1, inner, STACKED)[:, None] + _at(c, n2, n3, across, FOLDED)[None, :]
+    t = then + _at(r, t0, t1, inner, STACKED)[:, None] + _at(c, t2, t3, across, FOLDED)[None, :]
+    a = tl.load(g, mask=inside, other=0).to(tl.float32)
+    step = tl.load(n, mask=inside, other=0).to(tl.float32) - tl.load(t, mask=inside, other=0).to(tl.float32)
+    gain = step * scale * a
+    wild = tl.reshape(((gain != gain) | (tl.abs(gain) == float("inf"))).to(tl.int32), [ROWS * LANES])
+    if tl.sum(wild, 0) > 0:
+        tl.store(counts + 1 + tensor, 1)
+    flags = tl.reshape((inside & (gain > tl.load(bar))).to(tl.int32), [ROWS * LANES])
+    count = tl.sum(flags, 0)
+    if count > 0:
+        at = tl.atomic_add(counts, count.to(tl.int64)) + tl.cumsum(flags, 0) - 1
+        kept = (flags > 0) & (at < room)
+        place = start + r.to(tl.int64)[:, None] * width + c[None, :]
+        tl.store(where + at, tl.reshape(place, [ROWS * LANES]), mask=kept)
+        tl.store(gains + at, tl.reshape(gain, [ROWS * LANES]), mask=kept)
+        tl.store(steps + at, tl.reshape(step, [ROWS * LANES]), mask=kept)

@@ -263,7 +263,7 @@ def _times_change(flat: Tensor, places: Places, later: Weights, earlier: Weights
         for before, (now, then) in in_runs(part, as_live(later, live, part), as_live(earlier, live, part)):
             at = start + before * now.shape[1]
             gains = flat[at : at + now.numel()]
-            gains *= ((now - then) / tokens).flatten().cpu()
+            gains *= ((now - then) * (1 / tokens)).flatten().cpu()
             if not bool(gains.sum().isfinite()) and not bool(gains.isfinite().all()):
                 wrong.append(slot.tensor)
     places.check_finite(wrong)

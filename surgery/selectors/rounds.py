@@ -19,8 +19,9 @@ from surgery.masks.budget import Allocation
 from surgery.masks.entries import Entries, shapes_of
 from surgery.progress import steps
 from surgery.reverting.rollback import Rollback, rollback
+from surgery.scores.above import Guess
 from surgery.scores.damage import answered, earlier_answers
-from surgery.scores.lots import Guess, best_of_lots
+from surgery.scores.lots import best_of_lots
 from surgery.scores.memory import remember
 from surgery.scores.weights import CHUNK, best, chosen, entries_of, entry_magnitude, zeros_on_disk
 from surgery.selectors.settings import Data
@@ -214,13 +215,16 @@ class _Path:
         return bool(taken)
 
     def _drawn(self, at: int) -> list[list[Batch]]:
-        """The two lots of a round: all are drawn before one is drawn again, each time in another order."""
+        """The two lots of a round: all are drawn before one is drawn again, each time in another order.
+
+        The first is one pass, of whose gradients no sums are kept: what does not fit into it joins the second.
+        """
         pairs = len(self.lots) // 2
         if not pairs:
             return self.lots
         order = torch.randperm(len(self.lots), generator=torch.Generator().manual_seed(at // pairs)).tolist()
-        first = 2 * (at % pairs)
-        return [self.lots[order[first]], self.lots[order[first + 1]]]
+        (alone, *more), second = (self.lots[one] for one in order[2 * (at % pairs) :][:2])
+        return [[alone], [*more, *second]]
 
     def _measured(self, count: int) -> float:
         """The loss with the first ``count`` weights reverted, on the prompts that do not choose."""

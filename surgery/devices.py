@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -72,13 +71,6 @@ def joined(pieces: list[Tensor]) -> Tensor:
 def real(device: torch.device) -> bool:
     """Whether it is a GPU that is there."""
     return device.type == "cuda" and torch.cuda.is_available()
-
-
-def true_in(flags: Tensor) -> Tensor:
-    """Where a row of flags is true, int64, ascending; a GPU is waited for."""
-    if flags.device.type == "cpu":  # six times as fast as torch finds them there
-        return torch.from_numpy(np.flatnonzero(flags.numpy()))
-    return flags.nonzero().flatten()
 
 
 def room(device: torch.device) -> int:

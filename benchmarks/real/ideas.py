@@ -3,7 +3,8 @@
 One pair of seed 0 (0: Math by QA, 1: QA by Math), 256 evaluation items, recovery along the way. What lost is here, and
 not in the library. Every way takes 0.25 % of the weights of MLPs and attention, in ``steps``. A step measures the gains
 of ``prompts`` calibration prompts, drawn anew, with all taken weights reverted. ``lots``: the prompts of a step are
-divided so, and a weight's gain is the lowest of its gains on each. ``memory``: gains are averaged over steps with this
+divided so, and a weight's gain is the lowest of its gains on each. ``first``: they are divided into so many and all
+others. ``memory``: gains are averaged over steps with this
 weight of the past. ``growing``: each step takes a quarter more than the last. ``pool``: so many prompts to draw from;
 beyond 128 they are training prompts. ``gated``: a weight is only taken where reverting it lowers the cross entropy of
 as many of the kept skill's calibration prompts, too (the sign of CRANE's gate). ``share``: of the weights, in the end.
@@ -47,6 +48,7 @@ class Idea:
     steps: int = 16
     prompts: int = 32
     lots: int = 1
+    first: int = 0
     memory: float = 0.0
     growing: bool = False
     pool: int = 128
@@ -64,6 +66,8 @@ IDEAS = {
     "16 equal steps, 2 lots of 16": Idea(lots=2),
     "12 growing steps, 4 lots of 16": Idea(12, 64, lots=4, growing=True, marks=(6, 9, 12)),
     "16 growing steps, 2 lots of 16": Idea(lots=2, growing=True, strengths=(1.25, 1.5), marks=(8, 12, 16)),
+    "16 growing steps, lots of 4 and 28": Idea(first=4, growing=True, marks=(8, 12, 16)),
+    "16 growing steps, lots of 2 and 30": Idea(first=2, growing=True, marks=(8, 12, 16)),
     "16 growing steps, 2 lots of 16 out of 512": Idea(lots=2, growing=True, pool=512, marks=(8, 12, 16)),
     "16 growing steps, 2 lots of 64 out of 512": Idea(prompts=128, lots=2, growing=True, pool=512, marks=(8, 12, 16)),
     "16 growing steps, 2 lots of 16, gated": Idea(lots=2, growing=True, gated=True, marks=(8, 12, 16)),
@@ -119,7 +123,9 @@ def tried(bench: Bench, idea: Idea) -> list[str]:
         if len(order) < idea.prompts:
             order += drawn.sample(range(idea.pool), idea.pool)
         asked, order = order[: idea.prompts], order[idea.prompts :]
-        lots = [[padded([bench.rows[at] for at in asked[one :: idea.lots]], bench.pad)] for one in range(idea.lots)]
+        parts = [asked[one :: idea.lots] for one in range(idea.lots)]
+        parts = [asked[: idea.first], asked[idea.first :]] if idea.first else parts
+        lots = [[padded([bench.rows[at] for at in part], bench.pad)] for part in parts]
         with earlier_model(run) as earlier:
             far = distillation(earlier, [batch for lot in lots for batch in lot], divergence="hellinger")
         with reverted(bench.setting, taken):

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from surgery.checkpoints.opening import Weights
-from surgery.devices import sent, succeeds, takes_kernel, true_in
+from surgery.devices import sent, succeeds, takes_kernel
 from surgery.layout.slots import Block, Slot
 from surgery.live import hooks
 from surgery.live.hooks import Unread, as_live, rows_in
 from surgery.scores.tiles import Tiles, brought, on
 from surgery.scores.weight_places import Places
+from surgery.scores.weights import exceeding
 
 SAMPLES = 1 << 16  # gains by which the bar is guessed
 
@@ -88,7 +89,7 @@ class Above:
             gains = (steps * scale).mul_(g)
             if not bool(gains.sum().isfinite()) and not bool(gains.isfinite().all()):
                 self.room.counts[1 + tensor] = 1
-            at = true_in(gains > self.bar.to(gains.device))
+            at = exceeding(gains, self.bar.to(gains.device))
             have, self.kept = self.kept, self.kept + len(at)
             if self.kept <= self.size:
                 self.room.where[have : self.kept] = (start + order.places(at + before)).to(self.device)

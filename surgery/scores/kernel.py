@@ -65,7 +65,7 @@ def above(
     flags = tl.reshape((inside & (gain > tl.load(bar))).to(tl.int32), [ROWS * LANES])
     count = tl.sum(flags, 0)
     if count > 0:
-        at = tl.atomic_add(counts, count.to(tl.int64)) + tl.cumsum(flags, 0) - 1
+        at = tl.atomic_add(counts, count.to(tl.int64), sem="relaxed") + tl.cumsum(flags, 0) - 1
         kept = (flags > 0) & (at < room)
         place = start + r.to(tl.int64)[:, None] * width + c[None, :]
         tl.store(where + at, tl.reshape(place, [ROWS * LANES]), mask=kept)

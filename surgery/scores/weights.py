@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -115,18 +116,25 @@ def _above(flat: Tensor, threshold: int, room: int, equal: int = 0) -> tuple[Ten
     size, have = min(room, len(flat)), 0
     found, held = (torch.empty(size, dtype=one, device=flat.device) for one in (torch.int64, torch.float32))
     for start, chunk, bits in _chunks(flat):
-        taken = bits > threshold
+        places = exceeding(bits, threshold)
         if equal:
             ties = (bits == threshold).nonzero().flatten()[:equal]
-            taken[ties] = True
+            places = torch.cat([places, ties]).sort().values
             equal -= len(ties)
-        places = taken.nonzero().flatten()
         if have + len(places) > len(found):
             return None
         found[have : have + len(places)] = places + start
         held[have : have + len(places)] = chunk[places]
         have += len(places)
     return found[:have], held[:have]
+
+
+def exceeding(numbers: Tensor, bar: Tensor | int) -> Tensor:
+    """Where numbers in a row exceed a bar, int64, ascending; a GPU is waited for."""
+    if numbers.device.type == "cpu":  # six times as fast as torch there
+        limit = bar.numpy() if isinstance(bar, Tensor) else bar
+        return torch.from_numpy(np.flatnonzero(numbers.numpy() > limit))
+    return (numbers > bar).nonzero().flatten()
 
 
 def positive(flat: Tensor) -> int:

@@ -75,6 +75,8 @@ def by_damage(
     small rounds, each of which measures D again with all taken weights reverted. And the highest of a hundred million
     gains owe much to the prompts that they were measured on. So a round measures D on two lots of prompts, drawn anew
     in each round, and counts the lower of a weight's two gains. A weight without a positive gain on both is not taken.
+    The first lot is what goes through the model in one pass: of 16 prompts, what 1024 tokens do not hold joins the
+    second.
 
     The first round takes few weights, and each takes a quarter more than the one before; ``rounds`` of them make 0.25 %
     of the candidates. They do not depend on the budget: a larger budget contains a smaller one (without ``stop``).

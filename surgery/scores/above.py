@@ -159,7 +159,7 @@ def _try(device: torch.device) -> None:
         raise RuntimeError("it does not keep the weights that it should")
 
 
-def coordinates(at: Tensor, shape: Iterable[int]) -> tuple[Tensor, ...]:
+def _coordinates(at: Tensor, shape: Iterable[int]) -> tuple[Tensor, ...]:
     """Indices into a tensor of that shape from those into its numbers, row by row (``unravel_index`` makes the GPU
     wait)."""
     found: list[Tensor] = []
@@ -198,12 +198,12 @@ class _Order:
         found, count, device = [], views[0].numel(), views[0].device
         for view in views:
             at = torch.arange(min(every // 2, count - 1), count, every, device=view.device)
-            found.append(sent(view.permute(self.axes)[coordinates(at, self.shape)], device).to(torch.float32))
+            found.append(sent(view.permute(self.axes)[_coordinates(at, self.shape)], device).to(torch.float32))
         return found
 
     def places(self, at: Tensor) -> Tensor:
         """Which of the view's numbers, row by row, those are that lie at some places in memory."""
         if self.axes == tuple(range(len(self.axes))):
             return at
-        found = zip(coordinates(at, self.shape), self.steps, strict=True)
+        found = zip(_coordinates(at, self.shape), self.steps, strict=True)
         return torch.stack([one * step for one, step in found]).sum(0)

@@ -24,7 +24,7 @@ from surgery.live.hooks import collecting, rows_in
 from surgery.live.losses import Loss, summed, tokens_in
 from surgery.live.prompts import Batch, each
 from surgery.live.resident import with_earlier
-from surgery.scores.above import Above, Guess, Room, coordinates
+from surgery.scores.above import Above, Guess, Room
 from surgery.scores.damage import unrounded
 from surgery.scores.weight_places import Places
 from surgery.scores.weights import best_of_all
@@ -147,9 +147,8 @@ class _Few:
             for part, start in self.places.of(block, slot):
                 low, high = self.cuts[(block.name, slot), start]
                 if low < high:
-                    rows = rows_in(part, grad)
-                    at = coordinates((self.where[low:high] - start).to(rows.device), rows.shape)
-                    sums[low:high] += rows[at].to(sums.device, torch.float32)
+                    found = rows_in(part, grad).take((self.where[low:high] - start).to(grad.device))
+                    sums[low:high] += found.to(sums.device, torch.float32)
 
         measure(add)
         self.lowest = torch.minimum(self.lowest, self.steps * (1 / tokens_in(lot)) * sums)

@@ -88,25 +88,30 @@ def rows(trajectory: Trajectory, data: list[Batch], device: torch.device) -> dic
                 backward(later, path.loss, some, drop)
         mean_loss(path.loss, later, path.held)
 
-    def by_operations() -> None:
+    def by_operations(score: Callable[[], object]) -> None:
         with by_kernel(False):
-            damage(trajectory, data, loss=far, units=UNITS)
+            score()
 
-    work: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
-        "D of units": (
-            partial(damage, trajectory, data, loss=far, units=UNITS),
-            lambda: backward(later, far, data, drop),
-        ),
-        "D of units, by torch's operations": (by_operations, lambda: backward(later, far, data, drop)),
-        "D of single weights": (chosen, its_passes),
-        "A": (partial(activation, later, data, units=UNITS), lambda: forward(later, data)),
-    }
-    found = {name: beside(score, bare, device) for name, (score, bare) in work.items()}
+    of_units = partial(damage, trajectory, data, loss=far, units=UNITS)
     with tempfile.TemporaryDirectory() as place:  # its weights cross the bus once, where there is room
         earlier.save_pretrained(place)
         on_disk = Trajectory(earlier=place, later=later)
-        score = partial(damage, on_disk, data, loss=far, units=UNITS)
-        found["D of units, earlier in a folder"] = beside(score, lambda: backward(later, far, data, drop), device)
+        work: dict[Callable[[], object], dict[str, Callable[[], object]]] = {
+            partial(backward, later, far, data, drop): {
+                "D of units": of_units,
+                "D of units, by torch's operations": partial(by_operations, of_units),
+                "D of units, earlier in a folder": partial(damage, on_disk, data, loss=far, units=UNITS),
+            },
+            its_passes: {
+                "D of single weights": chosen,
+                "D of single weights, by torch's operations": partial(by_operations, chosen),
+            },
+            partial(forward, later, data): {"A": partial(activation, later, data, units=UNITS)},
+        }
+        found = {}
+        for bare, scores in work.items():
+            passes_alone = measured(bare, "bare", device)
+            found |= {name: passes_alone | measured(score, "score", device) for name, score in scores.items()}
     return found
 
 
@@ -130,14 +135,12 @@ def forward(later: Any, data: list[Batch]) -> None:
             )
 
 
-def beside(score: Callable[[], object], bare: Callable[[], object], device: torch.device) -> dict[str, Any]:
-    """Milliseconds (the least of two, after one that warms up), peak megabytes and copies to the CPU of both."""
-    found: dict[str, Any] = {}
-    for name, function in (("bare", bare), ("score", score)):
-        function()
-        found[f"{name} ms"] = min(timed(function, device) for _ in range(2))
-        found[f"{name} MB"], found["weights MB"] = peak(function, device)
-        found[f"{name} copies"] = copies(function, device)
+def measured(function: Callable[[], object], name: str, device: torch.device) -> dict[str, Any]:
+    """Milliseconds (the least of two, after one that warms up), peak megabytes and copies to the CPU."""
+    function()
+    found: dict[str, Any] = {f"{name} ms": min(timed(function, device) for _ in range(2))}
+    found[f"{name} MB"], found["weights MB"] = peak(function, device)
+    found[f"{name} copies"] = copies(function, device)
     return found
 
 

@@ -32,7 +32,7 @@ from surgery.scores.above import Guess, Room, keep
 from surgery.scores.lots import best_of_lots
 
 pytest.importorskip("triton", reason="the kernel needs Triton: pip install triton")
-tiles = import_module("surgery.scores.tiles")
+tiles, kernels = import_module("surgery.scores.tiles"), import_module("surgery.scores.kernel")
 KINDS = [(family, kind) for kind, families in REPRESENTATIVES.items() for family in families]
 START, SCALE = 1 << 33, 1 / 7
 
@@ -87,6 +87,43 @@ def test_whatever_their_shapes_and_strides():
     law_shapes()
 
 
+def law_grid() -> None:
+    """A grid of one axis, which has room for 2³¹ programs: the others have room for 65,535."""
+    seen: list[Any] = []
+
+    class Launched:
+        def __getitem__(self, grid: Any) -> Callable[..., None]:
+            seen.append(grid)
+            return lambda *given, **fixed: None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "above", Launched())
+        for heads, size, hidden in ((8, 128, 8192), (16, 128, 16384), (71, 64, 4544)):  # of one group
+            q = torch.empty(8, heads, size, hidden, device="meta")
+            o = torch.empty(hidden, 8, heads, size, device="meta").permute(1, 2, 3, 0)
+            for view in (q, o):
+                keep(Room.of(1, 1, view.device), [view] * 3, 1, torch.empty((), device="meta"), 0, 1.0, 0)
+    assert len(seen) == 6
+    assert all(len(grid) == 1 and 2**31 > grid[0] >= 8 * 8 * 128 * 8192 // (16 * 128) // 8 for grid in seen)
+
+
+def test_its_grid_has_room_for_large_models():
+    law_grid()
+
+
+def law_axes() -> None:
+    """Numbers in three axes, of which two follow each other in memory, are two: queries and outputs of a group."""
+    for views in (drawn(3, 4, 8, 33), [one.permute(1, 2, 3, 0) for one in drawn(20, 3, 4, 8)]):
+        found = tiles.Tiles.of(views, 1)
+        assert found is not None
+        assert found.sides == (tiles.ACROSS, tiles.ALONG)  # along a neuron's numbers, which follow each other
+        law(1, *views)
+
+
+def test_axes_that_follow_each_other_are_one():
+    law_axes()
+
+
 def law_wild() -> None:
     for wild in ("nan", "inf", "-inf"):
         views, room = drawn(20, 130), Room.of(10, 3, torch.device(DEVICE))
@@ -102,6 +139,14 @@ def law_wild() -> None:
 
 def test_what_is_not_finite_is_noted_for_its_tensor():
     law_wild()
+
+
+def test_it_is_tried_whatever_torch_makes_by_default():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        above._try(torch.device(DEVICE))
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_where_triton_can_not_run_it_is_said(monkeypatch):
@@ -182,6 +227,15 @@ def beyond_the_passes(count: int, begin: Guess, prompts: list[Batch]) -> float:
     return (most(search) - most(bare)) / numbers
 
 
+def test_what_is_freed_counts_no_more():
+    def work() -> None:
+        kept = torch.zeros(1000)
+        for _ in range(5):
+            (kept + 1).view(10, 100).sum()
+
+    assert 8000 <= most(work) <= 8100
+
+
 def law_memory() -> None:
     with pytest.MonkeyPatch.context() as patch, as_on_a_gpu(patch):
         few, many = ([padded([([5, 6, 7], [8, 9, 2])], 0)] * count for count in (2, 6))
@@ -191,6 +245,8 @@ def law_memory() -> None:
         assert beyond_the_passes(200, Guess(0.03), few) <= 2
         reach = 0.2  # the second lot begins when the room is given back
         assert beyond_the_passes(200, Guess(reach), few) <= 16 * (lots.ROOM * reach + lots.SPARE) + 20 * reach
+        once = beyond_the_passes(10**6, Guess(1.0), few)
+        assert beyond_the_passes(10**6, Guess(0.24), few) <= once + 0.2  # a search that failed leaves nothing behind
 
 
 def test_a_search_takes_little_where_little_is_looked_for_and_never_two_bytes_a_weight():
@@ -198,6 +254,26 @@ def test_a_search_takes_little_where_little_is_looked_for_and_never_two_bytes_a_
 
 
 # Mutants.
+
+
+def a_second_axis(patch: pytest.MonkeyPatch) -> None:
+    def mutant(room: Any, views: Any, found: Any, *given: Any) -> None:
+        (count, width), (high, lanes) = found.shape, found.sides
+        kernels.above[(-(-count // high), -(-width // lanes))]()
+
+    patch.setattr(above, "_launch", mutant)
+
+
+def as_if_not_turned(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(tiles.Tiles, "places", lambda self: (self.numbers[0][1], 1))
+
+
+def a_failed_search_stays(patch: pytest.MonkeyPatch) -> None:
+    def mutant(self: Any, *given: Any, original: Any = lots._Few.best, kept: list[Any] = []) -> Any:  # noqa: B006
+        kept[:] = [self]
+        return original(self, *given)
+
+    patch.setattr(lots._Few, "best", mutant)
 
 
 def in_the_other_order(patch: pytest.MonkeyPatch) -> None:
@@ -248,6 +324,7 @@ def the_room_stays(patch: pytest.MonkeyPatch) -> None:
     ("mutant", "law"),
     [
         (in_the_other_order, law_shapes), (beyond_the_room, law_shapes), (of_another_tensor, law_wild),
+        (a_second_axis, law_grid), (as_if_not_turned, law_axes), (a_failed_search_stays, law_memory),
         (sums_are_kept, law_memory), (the_room_stays, law_memory),
     ],
     ids=lambda one: one.__name__,

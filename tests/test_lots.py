@@ -186,15 +186,16 @@ def deep(layers: int) -> nn.Module:
 
 @contextmanager
 def interpreted() -> Iterator[None]:
-    """On a simulated GPU: kernels run in Triton's interpreter, which sees the tensors as what they are."""
-    real = above.keep
+    """On a simulated GPU: the kernel runs in Triton's interpreter, which sees the tensors as what they are."""
+    real = above._launch
 
-    def kept(*given: Any) -> None:
+    def launch(*given: Any) -> None:
         with bare():
             real(*given)
 
-    with pytest.MonkeyPatch.context() as patch, by_kernel(True):
-        patch.setattr(above, "keep", kept)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(above, "_launch", launch)
+        patch.setattr(above, "takes_kernel", lambda *_: True)
         yield
 
 
@@ -294,6 +295,14 @@ def by_way_of_the_cpu(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(inner, "dot", lambda a, b, dot=inner.dot: dot(a, b).cpu().to("cuda"))
 
 
+def asked_by_tensor(patch: pytest.MonkeyPatch) -> None:
+    def mutant(room: Any, *given: Any, original: Any = above.keep) -> Any:
+        room.counts.tolist()
+        return original(room, *given)
+
+    patch.setattr(above, "keep", mutant)
+
+
 def law_pairs() -> None:
     law_exact("llama", kinds=(TWO,))
 
@@ -307,9 +316,15 @@ def law_waits() -> None:
         test_nothing_is_waited_for_by_batch_or_by_tensor("D", "cuda", patch)
 
 
+def law_waits_of_weights() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        test_nothing_is_waited_for_by_batch_or_by_tensor("D of single weights", "cuda", patch)
+
+
 @pytest.mark.parametrize(
     ("mutant", "law"),
     [
+        pytest.param(asked_by_tensor, law_waits_of_weights, marks=TRITON),
         (any_bar_will_do, law_pairs), (as_in_memory, law_pairs), (first_lot_alone, law_pairs),
         (taken_again, law_pairs), (last_pass_alone, law_mixed), (by_way_of_the_cpu, law_waits),
     ],

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.util import find_spec
 from math import prod
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from families import build
 from mutants import dies
 from simulated import gpu, on_gpu
-from test_lots import deep
+from test_lots import deep, interpreted
 from torch import Tensor
 from training_folders import KINDS, as_ranks, model_of
 
@@ -68,11 +69,18 @@ def of_units(run: Trajectory, data: list[Batch]) -> Any:
     return damage(run, data, loss=cross_entropy, units=UNITS)
 
 
-def of_weights(run: Trajectory, data: list[Batch]) -> Any:
-    return DamageSelector(0.05, units="weight", rounds=3, loss=cross_entropy).select(run, data)
+def of_weights(run: Trajectory, data: list[Batch], budget: float = 0.05) -> Any:
+    return DamageSelector(budget, units="weight", rounds=3, loss=cross_entropy).select(run, data)
+
+
+def by_the_kernel(run: Trajectory, data: list[Batch]) -> Any:
+    with interpreted():
+        return of_weights(run, data, 0.003)
 
 
 BOTH: dict[str, Callable[[Trajectory, list[Batch]], Any]] = {"units": of_units, "single weights": of_weights}
+if find_spec("triton") is not None:
+    BOTH["single weights by the kernel"] = by_the_kernel
 
 
 def law_once(name: str) -> None:

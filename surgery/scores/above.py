@@ -1,6 +1,7 @@
 """The weights whose gain exceeds a bar: each gain is formed where the weight is, compared and forgotten.
 
-On a GPU that is one kernel, which reads each number once, and nothing is waited for.
+On a GPU one kernel does that and reads each number once, and nothing is waited for. Of a model that several GPUs hold
+one after the other, the first does it for all.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from surgery.devices import sent, succeeds, takes_kernel
 from surgery.layout.slots import Block, Slot
 from surgery.live import hooks
 from surgery.live.hooks import Unread, as_live, rows_in
-from surgery.scores.tiles import Tiles, brought, on
+from surgery.scores.tiles import Tiles, on
 from surgery.scores.weight_places import Places
 from surgery.scores.weights import exceeding
 
@@ -77,8 +78,8 @@ class Above:
             if self.begin.reach < 1 and not self.begin.bar:
                 self._raise(views, 1 / tokens)
             if takes_kernel(self.device, _works):
-                for before, run in brought(views, self.device):
-                    keep(self.room, run, part.axes, self.bar, start + before, 1 / tokens, self.tensors[slot.tensor])
+                here = [sent(view, self.device) for view in views]
+                keep(self.room, here, part.axes, self.bar, start, 1 / tokens, self.tensors[slot.tensor])
             else:
                 self._add(views, start, 1 / tokens, self.tensors[slot.tensor])
 
@@ -128,18 +129,24 @@ def keep(room: Room, views: Sequence[Tensor], axes: int, bar: Tensor, start: int
         scale: what the products are multiplied by.
         tensor: whose they are, in the order of ``room.counts``.
     """
-    from surgery.scores.kernel import above
-
     if (tiles := Tiles.of(views, axes)) is None:  # more axes than a kernel walks
         count = views[0].shape[:axes].numel()
         views = [view.reshape(count, -1) for view in views]
         tiles = Tiles.of(views, 1)
     assert tiles is not None
+    _launch(room, views, tiles, bar, start, scale, tensor)
+
+
+def _launch(
+    room: Room, views: Sequence[Tensor], tiles: Tiles, bar: Tensor, start: int, scale: float, tensor: int
+) -> None:
+    from surgery.scores.kernel import above
+
     (count, width), (high, lanes) = tiles.shape, tiles.sides
     with on(bar.device):
-        above[(-(-count // high), -(-width // lanes))](
+        above[(-(-count // high) * -(-width // lanes),)](
             *(view.detach() for view in views), bar, room.where, room.gains, room.steps, room.counts,
-            len(room.where), tensor, start, scale, *tiles.given(), **tiles.fixed(),
+            len(room.where), tensor, start, scale, *tiles.places(), *tiles.given(), **tiles.fixed(),
         )  # fmt: skip
 
 
@@ -153,9 +160,9 @@ def _try(device: torch.device) -> None:
     room, bar = Room.of(64, 1, device), torch.full((), 1000.0, device=device)
     views = [torch.arange(64.0, device=device).view(8, 8) * sign for sign in (1, 1, -1)]
     keep(room, views, 1, bar, 7, 0.5, 0)  # 0.5 · n · 2 n > 1000 from n = 32 on
-    wanted, order = torch.arange(32, 64, device=device), room.where[:32].argsort()
-    kept = [one[:32][order] for one in (room.where, room.gains, room.steps)]
-    if [*room.counts.tolist()] != [32, 0] or not all(map(torch.equal, kept, (wanted + 7, wanted**2.0, 2.0 * wanted))):
+    wanted, order = torch.arange(32, 64, dtype=torch.float64, device=device), room.where[:32].argsort()
+    kept = [one[:32][order].double() for one in (room.where, room.gains, room.steps)]
+    if room.counts.tolist() != [32, 0] or not all(map(torch.equal, kept, (wanted + 7, wanted * wanted, 2 * wanted))):
         raise RuntimeError("it does not keep the weights that it should")
 
 

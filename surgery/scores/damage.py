@@ -104,7 +104,12 @@ def answered(
     """
     check_loss(loss)
     if not isinstance(loss, str):
-        return list(fitting(_batches(data)) if isinstance(loss, Distillation) else _batches(data)), loss
+        batches = list(fitting(_batches(data)) if isinstance(loss, Distillation) else _batches(data))
+        if not tokens_in(batches):
+            raise ValueError(
+                "no batch has a response token to predict: all labels are -100, or they are one token long"
+            )
+        return batches, loss
     batches, far = _distilled(run, on_cpu(_batches(data)), anew)
     return batches, far.by(loss)
 
@@ -113,13 +118,13 @@ def answered(
 def _distilled(run: Trajectory, data: list[Batch], anew: bool) -> tuple[list[Batch], Distillation]:
     with earlier_model(run) as earlier:  # once, for the answers and for the predictions
         batches = earlier_answers(run, data)
-        batches = _counting(batches) if anew else list(fitting(batches))
+        batches = counting(passes(batches)[0]) if anew else list(fitting(batches))
         return batches, distillation(earlier, batches)
 
 
-def _counting(batches: list[Batch]) -> list[Batch]:
-    """The batches as they go through a model, without those of which no token counts; as given where none does."""
-    return [batch for batch in passes(batches)[0] if tokens_in([batch])] or batches
+def counting(batches: list[Batch]) -> list[Batch]:
+    """The batches without those of which no token counts; as given where none does."""
+    return [batch for batch in batches if tokens_in([batch])] or batches
 
 
 def earlier_answers(run: Trajectory, data: Iterable[Batch], path: Path | None = None) -> list[Batch]:
@@ -181,7 +186,7 @@ def reversal_cost(
     """
     run.check_whole()
     model, (live,) = run.load(), run.live(units=units)
-    batches = _counting(respond(model, on_cpu(_batches(data))))
+    batches = counting(passes(respond(model, on_cpu(_batches(data))))[0])
     far = distillation(model, batches, divergence=loss)
     tokens = tokens_in(batches)
     with _all_back(model, run, live) as done:

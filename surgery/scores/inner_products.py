@@ -23,7 +23,7 @@ def inner(part: Rows, gradient: Tensor, now: Tensor, then: Tensor | Unread) -> I
     Products and sums of a row are float32. The views are shaped as ``rows_in`` gives them.
     """
     views = [one for one in (gradient, now, then) if isinstance(one, Tensor) and one.device == gradient.device]
-    if len(views) == 3 and gradient.numel() and takes_kernel(gradient.device, _works):
+    if len(views) == 3 and gradient.numel() and gradient.ndim > part.axes and takes_kernel(gradient.device, _works):
         tiles = Tiles.of(views, part.axes)
         if tiles is not None:
             yield 0, _by_kernel(views, tiles)

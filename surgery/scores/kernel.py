@@ -44,14 +44,15 @@ def products(
 def above(
     gradient, now, then,  # tensors of any dtype and strides
     bar, where, gains, steps, counts, room,  # ``Room``, and how many fit
-    tensor, start, scale,
+    tensor, start, scale, p2, p3,  # how far the places of the next fold and of the next number in it are
     rows, inner, width, across,
     g0, g1, g2, g3, n0, n1, n2, n3, t0, t1, t2, t3,
     STACKED: tl.constexpr, FOLDED: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Keep the places, gains and steps of a tile's numbers whose gain exceeds the bar, in no order."""
-    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    c = tl.program_id(1) * LANES + tl.arange(0, LANES)
+    beside = tl.cdiv(width, LANES)  # tiles; the second axis of a grid has room for 65,535
+    r = tl.program_id(0) // beside * ROWS + tl.arange(0, ROWS)
+    c = tl.program_id(0) % beside * LANES + tl.arange(0, LANES)
     inside = (r < rows)[:, None] & (c < width)[None, :]
     g = gradient + _at(r, g0, g1, inner, STACKED)[:, None] + _at(c, g2, g3, across, FOLDED)[None, :]
     n = now + _at(r, n0, n1, inner, STACKED)[:, None] + _at(c, n2, n3, across, FOLDED)[None, :]
@@ -67,7 +68,7 @@ def above(
     if count > 0:
         at = tl.atomic_add(counts, count.to(tl.int64), sem="relaxed") + tl.cumsum(flags, 0) - 1
         kept = (flags > 0) & (at < room)
-        place = start + r.to(tl.int64)[:, None] * width + c[None, :]
+        place = start + r.to(tl.int64)[:, None] * width + _at(c, p2, p3, across, FOLDED)[None, :]
         tl.store(where + at, tl.reshape(place, [ROWS * LANES]), mask=kept)
         tl.store(gains + at, tl.reshape(gain, [ROWS * LANES]), mask=kept)
         tl.store(steps + at, tl.reshape(step, [ROWS * LANES]), mask=kept)

@@ -82,20 +82,22 @@ def best_of_lots(
     begin = begin or Guess(1.5 * math.sqrt(count / max(1, places.total)))
     while True:
         begin = Guess(min(1.0, max(LEAST, begin.reach)), begin.bar)
-        size = max(room, SMALL + int((ROOM * begin.reach + SPARE) * places.here))
+        size = SMALL + max(room, int((ROOM * begin.reach + SPARE) * places.here))
         above = Above(places, later, earlier, begin, min(places.here, size))
         _measure(run, live, loss, [alone], above.add)
-        room, bar = above.told()
-        if int(places.ranks.sum(torch.tensor(int(room > above.size)))):  # too small, on one of the processes
-            begin = Guess(begin.reach, bar)
-            continue
-        few = _Few.of(places, above.room, room, bar)
+        came, bar = above.told()
+        short = int(places.ranks.sum(torch.tensor(int(came > above.size))))  # on how many processes
+        few = None if short else _Few.of(places, above.room, came, bar)
         del above
+        if few is None:  # gradients may differ a little the next time
+            begin, room = Guess(begin.reach, bar), came + came // 16
+            continue
         for lot in others:
             few.lower(lot, partial(_measure, run, live, loss, lot))
         best = few.best(count, without)
         if best is not None:
             return best
+        del few
         begin, room = Guess(4 * begin.reach), 0
 
 

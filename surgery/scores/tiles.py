@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from math import prod
 
 import torch
 from torch import Tensor
 
-from surgery.devices import real, sent
-from surgery.live import hooks
+from surgery.devices import real
 
 ALONG, ACROSS = 128, 16  # of a program's tile: numbers that follow each other in memory, and of the other axis
 Axes = tuple[tuple[int, int], list[tuple[int, int]]]  # two sizes, and of each view two strides
 
 
 def in_two(views: Sequence[Tensor], low: int, high: int) -> Axes | None:
-    """Some axes of views as two, the first of size 1 where one will do for all views; None where they are more."""
-    sizes, ways = tuple(views[0].shape[low:high]), [view.stride()[low:high] for view in views]
-    if not 1 <= len(sizes) <= 2:
+    """Some axes of views as two, the first of size 1 where one will do for all views; None where they are more.
+
+    Axes that follow each other in the memory of every view are one.
+    """
+    sizes: list[int] = []
+    ways: list[tuple[int, ...]] = []  # of each axis the way that each view takes
+    for axis in range(low, high):
+        size, way = views[0].shape[axis], tuple(view.stride(axis) for view in views)
+        if size != 1 and ways and all(before == size * own for before, own in zip(ways[-1], way, strict=True)):
+            sizes[-1], ways[-1] = sizes[-1] * size, way
+        elif size != 1:
+            sizes.append(size)
+            ways.append(way)
+    if len(sizes) > 2:
         return None
-    if len(sizes) == 2 and not (sizes[0] == 1 or all(first == sizes[1] * second for first, second in ways)):
-        return (sizes[0], sizes[1]), [(first, second) for first, second in ways]
-    return (1, prod(sizes)), [(0, way[-1]) for way in ways]
+    sizes = [1] * (2 - len(sizes)) + sizes
+    ways = [(0,) * len(views)] * (2 - len(ways)) + ways
+    return (sizes[0], sizes[1]), list(zip(*ways, strict=True))
 
 
 @dataclass(frozen=True)
@@ -33,12 +42,18 @@ class Tiles:
 
     rows: Axes
     numbers: Axes
+    turned: bool = False  # whether a neuron's numbers are walked along the first of two axes
 
     @classmethod
     def of(cls, views: Sequence[Tensor], cut: int) -> Tiles | None:
         """Of views whose first ``cut`` axes are the neurons'; None where they have more axes than a kernel walks."""
         rows, numbers = in_two(views, 0, cut), in_two(views, cut, views[0].ndim)
-        return None if rows is None or numbers is None else cls(rows, numbers)
+        if rows is None or numbers is None:
+            return None
+        (folds, across), ways = numbers
+        if turned := folds > 1 and ways[0][0] < ways[0][1]:  # the first lies closer in memory
+            numbers = (across, folds), [(second, first) for first, second in ways]
+        return cls(rows, numbers, turned)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -59,6 +74,11 @@ class Tiles:
         (count, width), (_, inside), (_, across) = self.shape, self.rows[0], self.numbers[0]
         return count, inside, width, across, *ways
 
+    def places(self) -> tuple[int, int]:
+        """How far the next fold, and the next number in it, is when a neuron's numbers are counted row by row."""
+        folds, across = self.numbers[0]
+        return (1, folds) if self.turned else (across, 1)
+
     def fixed(self) -> dict[str, int | bool]:
         """What it is compiled for."""
         high, lanes = self.sides
@@ -68,11 +88,3 @@ class Tiles:
 def on(device: torch.device) -> AbstractContextManager[object]:
     """While the body runs, kernels are launched on that device."""
     return torch.cuda.device(device) if real(device) else nullcontext()
-
-
-def brought(views: Sequence[Tensor], device: torch.device) -> Iterator[tuple[int, list[Tensor]]]:
-    """The views on a device, in runs where one of them has to be sent: how many numbers come before, and each's run."""
-    each = max(1, views[0][:1].numel())
-    step = len(views[0]) if all(view.device == device for view in views) else max(1, hooks.LARGE // each)
-    for at in range(0, len(views[0]), max(1, step)):
-        yield at * each, [sent(view[at : at + step], device) for view in views]

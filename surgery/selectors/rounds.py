@@ -13,14 +13,14 @@ from torch import Tensor
 from surgery.checkpoints.trajectory import Trajectory
 from surgery.layout.slots import Layout
 from surgery.live.losses import Distillation, Divergence, Loss, mean_loss, tokens_in
-from surgery.live.prompts import Batch, batches_of, dealt
+from surgery.live.prompts import Batch, batches_of, dealt, joined, together
 from surgery.live.resident import staying
 from surgery.masks.budget import Allocation
 from surgery.masks.entries import Entries, shapes_of
 from surgery.progress import steps
 from surgery.reverting.rollback import Rollback, rollback
 from surgery.scores.above import Guess
-from surgery.scores.damage import answered, earlier_answers
+from surgery.scores.damage import answered, counting, earlier_answers
 from surgery.scores.lots import best_of_lots
 from surgery.scores.memory import remember
 from surgery.scores.weights import CHUNK, best, chosen, entries_of, entry_magnitude, zeros_on_disk
@@ -244,14 +244,16 @@ class _Path:
 def _path(run: Trajectory, data: Data, *, loss: Loss | Divergence, rounds: int, units: Units) -> _Path:
     """The way of some prompts, not gone yet: a quarter of them measures, the others are the lots."""
     told = batches_of(data) if callable(loss) else earlier_answers(run, data)
-    batches, far = answered(run, dealt(told, _LOT, 8), loss)
+    batches, far = answered(run, counting(dealt(told, _LOT, 8)), loss)
     apart = sum(len(batch["input_ids"]) for batch in batches) >= _LOT
     held = batches[::4] if apart else batches
     choosing = [batch for at, batch in enumerate(batches) if at % 4] if apart else batches
     each = max(1, min(len(choosing) // 2, _LOT // len(choosing[0]["input_ids"])))  # batches in a lot
     lots = [choosing[at : at + each] for at in range(0, len(choosing) - each + 1, each)]
     tokens = tokens_in({id(batch): batch for batch in [*(b for lot in lots for b in lot), *held]}.values())
-    if isinstance(far, Distillation):
-        lots, held = [far.joined(lot) for lot in lots], far.joined(held)
+    *lots, held = (
+        far.joined(some) if isinstance(far, Distillation) else [joined(parts) for parts in together(some)]
+        for some in (*lots, held)
+    )
     (live,) = run.live(units=units)
     return _Path(run, units, far, rounds, live.layout, shapes_of(live.layout), lots, held, tokens)

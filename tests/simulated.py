@@ -107,6 +107,8 @@ class _Names(TorchFunctionMode):
             if on_gpu(args[0]) is not on_gpu(found) and not quiet:
                 self.waits.note("a copy to the CPU" if on_gpu(args[0]) else "an upload")
             return found
+        if function is torch.Tensor.tolist and on_gpu(args[0]):  # it reads memory, and is no operation
+            self.waits.note("a copy to the CPU")
         if function is torch.Tensor.pin_memory:
             return args[0]
         if function is torch.unravel_index:  # written in Python, and asks for a device

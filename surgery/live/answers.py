@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from surgery.checkpoints.checkpoint import folder_of
 from surgery.checkpoints.opening import sampled
 from surgery.compat import runs_on, uncompiled
+from surgery.devices import fetched
 from surgery.files import Exists, path_of, whole_file
 from surgery.layout.sharding import ranks_of
 from surgery.live.heads import contiguous
@@ -145,7 +146,7 @@ def _generate(model: Any, asked: list[list[list[int]]], settings: _Settings) -> 
     how: dict[str, Any] = sampled if settings.temperature > 0 else {"do_sample": False}
     if settings.tokens is not None and settings.tokens < own:
         how["suppress_tokens"] = [*range(settings.tokens, own)]
-    answers = []
+    answers: dict[str, Tensor] = {}
     forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
     ranks = ranks_of(model)
     how |= {"synced_gpus": True} if ranks.mesh is not None else {}  # all go on until the last answer has ended
@@ -163,8 +164,8 @@ def _generate(model: Any, asked: list[list[list[int]]], settings: _Settings) -> 
                 input_ids=ids, attention_mask=mask, max_new_tokens=room, pad_token_id=pad,
                 eos_token_id=ends or None, use_cache=True, **how,
             )  # fmt: skip
-            answers.append(out[:, length:])
-    read = [[_until(row, ends) for row in one.tolist()] for one in answers]  # the last of them is waited for
+            answers[str(len(answers))] = out[:, length:]
+    read = [[_until(row, ends) for row in one.tolist()] for one in fetched(answers).values()]
     return ranks.from_first(lambda: read)
 
 

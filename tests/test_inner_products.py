@@ -167,8 +167,8 @@ from surgery.scores.kernel import above, products
 outputs = {products: {"found": "*fp32"}, above: {"where": "*i64", "counts": "*i64", "start": "i64", "scale": "fp32"}}
 for kernel, own in outputs.items():
     own |= {name: "*fp32" for name in ("bar", "gains", "steps") if name in kernel.arg_names}
-    for high, lanes, beside in ((16, 128, "3"), (128, 16, "1")):  # rows, and columns
-        fixed = {"STACKED": False, "FOLDED": False, "ROWS": high, "LANES": lanes, "STEPS": 8}
+    for high, lanes, beside, folded in ((16, 128, "3", False), (128, 16, "1", False), (16, 128, "3", True)):
+        fixed = {"STACKED": False, "FOLDED": folded, "ROWS": high, "LANES": lanes, "STEPS": 8}
         fixed = {name: one for name, one in fixed.items() if name in kernel.arg_names}
         fixed |= {one + beside: 1 for one in "gnt"}
         names = kernel.arg_names
@@ -184,12 +184,12 @@ for kernel, own in outputs.items():
 
 
 def test_compiled_for_a_gpu_they_read_16_bytes_at_a_time():
-    """Both kernels, along rows and columns: two such pieces of each of three tensors a thread, nothing spilled."""
+    """Both kernels, along rows, columns and folded rows: two pieces of each of three tensors a thread, none spilled."""
     environment, where = {**os.environ, "TRITON_INTERPRET": "0"}, Path(__file__).parents[1]
     done = subprocess.run(
         [sys.executable, "-c", COMPILED], env=environment, cwd=where, capture_output=True, text=True, check=False
     )
-    assert done.stdout.split() == ["6", "0", "0"] * 4, done.stderr
+    assert done.stdout.split() == ["6", "0", "0"] * 6, done.stderr
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")

@@ -29,6 +29,7 @@ from surgery.layout.slots import Block, Layout, Slot
 from surgery.live import hooks as gradient_hooks
 from surgery.live import prompts as prompts_of
 from surgery.live.losses import cross_entropy
+from surgery.live.prompts import padded
 from surgery.masks import entries
 from surgery.masks.entries import shapes_of
 from surgery.masks.mask import load_mask
@@ -380,7 +381,29 @@ def test_lots_and_what_measures_are_made_of_all_prompts(prompts, tokens, monkeyp
     once = [id(batch) for pair in drawn for lot in pair for batch in lot]
     assert len(once) == len(set(once))
     assert all(len(first) == 1 for first, *_ in drawn)
+    assert tokens < 1024 or all(len(lot) == 1 for lot in path.lots)  # what fits goes through together
     assert len(texts(b for pair in drawn for lot in pair for b in lot)) >= len(lots) - 16
+
+
+@pytest.mark.parametrize("loss", ["hellinger", cross_entropy], ids=["hellinger", "own"])
+@pytest.mark.parametrize("empty", [0, 3])
+def test_a_prompt_without_a_response_token_is_left_out(empty, loss):
+    _, _, run = small_pair("llama")
+    data = [padded([([5, 6, 7 + at], [8, 9, 2])], 0) for at in range(6)]
+    without, (row,) = data[:empty] + data[empty + 1 :], data[empty]["input_ids"].tolist()
+    data[empty] = padded([([*row, *[9] * 9], [])], 0)  # the longest, so that it comes first
+    given = [DamageSelector(0.01, units="weight", loss=loss, rounds=4).select(run, some) for some in (data, without)]
+    assert sum(given[0].count().values()) > 0
+    assert given[0].equal(given[1])
+
+
+@pytest.mark.parametrize("units", ["weight", "mlp"])
+def test_prompts_without_any_response_token_are_refused(units):
+    _, _, run = small_pair("llama")
+    data = [padded([([5, 6, 7], [])], 0)]
+    for loss in ("hellinger", cross_entropy):
+        with pytest.raises(ValueError, match="response token to predict"):
+            DamageSelector(0.01, units=units, loss=loss).select(run, data)
 
 
 def test_rounds_need_fewer_weights_than_one_look():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -27,6 +29,7 @@ from surgery.live.prompts import Batch, padded
 from surgery.scores import above, entry_gains, lots, reversal_cost
 from surgery.scores.above import Guess
 from surgery.scores.lots import Best, best_of_lots
+from surgery.scores.weight_places import Places
 from surgery.scores.weights import best
 
 inner = import_module("surgery.scores.inner_products")
@@ -108,6 +111,49 @@ def test_too_small_a_room_and_too_high_a_bar_cost_passes_and_change_nothing(slow
     law_small(*[(300,)] * slow)
 
 
+BEGINNINGS = (None, Guess(1e-9), Guess(1.0), Guess(1e-9, 1e9), Guess(1e-9, 1e-30))
+
+
+def law_bounded(counts: Any = (1, 300, 10**6), beginnings: Any = BEGINNINGS) -> None:
+    """However many are looked for, and wherever a search begins, there is room for a twentieth at most at once."""
+    earlier, later = pair("llama")
+    run, sizes, real = Trajectory(earlier=earlier, later=later), list[int](), above.Room.of
+    with pytest.MonkeyPatch.context() as patch:
+        for name, size in (("SMALL", 5), ("MOST", 1 / 20), ("STEP", 1 / 25)):
+            patch.setattr(lots, name, size)
+        patch.setattr(above.Room, "of", lambda size, *given: (sizes.append(size), real(size, *given))[1])
+        for count in counts:
+            wanted = from_files(run, TWO, count, NONE, cross_entropy)
+            for begin in beginnings:
+                assert searched(run, TWO, count, begin=begin).chosen.equal(wanted)
+    (live,) = run.live(units=UNITS)
+    assert max(sizes) <= Places(live).here / 20 + 5
+
+
+def test_there_is_never_room_for_more_than_a_part_of_the_weights(slow):
+    law_bounded(*[(300,), BEGINNINGS[3:]] * slow)
+
+
+def law_shaky() -> None:
+    """Where gradients differ from pass to pass, as on a GPU, no weight is taken twice."""
+    run, real, calls = Trajectory(None, *pair("llama")), lots._measure, itertools.count()
+
+    def shaky(run: Any, live: Any, loss: Any, lot: Any, add: Any) -> None:
+        scale = 0.9 ** (next(calls) % 3)
+        real(run, live, loss, lot, lambda block, slot, grad, tokens: add(block, slot, grad * scale, tokens))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lots, "_measure", shaky)
+        patch.setattr(lots, "SMALL", 5)
+        for begin in (Guess(0.01), Guess(1e-9, 1e9), Guess(1e-9, 1e-5)):
+            found = searched(run, TWO, 300, begin=begin).chosen
+            assert len(found.unique()) == len(found) == 300
+
+
+def test_no_weight_is_taken_twice():
+    law_shaky()
+
+
 def law_ties(families: Any = ("gpt2", "qwen3_moe"), counts: Any = (1, 200, 5000)) -> None:
     for family in families:
         run, loss = tied(family)
@@ -136,7 +182,7 @@ def test_what_is_not_finite_is_refused():
 
 def test_the_next_search_looks_above_a_part_of_the_lowest_gain_that_was_taken():
     run, (one, other) = Trajectory(None, *pair("llama")), TWO
-    found = searched(run, [one, other], 50, begin=Guess(1.0))
+    found = searched(run, [one, other], 10, begin=Guess(1.0))
     first, second = (entry_gains(run, lot, loss=cross_entropy, units=UNITS).flat for lot in (one, other))
     bar = lots.DROP * float(torch.minimum(first, second)[found.chosen].min())
     assert found.next.bar == pytest.approx(bar)
@@ -145,9 +191,9 @@ def test_the_next_search_looks_above_a_part_of_the_lowest_gain_that_was_taken():
     with pytest.MonkeyPatch.context() as patch:
         real = lots._Few.best
         patch.setattr(lots._Few, "best", lambda self, *given: (kept.append(self.where), real(self, *given))[1])
-        assert searched(run, [one, other], 50, begin=found.next).chosen.equal(found.chosen)
+        assert searched(run, [one, other], 10, begin=found.next).chosen.equal(found.chosen)
     assert [len(where) for where in kept] == [int((first > bar).sum())]
-    assert searched(run, [one, other], 50, begin=found.next).chosen.equal(found.chosen)
+    assert searched(run, [one, other], 10, begin=found.next).chosen.equal(found.chosen)
 
 
 # Prompts that go through a model together.
@@ -261,12 +307,28 @@ def test_nothing_is_waited_for_by_batch_where_a_model_is_rolled_back_or_answers(
 # Mutants.
 
 
-def any_bar_will_do(patch: pytest.MonkeyPatch) -> None:
-    def mutant(self: Any, *given: Any, original: Any = lots._Few.best) -> Any:
-        self.bar = 0.0
-        return original(self, *given)
+def bars_are_never_raised(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(above.Sample, "bar", lambda *_: torch.zeros(()))
 
-    patch.setattr(lots._Few, "best", mutant)
+
+def seen_again(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(lots, "_found", lambda ascending, numbers: numbers[:0])
+
+
+def forgets_what_it_held(patch: pytest.MonkeyPatch) -> None:
+    def mutant(self: Any, *given: Any, original: Any = lots._Held.joined) -> Any:
+        return original(replace(self, where=self.where[:0], lowest=self.lowest[:0]), *given)
+
+    patch.setattr(lots._Held, "joined", mutant)
+
+
+def any_bar_will_do(patch: pytest.MonkeyPatch) -> None:
+    def mutant(self: Any, where: Tensor, lowest: Tensor, bar: float, *given: Any) -> Any:
+        return joined(self, where, lowest, 0.0, *given)
+
+    joined = lots._Held.joined
+
+    patch.setattr(lots._Held, "joined", mutant)
 
 
 def as_in_memory(patch: pytest.MonkeyPatch) -> None:
@@ -278,8 +340,8 @@ def first_lot_alone(patch: pytest.MonkeyPatch) -> None:
 
 
 def taken_again(patch: pytest.MonkeyPatch) -> None:
-    def mutant(self: Any, count: int, without: Tensor, original: Any = lots._Few.best) -> Any:
-        return original(self, count, without[:0])
+    def mutant(self: Any, count: int, without: Tensor, *given: Any, original: Any = lots._Few.best) -> Any:
+        return original(self, count, without[:0], *given)
 
     patch.setattr(lots._Few, "best", mutant)
 
@@ -325,6 +387,7 @@ def law_waits_of_weights() -> None:
     ("mutant", "law"),
     [
         pytest.param(asked_by_tensor, law_waits_of_weights, marks=TRITON),
+        (bars_are_never_raised, law_bounded), (forgets_what_it_held, law_bounded), (seen_again, law_shaky),
         (any_bar_will_do, law_pairs), (as_in_memory, law_pairs), (first_lot_alone, law_pairs),
         (taken_again, law_pairs), (last_pass_alone, law_mixed), (by_way_of_the_cpu, law_waits),
     ],

@@ -1,4 +1,4 @@
-"""The weights whose gain exceeds a bar: each gain is formed where the weight is, compared and forgotten.
+"""The weights whose gain lies between two bars: each gain is formed where the weight is, compared and forgotten.
 
 On a GPU one kernel does that and reads each number once, and nothing is waited for. Of a model that several GPUs hold
 one after the other, the first does it for all.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -20,14 +21,14 @@ from surgery.live import hooks
 from surgery.live.hooks import Unread, as_live, rows_in
 from surgery.scores.tiles import Tiles, on
 from surgery.scores.weight_places import Places
-from surgery.scores.weights import exceeding
+from surgery.scores.weights import between
 
-SAMPLES = 1 << 16  # gains by which the bar is guessed
+SAMPLES = 1 << 16  # gains by which a bar is guessed
 
 
 @dataclass(frozen=True)
 class Guess:
-    """Which fraction of the weights a search may have to look at, and above which gain (0: by a sample)."""
+    """Which fraction of the weights a search has to look at, and above which gain that is (0: by a sample)."""
 
     reach: float
     bar: float = 0.0
@@ -50,21 +51,61 @@ class Room:
         return cls(torch.empty(size, dtype=torch.int64, device=device), gains, steps, counts)
 
 
-class Above:
-    """The weights whose gain exceeds a bar, as they come, in a room that is taken once.
+class Sample:
+    """Evenly spaced gains, which tell how many of all weights exceed a bar."""
 
-    Where none is given, the bar is the gain that a fraction of the weights exceeds, by a sample of those seen so far;
-    it only rises.
+    def __init__(self, count: int) -> None:
+        self.every = max(1, count // SAMPLES) | 1
+        self.gains: list[Tensor] = []
+
+    def __len__(self) -> int:
+        return sum(map(len, self.gains))
+
+    def add(self, views: list[Tensor], scale: float, device: torch.device) -> None:
+        """Some of a slot's gains."""
+        g, now, then = _Order.of(views[0]).some(views, self.every)
+        self.gains.append((g * ((now - then) * scale)).to(device))
+
+    def bar(self, reach: float) -> Tensor:
+        """The gain that about such a fraction of the weights seen so far exceeds, not below 0: float32, no axes."""
+        count = len(self)
+        wanted = max(1, round(reach * count))
+        if wanted >= count:
+            return torch.zeros((), dtype=torch.float32)
+        self.gains = [torch.cat(self.gains)]
+        return self.gains[0].kthvalue(count - wanted).values.clamp(min=0)
+
+
+class Above:
+    """The weights whose gain exceeds a bar and not another one, as they come, in a room that is taken once.
+
+    It is taken with the first gradients, when what the last layer needed for them is gone. Where the lower bar is not
+    known, it is the one that a fraction of the weights exceeds, by a sample of those seen so far, and only rises.
+
+    Args:
+        places: which weights; later, earlier: what they are and were.
+        bars: above which gain, and up to which.
+        size: for how many weights there is room.
+        rising: a sample to fill, and the fraction of the weights that is to exceed the lower bar.
     """
 
-    def __init__(self, places: Places, later: Weights, earlier: Weights, begin: Guess, room: int) -> None:
-        self.places, self.later, self.earlier, self.begin, self.size = places, later, earlier, begin, room
-        self.device, self.tensors = places.device, {name: at for at, name in enumerate(places.tensors)}
-        self.every = max(1, places.here // SAMPLES) | 1
-        self.room = Room.of(room, len(self.tensors), self.device)
-        self.bar = torch.full((), begin.bar, dtype=torch.float32, device=self.device)
-        self.seen: list[Tensor] = []
-        self.due, self.kept = 0, 0
+    def __init__(
+        self,
+        places: Places,
+        later: Weights,
+        earlier: Weights,
+        bars: tuple[float, float],
+        size: int,
+        rising: tuple[Sample, float] | None = None,
+    ) -> None:
+        self.places, self.later, self.earlier, self.device = places, later, earlier, places.device
+        self.size, self.rising, self.tensors = size, rising, {name: at for at, name in enumerate(places.tensors)}
+        self.bars = torch.tensor(bars, dtype=torch.float32, device=self.device)
+        self.due, self.kept, self.lock = 0, 0, Lock()
+
+    @cached_property
+    def room(self) -> Room:
+        return Room.of(self.size, len(self.tensors), self.device)
 
     def add(self, block: Block, slot: Slot, grad: Tensor, tokens: int) -> None:
         """Look at the gains of one slot: (gradient / tokens) · (later − earlier)."""
@@ -73,15 +114,23 @@ class Above:
             others = (as_live(one, self.places.live, part) for one in (self.later, self.earlier))
             read = (one[:] if isinstance(one, Unread) else one for one in others)  # as much as the gradient is there
             views = [own, *(one.detach().reshape(own.shape) for one in read)]
-            if not own.numel():
-                continue
-            if self.begin.reach < 1 and not self.begin.bar:
-                self._raise(views, 1 / tokens)
-            if takes_kernel(self.device, _works):
-                here = [sent(view, self.device) for view in views]
-                keep(self.room, here, part.axes, self.bar, start, 1 / tokens, self.tensors[slot.tensor])
-            else:
-                self._add(views, start, 1 / tokens, self.tensors[slot.tensor])
+            if own.numel():
+                with self.lock:  # a model that lies on several GPUs has a thread for each of them
+                    self._look(views, part.axes, start, 1 / tokens, self.tensors[slot.tensor])
+
+    def _look(self, views: list[Tensor], axes: int, start: int, scale: float, tensor: int) -> None:
+        if self.rising:
+            self._raise(views, scale, *self.rising)
+        if takes_kernel(self.device, _works):
+            keep(self.room, [sent(view, self.device) for view in views], axes, self.bars, start, scale, tensor)
+        else:
+            self._add(views, start, scale, tensor)
+
+    def _raise(self, views: list[Tensor], scale: float, sample: Sample, reach: float) -> None:
+        sample.add(views, scale, self.device)
+        if len(sample) >= self.due:
+            self.due = len(sample) + len(sample) // 8
+            self.bars[:1] = torch.maximum(self.bars[:1], sample.bar(reach).to(self.device))
 
     def _add(self, views: list[Tensor], start: int, scale: float, tensor: int) -> None:
         order = _Order.of(views[0])
@@ -90,41 +139,32 @@ class Above:
             gains = (steps * scale).mul_(g)
             if not bool(gains.sum().isfinite()) and not bool(gains.isfinite().all()):
                 self.room.counts[1 + tensor] = 1
-            at = exceeding(gains, self.bar.to(gains.device))
+            at = between(gains, self.bars.to(gains.device))
             have, self.kept = self.kept, self.kept + len(at)
             if self.kept <= self.size:
                 self.room.where[have : self.kept] = (start + order.places(at + before)).to(self.device)
                 self.room.gains[have : self.kept] = gains[at].to(self.device)
                 self.room.steps[have : self.kept] = steps[at].to(self.device)
 
-    def _raise(self, views: list[Tensor], scale: float) -> None:
-        g, now, then = _Order.of(views[0]).some(views, self.every)
-        self.seen.append((g * ((now - then) * scale)).to(self.device))
-        count = sum(map(len, self.seen))
-        if count >= self.due:
-            self.seen, self.due = [torch.cat(self.seen)], count + count // 8
-            wanted = max(1, round(self.begin.reach * count))
-            self.bar = torch.maximum(self.bar, self.seen[0].kthvalue(count + 1 - wanted).values)
-
     def told(self) -> tuple[int, float]:
-        """How many weights exceeded the bar, also beyond the room, and the bar; once, when all were looked at.
+        """How many weights were kept, with those beyond the room, and the lower bar; once, when all were looked at.
 
         Raises:
             ValueError: a gain is not finite.
         """
-        came, *wrong, bar = torch.cat([self.room.counts.double(), self.bar.double().view(1)]).tolist()
+        came, *wrong, bar = torch.cat([self.room.counts.double(), self.bars[:1].double()]).tolist()
         self.places.check_finite([name for name, at in self.tensors.items() if wrong[at]])
         return self.kept + int(came), bar
 
 
-def keep(room: Room, views: Sequence[Tensor], axes: int, bar: Tensor, start: int, scale: float, tensor: int) -> None:
-    """Add those of some weights to a room whose gain exceeds a bar: one launch of a kernel.
+def keep(room: Room, views: Sequence[Tensor], axes: int, bars: Tensor, start: int, scale: float, tensor: int) -> None:
+    """Add those of some weights to a room whose gain lies between two bars: one launch of a kernel.
 
     Args:
         room: a room on the device; what does not fit is counted.
         views: gradient, later and earlier weights there, of any dtype and strides.
         axes: how many of their axes count neurons.
-        bar: float32, on the device.
+        bars: float32 [2], on the device: above which gain, and up to which.
         start: the place of the views' first number; they are counted row by row.
         scale: what the products are multiplied by.
         tensor: whose they are, in the order of ``room.counts``.
@@ -134,18 +174,18 @@ def keep(room: Room, views: Sequence[Tensor], axes: int, bar: Tensor, start: int
         views = [view.reshape(count, -1) for view in views]
         tiles = Tiles.of(views, 1)
     assert tiles is not None
-    _launch(room, views, tiles, bar, start, scale, tensor)
+    _launch(room, views, tiles, bars, start, scale, tensor)
 
 
 def _launch(
-    room: Room, views: Sequence[Tensor], tiles: Tiles, bar: Tensor, start: int, scale: float, tensor: int
+    room: Room, views: Sequence[Tensor], tiles: Tiles, bars: Tensor, start: int, scale: float, tensor: int
 ) -> None:
     from surgery.scores.kernel import above
 
     (count, width), (high, lanes) = tiles.shape, tiles.sides
-    with on(bar.device):
+    with on(bars.device):
         above[(-(-count // high) * -(-width // lanes),)](
-            *(view.detach() for view in views), bar, room.where, room.gains, room.steps, room.counts,
+            *(view.detach() for view in views), bars, room.where, room.gains, room.steps, room.counts,
             len(room.where), tensor, start, scale, *tiles.places(), *tiles.given(), **tiles.fixed(),
         )  # fmt: skip
 
@@ -157,12 +197,12 @@ def _works(device: torch.device) -> bool:
 
 def _try(device: torch.device) -> None:
     """Raise ``RuntimeError`` unless the kernel keeps what it should."""
-    room, bar = Room.of(64, 1, device), torch.full((), 1000.0, device=device)
+    room, bars = Room.of(64, 1, device), torch.tensor([1000.0, 3600.0], dtype=torch.float32, device=device)
     views = [torch.arange(64.0, device=device).view(8, 8) * sign for sign in (1, 1, -1)]
-    keep(room, views, 1, bar, 7, 0.5, 0)  # 0.5 · n · 2 n > 1000 from n = 32 on
-    wanted, order = torch.arange(32, 64, dtype=torch.float64, device=device), room.where[:32].argsort()
-    kept = [one[:32][order].double() for one in (room.where, room.gains, room.steps)]
-    if room.counts.tolist() != [32, 0] or not all(map(torch.equal, kept, (wanted + 7, wanted * wanted, 2 * wanted))):
+    keep(room, views, 1, bars, 7, 0.5, 0)  # 1000 < 0.5 · n · 2 n ≤ 3600 from n = 32 to 60
+    wanted, order = torch.arange(32, 61, dtype=torch.float64, device=device), room.where[:29].argsort()
+    kept = [one[:29][order].double() for one in (room.where, room.gains, room.steps)]
+    if room.counts.tolist() != [29, 0] or not all(map(torch.equal, kept, (wanted + 7, wanted * wanted, 2 * wanted))):
         raise RuntimeError("it does not keep the weights that it should")
 
 

@@ -43,13 +43,13 @@ def products(
 @triton.jit(do_not_specialize=["tensor", "start"])
 def above(
     gradient, now, then,  # tensors of any dtype and strides
-    bar, where, gains, steps, counts, room,  # ``Room``, and how many fit
+    bars, where, gains, steps, counts, room,  # two bars; ``Room``, and how many fit
     tensor, start, scale, p2, p3,  # how far the places of the next fold and of the next number in it are
     rows, inner, width, across,
     g0, g1, g2, g3, n0, n1, n2, n3, t0, t1, t2, t3,
     STACKED: tl.constexpr, FOLDED: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Keep the places, gains and steps of a tile's numbers whose gain exceeds the bar, in no order."""
+    """Keep the places, gains and steps of a tile's numbers whose gain lies between the bars, in no order."""
     beside = tl.cdiv(width, LANES)  # tiles; the second axis of a grid has room for 65,535
     r = tl.program_id(0) // beside * ROWS + tl.arange(0, ROWS)
     c = tl.program_id(0) % beside * LANES + tl.arange(0, LANES)
@@ -63,7 +63,8 @@ def above(
     wild = tl.reshape(((gain != gain) | (tl.abs(gain) == float("inf"))).to(tl.int32), [ROWS * LANES])
     if tl.sum(wild, 0) > 0:
         tl.store(counts + 1 + tensor, 1)
-    flags = tl.reshape((inside & (gain > tl.load(bar))).to(tl.int32), [ROWS * LANES])
+    between = (gain > tl.load(bars)) & (gain <= tl.load(bars + 1))
+    flags = tl.reshape((inside & between).to(tl.int32), [ROWS * LANES])
     count = tl.sum(flags, 0)
     if count > 0:
         at = tl.atomic_add(counts, count.to(tl.int64), sem="relaxed") + tl.cumsum(flags, 0) - 1

@@ -2,8 +2,9 @@
 
 No number is kept per weight. Of the first lot only the gains above a bar are kept; of the others those of the same
 weights. That is exact: a weight whose gain on the first lot is at most the bar can't have a lowest gain above it. So
-where enough lowest gains exceed the bar, no other weight is among the best, and where too few do, the bar was too high,
-and the lots are measured again with a lower one. On a GPU nothing is waited for until a lot is done.
+where enough lowest gains exceed the bar, no other weight is among the best. Where too few do, the bar was too high: the
+best so far are kept, and the lots are measured again for the weights between that bar and a lower one. So there is room
+for no more than a sixteenth of the weights at once. On a GPU nothing is waited for until a lot is done.
 """
 
 from __future__ import annotations
@@ -24,16 +25,18 @@ from surgery.live.hooks import collecting, rows_in
 from surgery.live.losses import Loss, summed, tokens_in
 from surgery.live.prompts import Batch, each
 from surgery.live.resident import with_earlier
-from surgery.scores.above import Above, Guess, Room
+from surgery.scores.above import Above, Guess, Room, Sample
 from surgery.scores.damage import unrounded
 from surgery.scores.weight_places import Places
-from surgery.scores.weights import best_of_all
+from surgery.scores.weights import best, best_of_all
 from surgery.units import Units
 
-LEAST = 3e-3  # the fraction looked for is at least this
-ROOM, SPARE = 2, 0.015  # there is room for so many times the fraction looked for, and for this beside
-DROP = 0.25  # times the lowest gain that was taken is what the next search looks above
+LEAST = 1e-3  # a sample is asked for at least this fraction of the weights
+ROOM, SURE = 6, 2  # there is room for so many times the fraction that the last search found, or a sample is asked for,
+SPARE = 0.005  # and for this fraction beside
+DROP = 1 / 3  # times the lowest gain that was taken is what the next search looks above
 SMALL = 1 << 12  # places that there are at least, whatever the fraction is
+MOST, STEP = 1 / 16, 0.05  # there is room for no larger fraction than this; and so many more are looked at at a time
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,9 @@ def best_of_lots(
     The weights with the highest gains on some prompts owe that in part to those prompts. The lowest of two independent
     gains is high only where both are. Ties: the lower block, part and position first.
 
-    Products and sums over passes are float32. Memory: 16 bytes for each weight that there is room for: twice as many as
-    are expected to be looked at, and 1.5 % of all. After the first lot 24 for each that is looked at.
+    Products and sums over passes are float32. Memory: 16 bytes for each weight that there is room for, at most a
+    sixteenth of them, and twice as much between two passes, where they are sorted; in the passes over the second lot 20
+    for each that is looked at; and some 50 for each of ``count``.
 
     Args:
         run: a trajectory with ``earlier`` and ``later``.
@@ -78,27 +82,77 @@ def best_of_lots(
     """
     live, earlier = with_earlier(run, units)
     (alone,), *others = lots
-    places, later, room = Places(live), unrounded(run, live, units), 0
-    begin = begin or Guess(1.5 * math.sqrt(count / max(1, places.total)))
+    places, later = Places(live), unrounded(run, live, units)
+    first = _First(places, later, earlier, partial(_measure, run, live, loss, [alone]))
+    begin = begin or Guess(math.sqrt(count / max(1, places.total)))
+    bar, held = begin.bar, _Held.nothing()
+    reach = begin.reach if bar else min(STEP, max(LEAST, begin.reach))
     while True:
-        begin = Guess(min(1.0, max(LEAST, begin.reach)), begin.bar)
-        size = SMALL + max(room, int((ROOM * begin.reach + SPARE) * places.here))
-        above = Above(places, later, earlier, begin, min(places.here, size))
-        _measure(run, live, loss, [alone], above.add)
-        came, bar = above.told()
-        short = int(places.ranks.sum(torch.tensor(int(came > above.size))))  # on how many processes
-        few = None if short else _Few.of(places, above.room, came, bar)
-        del above
-        if few is None:  # gradients may differ a little the next time
-            begin, room = Guess(begin.reach, bar), came + came // 16
-            continue
+        few = first.between(bar, held, reach)
         for lot in others:
             few.lower(lot, partial(_measure, run, live, loss, lot))
-        best = few.best(count, without)
-        if best is not None:
-            return best
-        del few
-        begin, room = Guess(4 * begin.reach), 0
+        found = few.best(count, without, held)
+        if isinstance(found, Best):
+            return found
+        looked = found.seen / max(1, places.here)
+        further = min(looked + STEP, 4 * max(looked, reach))
+        reach = further if bar or further > reach else 1.5 * reach  # the sample was misled
+        held, bar = found, 0.0
+
+
+class _First:
+    """The first lot: it may be measured several times, each time for other weights.
+
+    Args:
+        measure: takes what gets the gradients of each slot.
+    """
+
+    def __init__(
+        self, places: Places, later: Weights, earlier: Weights, measure: Callable[[Callable[..., None]], None]
+    ) -> None:
+        self.places, self.later, self.earlier, self.measure = places, later, earlier, measure
+        self.sample: Sample | None = None  # all of it, once there is one
+
+    def between(self, bar: float, held: _Held, reach: float) -> _Few:
+        """The weights whose gain exceeds a bar, of those that were not looked at.
+
+        Where that is more than there may be room for, the bar is raised.
+
+        Args:
+            bar: 0 for one by a sample.
+            held: what was looked at before.
+            reach: which fraction of all weights is expected to exceed the bar, or is to by a sample.
+        """
+        here, given = self.places.here, bar > 0
+        most, more = SMALL + int(MOST * here), max(0, reach * here - held.seen)
+        room = min(most, SMALL + int((ROOM if given else SURE) * more + SPARE * here))
+        while True:
+            if not bar and self.sample:
+                bar = min(float(self.sample.bar(reach)), held.bar)
+            rising = None if bar or self.sample else (Sample(here), reach)
+            above = Above(self.places, self.later, self.earlier, (bar, held.bar), min(here, room), rising)
+            self.measure(above.add)
+            came, bar = above.told()
+            room = came + came // 16  # gradients may differ a little the next time
+            full = torch.tensor([came > above.size, came > above.size and room > most])
+            some, much = self.places.ranks.sum(full.long()).tolist()  # on how many processes
+            if rising:
+                self.sample = rising[0]
+            if not some:
+                return _Few.of(self.places, above.room, came, bar)
+            del above
+            if much and given:
+                bar, reach, given, room = 0.0, held.seen / max(1, here) + STEP, False, most
+            elif much and rising:  # not all of those exceed what the bar is now
+                room = most
+
+
+def _found(ascending: Tensor, numbers: Tensor) -> Tensor:
+    """Where those of some numbers stand that are among ascending ones."""
+    at = torch.searchsorted(ascending, numbers)
+    inside = at < len(ascending)
+    at, numbers = at[inside], numbers[inside]
+    return at[ascending[at] == numbers]
 
 
 def _measure(run: Trajectory, live: Weights, loss: Loss, lot: list[Batch], add: Callable[..., None]) -> None:
@@ -111,6 +165,30 @@ def _measure(run: Trajectory, live: Weights, loss: Loss, lot: list[Batch], add: 
     with collecting(model, live.layout, take):
         for batch in each("gradients", lot):
             summed(loss, model, batch).backward()
+
+
+@dataclass(frozen=True)
+class _Held:
+    """The best of those weights that were looked at, by ascending places, and the lowest gain of each, on the CPU.
+
+    They were looked at down to ``bar``: no other weight has a gain above it on the first lot.
+    """
+
+    where: Tensor
+    lowest: Tensor
+    bar: float
+    seen: int  # how many were looked at
+
+    @classmethod
+    def nothing(cls) -> _Held:
+        """Before any was looked at."""
+        return cls(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.float32), math.inf, 0)
+
+    def joined(self, where: Tensor, lowest: Tensor, bar: float, seen: int, count: int) -> _Held:
+        """With the best of others: all that exceed a bar, so many."""
+        at = best(lowest, count)
+        where, order = torch.cat([self.where, where[at].cpu()]).sort()
+        return _Held(where, torch.cat([self.lowest, lowest[at].cpu()])[order], bar, self.seen + seen)
 
 
 @dataclass
@@ -129,10 +207,11 @@ class _Few:
 
     @classmethod
     def of(cls, places: Places, room: Room, count: int, bar: float) -> _Few:
-        """Those in a room."""
-        where, order = room.where[:count].sort()
-        room.where = where  # the room is given back
-        return cls(places, where, room.gains[order], room.steps[order], bar)
+        """Those in a room, which is given back number by number."""
+        room.where, order = room.where[:count].sort()
+        room.gains = room.gains[order]
+        room.steps = room.steps[order]
+        return cls(places, room.where, room.gains, room.steps, bar)
 
     def __post_init__(self) -> None:
         self.lowest = self.first
@@ -155,16 +234,18 @@ class _Few:
         measure(add)
         self.lowest = torch.minimum(self.lowest, self.steps * (1 / tokens_in(lot)) * sums)
 
-    def best(self, count: int, without: Tensor) -> Best | None:
-        """The best of all processes' weights; None where one that was not looked at may be among them."""
+    def best(self, count: int, without: Tensor, held: _Held) -> Best | _Held:
+        """The best of all processes' weights, with those held; or what to hold, if others may be among the best."""
         ranks, places, device = self.places.ranks, self.places, self.where.device
-        taken = sent(places.places(without), device)
-        lowest = self.lowest.masked_fill(torch.isin(self.where, taken), 0)
-        bar = float(ranks.gathered(torch.tensor([self.bar], dtype=torch.float64)).max())
-        told = torch.stack([(lowest > bar).sum(), (~lowest.isfinite()).sum()]).tolist()
-        places.check_finite(["a weight of these"] * told[1])
-        if bar > 0 and int(ranks.sum(torch.tensor(told[0]))) < count:
-            return None
-        chosen, least = best_of_all(lowest, count, places, self.where)
-        above = int(ranks.sum((self.first >= DROP * least).sum().cpu())) if least > 0 else places.total
-        return Best(chosen, Guess(above / places.total, DROP * least))
+        taken = sent(torch.cat([places.places(without), held.where]), device)  # gradients may differ from pass to pass
+        above = self.first > self.bar  # it rose
+        lowest = self.lowest.index_fill(0, _found(self.where, taken), 0).masked_fill_(~above, 0)
+        seen, wrong = torch.stack([above.sum(), (~lowest.isfinite()).sum()]).tolist()
+        places.check_finite(["a weight of these"] * wrong)
+        held = held.joined(self.where, lowest, self.bar, seen, count)
+        bar = float(ranks.gathered(torch.tensor([held.bar], dtype=torch.float64)).max())
+        if bar > 0 and int(ranks.sum((held.lowest > bar).sum())) < count:
+            return held
+        chosen, least = best_of_all(held.lowest, count, places, held.where)
+        high = held.seen - int((above & (self.first < DROP * least)).sum())
+        return Best(chosen, Guess(int(ranks.sum(torch.tensor(high))) / places.total, DROP * least))

@@ -137,6 +137,12 @@ def exceeding(numbers: Tensor, bar: Tensor | int) -> Tensor:
     return (numbers > bar).nonzero().flatten()
 
 
+def between(numbers: Tensor, bars: Tensor) -> Tensor:
+    """Where numbers in a row exceed one bar and not the other, int64, ascending; a GPU is waited for."""
+    at = exceeding(numbers, bars[0])
+    return at[numbers[at] <= bars[1]]
+
+
 def positive(flat: Tensor) -> int:
     """How many numbers are positive."""
     return sum(int((bits > 0).sum()) for _, _, bits in _chunks(flat))

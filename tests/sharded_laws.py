@@ -55,7 +55,7 @@ from surgery.masks.mask import load_mask
 from surgery.measure import history, load_sweep, stability, stage_damage
 from surgery.reverting.patch import Patch
 from surgery.reverting.patch_writing import save_patch
-from surgery.scores import entry_gains, reversal_cost
+from surgery.scores import entry_gains, lots, reversal_cost
 from surgery.scores.damage import earlier_answers
 from surgery.theory import Landscape
 
@@ -227,10 +227,18 @@ def law_weights(home: Path, family: str, how: str) -> None:
         assert found.equal(wanted) or (
             count > 100 and len(found) == len(wanted) and set(found.tolist()) == set(wanted.tolist())
         )
-    mask = DamageSelector(0.003, units="weight", rounds=2).select(run, data)
-    assert mask.equal(DamageSelector(0.003, units="weight", rounds=2).select(alone, data))
-    assert everywhere(mask)
-    assert same(numbers(run.load()), before)
+    for rounds, drop in (2, lots.DROP), (3, 3.0), (4, 1e-6):  # and where a bar is too high, and where it is too low
+        selector = DamageSelector(0.003, units="weight", rounds=rounds)
+        with pytest.MonkeyPatch.context() as patch:
+            for name, size in (
+                ("DROP", drop),
+                *((("SMALL", 5), ("MOST", 1 / 20), ("STEP", 1 / 25)) if rounds > 2 else ()),
+            ):
+                patch.setattr(lots, name, size)
+            mask = selector.select(run, data)
+        assert mask.equal(selector.select(alone, data))
+        assert everywhere(mask)
+        assert same(numbers(run.load()), before)
 
 
 def law_measured(home: Path, family: str, how: str) -> None:

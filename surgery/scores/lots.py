@@ -92,6 +92,7 @@ def best_of_lots(
         for lot in others:
             few.lower(lot, partial(_measure, run, live, loss, lot))
         found = few.best(count, without, held)
+        del few
         if isinstance(found, Best):
             return found
         looked = found.seen / max(1, places.here)

@@ -175,7 +175,12 @@ def main() -> None:
         earlier, later = (home / name for name in PAIRS[pair])
         run = Trajectory(earlier=earlier, later=later)
         prompts = load_prompts(data / f"{earlier.name}.calibration.jsonl", later)
-        text.append(f"\n## {pair}\n\n{table(*searches(run, prompts, asked.budget, asked.memory))}\n")
+        found, total = searches(run, prompts, asked.budget, asked.memory)
+        model, (live,) = run.load(), run.live(units=UNITS)
+        names = {slot.tensor for block in live.layout.blocks for slot in block.slots}
+        largest = max(one.nbytes for name, one in model.named_parameters() if name in names)
+        text.append(f"\n## {pair}\n\n{table(found, total)}\n\nThe gradient of one tensor takes up to ")
+        text.append(f"{largest / total:.3f} bytes a weight.\n")
     write(asked.out, "real-searches", "".join(text))
 
 

@@ -26,6 +26,7 @@ from surgery.layout import find_layout
 from surgery.live import distillation, prompts, respond
 from surgery.live.losses import Loss, cross_entropy, mean_loss, tokens_in
 from surgery.live.prompts import Batch, padded
+from surgery.masks.entries import shapes_of
 from surgery.scores import above, entry_gains, lots, reversal_cost
 from surgery.scores.above import Guess
 from surgery.scores.lots import Best, best_of_lots
@@ -280,6 +281,30 @@ def test_nothing_is_waited_for_by_batch_or_by_tensor(name, home, monkeypatch):
     assert len(few) <= 16
 
 
+def law_sent() -> None:
+    """Earlier weights that lie on the CPU are sent as they lie in memory, each of them once a pass."""
+    found: list[Tensor] = []
+
+    def noted(view: Tensor, device: torch.device, real: Any = above.sent) -> Tensor:
+        if view.device.type == "cpu":
+            found.append(view)
+        return real(view, device)  # type: ignore[no-any-return]
+
+    with interpreted(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(above, "sent", noted)
+        waits(lambda run, data, far: searched(run, [data[:1]], 20, loss=far, begin=Guess(1.0, 1e-30)), 1, 1, "cpu")
+    assert all(
+        view.permute(sorted(range(view.ndim), key=lambda at: -view.stride(at))).is_contiguous() for view in found
+    )
+    shapes = shapes_of(find_layout(deep(1), units=UNITS))
+    assert sum(view.numel() for view in found) == sum(neurons * width for neurons, width in shapes.values())
+
+
+@TRITON
+def test_earlier_weights_are_sent_as_they_lie():
+    law_sent()
+
+
 def half_back(run: Trajectory) -> Neurons:
     sizes = find_layout(run.load()).sizes
     return Neurons({name: torch.arange(size) % 2 == 0 for name, size in sizes.items()})
@@ -357,6 +382,14 @@ def by_way_of_the_cpu(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(inner, "dot", lambda a, b, dot=inner.dot: dot(a, b).cpu().to("cuda"))
 
 
+def sent_in_slices(patch: pytest.MonkeyPatch) -> None:
+    def mutant(self: Any, views: list[Tensor], *given: Any, original: Any = above.Above._look) -> None:
+        for at in range(0, views[0].shape[-1], 4):
+            original(self, [view[..., at : at + 4] for view in views], *given)
+
+    patch.setattr(above.Above, "_look", mutant)
+
+
 def asked_by_tensor(patch: pytest.MonkeyPatch) -> None:
     def mutant(room: Any, *given: Any, original: Any = above.keep) -> Any:
         room.counts.tolist()
@@ -387,6 +420,7 @@ def law_waits_of_weights() -> None:
     ("mutant", "law"),
     [
         pytest.param(asked_by_tensor, law_waits_of_weights, marks=TRITON),
+        pytest.param(sent_in_slices, law_sent, marks=TRITON),
         (bars_are_never_raised, law_bounded), (forgets_what_it_held, law_bounded), (seen_again, law_shaky),
         (any_bar_will_do, law_pairs), (as_in_memory, law_pairs), (first_lot_alone, law_pairs),
         (taken_again, law_pairs), (last_pass_alone, law_mixed), (by_way_of_the_cpu, law_waits),

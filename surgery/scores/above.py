@@ -71,7 +71,7 @@ class Sample:
         count = len(self)
         wanted = max(1, round(reach * count))
         if wanted >= count:
-            return torch.zeros((), dtype=torch.float32)
+            return torch.zeros((), dtype=torch.float32, device=self.gains[0].device if count else None)
         self.gains = [torch.cat(self.gains)]
         return self.gains[0].kthvalue(count - wanted).values.clamp(min=0)
 
@@ -130,7 +130,7 @@ class Above:
         sample.add(views, scale, self.device)
         if len(sample) >= self.due:
             self.due = len(sample) + len(sample) // 8
-            self.bars[:1] = torch.maximum(self.bars[:1], sample.bar(reach).to(self.device))
+            self.bars[:1] = torch.maximum(self.bars[:1], sample.bar(reach))
 
     def _add(self, views: list[Tensor], start: int, scale: float, tensor: int) -> None:
         order = _Order.of(views[0])

@@ -112,7 +112,7 @@ def test_too_small_a_room_and_too_high_a_bar_cost_passes_and_change_nothing(slow
     law_small(*[(300,)] * slow)
 
 
-BEGINNINGS = (None, Guess(1e-9), Guess(1.0), Guess(1e-9, 1e9), Guess(1e-9, 1e-30))
+BEGINNINGS = (None, Guess(1e-9), Guess(1.0), Guess(0.0, 1e9), Guess(1e-9, 1e-30))
 
 
 def law_bounded(counts: Any = (1, 300, 10**6), beginnings: Any = BEGINNINGS) -> None:

@@ -96,7 +96,7 @@ def best_of_lots(
         if isinstance(found, Best):
             return found
         looked = found.seen / max(1, places.here)
-        further = min(looked + STEP, 4 * max(looked, reach))
+        further = min(looked + STEP, max(LEAST, 4 * looked, 4 * reach))
         reach = further if bar or further > reach else 1.5 * reach  # the sample was misled
         held, bar = found, 0.0
 

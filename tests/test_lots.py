@@ -135,6 +135,20 @@ def test_there_is_never_room_for_more_than_a_part_of_the_weights(slow):
     law_bounded(*[(300,), BEGINNINGS[3:]] * slow)
 
 
+def law_equal() -> None:
+    """All that equal the last one stay: of several processes' equal gains the first are not known before they meet."""
+    where, lowest = torch.tensor([2, 3, 5, 7, 8, 9]), torch.tensor([1.0, 2.0, 2.0, 0.0, 3.0, 2.0])
+    held = lots._Held.nothing().joined(where, lowest, 0.5, 5, 2)
+    assert held.where.tolist() == [3, 5, 8, 9]
+    assert held.lowest.tolist() == [2.0, 2.0, 3.0, 2.0]
+    assert held.joined(where[:1] + 2, lowest[:1], 0.25, 1, 2).where.tolist() == [3, 4, 5, 8, 9]
+    assert lots._Held.nothing().joined(where, lowest.clamp(max=0), 0.5, 0, 2).where.tolist() == []
+
+
+def test_all_that_equal_the_last_of_the_best_are_held():
+    law_equal()
+
+
 def law_shaky() -> None:
     """Where gradients differ from pass to pass, as on a GPU, no weight is taken twice."""
     run, real, calls = Trajectory(None, *pair("llama")), lots._measure, itertools.count()
@@ -336,6 +350,14 @@ def bars_are_never_raised(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(above.Sample, "bar", lambda *_: torch.zeros(()))
 
 
+def the_first_of_equals(patch: pytest.MonkeyPatch) -> None:
+    def mutant(self: Any, where: Tensor, lowest: Tensor, *given: Any, original: Any = lots._Held.joined) -> Any:
+        at = best(lowest, given[-1])
+        return original(self, where[at], lowest[at], *given)
+
+    patch.setattr(lots._Held, "joined", mutant)
+
+
 def seen_again(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(lots, "_found", lambda ascending, numbers: numbers[:0])
 
@@ -422,6 +444,7 @@ def law_waits_of_weights() -> None:
         pytest.param(asked_by_tensor, law_waits_of_weights, marks=TRITON),
         pytest.param(sent_in_slices, law_sent, marks=TRITON),
         (bars_are_never_raised, law_bounded), (forgets_what_it_held, law_bounded), (seen_again, law_shaky),
+        (the_first_of_equals, law_equal),
         (any_bar_will_do, law_pairs), (as_in_memory, law_pairs), (first_lot_alone, law_pairs),
         (taken_again, law_pairs), (last_pass_alone, law_mixed), (by_way_of_the_cpu, law_waits),
     ],

@@ -187,7 +187,8 @@ class _Held:
 
     def joined(self, where: Tensor, lowest: Tensor, bar: float, seen: int, count: int) -> _Held:
         """With the best of others: all that exceed a bar, so many."""
-        at = best(lowest, count)
+        least = lowest[best(lowest, count)[-1:]]  # all equal ones: which come first is told from all processes'
+        at = (lowest >= least).nonzero().flatten() if len(least) else least.to(torch.int64)
         where, order = torch.cat([self.where, where[at].cpu()]).sort()
         return _Held(where, torch.cat([self.lowest, lowest[at].cpu()])[order], bar, self.seen + seen)
 

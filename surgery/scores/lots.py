@@ -96,8 +96,7 @@ def best_of_lots(
         if isinstance(found, Best):
             return found
         looked = found.seen / max(1, places.here)
-        further = min(looked + STEP, max(LEAST, 4 * looked, 4 * reach))
-        reach = further if bar or further > reach else 1.5 * reach  # the sample was misled
+        reach = min(looked + STEP, max(LEAST, 4 * looked, 4 * reach))
         held, bar = found, 0.0
 
 
@@ -128,12 +127,15 @@ class _First:
         most, more = SMALL + int(MOST * here), max(0, reach * here - held.seen)
         room = min(most, SMALL + int((ROOM if given else SURE) * more + SPARE * here))
         while True:
-            if not bar and self.sample:
-                bar = min(float(self.sample.bar(reach)), held.bar)
-            rising = None if bar or self.sample else (Sample(here), reach)
+            if not bar and self.sample is not None:
+                while (bar := float(self.sample.bar(reach))) >= held.bar > 0:
+                    reach *= 1.5  # the sample knows of none below what was looked at
+                bar = min(bar, held.bar)
+            rising = None if bar or self.sample is not None else (Sample(here), reach)
             above = Above(self.places, self.later, self.earlier, (bar, held.bar), min(here, room), rising)
             self.measure(above.add)
             came, bar = above.told()
+            bar = min(bar, held.bar)
             room = came + came // 16  # gradients may differ a little the next time
             full = torch.tensor([came > above.size, came > above.size and room > most])
             some, much = self.places.ranks.sum(full.long()).tolist()  # on how many processes
@@ -145,7 +147,7 @@ class _First:
             if much and given:
                 bar, reach, given, room = 0.0, held.seen / max(1, here) + STEP, False, most
             elif much and rising:  # not all of those exceed what the bar is now
-                room = most
+                bar, room = min(max(bar, float(rising[0].bar(reach))), held.bar), most
 
 
 def _found(ascending: Tensor, numbers: Tensor) -> Tensor:

@@ -64,7 +64,8 @@ def best_of_lots(
 
     Products and sums over passes are float32. Memory: 16 bytes for each weight that there is room for, at most a
     sixteenth of them, and twice as much between two passes, where they are sorted; in the passes over the second lot 20
-    for each that is looked at; and some 50 for each of ``count``.
+    for each that is looked at; and some 70 for each of ``count``. Equal gains can't be told apart by a bar: where they
+    are more than a sixteenth there is room for all of them.
 
     Args:
         run: a trajectory with ``earlier`` and ``later``.
@@ -76,7 +77,7 @@ def best_of_lots(
         begin: where a search begins (default: with as many weights as if the lots had nothing in common).
 
     Raises:
-        ValueError: as ``damage``; a gradient is NaN or infinite.
+        ValueError: as ``damage``; a gradient is NaN or infinite on the first lot, or NaN at a weight looked at then.
 
     Source: ours.
     """
@@ -129,7 +130,7 @@ class _First:
         while True:
             if not bar and self.sample is not None:
                 while (bar := float(self.sample.bar(reach))) >= held.bar > 0:
-                    reach *= 1.5  # the sample knows of none below what was looked at
+                    reach += STEP / 2  # the sample knows of none below what was looked at
                 bar = min(bar, held.bar)
             rising = None if bar or self.sample is not None else (Sample(here), reach)
             above = Above(self.places, self.later, self.earlier, (bar, held.bar), min(here, room), rising)
@@ -174,6 +175,7 @@ def _measure(run: Trajectory, live: Weights, loss: Loss, lot: list[Batch], add: 
 class _Held:
     """The best of those weights that were looked at, by ascending places, and the lowest gain of each, on the CPU.
 
+    As many as are looked for, and all that equal the last of them: of several processes' the first are not known yet.
     They were looked at down to ``bar``: no other weight has a gain above it on the first lot.
     """
 

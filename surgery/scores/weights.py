@@ -95,7 +95,7 @@ def best_of_all(flat: Tensor, count: int, places: Places, where: Tensor | None =
     order = higher.argsort()
     order = order[values[order].sort(descending=True, stable=True).indices]
     least = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
-    return torch.cat([higher[order], same]), float(least)
+    return torch.cat([higher[order], same]), float(least) if count else 0.0
 
 
 def _guess(flat: Tensor, count: int) -> int:

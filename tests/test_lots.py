@@ -135,6 +135,52 @@ def test_there_is_never_room_for_more_than_a_part_of_the_weights(slow):
     law_bounded(*[(300,), BEGINNINGS[3:]] * slow)
 
 
+def law_uneven(factors: Any = (30, 100)) -> None:
+    """The bound holds where an eighth of the weights, measured first or last, has far higher gains than the others."""
+    run, sizes, order = Trajectory(None, *pair("llama")), list[int](), dict[str, int]()
+    real, room, between = lots._measure, above.Room.of, lots._First.between
+    bars: list[float] = []
+
+    def measure(run: Any, live: Any, loss: Any, lot: Any, add: Any) -> None:
+        def scaled(block: Any, slot: Any, grad: Tensor, tokens: int) -> None:
+            order.setdefault(slot.tensor, grad.numel())
+            add(block, slot, grad * (factor if slot.tensor in high else 1), tokens)
+
+        real(run, live, loss, lot, scaled)
+
+    def looked(self: Any, bar: float, held: Any, reach: float) -> Any:
+        bars.append(held.bar)
+        return between(self, bar, held, reach)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lots, "_measure", measure)
+        patch.setattr(lots._First, "between", looked)
+        patch.setattr(above.Room, "of", lambda size, *given: (sizes.append(size), room(size, *given))[1])
+        high, factor = set[str](), 1
+        searched(run, TWO, 1)
+        for names, times in itertools.product((list(order), list(order)[::-1]), factors):
+            here, high, factor = sum(order.values()), set(), times
+            for name in names:
+                if sum(order[one] for one in high) + order[name] > here / 8:
+                    break
+                high.add(name)
+            patch.setattr(lots, "MOST", 1.0)
+            wanted = searched(run, TWO, 2000, begin=Guess(1.0, 1e-30))
+            patch.setattr(lots, "MOST", 1 / 16)
+            patch.setattr(lots, "SMALL", 5)
+            given = [Guess(0.05, part * wanted.next.bar) for part in (3, 10, 30, 60)]
+            for begin in (None, Guess(0.05), Guess(1.0), Guess(0.1, 1e-30), *given):
+                sizes.clear()
+                bars.clear()
+                assert searched(run, TWO, 2000, begin=begin).chosen.equal(wanted.chosen)
+                assert max(sizes) <= here / 16 + 5
+                assert bars == sorted(bars, reverse=True)
+
+
+def test_the_bound_holds_where_layers_differ_much():
+    law_uneven()
+
+
 def law_equal() -> None:
     """All that equal the last one stay: of several processes' equal gains the first are not known before they meet."""
     where, lowest = torch.tensor([2, 3, 5, 7, 8, 9]), torch.tensor([1.0, 2.0, 2.0, 0.0, 3.0, 2.0])

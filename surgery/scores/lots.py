@@ -146,7 +146,7 @@ class _First:
                 return _Few.of(self.places, above.room, came, bar)
             del above
             if much and given:
-                bar, reach, given, room = 0.0, held.seen / max(1, here) + STEP, False, most
+                bar, reach, given, room = 0.0, STEP, False, most  # nothing is held yet where a bar is given
             elif much and rising:  # not all of those exceed what the bar is now
                 bar, room = min(max(bar, float(rising[0].bar(reach))), held.bar), most
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -673,6 +674,17 @@ def last_batch_only(patch: pytest.MonkeyPatch) -> None:
         return once()
 
     patch.setattr(weight_damage, "collecting", mutant)
+
+
+@pytest.mark.parametrize("rounds", [1, 8, 16])
+def test_a_round_takes_a_quarter_more_than_the_last_and_at_most_a_hundredth(rounds):
+    path = SimpleNamespace(total=10**9, rounds=rounds)
+    ends = [weight_selection._Path._end(path, at) for at in range(80)]
+    takes = [later - earlier for earlier, later in pairwise(ends)]
+    assert ends[0] == 0
+    assert ends[rounds] == pytest.approx(0.0025 * 10**9, abs=1)
+    for one, other in pairwise(takes):
+        assert other == pytest.approx(min(1.25 * one, 0.01 * 10**9), abs=3)
 
 
 def goes_to_the_end(patch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from dataclasses import dataclass, field
 from itertools import count
+from math import log
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from surgery.units import Units
 
 ROUNDS = 16
 _REACH, _GROWTH = 0.0025, 1.25  # what so many rounds take of the candidates; how much more a round takes than the last
+_WIDEST = 0.01  # what a round takes of them at most: a search needs memory for each weight that it takes
 _LOT, _PATIENCE = 16, 3  # prompts in a lot; measurements without a smaller loss after which rounds end
 _DRAWN = (0x00800000, 0x7F800000)  # the bits of every positive normal float32, from the least to infinity
 Point = tuple[int, float]  # how many weights are reverted, and the loss then, on prompts that do not choose
@@ -78,8 +80,9 @@ def by_damage(
     The first lot is what goes through the model in one pass: of 16 prompts, what 1024 tokens do not hold joins the
     second.
 
-    The first round takes few weights, and each takes a quarter more than the one before; ``rounds`` of them make 0.25 %
-    of the candidates. They do not depend on the budget: a larger budget contains a smaller one (without ``stop``).
+    The first round takes few weights, and each takes a quarter more than the one before, at most 1 % of the candidates;
+    ``rounds`` of them make 0.25 % of those. They do not depend on the budget: a larger budget contains a smaller one
+    (without ``stop``).
 
     A quarter of the prompts takes no part. With ``stop`` the number of weights with the smallest loss on those prompts
     is kept. Rounds end where six of them have not lowered it, but not before half of ``rounds``. So a larger budget may
@@ -196,7 +199,9 @@ class _Path:
 
     def _end(self, rounds: int) -> int:
         """How many weights so many rounds take, or more where each takes at least one."""
-        return round(_REACH * self.total * (_GROWTH**rounds - 1) / (_GROWTH**self.rounds - 1))
+        first = _REACH * (_GROWTH - 1) / (_GROWTH**self.rounds - 1)  # what the first round takes
+        growing = min(rounds, 1 + int(log(_WIDEST / first) / log(_GROWTH)))
+        return round(self.total * (first * (_GROWTH**growing - 1) / (_GROWTH - 1) + _WIDEST * (rounds - growing)))
 
     def _round(self) -> bool:
         """Take the next weights; False if there are none."""

@@ -405,7 +405,7 @@ def the_first_of_equals(patch: pytest.MonkeyPatch) -> None:
 
 
 def seen_again(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(lots, "_found", lambda ascending, numbers: numbers[:0])
+    patch.setattr(lots, "found_in", lambda held, wanted: (wanted[:0], wanted[:0] > 0))
 
 
 def forgets_what_it_held(patch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ from surgery.live.prompts import Batch, each
 from surgery.live.resident import with_earlier
 from surgery.scores.above import Above, Guess, Room, Sample
 from surgery.scores.damage import unrounded
-from surgery.scores.weight_places import Places
+from surgery.scores.weight_places import Places, found_in
 from surgery.scores.weights import best, best_of_all
 from surgery.units import Units
 
@@ -151,14 +151,6 @@ class _First:
                 bar, room = min(max(bar, float(rising[0].bar(reach))), held.bar), most
 
 
-def _found(ascending: Tensor, numbers: Tensor) -> Tensor:
-    """Where those of some numbers stand that are among ascending ones."""
-    at = torch.searchsorted(ascending, numbers)
-    inside = at < len(ascending)
-    at, numbers = at[inside], numbers[inside]
-    return at[ascending[at] == numbers]
-
-
 def _measure(run: Trajectory, live: Weights, loss: Loss, lot: list[Batch], add: Callable[..., None]) -> None:
     """Gradients of a lot, handed over pass by pass."""
     tokens, model = tokens_in(lot), run.load()
@@ -245,7 +237,8 @@ class _Few:
         ranks, places, device = self.places.ranks, self.places, self.where.device
         taken = sent(torch.cat([places.places(without), held.where]), device)  # gradients may differ from pass to pass
         above = self.first > self.bar  # it rose
-        lowest = self.lowest.index_fill(0, _found(self.where, taken), 0).masked_fill_(~above, 0)
+        at, here = found_in(self.where, taken)
+        lowest = self.lowest.index_fill(0, at[here], 0).masked_fill_(~above, 0)
         seen, wrong = torch.stack([above.sum(), (~lowest.isfinite()).sum()]).tolist()
         places.check_finite(["a weight of these"] * wrong)
         held = held.joined(self.where, lowest, self.bar, seen, count)

@@ -115,17 +115,17 @@ class Places:
             first, last = (self._start(part) + edge for edge in part.slot.span)
             low, high = torch.searchsorted(positions, torch.tensor([first, last])).tolist()
             inside = positions[low:high] - self._start(part)
-            row, row_is_here = _where(part.index, inside // part.slot.width)
+            row, row_is_here = found_in(part.index, inside // part.slot.width)
             if part.offsets is None:
                 width, at, here = part.slot.width, inside % part.slot.width, row_is_here
             else:
-                width, (at, at_is_here) = len(part.offsets), _where(part.offsets, inside % part.slot.width)
+                width, (at, at_is_here) = len(part.offsets), found_in(part.offsets, inside % part.slot.width)
                 here = row_is_here & at_is_here
             found.append((start + row * width + at)[here])
         return torch.cat(found)
 
 
-def _where(held: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+def found_in(held: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """Where numbers stand among ascending ones, and whether they are there."""
-    at = torch.searchsorted(held, wanted).clamp(max=len(held) - 1)
-    return at, held[at] == wanted
+    at = torch.searchsorted(held, wanted).clamp(max=max(0, len(held) - 1))
+    return at, held[at] == wanted if len(held) else torch.zeros_like(at, dtype=torch.bool)

@@ -251,7 +251,7 @@ def law_memory() -> None:
         assert beyond_the_passes(2, Guess(1e-4), many) <= small + 0.01  # several passes keep no sums
         for begin in (Guess(0.03), Guess(0.2), Guess(1.0), Guess(1e-4, 1e-30), Guess(0.2, 1e-30), Guess(1e-4, 1e9)):
             assert beyond_the_passes(10_000, begin, few) <= 2  # nearly a hundredth of the weights
-        assert beyond_the_passes(60_000, Guess(0.05), few) <= 5.2  # looked for twice, and what the 60,000 take
+        assert beyond_the_passes(60_000, Guess(0.05), few) <= 5.4  # looked for twice, and what the 60,000 take
 
 
 def test_a_search_takes_little_where_little_is_looked_for_and_never_two_bytes_a_weight():

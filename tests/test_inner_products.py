@@ -166,7 +166,7 @@ from triton.compiler import ASTSource
 from surgery.scores.kernel import above, products
 outputs = {products: {"found": "*fp32"}, above: {"where": "*i64", "counts": "*i64", "start": "i64", "scale": "fp32"}}
 for kernel, own in outputs.items():
-    own |= {name: "*fp32" for name in ("bar", "gains", "steps") if name in kernel.arg_names}
+    own |= {name: "*fp32" for name in ("bars", "gains", "steps") if name in kernel.arg_names}
     for high, lanes, beside, folded in ((16, 128, "3", False), (128, 16, "1", False), (16, 128, "3", True)):
         fixed = {"STACKED": False, "FOLDED": folded, "ROWS": high, "LANES": lanes, "STEPS": 8}
         fixed = {name: one for name, one in fixed.items() if name in kernel.arg_names}

@@ -80,7 +80,7 @@ def test_damage_goes_round_by_round_to_where_the_loss_is_least(family, dtype):
         assert isinstance(ours, Entries)
         assert ours.equal(theirs)
         assert ours.made_by["entries"] == theirs.made_by["entries"]
-        assert 0 < ours.made_by["entries"]["rounds"] < 40
+        assert 0 < ours.made_by["entries"]["rounds"] <= 55  # so many make 30 %: none takes more than a hundredth
     assert ours.made_by["selector"] == {
         "class": "DamageSelector", "budget": 0.3, "how": "global", "loss": "hellinger", "units": "weight",
         "rounds": 16,

@@ -107,9 +107,11 @@ def test_what_is_selected_there_is_reverted_and_undone_to_the_bit(family, dtype,
     assert same(bits(model), before)
 
 
+@pytest.mark.parametrize("gigabytes", [0, 100])
 @pytest.mark.parametrize("family", ["qwen3", "gpt2", "qwen3_moe"])
-def test_a_score_that_moves_the_model_keeps_what_was_there_off_the_gpu(family, monkeypatch):
+def test_a_score_that_moves_the_model_keeps_what_was_there_off_a_gpu_without_room(family, gigabytes, monkeypatch):
     """All neurons are two thirds of a model: beside the weights they would be most of a second one."""
+    monkeypatch.setattr(attribution, "room", lambda _: gigabytes << 30)
     (here, model), (there, _) = run_on(family, DEVICE), run_on(family, "cpu")
     before, kept = bits(model), []
 
@@ -119,8 +121,9 @@ def test_a_score_that_moves_the_model_keeps_what_was_there_off_the_gpu(family, m
         return done
 
     monkeypatch.setattr(attribution, "rollback", watched)
-    found, expected = reversal_cost(here, DATA), reversal_cost(there, DATA)
-    assert set(kept) == {"cpu"}
+    found = reversal_cost(here, DATA)
+    assert set(kept) == {DEVICE if gigabytes else "cpu"}
+    expected = reversal_cost(there, DATA)
     assert same(bits(model), before)
     for name, values in expected.items():
         scale = float(values.abs().max())

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import os
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -17,8 +18,16 @@ from benchmarks.gpu.shapes import QWEN3_4B
 
 @pytest.fixture
 def part(monkeypatch):
-    made = SimpleNamespace(NAME="A part", held=True, runs=[])
-    made.run = lambda device, rehearse: made.runs.append((device, rehearse)) or {"checks": {"it holds": made.held}}
+    made = SimpleNamespace(NAME="A part", held=True, runs=[], error=None)
+
+    def run(device, rehearse):
+        made.runs.append((device, rehearse))
+        yield {"checks": {"it holds": True}}
+        if made.error:
+            raise made.error
+        yield {"checks": {"it holds": made.held}}
+
+    made.run = run
     made.table = lambda found: f"| {len(found['checks'])} |"
     monkeypatch.setitem(sys.modules, "benchmarks.gpu.rollback", made)
     return made
@@ -46,19 +55,50 @@ def test_the_page_names_what_is_missing_and_says_that_it_is_a_rehearsal(part, tm
 
 
 @pytest.mark.parametrize("held", [True, False])
-def test_what_is_done_is_not_done_again(part, tmp_path, monkeypatch, capsys, held):
+def test_what_is_done_is_not_done_again_where_its_checks_held(part, tmp_path, monkeypatch, capsys, held):
     asked, part.held = [], held
     monkeypatch.setattr(gpu, "PARTS", ("rollback", "exact"))
     monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path), "--rehearse"])
-    monkeypatch.setattr(
-        subprocess, "run", lambda command, **_: asked.append(command[-2]) or SimpleNamespace(returncode=0)
-    )
+    monkeypatch.setattr(gpu, "within", lambda _, command, __: asked.append(command[-2]) or 0)
     gpu.measured("rollback", tmp_path, True)
     with pytest.raises(SystemExit) as stopped:
         gpu.main()
-    assert stopped.value.code == (0 if held else 1)
-    assert asked == ["exact"]
-    assert "measured already" in capsys.readouterr().out
+    assert stopped.value.code == 0
+    assert asked == (["exact"] if held else ["rollback", "exact"])
+    assert ("measured already" in capsys.readouterr().out) is held
+
+
+def test_what_a_part_found_before_it_failed_is_kept_and_it_is_done_again(part, tmp_path, capsys):
+    part.error = MemoryError("no room")
+    assert not gpu.measured("rollback", tmp_path, True)
+    assert "no room" in capsys.readouterr().err
+    kept = gpu.held(tmp_path, True)["rollback"]["found"]["checks"]
+    assert kept == {"it holds": True, "it came to its end (MemoryError: no room)": False}
+    assert "did not hold**: it came to its end (MemoryError" in gpu.page(gpu.held(tmp_path, True))
+    part.error = None
+    assert gpu.measured("rollback", tmp_path, True)
+    assert gpu.held(tmp_path, True)["rollback"]["found"]["checks"] == {"it holds": True}
+
+
+def test_what_a_part_found_before_it_was_stopped_is_kept(part, tmp_path):
+    steps = part.run(None, True)
+    gpu.keep("rollback", tmp_path, True, 0, next(steps), gpu.END)
+    assert gpu.held(tmp_path, True)["rollback"]["found"]["checks"] == {"it holds": True, gpu.END: False}
+
+
+@pytest.mark.parametrize("seconds", [0.5, 60])
+def test_a_part_that_takes_too_long_is_stopped_with_all_that_it_started(seconds, tmp_path):
+    """What it started would go on using the GPU."""
+    wait, grandchild = tmp_path / "wait", "import time, sys; time.sleep(2); open(sys.argv[1], 'w').close()"
+    started = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {grandchild!r}, {str(wait)!r}])"
+    code = gpu.within(seconds, [sys.executable, "-c", started], dict(os.environ))
+    if seconds > 2:
+        assert code == 0
+        assert wait.exists()
+    else:
+        assert code is None
+        time.sleep(3)
+        assert not wait.exists()
 
 
 def test_what_a_rehearsal_found_is_not_what_a_gpu_found(part, tmp_path):
@@ -67,18 +107,11 @@ def test_what_a_rehearsal_found_is_not_what_a_gpu_found(part, tmp_path):
     assert gpu.held(tmp_path, False) == {}
 
 
-@pytest.mark.parametrize("error", [None, subprocess.TimeoutExpired("gpu", 1)])
-def test_a_part_that_fails_or_takes_too_long_fails_the_run_and_not_the_others(tmp_path, monkeypatch, error):
+@pytest.mark.parametrize("code", [None, 1])
+def test_a_part_that_fails_or_takes_too_long_fails_the_run_and_not_the_others(tmp_path, monkeypatch, code):
     asked = []
-
-    def child(command, **_):
-        asked.append(command[-2])
-        if error is not None:
-            raise error
-        return SimpleNamespace(returncode=1)
-
     monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path), "--rehearse"])
-    monkeypatch.setattr(subprocess, "run", child)
+    monkeypatch.setattr(gpu, "within", lambda _, command, __: asked.append(command[-2]) or code)
     with pytest.raises(SystemExit) as stopped:
         gpu.main()
     assert stopped.value.code == 1

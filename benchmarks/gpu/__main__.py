@@ -1,8 +1,9 @@
 """All that needs a GPU, in one command: ``python -m benchmarks.gpu --out FOLDER [--rehearse]``.
 
-The parts run one after the other, the most important first, each in a process of its own, until ``--minutes`` are
-over. A part that is done is not done again (``FOLDER/PART.json``), so an interrupted run goes on where it stopped.
-Every part prints its table as it ends, and ``FOLDER/gpu.md`` holds all of them. ``--rehearse`` runs the same code
+The parts run one after the other, the most important first, each in a process of its own and within its time, until
+``--minutes`` are over. A part that came to its end, and whose checks held, is not done again (``FOLDER/PART.json``), so
+an interrupted run goes on where it stopped; what a stopped part had found is kept. Every part prints its table as it
+ends, and ``FOLDER/gpu.md`` holds all of them. ``--rehearse`` runs the same code
 without a GPU: tiny shapes, kernels in Triton's interpreter, every check; its times mean nothing.
 
 The exit code is 1 where a part failed or a check did not hold.
@@ -13,9 +14,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+import traceback
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -31,18 +34,42 @@ NAMES = {
     "scores": "what choosing costs",
     "profile": "where the time goes",
 }
+SECONDS = {"rollback": 110, "exact": 110, "scores": 150, "profile": 60}  # at most, so that the others have theirs
+END = "it came to its end"
 
 
 def measured(name: str, out: Path, rehearse: bool) -> bool:
-    """Run one part in this process and keep what it found; whether all of its checks held."""
-    part, start = import_module(f"benchmarks.gpu.{name}"), time.perf_counter()
-    found = part.run(torch.device("cpu" if rehearse else "cuda"), rehearse)
+    """Run one part in this process; whether it came to its end and all of its checks held.
+
+    What it has found so far is kept each time that it yields, so that a part that fails or is stopped leaves that.
+    """
+    part, start, found = import_module(f"benchmarks.gpu.{name}"), time.perf_counter(), None
+    steps = part.run(torch.device("cpu" if rehearse else "cuda"), rehearse)
+    try:
+        for found in steps:
+            keep(name, out, rehearse, start, found, END)
+    except Exception as error:
+        traceback.print_exc()
+        if found is None:
+            return False
+        end = f"{END} ({type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''})"
+        print(section(name, keep(name, out, rehearse, start, found, end)), flush=True)
+        return False
+    assert found is not None
+    print(section(name, keep(name, out, rehearse, start, found)), flush=True)
+    return all(found["checks"].values())
+
+
+def keep(
+    name: str, out: Path, rehearse: bool, start: float, found: dict[str, Any], missing: str | None = None
+) -> dict[str, Any]:
+    """Write what a part has found; ``missing`` is a check that does not hold yet."""
+    found = found | {"checks": found["checks"] | ({missing: False} if missing else {})}
     kept = {"rehearse": rehearse, "statement": said(rehearse), "seconds": time.perf_counter() - start, "found": found}
     temporary = out / f"{name}.part"
     temporary.write_text(json.dumps(kept), encoding="utf-8")
     os.replace(temporary, out / f"{name}.json")
-    print(section(name, kept), flush=True)
-    return all(found["checks"].values())
+    return kept
 
 
 def said(rehearse: bool) -> str:
@@ -74,6 +101,19 @@ def page(kept: dict[str, dict[str, Any]]) -> str:
     return "\n".join([head, *(section(name, one) for name, one in kept.items()), *tail])
 
 
+def within(seconds: float, command: list[str], environment: dict[str, str]) -> int | None:
+    """The exit code of a command; None where it had to be stopped, with all that it started."""
+    child = subprocess.Popen(command, env=environment, start_new_session=True)
+    try:
+        return child.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+
+
 def main() -> None:
     """Run what is missing, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -90,25 +130,22 @@ def main() -> None:
     began, fine = time.perf_counter(), True
     environment = os.environ | ({"TRITON_INTERPRET": "1"} if asked.rehearse else {})
     for name in PARTS:
-        if name in (done := held(asked.out, asked.rehearse)):
+        done = held(asked.out, asked.rehearse)
+        if name in done and all(done[name]["found"]["checks"].values()):
             print(f"{NAMES[name]}: measured already", flush=True)
-            fine &= all(done[name]["found"]["checks"].values())
             continue
         left = 60 * asked.minutes - (time.perf_counter() - began)
         if left < 10:
             print(f"{NAMES[name]}: no time is left", flush=True)
             fine = False
             continue
-        command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(asked.out), "--part", name]
+        left = left if asked.rehearse else min(left, SECONDS[name])
         print(f"{NAMES[name]}: at most {left:.0f} s", flush=True)
-        try:
-            child = subprocess.run(
-                command + ["--rehearse"] * asked.rehearse, env=environment, timeout=left, check=False
-            )
-            fine &= child.returncode == 0
-        except subprocess.TimeoutExpired:
+        command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(asked.out), "--part", name]
+        code = within(left, command + ["--rehearse"] * asked.rehearse, environment)
+        if code is None:
             print(f"{NAMES[name]}: stopped, it took too long", flush=True)
-            fine = False
+        fine &= code == 0
         (asked.out / "gpu.md").write_text(page(held(asked.out, asked.rehearse)), encoding="utf-8")
     print(f"wrote {asked.out / 'gpu.md'}")
     sys.exit(0 if fine else 1)

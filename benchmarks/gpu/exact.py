@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from torch import Tensor, nn
 
 from surgery import AMCSelector, DamageSelector, Trajectory, load_prompts, repair, rollback
 from surgery.masks import Mask
+from surgery.measure.repair import Repair
 
 NAME = "The same bits and verdicts as on the CPU"
 LAB = Path("benchmarks/lab/seed0")
 TESTS = ("tests/test_gpu.py", "tests/test_exchange.py")
+TIME = 70  # seconds that the tests may take on a GPU
 UNITS = ("mlp", "value_channel")
 SELECTORS = {
     "A×M×C, 4 % of neurons": AMCSelector(0.04),
@@ -26,10 +29,12 @@ SELECTORS = {
 }
 
 
-def run(device: torch.device, rehearse: bool) -> dict[str, Any]:
+def run(device: torch.device, rehearse: bool) -> Iterator[dict[str, Any]]:
     """What the tests say there, and the small lab's masks, rollbacks and repair beside the CPU's."""
     passed, told = tests("qwen3 and not moe" if rehearse else "")
     checks, rows = {"the tests pass": passed}, [["tests", told, ""]]
+    found = {"rows": rows, "checks": checks}
+    yield found
     lab = Trajectory(LAB / "code", LAB / "math", LAB / "qa")
     math = load_prompts(LAB / "data/math.calibration.jsonl", lab.later)
     qa = load_prompts(LAB / "data/qa.calibration.jsonl", lab.later)
@@ -39,20 +44,32 @@ def run(device: torch.device, rehearse: bool) -> dict[str, Any]:
         shared = common(ours, theirs)
         checks[f"{name}: at least 98 % of the choice is the CPU's"] = shared >= 0.98
         before = bits(there.load())
-        expected, found = reverted(here, ours), reverted(there, ours)
-        checks[f"{name}: the same bits after the rollback"] = same(expected, found)
+        checks[f"{name}: the same bits after the rollback"] = same(reverted(here, ours), reverted(there, ours))
         checks[f"{name}: the same bits after undo"] = same(before, bits(there.load()))
         rows.append([name, f"{100 * shared:.2f} % of the choice is the CPU's", "rollback and undo: the same bits"])
+        yield found
     verdicts = []
     for where, run in (("CPU", here), (str(device), there)):
         start = time.perf_counter()
         done = repair(run, math, keep={"qa": qa})
         seconds = time.perf_counter() - start
         share = done.mask.fraction if done.mask is not None else 0.0
-        verdicts.append((done.outcome, share))
+        verdicts.append(done)
         rows.append([f"repair on {where}", f"{done.outcome}, {100 * share:.2f} % of the weights", f"{seconds:.1f} s"])
-    checks["repair comes to the same verdict"] = verdicts[0] == verdicts[1]
-    return {"rows": rows, "checks": checks}
+        yield found
+    checks["repair comes to the same verdict, and nearly the same mask"] = alike(*verdicts)
+    yield found
+
+
+def alike(one: Repair, other: Repair) -> bool:
+    """Whether two repairs came to the same verdict, and to masks of which the smaller is, but for 2 %, in the larger.
+
+    A loss that differs by rounding may be least a round earlier or later.
+    """
+    if one.mask is None or other.mask is None or one.outcome != other.outcome:
+        return one.outcome == other.outcome and one.mask is other.mask
+    small, large = sorted((one.mask, other.mask), key=lambda mask: mask.fraction)
+    return common(small, large) >= 0.98 and small.fraction >= large.fraction / 2
 
 
 def table(found: dict[str, Any]) -> str:
@@ -65,7 +82,12 @@ def tests(some: str) -> tuple[bool, str]:
     """Whether the tests pass in a process of their own, and its last line."""
     files = [one for one in TESTS if Path(one).exists()]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, *(["-k", some] if some else [])]
-    child = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    try:
+        child = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=None if some else TIME)
+    except subprocess.TimeoutExpired as late:
+        last = (late.stdout or b"").decode().strip().splitlines()[-1:]
+        return False, f"stopped after {TIME} s: {''.join(last)}"
     lines = child.stdout.strip().splitlines() or [child.stderr.strip()[-300:]]
     print("\n".join(lines[-40:] if child.returncode else lines[-1:]), flush=True)
     return child.returncode == 0, lines[-1].strip("= ")

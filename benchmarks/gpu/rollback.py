@@ -1,8 +1,8 @@
 """Rollback and undo in place: milliseconds, bytes and sectors, beside what else one could do.
 
 The models are MLPs alone, with random numbers. Times of the device are by CUDA events, with a cold cache: before each,
-2 GB are overwritten, which also keeps the device busy until the host has launched what is measured. Wall times are of
-the whole verb, from the call to the last write.
+2 GB are overwritten ten times, which keeps the device busy until the host has launched what is measured. Wall times are
+of the whole verb, from the call to the last write.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import gc
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,7 @@ TINY = (Shape("tiny dense", 2, 48, 40), Shape("tiny experts", 2, 32, 16, 4))
 FRACTIONS = (0.002, 0.02, 0.08, 0.32)
 WEIGHTS = 0.01
 TIMES = 7
+OVER = 10  # times that 2 GB are overwritten: some 4 ms, in which the host launches a few hundred operations
 
 
 def shapes(device: torch.device, rehearse: bool) -> Sequence[Shape]:
@@ -131,7 +132,8 @@ class Clock:
         found = []
         for _ in range(self.times + 1):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            self._cold.zero_()
+            for _ in range(OVER):
+                self._cold.zero_()
             start.record()
             work()
             end.record()
@@ -177,7 +179,8 @@ def sectors(plan: Plan, tensors: Any, bytes_: int) -> int:
 class Case:
     """One shape, on one device: a later model, an earlier one as a dictionary, and a row for what is measured."""
 
-    def __init__(self, shape: Shape, device: torch.device, rehearse: bool) -> None:
+    def __init__(self, shape: Shape, device: torch.device, rehearse: bool, rows: list[Row]) -> None:
+        self.rows = rows
         self.shape, self.device, self.rehearse = shape, device, rehearse
         self.clock = Clock(device, 1 if rehearse else TIMES)
         self.copies = copy_bandwidth(device, self.clock)
@@ -185,7 +188,6 @@ class Case:
         self.model = Mlps(shape, device, dtype, 0)
         self.earlier = dict(State(Mlps(shape, device, dtype, 1)))
         self.layout, self.live = self.model.layout, State(self.model)
-        self.rows: list[Row] = []
 
     def row(self, what: str, how: str, mask: str, milliseconds: float, **more: Any) -> None:
         found = {"shape": self.shape.name, "layers": self.shape.layers, "mask": mask, "what": what, "by": how}
@@ -346,23 +348,27 @@ class Case:
             self.row("from a warm folder", "kernel, whole call", label, milliseconds)
 
 
-def rows(shape: Shape, device: torch.device, rehearse: bool) -> list[Row]:
-    """Everything of one shape."""
-    case = Case(shape, device, rehearse)
+def rows(shape: Shape, device: torch.device, rehearse: bool, found: list[Row]) -> Iterator[None]:
+    """Everything of one shape, row by row."""
+    case = Case(shape, device, rehearse, found)
     for fraction in FRACTIONS if not shape.experts else (0.02,):
         case.of(neurons(case.layout, 0.3 if rehearse else fraction), f"{fraction:.1%} of neurons", fraction < 0.1)
+        yield
         if rehearse:
             break
     two = neurons(case.layout, 0.3 if rehearse else 0.02)
     if not shape.experts:
         case.tiles(two, "2.0% of neurons")
     case.step((0.1, 0.3) if rehearse else (0.02, 0.08))
+    yield
     case.others(two, "2.0% of neurons")
     case.reload()
+    yield
     if not shape.experts:
         case.of(weights(case.layout, WEIGHTS, device), "1% of single weights", False)
+        yield
         case.folder(two, "2.0% of neurons")
-    return case.rows
+        yield
 
 
 def checks(device: torch.device) -> dict[str, bool]:
@@ -393,18 +399,19 @@ def _alike(model: Mlps, source: Any, mask: Neurons | Entries, strength: float, l
     return both and reports[0] == reports[1] and not all(torch.equal(seen[2][name], before[name]) for name in before)
 
 
-def run(device: torch.device, rehearse: bool) -> dict[str, Any]:
+def run(device: torch.device, rehearse: bool) -> Iterator[dict[str, Any]]:
     """All rows and checks, as JSON."""
     found: dict[str, Any] = {"checks": checks(device), "rows": []}
     clock = Clock(device, 1 if rehearse else TIMES)
     found["copy_gb_s"] = copy_bandwidth(device, clock)
     del clock
+    yield found
     for shape in shapes(device, rehearse):
-        found["rows"] += rows(shape, device, rehearse)
+        for _ in rows(shape, device, rehearse, found["rows"]):
+            yield found
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    return found
 
 
 def table(found: dict[str, Any]) -> str:
@@ -428,4 +435,5 @@ def table(found: dict[str, Any]) -> str:
 
 if __name__ == "__main__":
     there = torch.cuda.is_available()
-    print(table(run(torch.device("cuda" if there else "cpu"), not there)))
+    *_, last = run(torch.device("cuda" if there else "cpu"), not there)
+    print(table(last))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -32,19 +32,24 @@ from surgery.selectors import rounds
 NAME = "What choosing costs"
 UNITS = ("mlp", "kv_group")
 ROUNDS = 2
+FEW = 2  # batches on which copies are counted
 TARGETS = {"D of units": 1.3, "D of single weights": 1.5}
 
 
-def run(device: torch.device, rehearse: bool) -> dict[str, Any]:
+def run(device: torch.device, rehearse: bool) -> Iterator[dict[str, Any]]:
     """Times, memory and copies of each score and of its passes; whether the device chooses what all gains choose."""
     shape, count, tokens, answer = (TINY, 16, 24, 8) if rehearse else (QWEN3_4B, 64, 512, 64)
-    checks = same_choice(device)
+    found: dict[str, Any] = {"prompts": count, "tokens": tokens, "answer": answer, "rows": {}}
+    found["checks"] = same_choice(device)
+    yield found
     with by_kernel(True) if rehearse else nullcontext():
         earlier, later = pair(shape, device, torch.bfloat16)
         data = answered(shape, device, count, tokens, answer)
-        trajectory = Trajectory(earlier=earlier, later=later)
-        found = {"prompts": count, "tokens": tokens, "answer": answer, "rows": rows(trajectory, data, device)}
-    return found | {"checks": checks}
+        with tempfile.TemporaryDirectory() as place:
+            earlier.save_pretrained(place)
+            for one in rows(earlier, later, place, data, device):
+                found["rows"] |= one
+                yield found
 
 
 def pair(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
@@ -65,10 +70,23 @@ def answered(shape: Shape, device: torch.device, count: int, tokens: int, answer
     return passes(found)[0]
 
 
-def rows(trajectory: Trajectory, data: list[Batch], device: torch.device) -> dict[str, dict[str, Any]]:
-    """Each score and its passes."""
-    later, earlier = trajectory.load(), trajectory.earlier
-    assert isinstance(earlier, nn.Module)
+Work = Callable[[], object]
+
+
+def rows(
+    earlier: nn.Module, later: nn.Module, place: str, data: list[Batch], device: torch.device
+) -> Iterator[dict[str, dict[str, Any]]]:
+    """Each score and its passes; copies are counted on two batches, since a profile of all takes minutes to read."""
+    whole, little = (workload(earlier, later, place, some) for some in (data, data[:FEW]))
+    for (bare, scores), (few, counted) in zip(whole, little, strict=True):
+        passes_alone = measured(bare, few, "bare", device)
+        for name, score in scores.items():
+            yield {name: passes_alone | measured(score, counted[name], "score", device)}
+
+
+def workload(earlier: nn.Module, later: nn.Module, place: str, data: list[Batch]) -> list[tuple[Work, dict[str, Work]]]:
+    """Passes, and the scores that make them, on some prompts; the earlier model is also in a folder."""
+    trajectory, on_disk = Trajectory(earlier=earlier, later=later), Trajectory(earlier=place, later=later)
     far = distillation(earlier, data, divergence="hellinger")
     held = {slot.tensor for one in trajectory.live(units=UNITS) for b in one.layout.blocks for slot in b.slots}
     drop: dict[nn.Parameter, Callable[[Tensor], None]] = {
@@ -88,31 +106,26 @@ def rows(trajectory: Trajectory, data: list[Batch], device: torch.device) -> dic
                 backward(later, path.loss, some, drop)
         mean_loss(path.loss, later, path.held)
 
-    def by_operations(score: Callable[[], object]) -> None:
+    def by_operations(score: Work) -> None:
         with by_kernel(False):
             score()
 
     of_units = partial(damage, trajectory, data, loss=far, units=UNITS)
-    with tempfile.TemporaryDirectory() as place:  # its weights cross the bus once, where there is room
-        earlier.save_pretrained(place)
-        on_disk = Trajectory(earlier=place, later=later)
-        work: dict[Callable[[], object], dict[str, Callable[[], object]]] = {
-            partial(backward, later, far, data, drop): {
-                "D of units": of_units,
-                "D of units, by torch's operations": partial(by_operations, of_units),
-                "D of units, earlier in a folder": partial(damage, on_disk, data, loss=far, units=UNITS),
-            },
-            its_passes: {
-                "D of single weights": chosen,
-                "D of single weights, by torch's operations": partial(by_operations, chosen),
-            },
-            partial(forward, later, data): {"A": partial(activation, later, data, units=UNITS)},
-        }
-        found = {}
-        for bare, scores in work.items():
-            passes_alone = measured(bare, "bare", device)
-            found |= {name: passes_alone | measured(score, "score", device) for name, score in scores.items()}
-    return found
+    units: dict[str, Work] = {
+        "D of units": of_units,
+        "D of units, by torch's operations": partial(by_operations, of_units),
+        # its weights cross the bus once, where there is room
+        "D of units, earlier in a folder": partial(damage, on_disk, data, loss=far, units=UNITS),
+    }
+    weights: dict[str, Work] = {
+        "D of single weights": chosen,
+        "D of single weights, by torch's operations": partial(by_operations, chosen),
+    }
+    return [
+        (partial(backward, later, far, data, drop), units),
+        (its_passes, weights),
+        (partial(forward, later, data), {"A": partial(activation, later, data, units=UNITS)}),
+    ]
 
 
 def backward(
@@ -135,45 +148,35 @@ def forward(later: Any, data: list[Batch]) -> None:
             )
 
 
-def measured(function: Callable[[], object], name: str, device: torch.device) -> dict[str, Any]:
-    """Milliseconds (the least of two, after one that warms up), peak megabytes and copies to the CPU."""
+def measured(function: Work, few: Work, name: str, device: torch.device) -> dict[str, Any]:
+    """Milliseconds and peak megabytes (the least of two, after one that warms up); copies to the CPU on few prompts."""
     function()
-    found: dict[str, Any] = {f"{name} ms": min(timed(function, device) for _ in range(2))}
-    found[f"{name} MB"], found["weights MB"] = peak(function, device)
-    found[f"{name} copies"] = copies(function, device)
-    return found
+    took, most, before = min(timed(function, device) for _ in range(2))
+    return {
+        f"{name} ms": took, f"{name} MB": most, "weights MB": before, f"{name} copies": copies(few, device),
+    }  # fmt: skip
 
 
-def timed(function: Callable[[], object], device: torch.device) -> float:
-    """Milliseconds from before the first kernel until after the last."""
+def timed(function: Work, device: torch.device) -> tuple[float, float, float]:
+    """Milliseconds from before the first kernel until after the last; the most MB beyond what was there, and that."""
     if device.type != "cuda":
         start = time.perf_counter()
         function()
-        return 1e3 * (time.perf_counter() - start)
+        return 1e3 * (time.perf_counter() - start), 0.0, 0.0
+    gc.collect()
     torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    there = torch.cuda.memory_allocated()
     first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     first.record()
     function()
     last.record()
     torch.cuda.synchronize()
-    return float(first.elapsed_time(last))
+    most = torch.cuda.max_memory_allocated() - there
+    return float(first.elapsed_time(last)), most / 1e6, there / 1e6
 
 
-def peak(function: Callable[[], object], device: torch.device) -> tuple[float, float]:
-    """The most megabytes beyond what was there before, and what was there."""
-    if device.type != "cuda":
-        function()
-        return 0.0, 0.0
-    gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    start = torch.cuda.memory_allocated()
-    function()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - start) / 1e6, start / 1e6
-
-
-def copies(function: Callable[[], object], device: torch.device) -> int:
+def copies(function: Work, device: torch.device) -> int:
     """How many times something was copied to the CPU."""
     if device.type != "cuda":
         return 0
@@ -214,10 +217,10 @@ def table(found: dict[str, Any]) -> str:
     """Each score beside its passes, with the target where there is one."""
     lines = [
         f"{found['prompts']} prompts of {found['tokens']} tokens, the last {found['answer']} of each predicted; "
-        f"{ROUNDS} rounds of single weights. Memory: the peak beyond the weights of both models.",
+        f"{ROUNDS} rounds of single weights. Memory: the peak beyond both models. Copies: on {FEW} batches.",
         "",
         "| | ms | its passes, ms | ratio | target | MB | its passes, MB | with the weights, ratio (target 1.2) "
-        "| copies to the CPU | its passes' |",
+        "| copies to the CPU, few prompts | its passes' |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, one in found["rows"].items():

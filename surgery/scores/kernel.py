@@ -40,7 +40,7 @@ def products(
     tl.store(found + part * rows + r, tl.sum(total, 1), mask=r < rows)
 
 
-@triton.jit(do_not_specialize=["tensor", "start"])
+@triton.jit(do_not_specialize=["room", "tensor", "start"])
 def above(
     gradient, now, then,  # tensors of any dtype and strides
     bars, where, gains, steps, counts, room,  # two bars; ``Room``, and how many fit

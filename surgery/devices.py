@@ -59,6 +59,15 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
+def after_sending(device: torch.device) -> Callable[[], None]:
+    """Makes what is asked of a device later, on whichever stream, wait for what was sent there by now."""
+    if not real(device):
+        return lambda: None
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return lambda: torch.cuda.current_stream(device).wait_event(event)
+
+
 def joined(pieces: list[Tensor]) -> Tensor:
     """Rows of several tensors as one; of a checkpoint that lies in part on a GPU, there."""
     if len(pieces) == 1:

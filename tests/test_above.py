@@ -291,11 +291,11 @@ def a_failed_search_stays(patch: pytest.MonkeyPatch) -> None:
 
 
 def in_the_other_order(patch: pytest.MonkeyPatch) -> None:
-    def mutant(self: Any, original: Any = tiles.Tiles.given) -> Any:
+    def mutant(self: Any, original: Any = tiles.Tiles.given.func) -> Any:
         count, inside, width, across, *ways = original(self)
         return (count, inside, count, across, *ways) if width > 1 else (count, inside, width, across, *ways)
 
-    patch.setattr(tiles.Tiles, "given", mutant)
+    patch.setattr(tiles.Tiles, "given", property(mutant))
 
 
 def beyond_the_room(patch: pytest.MonkeyPatch) -> None:

@@ -298,6 +298,63 @@ def test_one_launch_each_and_offsets_are_sent_once(counted):
         assert counted == {"launches": 7, "plans": 2}
 
 
+def law_sent(patch: pytest.MonkeyPatch) -> None:
+    """Every launch waits for all that was sent before it, since it may be on another stream than what sent it."""
+    seen, now, launches = set[int](), set[int](), 0
+
+    def sending(tensors: Any, device: Any, original: Any = plans.sent_together) -> Any:
+        seen.add(len(seen))
+        now.add(max(seen))  # on this stream
+        return original(tensors, device)
+
+    def after(_: Any) -> Any:
+        covered = set(now)
+        return lambda: now.update(covered)
+
+    class Launching:
+        def __getitem__(self, grid: Any, original: Any = kernel.walk) -> Any:
+            nonlocal launches
+            assert now == seen
+            launches += 1
+            return original[grid]
+
+    def launching(self: Any, *given: Any, original: Any = plans.Plan._launch, **how: Any) -> Any:
+        now.clear()  # it is on another stream than what came before
+        return original(self, *given, **how)
+
+    patch.setattr(plans.Plan, "_launch", launching)
+    patch.setattr(plans, "sent_together", sending)
+    patch.setattr(plans, "after_sending", after)
+    patch.setattr(kernel, "walk", Launching())
+    earlier, later = pair("llama")
+    mask = some(earlier, later)
+    with by_kernel(True):
+        for _ in range(2):
+            rollback(later, to=earlier, mask=mask).undo()
+    assert launches == 4
+    assert seen
+
+
+def test_every_launch_waits_for_what_was_sent(monkeypatch):
+    law_sent(monkeypatch)
+
+
+@pytest.mark.parametrize("mutant", ["tables", "addresses"])
+def test_a_launch_that_does_not_wait_is_noticed(mutant, monkeypatch):
+    """The plan forgets what its tables, or its addresses, have to be waited for with."""
+
+    def forgetting(self: Any, *given: Any, original: Any = plans.Plan._launch, **how: Any) -> Any:
+        if (self._addresses is None) is (mutant == "tables"):
+            self._sent = lambda: None
+        return original(self, *given, **how)
+
+    with pytest.MonkeyPatch.context() as patch:
+        law_sent(patch)
+    monkeypatch.setattr(plans.Plan, "_launch", forgetting)
+    with pytest.raises(AssertionError):
+        law_sent(monkeypatch)
+
+
 def test_a_mask_that_was_written_into_gets_a_new_plan():
     earlier, later = pair("llama")
     mask = some(earlier, later)

@@ -19,7 +19,7 @@ from surgery.live.hooks import removing
 from surgery.live.prompts import Batch, check_fits, response_mask, right_padded
 
 CHUNK = 1 << 23  # numbers of logits that exist at a time
-FINE = 1 << 20  # and of those in float32, of which a measure needs several copies: what a cache holds
+FINE = 1 << 20  # and of those in float32, of which a measure needs several copies: what a processor's cache holds
 Measure = Callable[[slice, Tensor], tuple[Tensor, Tensor]]  # rows and their logits → Σ over rows, its gradient by them
 
 
@@ -67,7 +67,8 @@ class Reading:
 
 def _measured(measure: Measure, rows: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
     """What a function says of a chunk's logits, a few rows at a time; the gradient has the logits' dtype."""
-    values, slopes, step = [], torch.empty_like(logits), max(1, FINE // logits.shape[1])
+    most = FINE if logits.device.type == "cpu" else CHUNK  # a GPU takes its time to start
+    values, slopes, step = [], torch.empty_like(logits), max(1, most // logits.shape[1])
     for at in range(0, len(logits), step):
         some = logits[at : at + step]
         value, slopes[at : at + step] = measure(slice(rows.start + at, rows.start + at + len(some)), some)

@@ -323,6 +323,6 @@ def as_live(source: Weights, live: Weights, part: Rows) -> Any:
     if any(boxes_in(source.tensors, other.tensor) for other in theirs.of(slot.part)):
         return Unread(part, source, slot.view(live.tensors[slot.tensor]).shape)
     for other in theirs.of(slot.part):
-        if replace(other, tensor=slot.tensor) == slot:
+        if other == slot or replace(other, tensor=slot.tensor) == slot:
             return other.view(source.read(other.tensor))
     return part.read(source).reshape(slot.view(live.tensors[slot.tensor]).shape)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from surgery.devices import real, sent_together
+from surgery.devices import after_sending, real, sent_together
 from surgery.masks.edits import Edit
 
 _PAD = 16  # numbers: every edit begins at a multiple of it in packed, so that it is aligned to 16 bytes
@@ -99,6 +99,7 @@ class Plan:
         which = torch.arange(len(table), dtype=torch.int32).repeat_interleave(torch.tensor(counts))
         self._table, self._which, self._offsets = sent_together([torch.tensor(table), which, offsets], self.device)
         self._addresses: tuple[list[list[int]], Tensor] | None = None  # of the last launch
+        self._sent = after_sending(self.device)
 
     def _in_vectors(self, rows: Tensor, ways: Sequence[tuple[int, int]], start: int, step: int) -> bool:
         """Whether every run of numbers that 16 bytes hold is one in the tensor and in packed, and begins at one."""
@@ -154,7 +155,9 @@ class Plan:
         pairs = [(one.data_ptr(), other.data_ptr()) for one, other in zip(ours, sources or ours, strict=True)]
         where = [[one, other, int(one % 16 == 0 and other % 16 == 0)] for one, other in pairs]
         if self._addresses is None or self._addresses[0] != where:
+            self._sent()  # so that who waits for the addresses waits for the tables
             self._addresses = where, sent_together([torch.tensor(where)], self.device)[0]
+            self._sent = after_sending(self.device)
         integers, exponent = _BITS[self.dtype]
         found = torch.empty(2, self.tiles, dtype=torch.int32, device=self.device) if count else None
         if how != 2:
@@ -164,6 +167,7 @@ class Plan:
             if real(self.device):
                 for held in (packed, self._which, self._addresses[1]):  # not given away before the launch is done
                     held.record_stream(torch.cuda.current_stream())
+            self._sent()
             walk[(self.tiles,)](
                 self._which, self._table, self._offsets, self._addresses[1], packed.view(integers),
                 self._which if found is None else found, self.tiles,

@@ -186,7 +186,7 @@ def _launch(
     with on(bars.device):
         above[(-(-count // high) * -(-width // lanes),)](
             *(view.detach() for view in views), bars, room.where, room.gains, room.steps, room.counts,
-            len(room.where), tensor, start, scale, *tiles.places(), *tiles.given(), **tiles.fixed(),
+            len(room.where), tensor, start, scale, *tiles.places(), *tiles.given, **tiles.fixed,
         )  # fmt: skip
 
 

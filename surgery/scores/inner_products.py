@@ -40,9 +40,9 @@ def _by_kernel(views: Sequence[Tensor], tiles: Tiles) -> Tensor:
     found = torch.empty(parts, count, dtype=torch.float32, device=views[0].device)
     with on(found.device):
         products[(-(-count // high), parts)](
-            *(view.detach() for view in views), found, *tiles.given(), **tiles.fixed(), STEPS=_STEPS
+            *(view.detach() for view in views), found, *tiles.given, **tiles.fixed, STEPS=_STEPS
         )
-    return found.double().sum(0)
+    return found.sum(0, dtype=torch.float64)
 
 
 @cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ ALONG, ACROSS = 128, 16  # of a program's tile: numbers that follow each other i
 Axes = tuple[tuple[int, int], list[tuple[int, int]]]  # two sizes, and of each view two strides
 
 
-def in_two(views: Sequence[Tensor], low: int, high: int) -> Axes | None:
+def in_two(shape: Sequence[int], strides: Sequence[Sequence[int]], low: int, high: int) -> Axes | None:
     """Some axes of views as two, the first of size 1 where one will do for all views; None where they are more.
 
     Axes that follow each other in the memory of every view are one.
@@ -23,7 +24,7 @@ def in_two(views: Sequence[Tensor], low: int, high: int) -> Axes | None:
     sizes: list[int] = []
     ways: list[tuple[int, ...]] = []  # of each axis the way that each view takes
     for axis in range(low, high):
-        size, way = views[0].shape[axis], tuple(view.stride(axis) for view in views)
+        size, way = shape[axis], tuple(one[axis] for one in strides)
         if size != 1 and ways and all(before == size * own for before, own in zip(ways[-1], way, strict=True)):
             sizes[-1], ways[-1] = sizes[-1] * size, way
         elif size != 1:
@@ -32,7 +33,7 @@ def in_two(views: Sequence[Tensor], low: int, high: int) -> Axes | None:
     if len(sizes) > 2:
         return None
     sizes = [1] * (2 - len(sizes)) + sizes
-    ways = [(0,) * len(views)] * (2 - len(ways)) + ways
+    ways = [(0,) * len(strides)] * (2 - len(ways)) + ways
     return (sizes[0], sizes[1]), list(zip(*ways, strict=True))
 
 
@@ -47,7 +48,12 @@ class Tiles:
     @classmethod
     def of(cls, views: Sequence[Tensor], cut: int) -> Tiles | None:
         """Of views whose first ``cut`` axes are the neurons'; None where they have more axes than a kernel walks."""
-        rows, numbers = in_two(views, 0, cut), in_two(views, cut, views[0].ndim)
+        return cls._of(tuple(views[0].shape), tuple([view.stride() for view in views]), cut)
+
+    @classmethod
+    @lru_cache(1 << 12)  # a pass asks for the same few hundreds of times
+    def _of(cls, shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...], cut: int) -> Tiles | None:
+        rows, numbers = (in_two(shape, strides, *axes) for axes in ((0, cut), (cut, len(shape))))
         if rows is None or numbers is None:
             return None
         (folds, across), ways = numbers
@@ -67,6 +73,7 @@ class Tiles:
         columns = self.rows[1][0][1] < self.numbers[1][0][1]  # neurons lie closer than a neuron's numbers
         return (ALONG, ACROSS) if columns else (ACROSS, ALONG)
 
+    @cached_property
     def given(self) -> tuple[int, ...]:
         """What a kernel is told: neurons, those of a block, numbers, those of a fold, and of each view four strides."""
         pairs = zip(self.rows[1], self.numbers[1], strict=True)
@@ -79,6 +86,7 @@ class Tiles:
         folds, across = self.numbers[0]
         return (1, folds) if self.turned else (across, 1)
 
+    @cached_property
     def fixed(self) -> dict[str, int | bool]:
         """What it is compiled for."""
         high, lanes = self.sides

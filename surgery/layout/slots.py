@@ -25,11 +25,11 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from surgery.devices import joined
 from surgery.layout.boxes import Boxes, Lying, lying
-from surgery.layout.patterns import arranged
 from surgery.layout.sharding import is_sharded, local, places_in
 from surgery.units import kind_of, units_in
 
@@ -91,7 +91,7 @@ class Slot:
         pattern, axes, _ = self._split
         if self.rows is not None:
             tensor = tensor.narrow(self.dimension, self.rows[0], self.rows[1] - self.rows[0])
-        view = arranged(tensor, pattern, self.sizes if self.g is None else (*self.sizes, ("g", self.parts)))
+        view = rearrange(tensor, pattern, **dict(self.sizes), **({} if self.g is None else {"g": self.parts}))
         if self.g is None:
             return view
         if isinstance(self.g, int):

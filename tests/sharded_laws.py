@@ -521,6 +521,7 @@ for how in ("fsdp", "tp"):  # biases in attention and MLPs
 for name, law in KINDS:  # its shared expert is not sharded: every process has all of it
     LAWS[f"{name}, qwen2_moe, tp"] = partial(law, family="qwen2_moe", how="tp")
     LAWS_OF_FOUR[f"{name}, qwen2_moe, fsdp x tp"] = partial(law, family="qwen2_moe", how="fsdp x tp")
+LAWS["weights, gpt_oss, tp"] = partial(law_weights, family="gpt_oss", how="tp")
 for name, law in (("measured", law_measured), ("answers", law_answers)):
     LAWS |= {f"{name}, qwen3, {how}": partial(law, family="qwen3", how=how) for how in ("fsdp", "tp")}
 LAWS |= {

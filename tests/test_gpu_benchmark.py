@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import floor, scores
+from benchmarks.gpu import exact, floor, scores
 from benchmarks.gpu.shapes import QWEN3_4B
+from surgery import Neurons
 
 
 @pytest.fixture
@@ -144,3 +145,28 @@ def test_what_is_chosen_on_the_device_is_checked(mutant, monkeypatch):
     found = scores.same_choice(torch.device("cpu"))
     assert len(found) == 5
     assert all(found.values()) is not mutant
+
+
+def repaired(outcome, *chosen):
+    mask = Neurons({"a": torch.isin(torch.arange(300), torch.tensor(chosen))}) if chosen else None
+    return SimpleNamespace(outcome=outcome, mask=mask)
+
+
+@pytest.mark.parametrize(
+    ("other", "same"),
+    [
+        (repaired("repaired", *range(100)), True),
+        (repaired("repaired", *range(120)), True),  # it stopped a round later
+        (repaired("repaired", *range(1, 101)), True),  # one of a hundred
+        (repaired("repaired", *range(5, 105)), False),
+        (repaired("repaired", *range(250)), False),
+        (repaired("partly", *range(100)), False),
+        (repaired("repaired"), False),
+        (repaired("nothing lost"), False),
+    ],
+)
+def test_a_repair_on_the_device_is_the_cpu_s_but_for_rounding(other, same):
+    one = repaired("repaired", *range(100))
+    assert exact.alike(one, other) is same
+    assert exact.alike(other, one) is same
+    assert exact.alike(repaired("nothing lost"), repaired("nothing lost"))

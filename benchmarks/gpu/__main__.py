@@ -3,8 +3,8 @@
 The parts run one after the other, the most important first, each in a process of its own and within its time, until
 ``--minutes`` are over. A part that came to its end, and whose checks held, is not done again (``FOLDER/PART.json``), so
 an interrupted run goes on where it stopped; what a stopped part had found is kept. Every part prints its table as it
-ends, and ``FOLDER/gpu.md`` holds all of them. ``--rehearse`` runs the same code
-without a GPU: tiny shapes, kernels in Triton's interpreter, every check; its times mean nothing.
+ends, and ``FOLDER/gpu.md`` holds all of them. ``--rehearse`` runs the same code without a GPU: tiny shapes, kernels in
+Triton's interpreter, every check; its times mean nothing.
 
 The exit code is 1 where a part failed or a check did not hold.
 """
@@ -44,20 +44,18 @@ def measured(name: str, out: Path, rehearse: bool) -> bool:
     What it has found so far is kept each time that it yields, so that a part that fails or is stopped leaves that.
     """
     part, start, found = import_module(f"benchmarks.gpu.{name}"), time.perf_counter(), None
-    steps = part.run(torch.device("cpu" if rehearse else "cuda"), rehearse)
+    missing: str | None = END
     try:
-        for found in steps:
-            keep(name, out, rehearse, start, found, END)
+        for found in part.run(torch.device("cpu" if rehearse else "cuda"), rehearse):
+            keep(name, out, rehearse, start, found, missing)
+        missing = None
     except Exception as error:
         traceback.print_exc()
-        if found is None:
-            return False
-        end = f"{END} ({type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''})"
-        print(section(name, keep(name, out, rehearse, start, found, end)), flush=True)
+        missing = f"{END} ({type(error).__name__}: {str(error).partition(chr(10))[0][:200]})"
+    if found is None:
         return False
-    assert found is not None
-    print(section(name, keep(name, out, rehearse, start, found)), flush=True)
-    return all(found["checks"].values())
+    print(section(name, keep(name, out, rehearse, start, found, missing)), flush=True)
+    return missing is None and all(found["checks"].values())
 
 
 def keep(

@@ -31,8 +31,8 @@ SELECTORS = {
 
 def run(device: torch.device, rehearse: bool) -> Iterator[dict[str, Any]]:
     """What the tests say there, and the small lab's masks, rollbacks and repair beside the CPU's."""
-    passed, told = tests("qwen3 and not moe" if rehearse else "")
-    checks, rows = {"the tests pass": passed}, [["tests", told, ""]]
+    passed, last = tests("qwen3 and not moe" if rehearse else "")
+    checks, rows = {"the tests pass": passed}, [["tests", last, ""]]
     found = {"rows": rows, "checks": checks}
     yield found
     lab = Trajectory(LAB / "code", LAB / "math", LAB / "qa")
@@ -44,9 +44,13 @@ def run(device: torch.device, rehearse: bool) -> Iterator[dict[str, Any]]:
         shared = common(ours, theirs)
         checks[f"{name}: at least 98 % of the choice is the CPU's"] = shared >= 0.98
         before = bits(there.load())
-        checks[f"{name}: the same bits after the rollback"] = same(reverted(here, ours), reverted(there, ours))
-        checks[f"{name}: the same bits after undo"] = same(before, bits(there.load()))
-        rows.append([name, f"{100 * shared:.2f} % of the choice is the CPU's", "rollback and undo: the same bits"])
+        bits_are = {
+            "rollback": same(reverted(here, ours), reverted(there, ours)),
+            "undo": same(before, bits(there.load())),
+        }
+        checks |= {f"{name}: the same bits after {step}": held for step, held in bits_are.items()}
+        told = (f"{step}: {'the same' if held else 'OTHER'} bits" for step, held in bits_are.items())
+        rows.append([name, f"{100 * shared:.2f} % of the choice is the CPU's", "; ".join(told)])
         yield found
     verdicts = []
     for where, run in (("CPU", here), (str(device), there)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, log
 from pathlib import Path
 
@@ -328,6 +328,9 @@ def test_the_table_explains_its_columns_and_leaves_out_empty_ones(models):
     assert "kept" not in head
     assert "healed: the part of each item's loss in math that came back" in str(found)
     assert "kept" not in str(found)
+    assert "budget: the most" not in str(found)
+    weights = tuple(replace(row, selector="D of single weights") for row in found.sweep)
+    assert "budget: the most that is reverted; single weights" in str(replace(found.sweep, rows=weights))
     raised = Planted(models, lambda x: x**0.5, items=40)
     above = str(tuned(models, lambda model: {name: score + 2 for name, score in raised(model).items()}, recovery=0.6))
     assert "kept: the part of math that later still had and that stayed" in above

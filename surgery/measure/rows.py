@@ -234,6 +234,10 @@ class Sweep:
             said.append(f"kept: the part of {self.metric} that later still had and that stayed")
         if any(row.retention for row in self.rows):
             said.append("kept with a name: the part of what later had won there that stayed")
+        if any(row.selector.startswith("D") and "single weights" in row.selector for row in self.rows):
+            said.append(
+                "budget: the most that is reverted; single weights by D are fewer where more would not lower the loss"
+            )
         if said and len(self.rows[0].metrics) > 1:
             said.append("Δ: the change against later; in round brackets the score itself")
         return ["; ".join(said)] if said else []

@@ -1,15 +1,15 @@
 """``make demo``: the command line repairs the lab's Math, which QA training cost, and shows what came back.
 
 Everything that it prints is computed here from the checkpoints in ``benchmarks/lab/seed0``; it types the commands that
-a user would type.
+a user would type, all in one process, since for a model this small most of a command's time is importing torch.
 """
 
 from __future__ import annotations
 
 import os
+import runpy
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,17 +29,23 @@ def score(model: Any) -> dict[str, float]:
 
 
 def shell(command: str) -> None:
-    """Print a command and run it with the environment's own ``surgery``."""
+    """Print a command and run it."""
     print(f"\n$ {command}", flush=True)
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "TRANSFORMERS_VERBOSITY": "error"}
-    subprocess.run(shlex.split(command), check=True, env=environment, cwd=ROOT)
+    sys.argv = shlex.split(command.removeprefix("python -m "))
+    try:
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        if end.code:
+            raise
+    sys.stdout.flush()
 
 
 def main() -> None:
     """Repair; then the same by hand, selectors beside each other, a picture, and the page about all stages."""
-    shutil.rmtree(ROOT / OUT, ignore_errors=True)
-    (ROOT / OUT).mkdir()
+    os.chdir(ROOT)
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    shutil.rmtree(OUT, ignore_errors=True)
+    OUT.mkdir()
     three = f"{LAB}/code {LAB}/math {LAB}/qa"
     data = f"--data {LAB}/data/math.calibration.jsonl"
     print("Three checkpoints of one model in training order: code, math, qa. Training on QA cost some of its Math.")
